@@ -1,0 +1,22 @@
+"""stllms: steering vectors for the reasoning behaviours of thinking language models.
+
+The package reproduces, stage by stage, *Understanding Reasoning in Thinking Language
+Models via Steering Vectors* (arXiv 2506.18167). The notebooks hold the story, the package
+holds the work; one file is one noun or one stage.
+
+Dimension letters, used in every docstring:
+
+====  =====================================================================
+``B``  rows of a batch
+``T``  tokens of a row (prompt and output together)
+``L``  decoder layers, 0-based; ``h[l, t]`` is the *output* of layer ``l``
+``D``  width of the residual stream
+``V``  vocabulary
+``P``  positions (span starts)
+``N``  behaviours
+====  =====================================================================
+
+Tensors are float32 on the CPU unless a docstring says otherwise.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,398 @@
+"""What a run is: the profiles and the frozen ``RunConfig`` (and, handed on, the registry).
+
+Nothing here imports torch: the runner reads a configuration and says "nothing to do"
+within a second. Every option of METHOD, section 11, has a name in :data:`CHOICES`; the models
+are in :mod:`stllms.registry`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stllms import checks, registry
+from stllms.registry import MODELS, PACKAGE, ModelEntry, UnknownModel, resolve, slug
+
+__all__ = [
+    "CHOICES", "MODELS", "PACKAGE", "PARAMETERS", "PROFILES", "ModelEntry", "Profile",
+    "RunConfig", "UnknownModel", "repository", "resolve", "slug",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The one dial: how much a run does.
+
+    Numbers of tasks to build directions from, to evaluate steering on and to compare models
+    on; limits in new tokens; ``temperature`` 0 is greedy; ``coefficients`` of steering (0 is
+    the plain chain); ``random_directions`` of matched norm are the null.
+    """
+
+    n_build: int
+    n_evaluate: int
+    n_compare: int
+    max_tokens: int
+    max_tokens_compare: int
+    temperature: float
+    coefficients: tuple[float, ...]
+    random_directions: int
+
+
+_THREE = (-1.0, 0.0, 1.0)
+
+PROFILES: dict[str, Profile] = {
+    "smoke": Profile(16, 8, 8, 96, 96, 0.65, _THREE, 2),
+    "default": Profile(200, 60, 60, 256, 256, 0.65, _THREE, 4),
+    "full": Profile(1000, 400, 400, 256, 256, 0.65, (-2.0, -1.0, 0.0, 1.0, 2.0), 20),
+    "paper": Profile(500, 50, 100, 1000, 2000, 0.0, _THREE, 10),
+}
+
+#: METHOD, section 11: option -> (the default, the published procedure).
+CHOICES: dict[str, tuple[str, str]] = {
+    "reader": ("tolerant", "published"),
+    "prompts": ("sound", "published"),
+    "objective": ("kl", "published"),
+    "positions": ("own", "published"),
+    "retokenise": ("generated", "published"),
+    "empty_chains": ("apart", "published"),
+    "unknown_labels": ("reject", "published"),
+}
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = (None, "8bit", "4bit")
+ANNOTATORS = ("auto", "grammar", "lexical", "offline", "openai:MODEL", "replay:FOLDER")
+
+#: The literals of every notebook's ``parameters`` cell, in order.
+PARAMETERS = (
+    "model",
+    "profile",
+    "judge",
+    "results",
+    "seed",
+    "n_samples",
+    "max_tokens",
+    "options",
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of the five notebooks on one model, validated when it is made.
+
+    A value of ``None`` takes the profile's (:attr:`settings` holds the resolved ones).
+    ``model`` is normalised to its entry's name. ``n_samples`` is the number of tasks the
+    directions are built from. ``tasks`` is ``None`` (the grammar for an embedded model, else
+    ``messages``), one of these two names, or the path of a JSONL file. ``compare`` names the
+    other models of notebook 05. Raises ``ValueError`` that says which field is wrong, what
+    it was and what is expected; :class:`UnknownModel` for a model.
+    """
+
+    model: str = "tiny-thinker"
+    profile: str = "default"
+    judge: str = "auto"
+    results: str | None = None
+    seed: int = 0
+    n_samples: int | None = None
+    max_tokens: int | None = None
+    n_evaluate: int | None = None
+    n_compare: int | None = None
+    max_tokens_compare: int | None = None
+    temperature: float | None = None
+    coefficients: tuple[float, ...] | None = None
+    random_directions: int | None = None
+    batch_size: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: str | None = None
+    tasks: str | None = None
+    base_url: str | None = None
+    max_cost: float | None = None
+    published: str | None = None
+    revision: str | None = None
+    compare: tuple[str, ...] = ()
+    reader: str = "tolerant"
+    prompts: str = "sound"
+    objective: str = "kl"
+    positions: str = "own"
+    retokenise: str = "generated"
+    empty_chains: str = "apart"
+    unknown_labels: str = "reject"
+
+    def __post_init__(self) -> None:
+        self._set("model", resolve(self.model).name)
+        checks.one_of("profile", self.profile, tuple(PROFILES))
+        checks.whole("seed", -1 if self.seed is None else self.seed, least=0)
+        checks.whole("random_directions", self.random_directions, least=0)
+        for name in (
+            "n_samples",
+            "n_evaluate",
+            "n_compare",
+            "max_tokens",
+            "max_tokens_compare",
+            "batch_size",
+        ):
+            checks.whole(name, getattr(self, name), least=1)
+        for name in ("temperature", "max_cost"):
+            self._set(name, checks.real(name, getattr(self, name), least=0.0))
+        self._set("coefficients", checks.coefficients(self.coefficients))
+        checks.one_of("dtype", self.dtype, DTYPES)
+        checks.one_of("quantization", self.quantization, QUANTIZATIONS)
+        for name, values in CHOICES.items():
+            checks.one_of(name, getattr(self, name), values)
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(self.device)):
+            raise ValueError(f"device: {self.device!r}, expected auto, cpu, mps, cuda[:N]")
+        self._check_judge()
+        self._check_texts()
+        self._set("compare", self._compare())
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_judge(self) -> None:
+        plain = ANNOTATORS[:4]
+        if self.judge not in plain and not re.fullmatch(r"(openai|replay):.+", str(self.judge)):
+            raise ValueError(f"judge: {self.judge!r}, expected one of {', '.join(ANNOTATORS)}")
+        if self.judge == "grammar" and not self.embedded:
+            raise ValueError(
+                f"judge: 'grammar' knows the chains of the embedded models only, not those of "
+                f"{self.model}; expected lexical, offline, openai:MODEL or replay:FOLDER"
+            )
+
+    def _check_texts(self) -> None:
+        for name in ("results", "base_url", "published", "revision", "tasks"):
+            value = getattr(self, name)
+            if isinstance(value, Path):
+                self._set(name, str(value))
+            elif value is not None and (not isinstance(value, str) or not value.strip()):
+                raise ValueError(f"{name}: {value!r}, expected a text that is not empty")
+        if self.tasks is None or self.tasks in checks.TASK_SETS:
+            return
+        if not Path(self.tasks).expanduser().is_file():
+            raise ValueError(
+                f"tasks: {self.tasks!r} is no file; expected grammar, messages or a JSONL file"
+            )
+
+    def _compare(self) -> tuple[str, ...]:
+        """The other models by entry name, each once; an embedded model's default: its pair."""
+        if isinstance(self.compare, str):
+            raise ValueError(f"compare: {self.compare!r}, expected a list of models")
+        names = dict.fromkeys(resolve(name).name for name in self.compare)
+        return tuple(name for name in names if name != self.model)
+
+    @cached_property
+    def entry(self) -> ModelEntry:
+        """The registry entry of ``model``."""
+        return resolve(self.model)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model is one of the package's own fixtures."""
+        return resolve(self.model).source == "embedded"
+
+    @property
+    def annotator(self) -> str:
+        """The judge; ``auto`` is ``grammar`` for embedded models, ``lexical`` for others."""
+        if self.judge != "auto":
+            return self.judge
+        return "grammar" if self.embedded else "lexical"
+
+    @property
+    def who(self) -> str:
+        """The model for captions; an embedded one never without the warning."""
+        name = self.entry.display
+        return f"{name} (a fixture, built to be steerable)" if self.embedded else name
+
+    @property
+    def preview(self) -> str:
+        """The annotator that colours chains where no judge should be paid."""
+        return "grammar" if self.embedded else "lexical"
+
+    @property
+    def task_set(self) -> str:
+        """``tasks`` with ``None`` resolved: ``grammar`` or ``messages``."""
+        return self.tasks or ("grammar" if self.embedded else "messages")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models of notebook 05: this one, then ``compare`` or an embedded one's pair."""
+        default = (self.entry.pair,) if self.embedded and self.entry.pair else ()
+        return (self.model, *(self.compare or default))
+
+    @cached_property
+    def settings(self) -> Profile:
+        """The profile with this configuration's own values put in.
+
+        ``max_tokens`` alone also limits the comparison.
+        """
+        own = {item.name: getattr(self, item.name, None) for item in fields(Profile)}
+        own["n_build"] = self.n_samples
+        if self.max_tokens_compare is None:
+            own["max_tokens_compare"] = self.max_tokens
+        given = {name: value for name, value in own.items() if value is not None}
+        return replace(PROFILES[self.profile], **given)
+
+    @property
+    def results_folder(self) -> Path:
+        """``results``, else ``STLLMS_RESULTS``, else the checkout's or ``./results``."""
+        chosen = self.results or os.environ.get("STLLMS_RESULTS")
+        if chosen:
+            return Path(chosen).expanduser().resolve()
+        root = repository()
+        return (root or Path.cwd()) / "results"
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, ``results/<slug>``."""
+        return self.results_folder / slug(self.model)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run (DESIGN, artefacts), as plain JSON values.
+
+        Another value of any of these needs a folder of its own or ``--fresh``. Device,
+        dtype, batch size and commit are recorded, not compared. Coefficients, random
+        directions, objective, positions and the compared models are part of the row keys
+        or of the stage (:meth:`stage_options`), so that they can be added to later.
+        """
+        return {
+            "model": self.model,
+            "revision": self.revision or registry.revision_of(self.entry),
+            "quantization": self.quantization,
+            "tasks": _task_identity(self.task_set),
+            "seed": self.seed,
+            "n_build": self.settings.n_build,
+            "n_evaluate": self.settings.n_evaluate,
+            "max_tokens": self.settings.max_tokens,
+            "temperature": self.settings.temperature,
+            "annotator": self.annotator,
+            "prompts": self.prompts,
+            "reader": self.reader,
+            "unknown_labels": self.unknown_labels,
+            "retokenise": self.retokenise,
+        }
+
+    def comparison_identity(self) -> dict[str, Any]:
+        """:meth:`identity` of this model's rows under ``results/comparison/``."""
+        own = ("n_build", "n_evaluate", "max_tokens", "retokenise")
+        shared = {name: value for name, value in self.identity().items() if name not in own}
+        return {
+            **shared,
+            "n_compare": self.settings.n_compare,
+            "max_tokens_compare": self.settings.max_tokens_compare,
+        }
+
+    def for_model(self, name: str) -> RunConfig:
+        """The same run on another model (notebook 05); ``self`` for this one."""
+        entry = resolve(name)
+        if entry.name == self.model:
+            return self
+        return replace(self, model=entry.name, compare=(), revision=None)
+
+    def stage_options(self, stage: str) -> dict[str, Any]:
+        """What changes the artefacts of a stage (``"03_…"``) beyond :meth:`identity`."""
+        options: dict[str, dict[str, Any]] = {
+            "03": {"objective": self.objective, "positions": self.positions},
+            "04": {
+                "coefficients": list(self.settings.coefficients),
+                "random_directions": self.settings.random_directions,
+                "empty_chains": self.empty_chains,
+            },
+            "05": {
+                "models": list(self.models),
+                "n_compare": self.settings.n_compare,
+                "max_tokens_compare": self.settings.max_tokens_compare,
+                "empty_chains": self.empty_chains,
+                "published": self.published,
+            },
+        }
+        return options.get(stage[:2], {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as a plain JSON value."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    def to_json(self) -> str:
+        """Every field as JSON text; :meth:`from_json` is the inverse."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """A configuration from field names and values; unknown names are refused."""
+        known = [item.name for item in fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=3) or known
+                raise ValueError(f"unknown option {name!r}; expected: {', '.join(close)}")
+        return cls(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in values.items()
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        """The inverse of :meth:`to_json`; ``ValueError`` for text that is no configuration."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"a configuration is a JSON object, not {type(values).__name__}")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_parameters(
+        cls,
+        model: str,
+        profile: str = "default",
+        judge: str = "auto",
+        results: str | None = None,
+        seed: int = 0,
+        n_samples: int | None = None,
+        max_tokens: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> RunConfig:
+        """The configuration of a notebook's ``parameters`` cell.
+
+        ``options`` holds any other field by name; a field of the cell is refused there.
+        """
+        values = (model, profile, judge, results, seed, n_samples, max_tokens)
+        cell = dict(zip(PARAMETERS[:-1], values, strict=True))
+        twice = sorted(set(cell) & set(options or {}))
+        if twice:
+            raise ValueError(f"options: {', '.join(twice)} has a parameter of its own")
+        return cls.from_dict({**cell, **(options or {})})
+
+    def parameters(self) -> dict[str, Any]:
+        """The inverse of :meth:`from_parameters`; paths are made absolute."""
+        values = {name: checks.absolute(name, value) for name, value in self.to_dict().items()}
+        values["results"] = str(self.results_folder)
+        cell = {name: values.pop(name) for name in PARAMETERS if name != "options"}
+        defaults = RunConfig().to_dict()
+        cell["options"] = {
+            name: value for name, value in values.items() if value != defaults[name]
+        }
+        return cell
+
+
+def repository() -> Path | None:
+    """The root of the checkout that this package is imported from, ``None`` for a wheel."""
+    root = PACKAGE.parent
+    checkout = (root / "pyproject.toml").is_file() and (root / "notebooks").is_dir()
+    return root if checkout else None
+
+
+def _task_identity(task_set: str) -> str:
+    """The name of a task set; for a person's own file its name and a hash of its content."""
+    if task_set in checks.TASK_SETS:
+        return task_set
+    path = Path(task_set).expanduser()
+    return f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"

@@ -1,0 +1,346 @@
+"""The registry, the profiles and ``RunConfig``: what is accepted, resolved and refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from stllms import config
+from stllms.config import CHOICES, MODELS, PROFILES, RunConfig, UnknownModel, resolve, slug
+from stllms.records import STEERED
+
+# -- the registry ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("r1-distill-qwen-1.5b", "r1-distill-qwen-1.5b"),
+        ("R1-Distill-Qwen-1.5B", "r1-distill-qwen-1.5b"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "r1-distill-qwen-1.5b"),
+        ("deepseek-ai/deepseek-r1-distill-llama-8b", "r1-distill-llama-8b"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b-instruct"),
+        ("Qwen/Qwen2.5-32B-Instruct", "qwen2.5-32b-instruct"),
+        ("tiny-thinker", "tiny-thinker"),
+        ("GPT-4o", "gpt-4o"),
+    ],
+)
+def test_a_model_is_found_by_name_and_by_hub_id_in_any_case(name, expected):
+    assert resolve(name) is MODELS[expected]
+    assert slug(name) == expected
+
+
+def test_the_registry_has_every_model_of_the_paper():
+    kinds = [(entry.kind, entry.source) for entry in MODELS.values()]
+    assert kinds.count(("thinking", "hub")) == 5
+    assert kinds.count(("instruct", "hub")) == 5
+    assert sum(source == "api" for _, source in kinds) == 7
+    assert {name for name, entry in MODELS.items() if entry.source == "embedded"} == {
+        "tiny-thinker",
+        "tiny-instruct",
+    }
+    assert MODELS["smollm2"].display == "SmolLM2-135M-Instruct"
+
+
+def test_pairs_are_mutual_and_of_opposite_kind():
+    for entry in MODELS.values():
+        if entry.pair:
+            other = MODELS[entry.pair]
+            assert other.pair == entry.name
+            assert {entry.kind, other.kind} == {"thinking", "instruct"}
+
+
+def test_published_steering_layers():
+    """METHOD, section 8, row by row in the order of the paper's figures."""
+    rows = {
+        "r1-distill-qwen-1.5b": [17, 18, 15, 18],
+        "r1-distill-llama-8b": [12, 12, 12, 12],
+        "r1-distill-qwen-14b": [29, 29, 29, 24],
+    }
+    for name, entry in MODELS.items():
+        if entry.source == "embedded":
+            continue
+        layers = entry.steering_layers
+        assert (layers and [layers[label] for label in STEERED]) == rows.get(name)
+
+
+def test_any_hub_id_has_defaults():
+    entry = resolve("Some-Owner/My.Model-7B")
+    assert (entry.name, entry.kind, entry.source) == (
+        "Some-Owner/My.Model-7B",
+        "unknown",
+        "hub",
+    )
+    assert slug("Some-Owner/My.Model-7B") == "some-owner--my.model-7b"
+
+
+def test_a_local_folder_needs_a_config(tmp_path):
+    folder = tmp_path / "My Model"
+    folder.mkdir()
+    with pytest.raises(UnknownModel, match=r"My Model holds no model.*config\.json"):
+        resolve(str(folder))
+    (folder / "config.json").write_text("{}")
+    entry = resolve(str(folder))
+    assert (entry.source, entry.display, entry.name) == ("folder", "My Model", str(folder))
+    assert slug(str(folder)).startswith("my-model-")
+
+
+def test_folders_of_one_name_have_different_slugs(tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent / "model").mkdir(parents=True)
+        (tmp_path / parent / "model" / "config.json").write_text("{}")
+    assert slug(str(tmp_path / "a/model")) != slug(str(tmp_path / "b/model"))
+    assert slug(str(tmp_path / "a/../a/model")) == slug(str(tmp_path / "a/model"))
+
+
+@pytest.mark.parametrize(
+    "name", ["does-not-exist", "", "/no/such/folder", "a/b/c", "./x", "a b"]
+)
+def test_anything_else_is_unknown(name):
+    with pytest.raises(UnknownModel, match=re.escape(repr(name))) as caught:
+        resolve(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_close_names_are_offered():
+    with pytest.raises(UnknownModel, match=r"close: llama-3\.1-8b-instruct"):
+        resolve("llama-3.1-8b-instuct")
+
+
+def test_the_fingerprint_follows_the_weights(tmp_path):
+    assert config.registry.fingerprint(tmp_path) is None
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"a" * 100 + b"b" * 100)
+    before = config.registry.fingerprint(tmp_path, sample=16)
+    assert before == config.registry.fingerprint(tmp_path, sample=16)
+    weights.write_bytes(b"a" * 100 + b"b" * 99 + b"c")
+    assert config.registry.fingerprint(tmp_path, sample=16) != before
+
+
+# -- values and what they resolve to -----------------------------------------------------
+
+
+def test_profiles_are_those_of_the_design():
+    rows = {
+        name: (p.n_build, p.n_evaluate, p.max_tokens, p.temperature, p.random_directions)
+        for name, p in PROFILES.items()
+    }
+    assert rows == {
+        "smoke": (16, 8, 96, 0.65, 2),
+        "default": (200, 60, 256, 0.65, 4),
+        "full": (1000, 400, 256, 0.65, 20),
+        "paper": (500, 50, 1000, 0.0, 10),
+    }
+    assert (PROFILES["paper"].n_compare, PROFILES["paper"].max_tokens_compare) == (100, 2000)
+
+
+def test_own_values_replace_those_of_the_profile_and_no_others():
+    own = RunConfig(
+        profile="paper", n_samples=3, temperature=0.5, coefficients=[2, -1]
+    ).settings
+    expected = dataclasses.replace(
+        PROFILES["paper"], n_build=3, temperature=0.5, coefficients=(-1.0, 2.0)
+    )
+    assert own == expected
+
+
+def test_a_token_limit_also_limits_the_comparison():
+    assert RunConfig(profile="paper", max_tokens=50).settings.max_tokens_compare == 50
+    both = RunConfig(profile="paper", max_tokens=50, max_tokens_compare=70).settings
+    assert (both.max_tokens, both.max_tokens_compare) == (50, 70)
+
+
+@pytest.mark.parametrize(
+    ("model", "judge", "annotator", "tasks", "models"),
+    [
+        ("tiny-thinker", "auto", "grammar", "grammar", ("tiny-thinker", "tiny-instruct")),
+        ("tiny-instruct", "lexical", "lexical", "grammar", ("tiny-instruct", "tiny-thinker")),
+        ("smollm2", "auto", "lexical", "messages", ("smollm2",)),
+        ("owner/name", "openai:gpt-4.1", "openai:gpt-4.1", "messages", ("owner/name",)),
+    ],
+)
+def test_what_auto_means(model, judge, annotator, tasks, models):
+    made = RunConfig(model=model, judge=judge)
+    assert (made.annotator, made.task_set, made.models) == (annotator, tasks, models)
+
+
+def test_compared_models_are_normalised_and_named_once():
+    made = RunConfig(
+        compare=["Qwen/Qwen2.5-14B-Instruct", "smollm2", "tiny-thinker", "SmolLM2"]
+    )
+    assert made.models == ("tiny-thinker", "qwen2.5-14b-instruct", "smollm2")
+
+
+def test_where_results_go(monkeypatch, tmp_path):
+    monkeypatch.delenv("STLLMS_RESULTS", raising=False)
+    root = config.repository()
+    assert RunConfig().folder == root / "results" / "tiny-thinker"
+    monkeypatch.setattr(config, "repository", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    assert RunConfig().folder == tmp_path / "results" / "tiny-thinker"
+    monkeypatch.setenv("STLLMS_RESULTS", str(tmp_path / "env"))
+    assert RunConfig().results_folder == tmp_path / "env"
+    assert RunConfig(results=tmp_path / "own").results_folder == tmp_path / "own"
+
+
+# -- refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"model": "nothing-like-it"}, ["nothing-like-it"]),
+        ({"profile": "papr"}, ["profile", "papr", "smoke, default, full, paper"]),
+        ({"max_tokens": -1}, ["max_tokens", "-1", "at least 1"]),
+        ({"max_tokens": 0}, ["max_tokens", "0"]),
+        ({"n_samples": 2.5}, ["n_samples", "2.5"]),
+        ({"n_evaluate": True}, ["n_evaluate", "True"]),
+        ({"batch_size": "8"}, ["batch_size", "'8'"]),
+        ({"seed": None}, ["seed"]),
+        ({"seed": -1}, ["seed", "-1"]),
+        ({"temperature": -0.1}, ["temperature", "-0.1"]),
+        ({"temperature": float("nan")}, ["temperature", "nan"]),
+        ({"max_cost": "free"}, ["max_cost", "free"]),
+        ({"coefficients": "1"}, ["coefficients"]),
+        ({"coefficients": [0]}, ["coefficients"]),
+        ({"coefficients": [float("inf")]}, ["coefficients", "inf"]),
+        ({"judge": "gpt-4.1"}, ["judge", "gpt-4.1", "openai:MODEL"]),
+        ({"judge": "openai:"}, ["judge", "openai:"]),
+        ({"judge": "grammar", "model": "smollm2"}, ["judge", "smollm2"]),
+        ({"device": "gpu"}, ["device", "gpu"]),
+        ({"dtype": "fp8"}, ["dtype", "fp8"]),
+        ({"quantization": "2bit"}, ["quantization", "8bit"]),
+        ({"tasks": "no/such.jsonl"}, ["tasks", "no/such.jsonl"]),
+        ({"results": " "}, ["results"]),
+        ({"compare": "smollm2"}, ["compare", "list"]),
+        *(({name: "x"}, [name, *values]) for name, values in CHOICES.items()),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(values, parts):
+    with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
+        RunConfig(**values)
+    for part in parts[1:]:
+        assert part in str(caught.value)
+
+
+def test_unknown_options_are_refused_with_close_ones():
+    with pytest.raises(ValueError, match=r"'n_sample'.*n_samples"):
+        RunConfig.from_dict({"n_sample": 3})
+    with pytest.raises(ValueError, match="seed has a parameter of its own"):
+        RunConfig.from_parameters("tiny-thinker", options={"seed": 3})
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().seed = 3
+
+
+# -- to and from plain values ------------------------------------------------------------
+
+FULL = RunConfig(
+    model="smollm2",
+    profile="smoke",
+    judge="lexical",
+    seed=7,
+    n_samples=5,
+    max_tokens=40,
+    temperature=0,
+    coefficients=(-0.5, 1),
+    compare=("tiny-thinker",),
+    prompts="published",
+    max_cost=2,
+    results="somewhere",
+)
+
+
+@pytest.mark.parametrize("made", [RunConfig(), FULL])
+def test_json_and_parameters_bring_everything_back(made):
+    assert RunConfig.from_json(made.to_json()) == made
+    parameters = json.loads(json.dumps(made.parameters()))
+    assert tuple(parameters) == config.PARAMETERS
+    back = RunConfig.from_parameters(**parameters)
+    assert back.results_folder == made.results_folder
+    assert dataclasses.replace(back, results=made.results) == made
+
+
+def test_paths_reach_a_kernel_with_another_working_folder(monkeypatch, tmp_path):
+    (tmp_path / "mine.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    made = RunConfig(tasks="mine.jsonl", judge="replay:stored", published="files", results="r")
+    cell = made.parameters()
+    assert cell["results"] == str(tmp_path / "r")
+    assert cell["judge"] == f"replay:{tmp_path / 'stored'}"
+    assert cell["options"] == {
+        "tasks": str(tmp_path / "mine.jsonl"),
+        "published": str(tmp_path / "files"),
+    }
+
+
+def test_from_json_refuses_what_is_no_configuration():
+    with pytest.raises(ValueError, match="not list"):
+        RunConfig.from_json("[]")
+
+
+# -- identity ----------------------------------------------------------------------------
+
+SAME = {
+    "device": "cpu",
+    "batch_size": 3,
+    "dtype": "float32",
+    "max_cost": 1.0,
+    "published": "x",
+    "coefficients": (2.0,),
+    "random_directions": 1,
+    "objective": "published",
+    "compare": ("smollm2",),
+    "results": "elsewhere",
+}
+OTHER = {
+    "model": "tiny-instruct",
+    "seed": 1,
+    "n_samples": 9,
+    "n_evaluate": 9,
+    "max_tokens": 9,
+    "temperature": 0.0,
+    "judge": "lexical",
+    "prompts": "published",
+    "revision": "v2",
+    "reader": "published",
+    "tasks": "messages",
+    "quantization": "8bit",
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_is_only_recorded_or_keyed(name):
+    assert RunConfig(**{name: SAME[name]}).identity() == RunConfig().identity()
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_identifies_a_run(name):
+    assert RunConfig(**{name: OTHER[name]}).identity() != RunConfig().identity()
+
+
+def test_profiles_of_equal_values_are_the_same_run():
+    same = RunConfig(profile="default", n_samples=16, n_evaluate=8, max_tokens=96)
+    assert same.identity() == RunConfig(profile="smoke").identity()
+
+
+def test_a_persons_tasks_count_by_their_content(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("one")
+    first = RunConfig(tasks=str(path)).identity()["tasks"]
+    path.write_text("two")
+    assert first.startswith("tasks.jsonl:")
+    assert RunConfig(tasks=str(path)).identity()["tasks"] != first
+
+
+def test_the_comparison_has_an_identity_of_its_own():
+    base = RunConfig().comparison_identity()
+    assert RunConfig(n_samples=3, n_evaluate=3).comparison_identity() == base
+    assert RunConfig(n_compare=3).comparison_identity() != base
+    assert RunConfig().for_model("tiny-instruct").comparison_identity() != base
