@@ -1,0 +1,496 @@
+"""The tasks are what their README says; files and answers are read with care."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rapidfuzz import fuzz, process
+
+from stllms import records, tasks
+
+CHECKABLE_KINDS = (
+    *("arithmetic", "logic", "counting", "dates", "units"),
+    *("letters", "sequences", "sets", "clocks", "money"),
+)
+
+#: Two tasks are near-duplicates from this token-set ratio on. The tests below hold both sides
+#: of it: no two of our tasks reach it, and every lightly reworded copy of a task does.
+NEAR = 80.0
+
+#: Two masked tasks (no numbers, no names) are one template from this ratio on.
+TEMPLATE = 80.0
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, list[records.Task]]:
+    return {part: tasks.load(part) for part in tasks.PARTS}
+
+
+def similarity(left: list[str], right: list[str]) -> np.ndarray:
+    """Token-set ratios in lower case, 0 below ``NEAR``, shape ``[len(left), len(right)]``."""
+    queries = [text.lower() for text in left]
+    choices = queries if right is left else [text.lower() for text in right]
+    return process.cdist(queries, choices, scorer=fuzz.token_set_ratio, score_cutoff=NEAR)
+
+
+def closest_pair(texts: list[str]) -> tuple[float, str, str]:
+    scores = similarity(texts, texts)
+    scores[np.tril_indices(len(texts))] = 0
+    i, j = divmod(int(scores.argmax()), len(texts))
+    return float(scores[i, j]), texts[i], texts[j]
+
+
+def contents(*groups: list[records.Task]) -> list[str]:
+    return [task.content for group in groups for task in group]
+
+
+def masked(text: str) -> str:
+    """``text`` without numbers, in digits or words, and without names in mid-sentence."""
+    text = re.sub(r"(?<=[a-z,;:] )[A-Z][a-z]+", "@", text)
+    text = re.sub(r"\d[\d.,:/]*", "#", text.lower())
+    words = "one two three four five six seven eight nine ten eleven twelve twenty thirty"
+    words += " forty fifty sixty eighty hundred thousand"
+    return re.sub(rf"\b(?:{'|'.join(words.split())})\b", "#", text)
+
+
+def repeated_templates(texts: list[str]) -> list[list[str]]:
+    """Groups of more than two texts that are one template, by a chain of likenesses."""
+    masks = [masked(text) for text in texts]
+    alike = process.cdist(masks, masks, scorer=fuzz.ratio) >= TEMPLATE
+    seen: set[int] = set()
+    groups = []
+    for first in range(len(texts)):
+        group, frontier = set(), {first} - seen
+        while frontier:
+            group |= frontier
+            frontier = {int(j) for i in frontier for j in np.flatnonzero(alike[i])} - group
+        seen |= group
+        if len(group) > 2:
+            groups.append([texts[i] for i in sorted(group)])
+    return groups
+
+
+class TestMessages:
+    def test_each_part_has_its_number_of_tasks_and_categories(self, parts):
+        for part, each in (("train", 50), ("evaluate", 5)):
+            counts = Counter(task.category for task in parts[part])
+            assert counts == dict.fromkeys(records.CATEGORIES, each)
+        counts = Counter(task.category for task in parts["checkable"])
+        assert counts == dict.fromkeys(CHECKABLE_KINDS, 10)
+
+    def test_ids_are_unique_and_name_part_category_and_number(self, parts):
+        everything = [task for part in parts.values() for task in part]
+        assert len({task.id for task in everything}) == 650
+        for part, prefix in (
+            ("train", "train"),
+            ("evaluate", "evaluate"),
+            ("checkable", "check"),
+        ):
+            for task in parts[part]:
+                slug = task.category.replace(" ", "-")
+                assert re.fullmatch(rf"{prefix}-{slug}-\d{{2,3}}", task.id)
+
+    def test_the_first_tasks_are_balanced(self, parts):
+        for part in tasks.PARTS:
+            kinds = [task.category for task in parts[part]]
+            for start in range(0, len(kinds), 10):
+                assert kinds[start : start + 10] == kinds[:10]
+            assert len(set(kinds[:10])) == 10
+
+    def test_only_the_checkable_tasks_have_an_answer(self, parts):
+        assert all(task.answer is None for task in parts["train"] + parts["evaluate"])
+        assert all(task.answer for task in parts["checkable"])
+
+    def test_lengths_and_characters_are_within_bounds(self, parts):
+        for text in contents(*parts.values()):
+            assert 30 <= len(text) <= 450
+            assert text == " ".join(text.split())
+            assert text.isascii()
+            assert text[-1] in '.?")'
+            assert text.count('"') % 2 == 0
+            assert text.count("(") == text.count(")")
+
+    def test_lengths_vary(self, parts):
+        for category in records.CATEGORIES:
+            lengths = [
+                len(task.content) for task in parts["train"] if task.category == category
+            ]
+            low, high = np.percentile(lengths, [10, 90])
+            assert high >= 1.8 * low
+
+    def test_evaluation_is_disjoint_from_training(self, parts):
+        scores = similarity(contents(parts["evaluate"]), contents(parts["train"]))
+        i, j = divmod(int(scores.argmax()), scores.shape[1])
+        pair = parts["evaluate"][i].id, parts["train"][j].id
+        assert scores.max() < NEAR, f"{pair}: {scores.max():.0f}"
+
+    def test_no_two_tasks_are_near_duplicates(self, parts):
+        score, *pair = closest_pair(contents(*parts.values()))
+        assert score < NEAR, pair
+
+    def test_the_threshold_catches_every_lightly_reworded_copy(self, parts):
+        def reworded(text: str) -> list[str]:
+            words = text.split()
+            shorter = [word for i, word in enumerate(words) if i % 6 != 5]
+            halves = words[len(words) // 2 :] + words[: len(words) // 2]
+            return [" ".join(shorter), " ".join(halves), re.sub(r"\d+", "77", text)]
+
+        for text in contents(*parts.values()):
+            for copy in reworded(text):
+                assert similarity([text], [copy])[0, 0] >= NEAR, copy
+
+    def test_no_template_is_used_more_than_twice_in_a_category(self, parts):
+        everything = [task for part in parts.values() for task in part]
+        for category in {task.category for task in everything}:
+            texts = [task.content for task in everything if task.category == category]
+            assert repeated_templates(texts) == []
+
+    def test_the_template_check_finds_swapped_numbers_and_names(self):
+        swapped = [
+            "If Ada has 3 apples and Bo has 5, how many apples have they got together?",
+            "If Max has seven apples and Tom has 12, how many apples have they got together?",
+            "If Ida has 40 apples and Liz has 2.5, how many apples have they got together?",
+            "Why does a metal spoon feel colder than a wooden one from the same drawer?",
+        ]
+        assert repeated_templates(swapped) == [swapped[:3]]
+        assert repeated_templates(swapped[1:]) == []
+
+    def test_openings_vary_within_a_category(self, parts):
+        openings = Counter(
+            (task.category, " ".join(task.content.lower().split()[:3]))
+            for part in parts.values()
+            for task in part
+        )
+        assert max(openings.values()) <= 3
+
+    def test_every_exact_answer_is_read_back(self, parts):
+        for task in parts["checkable"]:
+            assert tasks.is_correct(f"Some steps.\n\n**Answer:** {task.answer}", task.answer)
+            assert tasks.is_correct(rf"Hence \(\boxed{{{task.answer}}}\).", task.answer)
+            assert not tasks.is_correct("The answer is unknown.", task.answer)
+
+    def test_the_readme_states_the_counts(self):
+        readme = Path(__file__).parent.parent / "messages" / "README.md"
+        text = readme.read_text(encoding="utf-8")
+        for name, count in (("train", 500), ("evaluate", 50), ("checkable", 100)):
+            assert re.search(rf"`{name}\.jsonl`[^\n]*\b{count}\b", text)
+
+
+class TestLoad:
+    def test_n_takes_the_first_tasks(self, parts):
+        assert tasks.load("train", n=20) == parts["train"][:20]
+
+    @pytest.mark.parametrize("n", [0, -1, 51])
+    def test_n_out_of_range_names_what_can_be_had(self, n):
+        with pytest.raises(ValueError, match=rf"evaluate.*{n} tasks asked for.*1 and 50"):
+            tasks.load("evaluate", n=n)
+
+    def test_an_unknown_part_names_the_parts(self):
+        with pytest.raises(ValueError, match=r"'test'.*train, evaluate, checkable"):
+            tasks.load("test")
+
+
+class TestBalancedSample:
+    def test_equally_many_of_each_category_without_repeats(self, parts):
+        drawn = tasks.balanced_sample(parts["train"], 100, seed=3)
+        assert Counter(task.category for task in drawn) == dict.fromkeys(records.CATEGORIES, 10)
+        assert len({task.id for task in drawn}) == 100
+        assert len({task.category for task in drawn[:10]}) == 10
+
+    def test_the_seed_alone_decides(self, parts):
+        first, again, other = (
+            tasks.balanced_sample(parts["train"], 30, seed=seed) for seed in (5, 5, 6)
+        )
+        assert first == again
+        assert first != other
+
+    def test_a_remainder_goes_to_different_categories(self, parts):
+        counts = Counter(t.category for t in tasks.balanced_sample(parts["train"], 16, seed=0))
+        assert sorted(counts.values()) == [1] * 4 + [2] * 6
+
+    def test_fewer_tasks_than_categories(self, parts):
+        drawn = tasks.balanced_sample(parts["train"], 3, seed=0)
+        assert len({task.category for task in drawn}) == 3
+
+    def test_all_tasks_can_be_drawn(self, parts):
+        drawn = tasks.balanced_sample(parts["evaluate"], 50, seed=1)
+        assert sorted(task.id for task in drawn) == sorted(
+            task.id for task in parts["evaluate"]
+        )
+
+    def test_a_category_that_is_too_small_is_named(self):
+        few = [records.Task(f"a{i}", "wide", "?") for i in range(5)]
+        few.append(records.Task("b", "narrow", "?"))
+        with pytest.raises(ValueError, match="'narrow' has 1 tasks, 2 are needed"):
+            tasks.balanced_sample(few, 4, seed=0)
+
+    @pytest.mark.parametrize("n", [0, 51])
+    def test_n_out_of_range(self, parts, n):
+        with pytest.raises(ValueError, match="between 1 and 50"):
+            tasks.balanced_sample(parts["evaluate"], n, seed=0)
+
+
+class TestFromFile:
+    def test_reads_tasks_with_and_without_the_optional_fields(self, tmp_path):
+        path = tmp_path / "mine.jsonl"
+        path.write_text(
+            '\ufeff{"id": "a", "content": "Why \u2028 so?", "source": "me"}\n\n'
+            '{"id": "b", "content": "2+2?", "category": "sums", "answer": "4"}\r\n',
+            encoding="utf-8",
+        )
+        assert tasks.from_file(path) == [
+            records.Task("a", "own", "Why \u2028 so?"),
+            records.Task("b", "sums", "2+2?", "4"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("{'id': 1}", "line 2: not JSON"),
+            ('{"id": "x", "content": "y"', "line 2: not JSON"),
+            ("[" * 100_000, "line 2: not JSON"),
+            ('["x", "y"]', "line 2: expected an object, got list"),
+            ('{"content": "y"}', "line 2, field 'id': missing"),
+            ('{"id": "x"}', "line 2, field 'content': missing"),
+            ('{"id": 7, "content": "y"}', "line 2, field 'id': expected a string, got 7"),
+            ('{"id": "x", "content": ["y"]}', "'content': expected a string, got ['y']"),
+            (
+                '{"id": "x", "content": "y", "answer": 4}',
+                "'answer': expected a string, got 4",
+            ),
+            ('{"id": "x", "content": "y", "category": null}', "'category': expected a string"),
+            ('{"id": "x", "content": " "}', "line 2, field 'content': empty"),
+            ('{"id": "", "content": "y"}', "line 2, field 'id': empty"),
+            ('{"id": "first", "content": "y"}', "line 2, field 'id': 'first' is on line 1 too"),
+        ],
+    )
+    def test_a_bad_line_is_named_with_file_line_and_field(self, tmp_path, line, message):
+        path = tmp_path / "mine.jsonl"
+        path.write_text('{"id": "first", "content": "z"}\n' + line + "\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            tasks.from_file(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("text", ["", "\n \n"])
+    def test_an_empty_file(self, tmp_path, text):
+        path = tmp_path / "mine.jsonl"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"mine\.jsonl: empty"):
+            tasks.from_file(path)
+
+    def test_a_file_that_is_not_there_a_folder_and_bytes(self, tmp_path):
+        with pytest.raises(ValueError, match=r"none\.jsonl: cannot be read"):
+            tasks.from_file(tmp_path / "none.jsonl")
+        with pytest.raises(ValueError, match="cannot be read"):
+            tasks.from_file(tmp_path)
+        (tmp_path / "mine.jsonl").write_bytes(b'{"id": "\xff"}')
+        with pytest.raises(ValueError, match=r"mine\.jsonl: not UTF-8 text \(byte 8\)"):
+            tasks.from_file(tmp_path / "mine.jsonl")
+
+    def test_our_own_files_pass(self, parts):
+        for part in tasks.PARTS:
+            path = Path(__file__).parent.parent / "messages" / f"{part}.jsonl"
+            assert tasks.from_file(path) == parts[part]
+            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            extra = {"answer"} if part == "checkable" else set()
+            assert all(set(row) == {"id", "category", "content"} | extra for row in rows)
+
+
+class TestReadAnswer:
+    @pytest.mark.parametrize(
+        ("text", "answer"),
+        [
+            ("The answer is 42.", "42"),
+            ("The answer is 412.5 grams. That is all.", "412.5 grams"),
+            ("So the final answer is: **22:02**.", "22:02"),
+            ("**Answer:** Thursday\n\nThis follows from 100 = 14 x 7 + 2.", "Thursday"),
+            ("## Final Answer\n\n7/12", "7/12"),
+            ("The answer to 17 times 24 is 408", "408"),
+            ("Answer: 5\n\nWait, I slipped.\n\nAnswer: 6", "6"),
+            (r"Thus \boxed{7} is not it, but \boxed{\frac{7}{12}} is.", "7/12"),
+            (r"\[ \boxed{\text{Cal}} \]", "Cal"),
+            (r"The total is $\boxed{1{,}332}$.", "1332"),
+            (
+                "We add.\n\nTherefore it costs **6.35 euros** in the end, as promised.",
+                "6.35 euros",
+            ),
+            ("17 * 24 - 19 * 12 = 408 - 228 = 180", "180"),
+            ("Adding it all up, the youngest of the four is Oli.", "Oli"),
+            (
+                "After all of that counting there were exactly 15 handshakes",
+                "15",
+            ),
+            ("By this method one obtains 600 pages without any doubt", "600"),
+            (
+                "No, because each move keeps the parity.",
+                "No, because each move keeps the parity",
+            ),
+            ("I don't think the answer is 5. I count six.\n\nAnswer: 6", "6"),
+            ("If the answer is 5, we fail. The sum is 6", "The sum is 6"),
+            ("<think>The answer is 5.</think>\nThe answer is 6.", "6"),
+            ("The opening tag was in the prompt: 5</think>6", "6"),
+            ("42", "42"),
+        ],
+    )
+    def test_finds_the_final_answer(self, text, answer):
+        assert tasks.read_answer(text) == answer
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            " \n ",
+            "<think>The answer is 5.",
+            "</think>",
+            r"\boxed{}",
+            "Five printers of that kind then print 600 pages every 4 minutes",
+            "It follows that one should think about this a good deal longer",
+        ],
+    )
+    def test_says_none_rather_than_guess(self, text):
+        assert tasks.read_answer(text) is None
+
+    def test_is_quick_on_long_and_broken_text(self):
+        for text in ("\\boxed{" * 3000, "answer to " * 20_000, "9" * 20_000):
+            assert not tasks.is_correct(text, "5")
+
+
+class TestIsCorrect:
+    @pytest.mark.parametrize(
+        ("text", "answer"),
+        [
+            ("180", "180"),
+            ("The answer is 180.0.", "180"),
+            ("The answer is $1.50.", "1.50"),
+            ("The answer is 1.5 euros per pen.", "1.50"),
+            (r"\boxed{\$540.80}", "540.80"),
+            (r"\boxed{1{,}080 \text{ ml}}", "1080"),
+            (r"\boxed{4\,000\,\text{g}}", "4000"),
+            ("Answer: 4,000 grams", "4000"),
+            ("Answer: 4 000 g", "4000"),
+            (r"\boxed{102 \text{ m}^2}", "102"),
+            ("Answer: 102 m²", "102"),
+            (r"\boxed{120^\circ}", "120"),
+            ("Answer: 120°", "120"),
+            ("Answer: −5 degrees", "-5"),
+            ("Answer: minus five", "-5"),
+            (r"\boxed{-\frac{1}{2}}", "-0.5"),
+            (r"\boxed{\dfrac{14}{24}}", "7/12"),
+            (r"\boxed{\frac7{12}}", "7/12"),
+            ("Answer: 2 1/2", "2.5"),
+            (r"\boxed{2\tfrac12}", "5/2"),
+            ("Answer: .5", "1/2"),
+            ("Answer: 25%", "25"),
+            ("Answer: 25 per cent", "1/4"),
+            (r"\boxed{25\%}", "0.25"),
+            ("Answer: six", "6"),
+            ("There are six of them.", "6"),
+            ("On the 8th day.", "8"),
+            ("Answer: day eight", "8"),
+            ("x = 36", "36"),
+            ("The answer is 15, because each of 6 people meets 5 others, not 6.", "15"),
+            ("Answer: 26 (a Tuesday)", "26"),
+            ("The letter s occurs 6 times between the two others.", "6"),
+            ("The answer is 6 times.", "6"),
+            ("Answer: 15, not 30.", "15"),
+            ("Answer: 10:02 pm", "22:02"),
+            ("Answer: 10:02 P.M.", "22:02"),
+            ("At 9:00.", "09:00"),
+            ("Answer: 12:05 am", "00:05"),
+            ("Answer: Yes.", "yes"),
+            ("No, it need not be.", "no"),
+            ("So the result is no", "no"),
+            ("**NO**", "no"),
+            ("It was Cal.", "Cal"),
+            ("The answer is that Cal did it.", "Cal"),
+            ("The answer is a liar.", "liar"),
+            ("The answer is that B is a liar.", "liar"),
+            ("The answer is the letter N.", "N"),
+            ('The answer is "frog".', "frog"),
+            (r"\boxed{\text{Saturday}}", "Saturday"),
+            ("It will be on a SATURDAY!", "saturday"),
+            ("Answer: A", "a"),
+        ],
+    )
+    def test_accepts_the_same_answer_in_another_form(self, text, answer):
+        assert tasks.is_correct(text, answer)
+
+    @pytest.mark.parametrize(
+        ("text", "answer"),
+        [
+            ("The answer is not 5.", "5"),
+            ("I do not think that the answer is 5.", "5"),
+            ("If the answer is 5, then pigs can fly over the whole town of mine.", "5"),
+            ("The answer is 5 or 6.", "5"),
+            ("The answer is 5 and 6.", "5"),
+            ("The answer is more than 5.", "5"),
+            ("The answer is about 5.", "5"),
+            ("The answer is at least 5.", "5"),
+            ("The answer is just over 5.", "5"),
+            ("Answer: twenty-five", "5"),
+            ("Answer: ~5", "5"),
+            (r"\boxed{\approx 5}", "5"),
+            (r"\boxed{x \leq 5}", "5"),
+            (r"\boxed{\sqrt{5}}", "5"),
+            (r"\boxed{5\pi}", "5"),
+            (r"\boxed{5^2}", "5"),
+            ("Answer: 5^2", "5"),
+            (r"\boxed{2 \cdot 5}", "5"),
+            ("Answer: 5 thousand", "5"),
+            ("Answer: 5 and a half", "5"),
+            ("Answer: 2 1/2", "2"),
+            ("Answer: 15", "5"),
+            ("Answer: 5.1", "5"),
+            ("Answer: 5,1", "5"),
+            ("Answer: 5, 6", "5"),
+            ("Answer: 5/6", "5"),
+            ("Answer: 5/0", "5"),
+            ("Answer: 5-7", "5"),
+            ("Answer: -5", "5"),
+            ("Answer: 0.58", "7/12"),
+            ("Answer: 0.5833333", "7/12"),
+            ("Answer: 1.234", "1234"),
+            ("Answer: 1,23", "123"),
+            ("Answer: 12,345,67", "1234567"),
+            ("Answer: A5", "5"),
+            ("Answer: 5:00", "5"),
+            ("Answer: 50%", "5"),
+            ("Answer: 3*4", "34"),
+            ("Answer: 10:02", "22:02"),
+            ("Answer: 10:02 am", "22:02"),
+            ("Answer: 22:02 or 22:03", "22:02"),
+            ("Answer: 2202", "22:02"),
+            ("Yes and no.", "yes"),
+            ("Yes, or rather no.", "yes"),
+            ("Not yes.", "yes"),
+            ("Nobody knows.", "no"),
+            ("Answer: not Cal", "Cal"),
+            ("Answer: Cal or Ben", "Cal"),
+            ("Answer: Cal and Ben", "Cal"),
+            ("Answer: Cal (or Ben)", "Cal"),
+            ("Answer: Cal's brother", "Cal"),
+            ("Answer: everyone but Cal", "Cal"),
+            ("Answer: Ben blames Cal", "Cal"),
+            ("Answer: Calvin", "Cal"),
+            ("Answer: truth-teller", "liar"),
+            ("Answer: greenish", "green"),
+            ("Answer: green, white", "green"),
+            ("Answer: the", "n"),
+            ("<think>The answer is 5.", "5"),
+            ("The answer is 5.</think>The answer is 6.", "5"),
+            ("", "5"),
+        ],
+    )
+    def test_rejects_what_is_not_the_answer(self, text, answer):
+        assert not tasks.is_correct(text, answer)
+
+    def test_no_two_different_answers_are_taken_for_one(self, parts):
+        given = {task.answer.casefold() for task in parts["checkable"]}
+        for one in given:
+            assert [other for other in given if tasks.same(one, other)] == [one]
