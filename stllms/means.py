@@ -1,0 +1,235 @@
+"""What is kept of activations: counts, sums and second moments of span means, which add up.
+
+The mean of a span is one vector a layer (METHOD, section 6); its sums over spans are all that
+directions need. Sums are kept in ``H`` = :data:`PARTS` parts, a response's part being a hash
+of its task, so that any shard, order or batch size gives the same parts: the first half of
+the parts is the *build* half, the rest the *test* half, and stability can be read at 1/8,
+1/4 and 1/2 of the spans. Written by :mod:`stllms.activations`, read by :mod:`stllms.vectors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+
+from stllms import artifacts
+
+#: Parts that the responses fall into; the first half builds, the second half tests.
+PARTS = 8
+#: A behaviour with fewer spans has no direction (DESIGN: unavailable).
+MIN_SPANS = 10
+
+
+def part_of(task_id: str) -> int:
+    """The part of a response, from a hash of its task alone: ``0 .. PARTS - 1``."""
+    return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4], "big") % PARTS
+
+
+def is_build(task_id: str) -> bool:
+    """Whether a response belongs to the half from which directions are built."""
+    return part_of(task_id) < PARTS // 2
+
+
+@dataclass(frozen=True)
+class Means:
+    """Span means in sums. ``H`` parts, ``N`` behaviours, ``L`` layers, ``D`` width.
+
+    ``counts [H, N]`` spans, ``sums [H, N, L, D]`` of span means, ``squares [N, L, D]`` of their
+    elementwise squares, ``overall_sums [H, L, D]`` of the responses' averages, and
+    ``overall_counts [H]`` responses: all float64 or int64. ``shuffled [K, N, L, D]`` are sums
+    under ``K`` shuffles of the labels. ``projections [S, L, N]`` are projections of each span
+    of the test half on unit directions built from the build half, ``projection_labels [S]``
+    the behaviours of those spans. ``samples [S, K, D]`` are the span means themselves at
+    ``sample_layers``, empty unless asked for. ``ledger`` counts what was used and what not.
+    """
+
+    behaviours: tuple[str, ...]
+    model: str
+    counts: Tensor
+    sums: Tensor
+    squares: Tensor
+    overall_sums: Tensor
+    overall_counts: Tensor
+    shuffled: Tensor
+    projections: Tensor
+    projection_labels: Tensor
+    samples: Tensor
+    sample_labels: Tensor
+    sample_layers: tuple[int, ...] = ()
+    ledger: dict[str, int] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def zeros(
+        cls,
+        behaviours: tuple[str, ...],
+        n_layers: int,
+        width: int,
+        *,
+        model: str = "",
+        shuffles: int = 0,
+        sample_layers: tuple[int, ...] = (),
+        config: Mapping[str, Any] | None = None,
+    ) -> Means:
+        """Nothing seen yet."""
+        n, shape = len(behaviours), (n_layers, width)
+        real, whole = torch.float64, torch.int64
+        return cls(
+            behaviours=behaviours,
+            model=model,
+            counts=torch.zeros(PARTS, n, dtype=whole),
+            sums=torch.zeros(PARTS, n, *shape, dtype=real),
+            squares=torch.zeros(n, *shape, dtype=real),
+            overall_sums=torch.zeros(PARTS, *shape, dtype=real),
+            overall_counts=torch.zeros(PARTS, dtype=whole),
+            shuffled=torch.zeros(shuffles, n, *shape, dtype=real),
+            projections=torch.zeros(0, n_layers, n),
+            projection_labels=torch.zeros(0, dtype=whole),
+            samples=torch.zeros(0, len(sample_layers), width),
+            sample_labels=torch.zeros(0, dtype=whole),
+            sample_layers=tuple(sample_layers),
+            config=dict(config or {}),
+        )
+
+    @property
+    def n_layers(self) -> int:
+        return self.sums.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.sums.shape[3]
+
+    def overall(self, parts: slice | list[int] = slice(None)) -> Tensor:
+        """``overall[l]``, the average over responses of their averages: ``[L, D]`` float64."""
+        n = int(self.overall_counts[parts].sum())
+        if not n:
+            raise ValueError("no response with spans in these parts: there is no overall mean")
+        return self.overall_sums[parts].sum(0) / n
+
+    def mean(self, parts: slice | list[int] = slice(None)) -> Tensor:
+        """``mean[b][l]`` over all spans of a behaviour, ``[N, L, D]`` float64; zero without
+        spans (look at ``counts``)."""
+        n = self.counts[parts].sum(0).clamp(min=1)
+        return self.sums[parts].sum(0) / n[:, None, None]
+
+    def half(self, which: str) -> Means:
+        """Only the parts of the ``"build"`` or ``"test"`` half, for directions of a half."""
+        if which not in ("build", "test"):
+            raise ValueError(f"a half is 'build' or 'test', not {which!r}")
+        keep = torch.zeros(PARTS, dtype=torch.int64)
+        keep[: PARTS // 2] = int(which == "build")
+        keep[PARTS // 2 :] = int(which == "test")
+        return self.only(keep)
+
+    def only(self, keep: Tensor) -> Means:
+        """Counts and sums of the parts where ``keep [H]`` is one; the rest of the record, which
+        is not kept by parts, is left as it is."""
+        return replace(
+            self,
+            counts=self.counts * keep[:, None],
+            sums=self.sums * keep[:, None, None, None],
+            overall_sums=self.overall_sums * keep[:, None, None],
+            overall_counts=self.overall_counts * keep,
+        )
+
+    def merge(self, other: Means) -> Means:
+        """Both together: counts and sums add, kept spans follow each other.
+
+        Raises:
+            ValueError: naming the field in which the two cannot belong together.
+        """
+        for name in ("behaviours", "model", "sample_layers"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise ValueError(f"cannot merge means: {name} is {mine!r} and {theirs!r}")
+        for name in ("sums", "shuffled"):
+            mine, theirs = tuple(getattr(self, name).shape), tuple(getattr(other, name).shape)
+            if mine != theirs:
+                raise ValueError(f"cannot merge means: {name} has shape {mine} and {theirs}")
+        added = ("counts", "sums", "squares", "overall_sums", "overall_counts", "shuffled")
+        joined = ("projections", "projection_labels", "samples", "sample_labels")
+        return replace(
+            self,
+            **{name: getattr(self, name) + getattr(other, name) for name in added},
+            **{name: torch.cat([getattr(self, name), getattr(other, name)]) for name in joined},
+            ledger={
+                key: self.ledger.get(key, 0) + other.ledger.get(key, 0)
+                for key in {**self.ledger, **other.ledger}
+            },
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as safetensors."""
+        metadata = {
+            name: getattr(self, name)
+            for name in ("behaviours", "model", "sample_layers", "ledger", "config")
+        }
+        artifacts.save_tensors(path, {name: getattr(self, name) for name in TENSORS}, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Means:
+        """The inverse of :meth:`save`, bit for bit."""
+        tensors, metadata = artifacts.load_tensors(path)
+        metadata["behaviours"] = tuple(metadata["behaviours"])
+        metadata["sample_layers"] = tuple(metadata["sample_layers"])
+        return cls(**tensors, **metadata)
+
+
+TENSORS: tuple[str, ...] = (
+    "counts", "sums", "squares", "overall_sums", "overall_counts", "shuffled",
+    "projections", "projection_labels", "samples", "sample_labels",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Separability:
+    """How well the projection on a direction of the build half tells the spans of a behaviour
+    from all others, on the spans of the test half: ``d_prime`` and ``auc``, ``[N, L]``."""
+
+    behaviours: tuple[str, ...]
+    d_prime: Tensor
+    auc: Tensor
+    counts: Tensor
+
+
+def separability(means: Means, *, min_spans: int = MIN_SPANS) -> Separability:
+    """d' and AUC of every behaviour and layer, held out.
+
+    With projections ``x`` of the behaviour's own spans and ``y`` of all others, both of the
+    test half: ``d' = (mean x - mean y) / sqrt((var x + var y) / 2)`` and ``AUC = P(x > y)``
+    (ties count one half; Mann-Whitney). Behaviours with fewer than ``min_spans`` spans in
+    either half are left out, never NaN.
+    """
+    labels = means.projection_labels.numpy()
+    total = len(labels)
+    build = means.counts[: PARTS // 2].sum(0)
+    tests = [int((labels == b).sum()) for b in range(len(means.behaviours))]
+    chosen = [
+        b
+        for b, n in enumerate(tests)
+        if n >= min_spans and total - n >= min_spans and int(build[b]) >= min_spans
+    ]
+    d_prime = np.zeros((len(chosen), means.n_layers))
+    auc = np.zeros_like(d_prime)
+    for row, b in enumerate(chosen):
+        own = labels == b
+        values = means.projections[:, :, b].numpy().astype(np.float64)
+        x, y = values[own], values[~own]
+        spread = np.sqrt((x.var(0, ddof=1) + y.var(0, ddof=1)) / 2)
+        d_prime[row] = (x.mean(0) - y.mean(0)) / np.maximum(spread, 1e-30)
+        ranks = rankdata(values, axis=0)[own].sum(0)
+        auc[row] = (ranks - len(x) * (len(x) + 1) / 2) / (len(x) * len(y))
+    return Separability(
+        tuple(means.behaviours[b] for b in chosen),
+        torch.from_numpy(d_prime).float(),
+        torch.from_numpy(auc).float(),
+        torch.tensor([tests[b] for b in chosen]),
+    )

@@ -1,0 +1,323 @@
+"""Directions of behaviours: difference of means, rescaled; cosines, nulls and stability.
+
+METHOD, section 6, with the mean over spans ``mean[b][l]`` and the mean over responses
+``overall[l]``::
+
+    direction[b][l] = (mean[b][l] - overall[l]) * ||overall[l]|| / ||mean[b][l] - overall[l]||
+
+so that coefficient 1 adds a vector as long as the average residual at that layer. Every
+estimator below is rescaled in the same way. A behaviour with fewer than
+:data:`~stllms.means.MIN_SPANS` spans has no direction: it is not among ``.behaviours`` but in
+``.unavailable``, so that no NaN ever reaches a figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stllms import artifacts
+from stllms.means import MIN_SPANS, PARTS, Means
+from stllms.probes import logistic_directions
+from stllms.records import BEHAVIOURS, STEERED
+
+ESTIMATORS: tuple[str, ...] = ("difference-of-means", "difference-from-others", "probe")
+
+
+@dataclass(frozen=True)
+class SteeringVectors:
+    """Directions of ``N`` behaviours at ``L`` layers.
+
+    ``directions`` and ``means`` ``[N, L, D]``, ``overall [L, D]``, float32; ``counts [N]``
+    spans; ``unavailable``: behaviours with too few spans, and how many they had; ``left_out``:
+    labels of a released file that are no behaviours, and their spans.
+    """
+
+    behaviours: tuple[str, ...]
+    directions: Tensor
+    means: Tensor
+    overall: Tensor
+    counts: Tensor
+    model: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    unavailable: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.behaviours)
+        layers, width = self.overall.shape
+        for name, shape in {"directions": (n, layers, width), "counts": (n,)}.items():
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise ValueError(f"{name} should have shape {shape}, it has {found}")
+        if not torch.isfinite(self.directions).all():
+            bad = (~torch.isfinite(self.directions)).flatten(1).any(1)
+            names = [b for b, is_bad in zip(self.behaviours, bad, strict=True) if is_bad]
+            raise ValueError(f"directions are not finite: {', '.join(names)}")
+
+    @property
+    def n_layers(self) -> int:
+        return self.overall.shape[0]
+
+    def index(self, behaviour: str) -> int:
+        """The row of a behaviour.
+
+        Raises:
+            KeyError: naming the spans it had, or the behaviours there are.
+        """
+        if behaviour in self.behaviours:
+            return self.behaviours.index(behaviour)
+        if behaviour in self.unavailable:
+            raise KeyError(
+                f"{behaviour!r} is unavailable: {self.unavailable[behaviour]} spans, "
+                f"at least {self.config.get('min_spans', MIN_SPANS)} are needed"
+            )
+        raise KeyError(f"no direction of {behaviour!r}; there are {', '.join(self.behaviours)}")
+
+    def direction(self, behaviour: str, layer: int) -> Tensor:
+        """The direction of a behaviour at a layer, ``[D]``."""
+        row = self.index(behaviour)
+        if not 0 <= layer < self.n_layers:
+            raise IndexError(f"layer {layer} is not in 0 .. {self.n_layers - 1}")
+        return self.directions[row, layer]
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors, everything that is no tensor in its metadata."""
+        tensors = ("directions", "means", "overall", "counts")
+        rest = ("behaviours", "model", "config", "unavailable", "left_out")
+        artifacts.save_tensors(
+            path,
+            {name: getattr(self, name) for name in tensors},
+            {name: getattr(self, name) for name in rest},
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> SteeringVectors:
+        """The inverse of :meth:`save`, bit for bit."""
+        tensors, metadata = artifacts.load_tensors(path)
+        metadata["behaviours"] = tuple(metadata["behaviours"])
+        return cls(**tensors, **metadata)
+
+
+def difference_of_means(means: Means, *, min_spans: int = MIN_SPANS) -> SteeringVectors:
+    """The paper's directions (formula above) from collected means."""
+    return estimate(means, "difference-of-means", min_spans=min_spans)
+
+
+def estimate(
+    means: Means, estimator: str = "difference-of-means", *, min_spans: int = MIN_SPANS
+) -> SteeringVectors:
+    """Directions by a named estimator; all are rescaled to ``||overall[l]||``.
+
+    * ``"difference-of-means"``: ``mean[b] - overall`` (the paper, METHOD section 6).
+    * ``"difference-from-others"``: ``mean[b] - mean of the spans of all other behaviours``, as
+      in contrastive activation addition (Rimsky et al. 2023, arXiv 2312.06681).
+    * ``"probe"``: normal of a logistic regression of "span of b" on the span mean (Alain and
+      Bengio 2016, arXiv 1610.01644; :mod:`stllms.probes`). It needs the span means themselves:
+      ``activations.collect(..., keep=range(n_layers))``.
+
+    Raises:
+        ValueError: unknown estimator, no spans at all, or nothing kept for the probe.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
+    counts = means.counts.sum(0)
+    rows = [b for b in range(len(means.behaviours)) if int(counts[b]) >= min_spans]
+    mean, overall = means.mean(), means.overall()
+    if estimator == "difference-of-means":
+        raw = mean - overall
+    elif estimator == "difference-from-others":
+        others = (counts.sum() - counts).clamp(min=1)[:, None, None]
+        raw = mean - (means.sums.sum((0, 1)) - means.sums.sum(0)) / others
+    else:
+        raw = logistic_directions(means)
+    names = means.behaviours
+    return SteeringVectors(
+        behaviours=tuple(names[b] for b in rows),
+        directions=rescale(raw[rows], overall).float(),
+        means=mean[rows].float(),
+        overall=overall.float(),
+        counts=counts[rows],
+        model=means.model,
+        config={**means.config, "estimator": estimator, "min_spans": min_spans},
+        unavailable={names[b]: int(counts[b]) for b in range(len(names)) if b not in rows},
+    )
+
+
+def rescale(raw: Tensor, overall: Tensor) -> Tensor:
+    """``raw * ||overall|| / ||raw||`` over the last dimension; ``[..., L, D]``, ``[L, D]``."""
+    lengths = raw.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(raw.dtype).tiny)
+    return raw * (overall.norm(dim=-1, keepdim=True) / lengths)
+
+
+def load_published(path: str | Path, *, min_spans: int = MIN_SPANS) -> SteeringVectors:
+    """Directions from a released ``mean_vectors_*.pt``: label -> ``{"mean": [L, D], "count"}``.
+
+    Read with ``weights_only=True``: a file with code in it is refused. Labels that are no
+    behaviour are left out and reported in ``.left_out``; means are used as they are, the rest
+    is the formula above.
+
+    Raises:
+        artifacts.BadFile: missing, unsafe or of another structure.
+    """
+    content = artifacts.load_torch(path)
+    if not isinstance(content, Mapping) or not all(_is_entry(e) for e in content.values()):
+        raise artifacts.BadFile(f"{path}: expected label -> {{'mean': [L, D], 'count': n}}")
+    if "overall" not in content:
+        raise artifacts.BadFile(f"{path}: there is no 'overall' among {sorted(content)}")
+    overall = content["overall"]["mean"].double()
+    found = {label: int(entry["count"]) for label, entry in content.items()}
+    known = [b for b in BEHAVIOURS if b in content]
+    names = [b for b in known if found[b] >= min_spans]
+    mean = torch.stack([content[b]["mean"].double() for b in names])
+    return SteeringVectors(
+        behaviours=tuple(names),
+        directions=rescale(mean - overall, overall).float(),
+        means=mean.float(),
+        overall=overall.float(),
+        counts=torch.tensor([found[b] for b in names]),
+        model=Path(path).stem.removeprefix("mean_vectors_"),
+        config={"source": Path(path).name, "min_spans": min_spans},
+        unavailable={b: found.get(b, 0) for b in BEHAVIOURS if b not in names},
+        left_out={k: n for k, n in found.items() if k not in (*BEHAVIOURS, "overall")},
+    )
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, Mapping)
+        and isinstance(entry.get("mean"), Tensor)
+        and entry["mean"].ndim == 2
+        and isinstance(entry.get("count"), int)
+    )
+
+
+def cosines(steering_vectors: SteeringVectors, layers: Mapping[str, int]) -> Tensor:
+    """Cosine similarity between directions, each at its own layer: ``[N, N]``.
+
+    Rows and columns are the keys of ``layers`` in their order: behaviour -> layer.
+    """
+    rows = [steering_vectors.direction(b, layer) for b, layer in layers.items()]
+    units = torch.nn.functional.normalize(torch.stack(rows).double(), dim=-1)
+    return (units @ units.T).float()
+
+
+def heatmap_layers(
+    steering_vectors: SteeringVectors,
+    steering_layers: Mapping[str, int],
+    labels: Sequence[str],
+) -> dict[str, int]:
+    """The layer of each label for :func:`cosines`: its steering layer, that of backtracking
+    for a label without one (METHOD, section 10); unavailable labels are left out."""
+    default = steering_layers["backtracking"]
+    available = [b for b in labels if b in steering_vectors.behaviours]
+    return {b: steering_layers.get(b, default) for b in available}
+
+
+def steering_layers(published: Mapping[str, int] | None, n_layers: int) -> dict[str, int]:
+    """The layer each behaviour is steered at: the model's own (METHOD, section 8), else the
+    middle layer for all, until layer effects choose one."""
+    return dict(published) if published else dict.fromkeys(STEERED, n_layers // 2)
+
+
+def max_cosine(directions: Tensor, matrix: Tensor, *, chunk: int = 16384) -> Tensor:
+    """Largest cosine between a direction and any row of an (un)embedding, per layer.
+
+    ``directions [N, L, D]``, ``matrix [V, D]`` -> ``[N, L]``; ``chunk`` rows of the matrix at a
+    time. Rows of zeros (padding of the vocabulary) count as cosine 0.
+    """
+    if directions.shape[-1] != matrix.shape[-1]:
+        raise ValueError(
+            f"directions {tuple(directions.shape)} and matrix {tuple(matrix.shape)} "
+            "differ in their last dimension"
+        )
+    units = torch.nn.functional.normalize(directions.float(), dim=-1)
+    best = torch.full(units.shape[:-1], -1.0)
+    for rows in matrix.split(chunk):
+        rows = torch.nn.functional.normalize(rows.float(), dim=-1)
+        best = torch.maximum(best, (units @ rows.T).amax(-1))
+    return best
+
+
+def random_directions(steering_vectors: SteeringVectors, n: int, seed: int) -> Tensor:
+    """``n`` random directions a layer, as long as the real ones: ``[n, L, D]``. The null of
+    steering and of layer effects: uniform on the sphere, from a generator seeded here."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(n, *steering_vectors.overall.shape, generator=generator)
+    return rescale(noise.double(), steering_vectors.overall.double()).float()
+
+
+def shuffled_directions(means: Means) -> Tensor:
+    """Directions from shuffled labels, ``[K, N, L, D]``: what the estimator finds where there
+    is nothing to find. ``K`` shuffles come from ``activations.collect(..., shuffles=K)``."""
+    if not len(means.shuffled):
+        raise ValueError("no shuffles were collected: activations.collect(..., shuffles=K)")
+    counts = means.counts.sum(0).clamp(min=1)[:, None, None]
+    overall = means.overall()
+    return rescale(means.shuffled / counts - overall, overall).float()
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Cosines between directions of disjoint responses, ``cosines [F, N, L]``; ``shares [F]``
+    of the responses on the smaller side, ``counts [F, N]`` spans there."""
+
+    behaviours: tuple[str, ...]
+    shares: tuple[float, ...]
+    counts: Tensor
+    cosines: Tensor
+
+
+def stability(means: Means, *, min_spans: int = MIN_SPANS) -> Stability:
+    """Cosine of the direction from a share of the build half with that of the test half.
+
+    Shares 1/8, 1/4 and 1/2 of all responses: the last is the split-half cosine, the growth
+    shows whether more responses would help. Behaviours with fewer than ``min_spans`` spans in
+    either half are left out; a share without spans of one has cosine 0 and count 0.
+    """
+    half = PARTS // 2
+    enough = torch.minimum(means.counts[:half].sum(0), means.counts[half:].sum(0)) >= min_spans
+    rows = enough.nonzero().flatten().tolist()
+    held_out = _units(means, slice(half, None), rows)
+    sizes = [size for size in (half // 4, half // 2, half) if size]
+    values, counts = [], []
+    for size in sizes:
+        part = slice(0, size)
+        counts.append(means.counts[part].sum(0)[rows])
+        seen = counts[-1][:, None] > 0
+        values.append((_units(means, part, rows) * held_out).sum(-1) * seen)
+    return Stability(
+        tuple(means.behaviours[b] for b in rows),
+        tuple(size / PARTS for size in sizes),
+        torch.stack(counts),
+        torch.stack(values).float(),
+    )
+
+
+def _units(means: Means, parts: slice, rows: list[int]) -> Tensor:
+    """Unit differences of means from some parts, ``[rows, L, D]`` float64."""
+    if not int(means.overall_counts[parts].sum()):
+        return torch.zeros(len(rows), means.n_layers, means.width, dtype=torch.float64)
+    raw = means.mean(parts)[rows] - means.overall(parts)
+    return torch.nn.functional.normalize(raw, dim=-1)
+
+
+def relative_error(means: Means, *, min_spans: int = MIN_SPANS) -> tuple[Tensor, Tensor]:
+    """Standard error of ``mean[b][l]`` relative to the length of its difference, ``[N, L]``.
+
+    ``sqrt(sum_d var_d / n) / ||mean - overall||`` from the second moments; a direction from
+    independent spans has an expected cosine of about ``1 / sqrt(1 + error^2)`` with the true
+    one. Returns the errors and the rows of ``means.behaviours`` they belong to.
+    """
+    counts = means.counts.sum(0)
+    rows = (counts >= max(min_spans, 2)).nonzero().flatten()
+    n = counts[rows][:, None, None].double()
+    mean = means.mean()[rows]
+    variance = (means.squares[rows] / n - mean**2).clamp(min=0) * n / (n - 1)
+    error = (variance / n).sum(-1).sqrt() / (mean - means.overall()).norm(dim=-1)
+    return error.float(), rows

