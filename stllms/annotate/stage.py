@@ -1,0 +1,116 @@
+"""Stage 2a: Responses -> Annotations, placed in characters and in tokens, stored.
+
+Any annotator goes through here: it labels the chains that have no stored annotation of its
+own (or whose annotation failed), the token spans are found in the ids that were used, and the
+file is written as a whole in the order of the responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from stllms import spans
+from stllms.annotate import Annotator, annotator
+from stllms.artifacts import Rows
+from stllms.config import RunConfig
+from stllms.models import Model
+from stllms.records import Annotation, Response, Steered, annotation_from_row, to_row
+
+KEY = ("task_id", "annotator")
+
+
+def for_run(setup: RunConfig) -> Annotator:
+    """The annotator of a run, with the options that its kind takes.
+
+    A judge stores its replies in ``results/<slug>/judge``, where ``replay:`` finds them.
+    """
+    if setup.annotator.startswith("openai:"):
+        return annotator(
+            setup.annotator,
+            base_url=setup.base_url,
+            max_cost=setup.max_cost,
+            folder=setup.folder / "judge",
+        )
+    return annotator(setup.annotator)
+
+
+def annotations(
+    annotator: Annotator,
+    responses: Sequence[Response],
+    *,
+    model: Model | None = None,
+    store: Rows | None = None,
+) -> list[Annotation]:
+    """One annotation a response, in order.
+
+    Args:
+        model: gives the token spans (``spans`` stay empty without it, and for a response
+            through an API, which has no ids).
+        store: rows by ``task_id, annotator``. A chain it holds is not annotated again unless it
+            failed; annotations of other annotators stay in the file.
+    """
+    stored = [] if store is None else [annotation_from_row(row) for row in store.load()]
+    mine = {a.task_id: a for a in stored if a.annotator == annotator.name and a.failed is None}
+    todo = [response for response in responses if response.task_id not in mine]
+    made = annotator.annotate(todo) if todo else []
+    mine |= {
+        annotation.task_id: _in_tokens(annotation, response, model)
+        for response, annotation in zip(todo, made, strict=True)
+    }
+    found = [mine[response.task_id] for response in responses]
+    if store is not None and todo:
+        others = [a for a in stored if a.annotator != annotator.name]
+        store.write([to_row(a) for a in (*others, *found)])
+    return found
+
+
+def steered(
+    annotator: Annotator,
+    chains: Sequence[Steered],
+    *,
+    model: Model,
+    store: Rows | None = None,
+) -> list[Steered]:
+    """The chains with their annotations; ``store`` is rewritten with what was missing."""
+    todo = [one for one in chains if not _labelled(one, annotator.name)]
+    made = annotator.annotate([one.response for one in todo]) if todo else []
+    new = {
+        one.key: replace(one, annotation=_in_tokens(annotation, one.response, model))
+        for one, annotation in zip(todo, made, strict=True)
+    }
+    found = [new.get(one.key, one) for one in chains]
+    if store is not None and new:
+        known = {one.key for one in found}
+        kept = [row for row in store.load() if tuple(row[k] for k in store.key) not in known]
+        store.write([*kept, *map(to_row, found)])
+    return found
+
+
+def _labelled(one: Steered, annotator: str) -> bool:
+    label = one.annotation
+    return label is not None and label.annotator == annotator and label.failed is None
+
+
+def _in_tokens(annotation: Annotation, response: Response, model: Model | None) -> Annotation:
+    if model is None or not response.output_ids:
+        return annotation
+    return spans.with_spans(annotation, model.offsets_of(response), response.thinking)
+
+
+def load(store: Rows, annotator: str) -> list[Annotation]:
+    """The stored annotations of one annotator."""
+    found = [annotation_from_row(row) for row in store.load()]
+    return [annotation for annotation in found if annotation.annotator == annotator]
+
+
+def table(made: Sequence[Annotation]) -> pd.DataFrame:
+    """One row a segment: ``task_id, label, start, end, text``; the data of chain figures."""
+    rows = [
+        (one.task_id, segment.label, segment.start, segment.end, segment.text)
+        for one in made
+        for segment in one.segments
+    ]
+    return pd.DataFrame(rows, columns=["task_id", "label", "start", "end", "text"])

@@ -1,0 +1,223 @@
+"""Train the offline annotator on annotated chains, measure it, write its card.
+
+``python -m stllms.annotate.train --data FILE... [--out offline.npz]`` (needs scikit-learn:
+``pip install "stllms[train]"``). A FILE is either a released comparison file (a JSON list with
+``thinking_process`` and ``annotated_response``) or an ``annotations.jsonl`` of ours, with its
+``responses.jsonl`` beside it. One file should hold the chains of one model.
+
+The truth of a sentence is the label of most of its characters. Nothing is measured on what it
+was trained on: a chain is labelled by a classifier that has seen neither its **model** (file)
+nor its **question**. That matters: all released files answer the same 100 questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stllms import agreement, sentences, spans
+from stllms.annotate import card, markup, offline
+from stllms.records import BEHAVIOURS, Annotation, annotation_from_row
+
+#: Inverse strength of the penalty on the squared weights.
+PENALTY = 0.05
+#: Features of fewer training sentences are left out: no loss, and three times as fast.
+LEAST = 3
+FOLDS = 5
+_CORRECTIONS = np.round(np.arange(0.0, 1.01, 0.1), 1)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A thinking text whose sentences ``places`` have the labels ``truth`` (-1: none)."""
+
+    source: str
+    question: str
+    text: str
+    places: list[tuple[int, int]]
+    truth: np.ndarray
+
+
+def read_chains(path: str | Path) -> list[Chain]:
+    """The annotated chains of one file. Raises ``ValueError`` by name on any other file."""
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        beside = path.with_name("responses.jsonl")
+        texts = {row["task_id"]: row["thinking"] for row in _rows(beside)}
+        records = [annotation_from_row(row) for row in _rows(path)]
+        unknown = [record.task_id for record in records if record.task_id not in texts]
+        if unknown:
+            raise ValueError(f"{path}: task {unknown[0]!r} is not in {beside}")
+        pairs = [(texts[one.task_id], one) for one in records if one.failed is None]
+    else:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            pairs = [
+                (row["thinking_process"], _released(str(i), row)) for i, row in enumerate(rows)
+            ]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: expected a list of chains with thinking_process and "
+                "annotated_response, or an annotations.jsonl"
+            ) from error
+    return [
+        Chain(
+            path.parent.name if path.suffix == ".jsonl" else path.stem,
+            one.task_id,
+            text,
+            sentences.split(text),
+            agreement.unit_labels(one, text, "sentence"),
+        )
+        for text, one in pairs
+    ]
+
+
+def _rows(path: Path) -> list[dict]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _released(task_id: str, row: dict) -> Annotation:
+    segments = markup.read(row["annotated_response"]).segments
+    placed = spans.align(segments, row["thinking_process"])
+    return spans.annotation(placed, task_id, "released")
+
+
+# --- fitting -----------------------------------------------------------------------------
+
+
+def design(chains: Sequence[Chain]):
+    """The features of every sentence, as a sparse matrix ``[n, 2 ** BITS + AROUND]``."""
+    from scipy.sparse import csr_matrix, hstack, vstack
+
+    blocks = []
+    for chain in chains:
+        rows = offline.features(chain.text, chain.places)
+        shape = (len(chain.places), 1 << offline.BITS)
+        hashed = csr_matrix((rows.value, rows.index, rows.start), shape=shape)
+        blocks.append(hstack([hashed, csr_matrix(rows.around)], format="csr"))
+    matrix = vstack(blocks, format="csr")
+    matrix.sum_duplicates()
+    return matrix
+
+
+def fit(matrix, truth: np.ndarray, metadata: dict | None = None) -> offline.Classifier:
+    """Multinomial logistic regression on the labelled rows; no correction chosen yet."""
+    from sklearn.linear_model import LogisticRegression
+
+    known = truth >= 0
+    counts = np.bincount(truth[known], minlength=len(BEHAVIOURS))
+    if not counts.all():
+        missing = [name for name, count in zip(BEHAVIOURS, counts, strict=True) if not count]
+        raise ValueError(f"no sentence of {', '.join(missing)} to train on: give more chains")
+    rows = matrix[known]
+    used = np.flatnonzero(np.bincount(rows.indices, minlength=rows.shape[1]) >= LEAST)
+    model = LogisticRegression(C=PENALTY, max_iter=50, tol=1e-3)
+    model.fit(rows[:, used], truth[known])
+    weights = np.zeros((rows.shape[1], len(BEHAVIOURS)), dtype=np.float32)
+    weights[used] = model.coef_.T
+    return offline.Classifier(
+        labels=BEHAVIOURS,
+        weights=weights,
+        bias=model.intercept_.astype(np.float64),
+        log_prior=np.log(counts / counts.sum()),
+        correction=0.0,
+        metadata=metadata or {},
+    )
+
+
+def cross_predict(matrix, truth, source, question) -> np.ndarray:
+    """Probabilities ``[n, N]`` of every row from rows of other sources *and* other questions.
+
+    ``source`` and ``question [n]`` are integers. With a single source, of other questions.
+    """
+    fold = question % FOLDS
+    sources = np.unique(source)
+    found = np.full((len(truth), len(BEHAVIOURS)), np.nan)
+    for left_out in sources:
+        for part in np.unique(fold):
+            test = (source == left_out) & (fold == part)
+            train = (fold != part) & ((source != left_out) | (len(sources) == 1))
+            if test.any():
+                model = fit(matrix[train], truth[train])
+                scores = np.asarray(matrix[test] @ model.weights) + model.bias
+                scores -= scores.max(axis=1, keepdims=True)
+                found[test] = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    return found
+
+
+def best_correction(probabilities: np.ndarray, truth: np.ndarray) -> float:
+    """The share of the prior to take out that gives the largest kappa."""
+    known = truth >= 0
+    prior = np.bincount(truth[known], minlength=len(BEHAVIOURS)) / known.sum()
+    scores = []
+    for correction in _CORRECTIONS:
+        chosen = (np.log(probabilities[known]) - correction * np.log(prior)).argmax(axis=1)
+        scores.append(agreement.kappa(card.confusion(truth[known], chosen)))
+    return float(_CORRECTIONS[int(np.argmax(scores))])
+
+
+def cross_decide(probabilities: np.ndarray, truth: np.ndarray, source) -> np.ndarray:
+    """Labels of every row; the correction too is chosen on the other sources."""
+    chosen = np.zeros(len(truth), dtype=int)
+    for one in np.unique(source):
+        here = source == one
+        other = ~here if len(np.unique(source)) > 1 else here
+        correction = best_correction(probabilities[other], truth[other])
+        prior = np.bincount(truth[other & (truth >= 0)], minlength=len(BEHAVIOURS))
+        log_prior = np.log(prior / prior.sum())
+        chosen[here] = (np.log(probabilities[here]) - correction * log_prior).argmax(axis=1)
+    return chosen
+
+
+# --- the command -------------------------------------------------------------------------
+
+
+def train(paths: Sequence[str | Path], out: str | Path) -> dict:
+    """Train on ``paths``, write ``out``, ``<out>_card.md`` and ``<out>_card.json``."""
+    out = Path(out)
+    chains = [chain for path in paths for chain in read_chains(path)]
+    names = sorted({chain.source for chain in chains})
+    questions = {name: i for i, name in enumerate(dict.fromkeys(c.question for c in chains))}
+    sizes = [len(chain.places) for chain in chains]
+    truth = np.concatenate([chain.truth for chain in chains])
+    source = np.repeat([names.index(chain.source) for chain in chains], sizes)
+    question = np.repeat([questions[chain.question] for chain in chains], sizes)
+
+    matrix = design(chains)
+    probabilities = cross_predict(matrix, truth, source, question)
+    chosen = cross_decide(probabilities, truth, source)
+    digests = {Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths}
+    final = fit(matrix, truth, {"trained_on": digests})
+    final = offline.Classifier(
+        **{**vars(final), "correction": best_correction(probabilities, truth)}
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    final.save(out)
+    numbers = card.measure(chains, probabilities, chosen, names)
+    numbers |= {"trained_on": digests, "correction": final.correction, "penalty": PENALTY}
+    numbers["weights_bytes"] = out.stat().st_size
+    card.write(numbers, out.with_name(out.stem + "_card"))
+    return numbers
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stllms.annotate.train", description=__doc__
+    )
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--out", default="offline.npz", metavar="FILE")
+    options = parser.parse_args(arguments)
+    numbers = train(options.data, options.out)
+    print(f"kappa {numbers['kappa']:.3f} on unseen models and questions; wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Whose API: base URL, key and price of a model. Read from names and files, never sent.
+
+A key comes from the environment or from a ``.env`` file, is handed to the client and is neither
+printed nor stored. A provider's key is only ever sent to that provider's host.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+#: The key for a server that is none of :data:`PROVIDERS`.
+KEY = "STLLMS_API_KEY"
+#: A file in the shape of ``prices.json`` whose entries go before ours.
+PRICES = "STLLMS_PRICES"
+
+
+class MissingKey(RuntimeError):  # noqa: N818 - named as a person reads it
+    """No API key where one is needed."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An API: models whose name starts with ``prefix`` go to ``url`` with the key ``key``."""
+
+    prefix: str
+    url: str
+    key: str
+
+
+#: Used for a model without a base URL: the first whose prefix fits; ``owner/name`` goes to
+#: the one of prefix ``/``; the last takes the rest.
+PROVIDERS = (
+    Provider("claude-", "https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
+    Provider(
+        "gemini-", "https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY"
+    ),
+    Provider("deepseek-", "https://api.deepseek.com/v1", "DEEPSEEK_API_KEY"),
+    Provider("/", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
+    Provider("", "https://api.openai.com/v1", "OPENAI_API_KEY"),
+)
+
+
+def base_url(model: str, given: str | None = None) -> str:
+    """The URL that ``/chat/completions`` is added to.
+
+    ``given``, else ``OPENAI_BASE_URL``, else the provider of the model's name. A URL
+    without a path gets ``/v1``. Raises ``ValueError`` for what is no http(s) URL.
+    """
+    url = given or setting("OPENAI_BASE_URL") or _provider_of(model).url
+    parts = urlsplit(url.strip())
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"base URL {url!r}: expected http://HOST[:PORT][/v1] or https://...")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("base URL: a key does not belong there (nor a query); see api_key()")
+    return url.strip().rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+
+
+def _provider_of(model: str) -> Provider:
+    name = "/" if "/" in model else model
+    return next(provider for provider in PROVIDERS if name.startswith(provider.prefix))
+
+
+def is_local(url: str) -> bool:
+    """Whether a server runs on this machine or a private network (no key, no price needed)."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return host == "localhost" or host.endswith((".localhost", ".local"))
+
+
+def key_names(url: str) -> list[str]:
+    """The variables that may hold the key for a server, the first that is set counts.
+
+    Its provider's, else ``STLLMS_API_KEY``; the server that ``OPENAI_BASE_URL`` names may have
+    ``OPENAI_API_KEY`` too.
+    """
+    parts = urlsplit(url)
+    provided = [p.key for p in PROVIDERS if urlsplit(p.url).hostname == parts.hostname]
+    if provided:
+        return provided
+    own = setting("OPENAI_BASE_URL")
+    same = own is not None and urlsplit(own).netloc == parts.netloc
+    return [KEY, "OPENAI_API_KEY"] if same else [KEY]
+
+
+def api_key(url: str) -> str:
+    """The key for a server, from the variables of :func:`key_names`.
+
+    A local server without a key gets a placeholder. Raises :class:`MissingKey` that names
+    the variables.
+    """
+    names = key_names(url)
+    for name in names:
+        key = (setting(name) or "").strip()
+        if key and not (key.isascii() and key.isprintable() and " " not in key):
+            raise MissingKey(f"{name} holds characters that no API key has: set it again")
+        if key:
+            return key
+    if is_local(url):
+        return "no-key-needed"
+    raise MissingKey(
+        f"no API key for {urlsplit(url).hostname}: set {' or '.join(names)} in the environment "
+        f"or in a .env file (a line {names[0]}=...) here or in a parent folder; keys are never "
+        "stored"
+    )
+
+
+# --- .env ---------------------------------------------------------------------------------
+
+
+def setting(name: str) -> str | None:
+    """A variable of the environment, else of the nearest ``.env`` (here or in a parent)."""
+    if os.environ.get(name):
+        return os.environ[name]
+    here = Path.cwd()
+    file = next((f for p in (here, *here.parents) if (f := p / ".env").is_file()), None)
+    return read_env(file).get(name) if file else None
+
+
+_LINE = re.compile(
+    r"""\s*(?:export\s+)?(?P<name>[A-Za-z_]\w*)\s*=\s*
+    (?: "(?P<double>[^"]*)" | '(?P<single>[^']*)' | (?P<plain>[^\s"'#]*) )\s*(?:\#.*)?""",
+    re.VERBOSE,
+)
+
+
+def read_env(path: Path) -> dict[str, str]:
+    """The variables of a ``.env`` file: ``NAME=value`` lines, quotes and comments allowed.
+
+    Values are taken as they stand, nothing is expanded. Raises ``ValueError`` that names
+    file and line, never the value, for any other line.
+    """
+    values = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise ValueError(f"{path}, line {number}: expected NAME=value or a # comment")
+        values[match["name"]] = match["double"] or match["single"] or match["plain"] or ""
+    return values
+
+
+# --- prices -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Price:
+    """Price of one million tokens in and out, in ``currency``."""
+
+    input: float
+    output: float
+    currency: str = "USD"
+
+    def of(self, tokens_in: float, tokens_out: float) -> float:
+        """The cost of so many tokens."""
+        return (self.input * tokens_in + self.output * tokens_out) / 1e6
+
+
+def price(model: str, url: str, table: str | os.PathLike[str] | None = None) -> Price | None:
+    """The price of a model; ``None`` where nobody knows it.
+
+    ``table`` (else the file that ``STLLMS_PRICES`` names) goes before the package's
+    ``prices.json``. Looked up by the full name, then without ``provider/``, then without
+    a ``:variant`` or a date. A local server without an entry, and ``:free``, cost nothing.
+    """
+    own = table or setting(PRICES)
+    tables = [Path(own).expanduser()] if own else []
+    for path in [*tables, Path(__file__).parent / "prices.json"]:
+        prices, currency = _read_prices(path)
+        for name in _names(model):
+            if name in prices:
+                entry = prices[name]
+                return Price(float(entry["input"]), float(entry["output"]), currency)
+    return Price(0.0, 0.0) if is_local(url) or model.endswith(":free") else None
+
+
+def _names(model: str) -> list[str]:
+    if model.endswith(":free"):
+        return [model]
+    bare = model.rpartition("/")[2]
+    plain = bare.partition(":")[0]
+    undated = re.sub(r"[-@](\d{4}-\d{2}-\d{2}|\d{8}|\d{3})$", "", plain)
+    return list(dict.fromkeys([model, bare, plain, undated]))
+
+
+def _read_prices(path: Path) -> tuple[Mapping[str, Any], str]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"price table {path}: {error}") from error
+    models = content.get("models") if isinstance(content, dict) else None
+    if not isinstance(models, dict):
+        raise ValueError(f'price table {path}: expected {{"currency": ..., "models": {{...}}}}')
+    for name, entry in models.items():
+        numbers = [entry.get(k) for k in ("input", "output")] if isinstance(entry, dict) else []
+        if len(numbers) != 2 or not all(_is_price(number) for number in numbers):
+            raise ValueError(f"price table {path}: {name} needs input and output, numbers >= 0")
+    return models, str(content.get("currency", "USD"))
+
+
+def _is_price(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0

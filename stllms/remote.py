@@ -1,0 +1,141 @@
+"""Tasks -> Responses through an API, stored like the replies of a judge.
+
+What a provider calls reasoning, in a field of its own or between ``<think>`` and ``</think>``
+in the text, becomes ``thinking``. The tokens are not known here: ``prompt_ids`` and
+``output_ids`` are empty.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stllms import api, prompts
+from stllms.records import Response, Task
+from stllms.registry import MODELS, ModelEntry
+from stllms.replies import Reply, Request, Store, clean
+
+#: What stands in the identity of a stored reply, where a judge's has its protocol.
+PROTOCOL = "response"
+
+
+def responses(
+    model_id: str,
+    tasks: Sequence[Task],
+    *,
+    max_new_tokens: int,
+    folder: str | os.PathLike[str],
+    temperature: float | None = 0.0,
+    kind: str | None = None,
+    style: str = "sound",
+    base_url: str | None = None,
+    max_cost: float | None = None,
+    extra: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[Response]:
+    """What an API model writes for each task, in the order of the tasks.
+
+    ``model_id`` is the provider's name of the model or a registry name; ``kind`` ("thinking",
+    "instruct", "unknown") and ``style`` choose the prompt as in :func:`stllms.prompts.prompt`,
+    ``kind`` by default from the registry. ``temperature=None`` leaves it to the provider
+    (some models take none). ``extra`` fields are sent as they are, for instance
+    ``{"reasoning": {"max_tokens": 1500}}``; ``options`` are those of
+    :class:`stllms.api.Client`.
+
+    A task that failed is left out, named in a printed line, kept with its reason
+    (:func:`failures`) and asked again on the next run. Raises the errors of
+    :meth:`stllms.api.Client.replies`.
+    """
+    entry = known(model_id)
+    name = entry.api_id if entry and entry.api_id and "/" not in model_id else model_id
+    kind = kind or (entry.kind if entry else "unknown")
+    client = api.Client(name, folder=folder, base_url=base_url, max_cost=max_cost, **options)
+    sampling = {} if temperature is None else {"temperature": temperature}
+    sent = {**sampling, **(extra or {})}
+    texts = [clean(prompts.prompt(task.content, kind, style)) for task in tasks]
+    asked = [
+        Request(
+            name=task.id,
+            messages=({"role": "user", "content": text},),
+            identity={"protocol": PROTOCOL, "max_tokens": max_new_tokens, **sent},
+            max_tokens=max_new_tokens,
+            expected_tokens=max_new_tokens,
+            extra=sent,
+        )
+        for task, text in zip(tasks, texts, strict=True)
+    ]
+    replies = client.replies(asked, unusable)
+    failed = [(t.id, r.failed) for t, r in zip(tasks, replies, strict=True) if r.failed]
+    if failed:
+        print(
+            f"{name}: {len(failed)} of {len(tasks)} tasks failed and are left out (asked again "
+            f"on the next run): {'; '.join(f'{task}: {why}' for task, why in failed[:5])}"
+            + ("; ..." if len(failed) > 5 else "")
+        )
+    return [
+        to_response(task, text, reply, kind)
+        for task, text, reply in zip(tasks, texts, replies, strict=True)
+        if reply.failed is None
+    ]
+
+
+def known(model_id: str) -> ModelEntry | None:
+    """The registry entry of an API model, by its name or API id, with or without an owner."""
+    bare = model_id.rpartition("/")[2].lower()
+    entries = (entry for entry in MODELS.values() if entry.api_id)
+    return next((e for e in entries if bare in (e.name, str(e.api_id).lower())), None)
+
+
+def unusable(reply: Reply) -> str | None:
+    """Why a reply is no response, ``None`` if it is one."""
+    if reply.content.strip() or reply.reasoning.strip():
+        return None
+    return f"empty reply (finish_reason {reply.finish})"
+
+
+def to_response(task: Task, prompt_text: str, reply: Reply, kind: str) -> Response:
+    """The record of a reply. ``closed`` is true only if the provider says so.
+
+    That is a closing tag in the text, or reasoning in its own field with an answer beside it
+    and ``finish_reason`` ``stop``. Without any reasoning the whole text is the thinking, as for
+    a local instruct model; but for a *thinking* model, whose provider then kept the
+    reasoning to itself, the thinking is empty and the text the answer.
+    """
+    text, finished = reply.content, reply.finish == "stop"
+    if reply.reasoning.strip():
+        answer = text.strip()
+        closed = finished and bool(answer)
+        thinking, begin = reply.reasoning.strip(), len(prompts.OPEN) + 1
+        text = f"{prompts.OPEN}\n{thinking}"
+        text += f"\n{prompts.CLOSE}\n\n{answer}" if closed else ""
+    else:
+        inline = prompts.OPEN in text or prompts.CLOSE in text
+        thinking, begin, answer, closed = prompts.split(text, opened=prompts.CLOSE in text)
+        closed = closed and (finished or inline)
+        if kind == "thinking" and not inline:
+            thinking, begin = "", 0
+    return Response(
+        task_id=task.id,
+        category=task.category,
+        prompt_text=prompt_text,
+        prompt_ids=(),
+        output_ids=(),
+        text=text,
+        thinking=thinking,
+        thinking_start=begin,
+        answer=answer,
+        closed=closed,
+        finished=finished,
+    )
+
+
+def failures(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Task id -> reason, of the stored requests for responses that have no good reply yet."""
+    store = Store(folder).load()
+    found = {}
+    for key in store.rows:
+        row = (store.answers(key) or [store.last(key)])[-1]
+        if row and row["identity"].get("protocol") == PROTOCOL and row["reason"]:
+            found[row["name"]] = row["reason"]
+    return found

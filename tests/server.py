@@ -1,0 +1,294 @@
+"""A chat-completions server on 127.0.0.1 for tests: a deterministic judge, and its bad days.
+
+``python -m tests.server --port 8123`` lets ``run_all.sh --judge openai:test --base-url
+http://localhost:8123`` be tried without an account. The model ``test`` labels by cue words;
+every other name of :data:`MODELS` misbehaves in its own way. Standard library only: it knows
+nothing of the package but the wire format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import threading
+import time
+import zlib
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+LABELS = (
+    "deduction",
+    "initializing",
+    "adding-knowledge",
+    "example-testing",
+    "uncertainty-estimation",
+    "backtracking",
+)
+CUES = {
+    "backtracking": ("wait", "actually", "instead", "go back"),
+    "uncertainty-estimation": ("not sure", "maybe", "perhaps", "hmm"),
+    "example-testing": ("for example", "let me test", "suppose"),
+    "adding-knowledge": ("recall", "know that", "by definition"),
+}
+#: Model names and what they do; an unknown name is answered with 404.
+MODELS = {
+    "test": "a good judge, in both protocols",
+    "other": "the same under another name",
+    "slow": "the same after 0.15 s",
+    "shuffled": "the same after a delay that turns the order of replies round",
+    "forbidden": "401 whatever the key; the key is repeated in the message",
+    "limited": "429 with Retry-After 0.3 to the first attempt at each text",
+    "dated": "429 with Retry-After as a date one second ahead, first attempt",
+    "patient": "429 with Retry-After 9999",
+    "quota": "429 insufficient_quota",
+    "broken": "500 always",
+    "flaky": "500 to the first attempt at each text",
+    "hangs": "no answer",
+    "drops": "closes the connection after half of the body",
+    "picky": "500 to a text that holds the word unlucky",
+    "wrapped": "an error inside an answer with status 200",
+    "html": "status 200 and no JSON",
+    "no-schema": "400 to response_format, then good",
+    "prose": "an opinion instead of labels",
+    "half": "half an answer, finish_reason length",
+    "wrong-numbers": "JSON with numbers and labels that do not exist",
+    "lines": "labels by number, as lines instead of JSON",
+    "silent": "an empty reply",
+    "thinker": "an API model: reasoning_content beside content",
+    "router": "an API model: reasoning beside content, cost in usage",
+    "inline": "an API model: <think>...</think> in the content",
+    "cut": "an API model: reasoning that did not finish",
+    "cut-inline": "an API model: <think> that is never closed",
+    "instruct": "an API model without reasoning",
+}
+#: If not ``None``, the only key that is let in.
+KEY = "sk-test-0123456789abcdef"
+
+
+def label(sentence: str, first: bool) -> str:
+    """The behaviour of a sentence: by cue word, else by a checksum, the same everywhere."""
+    if first:
+        return "initializing"
+    for name, cues in CUES.items():
+        if any(cue in sentence.lower() for cue in cues):
+            return name
+    return LABELS[max(0, zlib.crc32(sentence.encode()) % 12 - 6)]
+
+
+def judge(text: str) -> str:
+    """What a good judge answers to the user's message, in the protocol of the message."""
+    if "<pieces>\n" in text:
+        lines = text.partition("<pieces>\n")[2].rpartition("\n</pieces>")[0].split("\n")
+        pieces = [line.partition("| ") for line in lines]
+        items = [f"{n} {label(words, n == '1')}" for n, _, words in pieces]
+        return json.dumps({"labels": items})
+    chain = text.partition("<reasoning>\n")[2].rpartition("\n</reasoning>")[0]
+    sentences = [
+        part for part in re.split(r"(?<=[.!?。])\s+|(?<=。)|\n+", chain) if part.strip()
+    ]
+    return "\n".join(
+        f'["{label(part, i == 0)}"]{part}["end-section"]' for i, part in enumerate(sentences)
+    )
+
+
+class Server:
+    """The server in a thread: ``with Server() as server: ... server.url``.
+
+    ``calls`` counts requests by model, ``texts`` holds what they were about, ``fields`` the
+    last request as it came, ``peak`` the largest number of requests under way at a time.
+    """
+
+    def __init__(self, port: int = 0, *, key: str | None = None) -> None:
+        self.key = key
+        self.calls: Counter[str] = Counter()
+        self.attempts: Counter[tuple[str, str]] = Counter()
+        self.texts: list[str] = []
+        self.times: list[float] = []
+        self.fields: dict[str, Any] = {}
+        self.active = self.peak = 0
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+        handler = type("BoundHandler", (Handler,), {"state": self})
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+
+    def __enter__(self) -> Server:
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+    @property
+    def total(self) -> int:
+        """All requests so far."""
+        return self.calls.total()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request; ``state`` is the :class:`Server`."""
+
+    protocol_version = "HTTP/1.1"
+    state: Server
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+    def do_POST(self) -> None:
+        state = self.state
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        model, text = request["model"], request["messages"][-1]["content"]
+        with state.lock:
+            state.calls[model] += 1
+            state.attempts[model, text] += 1
+            attempt = state.attempts[model, text]
+            state.texts.append(text)
+            state.times.append(time.monotonic())
+            state.fields = request
+            state.active += 1
+            state.peak = max(state.peak, state.active)
+        try:
+            self.answer(model, text, attempt, request)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True  # the client was killed or timed out
+        finally:
+            with state.lock:
+                state.active -= 1
+
+    def answer(self, model: str, text: str, attempt: int, request: dict[str, Any]) -> None:
+        """Behave as the model's name says."""
+        sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        first = attempt == 1
+        if model == "forbidden" or (self.state.key and sent != self.state.key):
+            self.error(401, f"Incorrect API key provided: {sent}", "invalid_api_key")
+        elif self.path != "/v1/chat/completions" or model not in MODELS:
+            self.error(404, f"The model {model} does not exist", "model_not_found")
+        elif model == "limited" and first:
+            self.error(429, "slow down", "rate_limit_exceeded", {"Retry-After": "0.3"})
+        elif model == "dated" and first:
+            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 1))
+            self.error(429, "slow down", "rate_limit_exceeded", {"Retry-After": date})
+        elif model == "patient":
+            self.error(429, "come back later", "rate_limit_exceeded", {"Retry-After": "9999"})
+        elif model == "quota":
+            self.error(429, "You exceeded your current quota", "insufficient_quota")
+        elif model == "broken" or (model == "flaky" and first):
+            self.error(500, "the server had an error", "server_error")
+        elif model == "picky" and "unlucky" in text:
+            self.error(500, "I do not like this one", "server_error")
+        elif model == "wrapped":
+            self.send(200, json.dumps({"error": {"code": 503, "message": "upstream is down"}}))
+        elif model == "html":
+            self.send(200, "<html>login please</html>")
+        elif model == "no-schema" and "response_format" in request:
+            self.error(400, "response_format is not supported here", "unsupported_parameter")
+        elif model == "hangs":
+            self.state.closing.wait(20)
+            self.close_connection = True
+        else:
+            self.complete(model, text)
+
+    def complete(self, model: str, text: str) -> None:
+        """Answer with a chat completion."""
+        if model == "shuffled":
+            time.sleep(0.01 * (20 - min(20, self.state.total)))
+        if model == "slow":
+            time.sleep(0.15)
+        message, finish, usage = reply(model, text)
+        body = json.dumps({
+            "id": "chatcmpl-test", "object": "chat.completion", "created": 0, "model": model,
+            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+            "usage": usage,
+        })  # fmt: skip
+        if model == "drops":
+            self.send(200, body[: len(body) // 2], length=len(body))
+            self.close_connection = True
+        else:
+            self.send(200, body)
+
+    def error(
+        self, status: int, message: str, code: str, headers: dict[str, str] | None = None
+    ) -> None:
+        body = {"error": {"message": message, "type": "error", "param": None, "code": code}}
+        self.send(status, json.dumps(body), headers)
+
+    def send(
+        self, status: int, body: str, headers: dict[str, str] | None = None, length: int = 0
+    ) -> None:
+        data = body.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(length or len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+        self.wfile.flush()
+
+
+def reply(model: str, text: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Message, finish reason and usage of the model's answer to a text."""
+    thoughts, words = f"I think about: {text}", f"My answer to: {text}"
+    extra: dict[str, Any] = {}
+    judged = "<pieces>\n" in text or "<reasoning>\n" in text
+    finish, content = "stop", judge(text) if judged else words
+    if model == "prose":
+        content = (
+            "This is an interesting chain of 3 deduction steps! I would need more context."
+        )
+    elif model == "half":
+        content, finish = content[: len(content) // 2], "length"
+    elif model == "wrong-numbers":
+        items = [
+            "1 initializing",
+            "2 dreaming",
+            "1 backtracking",
+            "900 deduction",
+            "0 deduction",
+        ]
+        content = json.dumps({"labels": [*items, "3-2 deduction", {"n": "x"}]})
+    elif model == "lines":
+        found = re.findall(r"\d+ [a-z-]+", content)
+        content = "Here you are:\n" + "\n".join(": ".join(item.split()) for item in found)
+    elif model == "silent":
+        content = ""
+    elif model in ("thinker", "router"):
+        content = words
+        extra = {"reasoning_content" if model == "thinker" else "reasoning": thoughts}
+    elif model == "cut":
+        content, extra, finish = "", {"reasoning_content": thoughts}, "length"
+    elif model == "inline":
+        content = f"<think>\n{thoughts}\n</think>\n\n{words}"
+    elif model == "cut-inline":
+        content, finish = f"<think>\n{thoughts}", "length"
+    elif model == "instruct":
+        content = words
+    usage: dict[str, Any] = {
+        "prompt_tokens": len(text) // 4,
+        "completion_tokens": len(content) // 4,
+        "total_tokens": len(text) // 4 + len(content) // 4,
+    }
+    if model == "router":
+        usage["cost"] = 0.25
+    return {"role": "assistant", "content": content, **extra}, finish, usage
+
+
+def main() -> None:
+    """Serve until interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, default=8123)
+    with Server(parser.parse_args().port) as server:
+        print(f"{server.url} answers to: {', '.join(MODELS)}", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print(f"{server.total} requests answered")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Responses from an API: what is thinking, what is closed, what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from server import Server
+
+from stllms import prompts, remote
+from stllms.records import Response, Task
+from stllms.replies import Store
+
+TASKS = [Task(f"task-{i}", "verbal logic", f"Question {i}?") for i in range(3)]
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        yield running
+
+
+def ask(server: Server, model: str, folder: Path, tasks=TASKS, **options) -> list[Response]:
+    quick = {"backoff": 0.01, "retries": 1, "timeout": 5.0, "progress": False}
+    return remote.responses(
+        model,
+        tasks,
+        max_new_tokens=50,
+        folder=folder,
+        base_url=server.url,
+        **{"kind": "thinking", **quick, **options},
+    )
+
+
+@pytest.mark.parametrize("model", ["thinker", "router", "inline"])
+def test_reasoning_in_its_own_field_or_inline_becomes_thinking(server, tmp_path, model):
+    made = ask(server, model, tmp_path)
+    for task, one in zip(TASKS, made, strict=True):
+        assert (one.task_id, one.category) == (task.id, task.category)
+        assert one.thinking == f"I think about: {task.content}"
+        assert one.answer == f"My answer to: {task.content}"
+        assert one.text.startswith(one.thinking, one.thinking_start)
+        assert one.text.count("</think>") == 1
+        assert one.closed
+        assert one.finished
+        assert one.prompt_ids == one.output_ids == ()
+
+
+@pytest.mark.parametrize("model", ["cut", "cut-inline"])
+def test_reasoning_that_did_not_finish_is_not_closed(server, tmp_path, model):
+    for one in ask(server, model, tmp_path):
+        assert one.thinking.startswith("I think about: Question")
+        assert one.text.startswith(one.thinking, one.thinking_start)
+        assert "</think>" not in one.text
+        assert (one.closed, one.finished, one.answer) == (False, False, "")
+
+
+def test_without_reasoning_the_text_is_the_thinking_of_an_instruct_model(server, tmp_path):
+    (one, *_) = ask(server, "instruct", tmp_path, kind="instruct")
+    assert one.thinking == one.text == one.answer
+    assert one.thinking_start == 0
+
+
+def test_a_thinking_model_that_keeps_its_reasoning_to_itself_has_no_thinking(server, tmp_path):
+    (one, *_) = ask(server, "instruct", tmp_path, kind="thinking")
+    assert one.thinking == ""
+    assert one.answer == "My answer to: Question 0?"
+
+
+@pytest.mark.parametrize(
+    ("content", "thinking", "answer", "closed"),
+    [
+        ("because so\n</think>\n\n7", "because so", "7", True),
+        ("<think>\n\n</think>\n\n7", "", "7", True),
+        ("  <think>why</think>7 <think>", "why", "7 <think>", True),
+    ],
+)
+def test_inline_tags_are_read_in_every_form(content, thinking, answer, closed):
+    message = {"role": "assistant", "content": content}
+    body = {"choices": [{"message": message, "finish_reason": "stop"}]}
+    one = remote.to_response(TASKS[0], "q", remote.Reply({"body": body}), "thinking")
+    assert (one.thinking, one.answer, one.closed) == (thinking, answer, closed)
+    assert one.text == content
+    assert content.startswith(thinking, one.thinking_start)
+
+
+def test_reasoning_with_an_answer_cut_short_is_not_called_closed():
+    message = {"role": "assistant", "content": "The ans", "reasoning": "why"}
+    body = {"choices": [{"message": message, "finish_reason": "length"}]}
+    one = remote.to_response(TASKS[0], "q", remote.Reply({"body": body}), "thinking")
+    assert (one.closed, one.finished, one.answer) == (False, False, "The ans")
+
+
+def test_a_second_run_sends_nothing(server, tmp_path):
+    first = ask(server, "thinker", tmp_path)
+    assert ask(server, "thinker", tmp_path) == first
+    assert server.total == 3
+    ask(server, "thinker", tmp_path, temperature=0.7)
+    assert server.total == 6  # other sampling, other request
+
+
+def test_a_failed_task_is_left_out_named_and_asked_again(server, tmp_path, capsys):
+    tasks = [TASKS[0], Task("bad", "verbal logic", "An unlucky question?"), TASKS[1]]
+    made = ask(server, "picky", tmp_path, tasks, kind="instruct")
+    assert [one.task_id for one in made] == ["task-0", "task-1"]
+    assert "1 of 3 tasks failed and are left out" in capsys.readouterr().out
+    reason = "HTTP 500: I do not like this one (2 attempts)"
+    assert remote.failures(tmp_path) == {"bad": reason}
+    calls = server.total
+    ask(server, "picky", tmp_path, tasks, kind="instruct")
+    assert server.total - calls == 2
+
+
+def test_an_empty_reply_is_a_failure(server, tmp_path, capsys):
+    assert ask(server, "silent", tmp_path) == []
+    assert "empty reply" in capsys.readouterr().out
+    assert set(remote.failures(tmp_path)) == {task.id for task in TASKS}
+
+
+def test_thinking_models_get_the_question_and_others_step_by_step(server, tmp_path):
+    ask(server, "thinker", tmp_path, TASKS[:1])
+    ask(server, "instruct", tmp_path, TASKS[:1], kind="instruct")
+    ask(server, "router", tmp_path, TASKS[:1], style="published")
+    step_by_step = prompts.prompt("Question 0?", "instruct")
+    assert server.texts == ["Question 0?", step_by_step, step_by_step]
+
+
+def test_what_is_sent_is_what_was_asked_for(server, tmp_path):
+    extra = {"reasoning": {"max_tokens": 40}}
+    ask(server, "router", tmp_path, TASKS[:1], extra=extra, temperature=None)
+    assert server.fields["max_tokens"] == 50
+    assert server.fields["reasoning"] == {"max_tokens": 40}
+    assert "temperature" not in server.fields
+
+
+def test_the_cost_that_a_provider_reports_is_taken(server, tmp_path):
+    ask(server, "router", tmp_path)
+    assert Store(tmp_path).load().spent == 0.75
+
+
+def test_registry_names_and_api_ids_are_known():
+    for name in ("deepseek-r1", "deepseek/deepseek-r1", "deepseek-reasoner"):
+        assert remote.known(name).kind == "thinking"
+    assert remote.known("gpt-4o").kind == "instruct"
+    assert remote.known("somebody/new-model") is None
