@@ -1,0 +1,112 @@
+"""Stage 1: tasks -> Responses (METHOD, section 3).
+
+The work is cut into fixed chunks of tasks, the unit of refill, flush and resume: a chunk is
+always decoded whole, so that a run which was stopped ends in the same ids as one that was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from stllms import decode, prompts
+from stllms.artifacts import Rows
+from stllms.config import RunConfig
+from stllms.models import Model
+from stllms.progress import token_bar
+from stllms.records import Response, Task, response_from_row, to_row
+
+#: Tasks in a chunk.
+CHUNK = 100
+
+
+def responses(
+    model: Model,
+    tasks: Sequence[Task],
+    *,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    style: str = "sound",
+    store: Rows | None = None,
+    progress: bool = True,
+) -> list[Response]:
+    """What ``model`` writes for ``tasks``, in their order.
+
+    Args:
+        max_new_tokens: limit of a response; one that reaches it is not ``finished``.
+        batch_size: rows at a time; ``None`` suits the device.
+        temperature: 0 is greedy.
+        seed: of the sampling noise, with the task's id (:mod:`stllms.decode`).
+        style: ``"sound"`` or ``"published"`` prompts (:func:`stllms.prompts.prompt`).
+        store: rows by ``task_id``; what it holds is not made again, what is made is added
+            chunk by chunk.
+
+    Raises:
+        ValueError: for a task id that occurs twice, or a prompt longer than the context.
+    """
+    twice = {task.id for task in tasks if sum(other.id == task.id for other in tasks) > 1}
+    if twice:
+        raise ValueError(f"task ids must differ; more than once: {', '.join(sorted(twice))}")
+    done = {} if store is None else {row["task_id"]: row for row in store.load()}
+    with token_bar(len(tasks), "responses", enabled=progress) as bar:
+        for chunk in chunks(tasks, CHUNK):
+            if all(task.id in done for task in chunk):
+                bar.skip(len(chunk))
+                continue
+            opened = [prompts.opening(model, task, style) for task in chunk]
+            rows = [decode.Row(o[1], t.id) for t, o in zip(chunk, opened, strict=True)]
+            written = decode.run(
+                model,
+                rows,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                temperature=temperature,
+                seed=seed,
+                progress=bar.tick,
+            )
+            made = [
+                to_row(prompts.response(model, task, o, ids))
+                for task, o, ids in zip(chunk, opened, written, strict=True)
+            ]
+            if store is not None:
+                store.append([row for row in made if row["task_id"] not in done])
+            done |= {row["task_id"]: row for row in made if row["task_id"] not in done}
+    return [response_from_row(done[task.id]) for task in tasks]
+
+
+def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    """``items`` in runs of ``size``, the last one shorter."""
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def summary(made: Sequence[Response]) -> dict[str, float]:
+    """Counts that a reader should see before any number: finished, closed, lengths."""
+    count = len(made)
+    tokens = [len(item.output_ids) for item in made]
+    return {
+        "responses": count,
+        "finished": sum(item.finished for item in made),
+        "truncated": sum(not item.finished for item in made),
+        "thinking closed": sum(item.closed for item in made),
+        "without thinking": sum(not item.thinking for item in made),
+        "mean output tokens": round(sum(tokens) / max(1, count), 1),
+        "longest output": max(tokens, default=0),
+    }
+
+
+def options(setup: RunConfig) -> dict[str, Any]:
+    """The decoding options of a run, for :func:`responses` and :func:`stllms.steering.grid`."""
+    return {
+        "max_new_tokens": setup.settings.max_tokens,
+        "batch_size": setup.batch_size,
+        "temperature": setup.settings.temperature,
+        "seed": setup.seed,
+        "style": setup.prompts,
+    }
+
+
+def read(store: Rows) -> list[Response]:
+    """The stored responses, in the order of the file."""
+    return [response_from_row(row) for row in store.load()]

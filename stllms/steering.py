@@ -1,0 +1,192 @@
+"""Stage 4: what is added where, a direction a row (METHOD, section 8).
+
+``h[l*, t] += c * direction[b][l*]`` at one layer, every position, every step. Plain, positive
+and negative chains of a task share batches and sampling noise, so that every steered chain
+has its plain twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stllms import decode, prompts
+from stllms.artifacts import Rows
+from stllms.decode import Intervention
+from stllms.models import Model
+from stllms.progress import token_bar
+from stllms.records import STEERED_KEY, Response, Steered, Task, steered_from_row, to_row
+from stllms.vectors import SteeringVectors
+
+__all__ = ["STEERED_KEY", "Arm", "Intervention", "arms", "generate", "grid", "null_arms", "plain"]
+
+#: Tasks in a chunk: with all their arms the unit of refill, flush and resume.
+CHUNK = 20
+
+
+def generate(
+    model: Model,
+    tasks: Sequence[Task],
+    interventions: Sequence[Intervention | Sequence[Intervention] | None],
+    *,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    style: str = "sound",
+    progress: bool = True,
+) -> list[Response]:
+    """One chain a task, each with its own intervention, several, or ``None`` for a plain one.
+
+    A task may occur several times with different interventions; its rows share their
+    noise. Arguments are those of :func:`stllms.generate.responses`. Raises ``ValueError``
+    for lists of different lengths, and for a layer or width the model does not have.
+    """
+    if len(tasks) != len(interventions):
+        raise ValueError(f"{len(tasks)} tasks but {len(interventions)} interventions")
+    with token_bar(len(tasks), "steered", enabled=progress) as bar:
+        return _chains(
+            model,
+            tasks,
+            [_several(item) for item in interventions],
+            style,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed,
+            progress=bar.tick,
+        )
+
+
+def _several(item: Intervention | Sequence[Intervention] | None) -> tuple[Intervention, ...]:
+    if item is None:
+        return ()
+    return (item,) if isinstance(item, Intervention) else tuple(item)
+
+
+def _chains(model: Model, tasks, interventions, style: str, **options) -> list[Response]:
+    opened = [prompts.opening(model, task, style) for task in tasks]
+    rows = [
+        decode.Row(start[1], task.id, edits)
+        for task, start, edits in zip(tasks, opened, interventions, strict=True)
+    ]
+    written = decode.run(model, rows, **options)
+    return [
+        prompts.response(model, task, start, ids)
+        for task, start, ids in zip(tasks, opened, written, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to write every chain: ``direction`` is a behaviour, ``random:i`` or ``none``."""
+
+    direction: str
+    layer: int
+    coefficient: float
+    intervention: Intervention | None
+    operation: str = "add"
+
+    def key(self, task_id: str) -> tuple:
+        """The row key of DESIGN for this arm of a task."""
+        return (task_id, self.direction, self.layer, self.coefficient, self.operation)
+
+
+def arms(
+    vectors: SteeringVectors,
+    layers: dict[str, int],
+    coefficients: Sequence[float],
+    *,
+    operation: str = "add",
+    where: str = "all",
+) -> list[Arm]:
+    """The plain arm and one arm a behaviour of ``layers`` and coefficient other than 0.
+
+    A behaviour without a direction gets none. Raises ``ValueError`` for an unknown behaviour
+    or layer, naming what exists.
+    """
+    made = [plain()]
+    for behaviour, layer in layers.items():
+        if behaviour in vectors.unavailable:
+            continue
+        if behaviour not in vectors.behaviours:
+            have = ", ".join(vectors.behaviours)
+            raise ValueError(f"no direction for {behaviour!r}; there are: {have}")
+        if not 0 <= layer < vectors.n_layers:
+            last = vectors.n_layers - 1
+            raise ValueError(f"no layer {layer} in the vectors; they have layers 0 to {last}")
+        direction = vectors.direction(behaviour, layer)
+        for coefficient in coefficients:
+            if coefficient != 0:
+                edit = Intervention(direction, layer, coefficient, operation, where)
+                made.append(Arm(behaviour, layer, float(coefficient), edit, operation))
+    return made
+
+
+def plain() -> Arm:
+    """The arm in which nothing is done."""
+    return Arm("none", -1, 0.0, None)
+
+
+def null_arms(
+    directions: Tensor, layers: dict[str, int], coefficients: Sequence[float]
+) -> list[Arm]:
+    """Arms ``random:i`` of matched random directions ``[n, L, D]``, at every steering layer."""
+    return [
+        Arm(f"random:{i}", layer, float(c), Intervention(directions[i, layer], layer, c))
+        for layer in sorted(set(layers.values()))
+        for i in range(len(directions))
+        for c in coefficients
+        if c != 0
+    ]
+
+
+def grid(
+    model: Model,
+    tasks: Sequence[Task],
+    every: Iterable[Arm],
+    *,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    style: str = "sound",
+    store: Rows | None = None,
+    progress: bool = True,
+) -> list[Steered]:
+    """Every task under every arm, the arms of a task together.
+
+    All arms of a chunk of tasks share batches. ``store`` has the row key of
+    :class:`~stllms.records.Steered`; a chunk of which a row is missing is decoded whole, and
+    the missing rows are added.
+    """
+    every = list(every)
+    done = {} if store is None else {s.key: s for s in map(steered_from_row, store.load())}
+    with token_bar(len(tasks) * len(every), "steered", enabled=progress) as bar:
+        for start in range(0, len(tasks), CHUNK):
+            cells = [(arm, task) for task in tasks[start : start + CHUNK] for arm in every]
+            if all(arm.key(task.id) in done for arm, task in cells):
+                bar.skip(len(cells))
+                continue
+            made = _chains(
+                model,
+                [task for _, task in cells],
+                [_several(arm.intervention) for arm, _ in cells],
+                style,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                temperature=temperature,
+                seed=seed,
+                progress=bar.tick,
+            )
+            new = [
+                Steered(*arm.key(task.id), response)
+                for (arm, task), response in zip(cells, made, strict=True)
+                if arm.key(task.id) not in done
+            ]
+            if store is not None:
+                store.append([to_row(one) for one in new])
+            done |= {one.key: one for one in new}
+    return [done[arm.key(task.id)] for task in tasks for arm in every]
