@@ -23,6 +23,8 @@ windows are in the masks, one for each layer type of the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -309,13 +311,20 @@ def collect(
 
     Args:
         path: where to save, after every :data:`SAVE_EVERY` responses; a file of the same
-            responses, behaviours and model that is there is taken up and completed.
+            responses, directions and model that is there is taken up and completed.
 
     Raises:
-        ValueError: lists of different length, or effects that are not finite (naming response).
+        ValueError: lists of different length or of other tasks, or effects that are not finite
+            (naming the response).
     """
     if len(responses) != len(annotations):
         raise ValueError(f"{len(responses)} responses but {len(annotations)} annotations")
+    for response, annotation in zip(responses, annotations, strict=True):
+        if response.task_id != annotation.task_id:
+            raise ValueError(
+                f"the annotation of {annotation.task_id} stands at the response of "
+                f"{response.task_id}: both lists should be in one order"
+            )
     names = steering_vectors.behaviours
     pairs = [
         (response, annotation)
@@ -323,7 +332,8 @@ def collect(
         if any(span.start > 1 for span in annotation.spans)
     ]
     keys = [f"{objective}/{which}" for objective in objectives for which in SETS]
-    result = LayerEffects.resume(path, names, model.name, keys, [r.task_id for r, _ in pairs])
+    nothing = LayerEffects({}, (), names, model.name, _digest(steering_vectors.directions))
+    result = nothing.resume(path, keys, [response.task_id for response, _ in pairs])
     done = set(result.response_ids)
     todo = [(r, a) for r, a in pairs if r.task_id not in done]
     for response, annotation in tqdm(
@@ -333,9 +343,16 @@ def collect(
         result = result.plus(response.task_id, found)
         if path is not None and len(result.response_ids) % SAVE_EVERY == 0:
             result.save(path)
-    if path is not None and todo:
+    if not result.effects:
+        empty = torch.empty(0, *steering_vectors.directions.shape[:2])
+        result = replace(result, effects=dict.fromkeys(keys, empty))
+    if path is not None and (todo or not path.is_file()):
         result.save(path)
     return result
+
+
+def _digest(directions: Tensor) -> str:
+    return sha256(directions.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _of_response(model, response, annotation, steering_vectors, objectives):

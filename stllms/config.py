@@ -55,7 +55,8 @@ PROFILES: dict[str, Profile] = {
     "paper": Profile(500, 50, 100, 1000, 2000, 0.0, _THREE, 10),
 }
 
-#: METHOD, section 11: option -> (the default, the published procedure).
+#: METHOD, section 11: option -> (the default, the published procedure). The published reader
+#: also keeps unknown labels as they are, where the default one rejects and counts them.
 CHOICES: dict[str, tuple[str, str]] = {
     "reader": ("tolerant", "published"),
     "prompts": ("sound", "published"),
@@ -63,7 +64,6 @@ CHOICES: dict[str, tuple[str, str]] = {
     "positions": ("own", "published"),
     "retokenise": ("generated", "published"),
     "empty_chains": ("apart", "published"),
-    "unknown_labels": ("reject", "published"),
 }
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -124,7 +124,6 @@ class RunConfig:
     positions: str = "own"
     retokenise: str = "generated"
     empty_chains: str = "apart"
-    unknown_labels: str = "reject"
 
     def __post_init__(self) -> None:
         self._set("model", resolve(self.model).name)
@@ -211,6 +210,11 @@ class RunConfig:
         return f"{name} (a fixture, built to be steerable)" if self.embedded else name
 
     @property
+    def effects_key(self) -> str:
+        """Whose layer effects choose the steering layer: ``<objective>/<own or others>``."""
+        return f"{self.objective}/{'own' if self.positions == 'own' else 'others'}"
+
+    @property
     def preview(self) -> str:
         """The annotator that colours chains where no judge should be paid."""
         return "grammar" if self.embedded else "lexical"
@@ -274,7 +278,6 @@ class RunConfig:
             "annotator": self.annotator,
             "prompts": self.prompts,
             "reader": self.reader,
-            "unknown_labels": self.unknown_labels,
             "retokenise": self.retokenise,
         }
 

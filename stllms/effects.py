@@ -27,13 +27,15 @@ SETS: tuple[str, ...] = ("own", "others")
 class LayerEffects:
     """Per-response effects: ``effects["<objective>/<own or others>"]`` is ``[R, N, L]``.
 
-    NaN where a response has no position of that kind.
+    NaN where a response has no position of that kind. ``directions`` is a hash of those that
+    were measured.
     """
 
     effects: dict[str, Tensor]
     response_ids: tuple[str, ...]
     behaviours: tuple[str, ...]
     model: str
+    directions: str = ""
 
     def plus(self, response_id: str, found: dict[str, Tensor]) -> LayerEffects:
         """With one more response."""
@@ -58,6 +60,7 @@ class LayerEffects:
                 "response_ids": list(self.response_ids),
                 "behaviours": list(self.behaviours),
                 "model": self.model,
+                "directions": self.directions,
             },
         )
 
@@ -70,19 +73,21 @@ class LayerEffects:
             tuple(metadata["response_ids"]),
             tuple(metadata["behaviours"]),
             metadata["model"],
+            metadata.get("directions", ""),
         )
 
-    @classmethod
-    def resume(cls, path, behaviours, model, keys, wanted) -> LayerEffects:
-        """What ``path`` holds if it began the same work, else nothing."""
-        nothing = cls({}, (), tuple(behaviours), model)
+    def resume(
+        self, path: Path | None, keys: Sequence[str], wanted: Sequence[str]
+    ) -> LayerEffects:
+        """What ``path`` holds if it began the work of ``self`` (behaviours, model, directions)
+        on the responses ``wanted``, else ``self``."""
         if path is None or not path.is_file():
-            return nothing
-        found = cls.load(path)
+            return self
+        found = self.load(path)
         ids = list(found.response_ids)
-        same = found.behaviours == tuple(behaviours) and found.model == model
+        same = replace(found, effects={}, response_ids=()) == self
         fits = set(found.effects) == set(keys) and ids == list(wanted)[: len(ids)]
-        return found if same and fits else nothing
+        return found if same and fits else self
 
 
 def curve(effects: np.ndarray, *, seed: int = 0) -> pd.DataFrame:
@@ -163,8 +168,10 @@ def rank(values: np.ndarray, layer: int) -> int:
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's correlation over the layers of two mean curves ``[L]``."""
-    return float(spearmanr(first, second).statistic)
+    """Spearman's correlation over the layers of two mean curves ``[L]``; NaN if one is flat
+    or unknown."""
+    flat = [np.isnan(line).any() or np.ptp(line) == 0 for line in (first, second)]
+    return float("nan") if any(flat) else float(spearmanr(first, second).statistic)
 
 
 def agreement(measured: LayerEffects, reference: str, names: Sequence[str]) -> pd.DataFrame:
@@ -176,6 +183,8 @@ def agreement(measured: LayerEffects, reference: str, names: Sequence[str]) -> p
     for name in [n for n in names if n in measured.behaviours]:
         place = measured.behaviours.index(name)
         means = {key: _mean_curve(measured.of(key)[:, place]) for key in measured.effects}
+        if np.isnan(means[reference]).any():
+            continue
         row = {key: rank_correlation(means[reference], line) for key, line in means.items()}
         rows.append({"behaviour": name, **{k: v for k, v in row.items() if k != reference}})
     return pd.DataFrame(rows)
@@ -183,7 +192,7 @@ def agreement(measured: LayerEffects, reference: str, names: Sequence[str]) -> p
 
 def _mean_curve(effects: np.ndarray) -> np.ndarray:
     known = effects[~np.isnan(effects).any(1)]
-    return known.mean(0) if len(known) else np.zeros(effects.shape[1])
+    return known.mean(0) if len(known) else np.full(effects.shape[1], np.nan)
 
 
 def best_layers(measured: LayerEffects, key: str, names: Sequence[str]) -> pd.DataFrame:

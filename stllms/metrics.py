@@ -7,8 +7,9 @@ Two different shares go by "fraction" in the published scripts; here they have n
 * **segment fraction** (comparison, section 9): the share of a label's segments among all six.
 
 A chain without any segment has no fraction. It is set apart as NaN (``empty="apart"``, the
-default) or counts as zeros (``"published"``); a chain with segments but none of the four steered
-behaviours has token fractions of zero.
+default) or counts as zeros (``"published"``); a chain with segments but none of the four
+steered behaviours has token fractions of zero. A chain whose annotation failed is unknown:
+always NaN.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def token_fractions(
         ],
         dtype=float,
     ).reshape(len(annotations), len(behaviours))
-    return _share(sizes, [bool(a.spans) for a in annotations], empty)
+    shares = _share(sizes, [bool(a.spans) for a in annotations], empty)
+    shares[[a.failed is not None for a in annotations]] = np.nan
+    return shares
 
 
 def segment_counts(
@@ -80,13 +83,15 @@ def positions(spans: Sequence[TokenSpan], behaviour: str, which: str = "own") ->
     if which not in ("own", "others", "published"):
         raise ValueError(f"unknown position set {which!r}: own, others or published")
     wanted = which == "own"
-    return sorted({s.start - 1 for s in spans if (s.label == behaviour) == wanted and s.start > 1})
+    return sorted(
+        {s.start - 1 for s in spans if (s.label == behaviour) == wanted and s.start > 1}
+    )
 
 
 @dataclass(frozen=True)
 class Coherence:
     """Signs of broken text: ``loops`` is the share of word 4-grams that occurred before in the
-    text; ``compression`` the size of the text after zlib over the size before (low: repeats)."""
+    text; ``compression`` its size after zlib over the size before (low: repeats)."""
 
     loops: float
     compression: float
@@ -136,7 +141,8 @@ def sign_flip(differences, *, draws: int = 9999, seed: int = 0) -> float:
     d = d[~np.isnan(d)]
     if not len(d):
         return float("nan")
-    observed = abs(d.mean()) - 1e-12
+    # Equal means differ by rounding, which grows with the values.
+    observed = abs(d.mean()) - 1e-12 * abs(d).max()
     if len(d) <= 13:
         signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
         return float((abs(signs @ d / len(d)) >= observed).mean())

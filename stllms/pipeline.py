@@ -181,9 +181,17 @@ def finish(stage: str, config: RunConfig) -> None:
         },
     )
     following = STAGES[STAGES.index(stage) + 1 :][:1]
-    print(f"{folder.label}: {', '.join(written) or 'nothing'}")
+    print(f"{folder.label}: {_listed(written)}")
     if following:
         print(f"next: {following[0]}")
+
+
+def _listed(written: Sequence[str]) -> str:
+    """The files of a stage in one line, the three files of a figure as one."""
+    figures = {Path(name).stem for name in written if name.startswith("figures/")}
+    others = [name for name in written if not name.startswith("figures/")]
+    drawn = f"figures {', '.join(sorted(figures))}" if figures else ""
+    return "; ".join(part for part in (", ".join(others), drawn) if part) or "nothing"
 
 
 def _run_headless(stages: Sequence[str], config: RunConfig) -> None:

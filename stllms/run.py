@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   python -m stllms.run --model smollm2 --profile smoke  a real model of 135 M parameters
   python -m stllms.run --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \\
       --profile paper --judge openai:gpt-4.1            the paper's run
+  python -m stllms.run --published DIR                  the paper's own files, no model
   python -m stllms.run --option reader=published --option coefficients=-1,-0.5,0,0.5,1
 """
 
@@ -48,7 +49,7 @@ SINGLE: tuple[tuple[str, type, str], ...] = (
     ("--tasks", str, "grammar, messages, or a JSONL file of your own"),
     ("--base-url", str, "OpenAI-compatible server of a judge or an API model"),
     ("--max-cost", float, "stop before spending more than this, in US dollars"),
-    ("--published", str, "folder of the files released with the paper"),
+    ("--published", str, "folder of the files released with the paper; alone: draws them"),
 )
 
 
@@ -120,6 +121,8 @@ def _main(argv: list[str]) -> int:
     if given.list_models:
         print(listing())
         return 0
+    if given.published and not given.model:
+        return _released(given, known)
     configs = configurations(given)
     stages = _selected(given.first, given.last)
     chosen = _jobs(configs, stages)
@@ -138,6 +141,23 @@ def _main(argv: list[str]) -> int:
     execute.execute([execute.Job(*job) for job in todo], quiet=given.quiet)
     for label in dict.fromkeys(pipeline.folder_of(*job).label for job in chosen):
         print(f"done: {label}")
+    return 0
+
+
+def _released(given: argparse.Namespace, known: argparse.ArgumentParser) -> int:
+    """``--published`` without a model: its figures, its tables and the ledger, no notebook."""
+    for action in known._actions:
+        taken = action.dest in ("help", "published", "results", "quiet")
+        if not taken and getattr(given, action.dest) != action.default:
+            flag = action.option_strings[0]
+            raise UsageError(f"{flag} needs --model: --published alone only draws its files")
+    from stllms import ledger, published  # they bring torch
+
+    results = RunConfig(results=given.results).results_folder
+    for path in published.run(given.published, results):
+        print(path)
+    ledger.write(results, given.published)
+    print(results / "ledger.csv")
     return 0
 
 

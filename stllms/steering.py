@@ -20,7 +20,7 @@ from stllms.progress import token_bar
 from stllms.records import STEERED_KEY, Response, Steered, Task, steered_from_row, to_row
 from stllms.vectors import SteeringVectors
 
-__all__ = ["STEERED_KEY", "Arm", "Intervention", "arms", "generate", "grid", "null_arms", "plain"]
+__all__ = ["STEERED_KEY", "Arm", "Intervention", "arms", "generate", "grid", "null_arms"]
 
 #: Tasks in a chunk: with all their arms the unit of refill, flush and resume.
 CHUNK = 20

@@ -63,13 +63,16 @@ def for_run(setup: RunConfig, part: str) -> list[Task]:
     From the grammar (the embedded models), from ``messages/`` (``compare``: a balanced sample
     of the training tasks, METHOD section 9), or from the person's file: its first tasks build,
     those after them evaluate, and all of them serve the comparison. Raises ``ValueError``
-    where there are fewer tasks than the run asks for.
+    where there are fewer tasks than the run asks for, and for an unknown part.
     """
-    wanted = {
+    numbers = {
         "build": setup.settings.n_build,
         "evaluate": setup.settings.n_evaluate,
         "compare": setup.settings.n_compare,
-    }[part]
+    }
+    if part not in numbers:
+        raise ValueError(f"unknown part {part!r} of a run: choose one of {', '.join(numbers)}")
+    wanted = numbers[part]
     if setup.task_set == "grammar":
         held_out = "build" if part == "build" else "evaluate"
         return grammar.tasks(held_out, wanted, seed=setup.seed)
@@ -77,7 +80,7 @@ def for_run(setup: RunConfig, part: str) -> list[Task]:
         if part == "compare":
             return balanced_sample(load("train"), wanted, setup.seed)
         return load("train" if part == "build" else "evaluate", n=wanted)
-    own = from_file(setup.tasks)
+    own = from_file(Path(setup.tasks).expanduser())
     first = setup.settings.n_build if part == "evaluate" else 0
     _check_number(first + wanted, len(own), f"{setup.tasks}, {part}")
     return own[first : first + wanted]

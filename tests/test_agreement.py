@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stllms import agreement, spans
@@ -60,6 +60,7 @@ def test_an_annotator_agrees_with_itself_and_the_interval_is_one():
     assert found.table()[1]["f1"] == pytest.approx(1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=50))
 def test_kappa_equals_the_naive_restatement(pairs):
     table = np.zeros((3, 3))

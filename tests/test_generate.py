@@ -112,7 +112,8 @@ def test_steered_rows_equal_the_same_rows_alone(tiny_llama, asked):
     zero = [steering.Intervention(vector, 1, 0.0)] * len(asked)
     assert steering.generate(tiny_llama, asked, zero, **OPTIONS) == plain
     strong = steering.Intervention(vector, 1, 3.0)
-    mixed = steering.generate(tiny_llama, asked, [None, strong, [strong]] * 2 + [None], **OPTIONS)
+    edits = [None, strong, [strong]] * 2 + [None]
+    mixed = steering.generate(tiny_llama, asked, edits, **OPTIONS)
     alone = steering.generate(tiny_llama, asked[1:2], [strong], **OPTIONS)
     assert mixed[0] == plain[0]
     assert mixed[1] == alone[0] != plain[1]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stllms import annotate
@@ -121,6 +121,7 @@ FRAGMENTS = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(), st.lists(FRAGMENTS, max_size=40).map("".join)))
 @example("[" * 5000)
 @example('["' + " " * 5000)
@@ -134,6 +135,7 @@ def test_no_text_raises_and_only_known_labels_pass(text):
     assert annotate.parse(text) == list(markup.read(text).segments)
 
 
+@settings(deadline=None)
 @given(st.lists(FRAGMENTS, max_size=40).map("".join))
 def test_every_word_of_a_reply_is_in_a_piece_or_in_a_tag(text):
     """What the tolerant reader returns, plus the tags, is the reply: nothing is dropped."""
@@ -148,6 +150,7 @@ PARTS = st.lists(
 ).map(lambda parts: [(label, text) for label, text in parts if text])
 
 
+@settings(deadline=None)
 @given(PARTS, st.data())
 def test_what_is_written_in_any_form_is_read_back(parts, data):
     written = ""

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stllms import sentences, spans
@@ -169,6 +169,7 @@ def cut_texts(draw):
     return text, placed, list(zip([0, *ends[:-1]], ends, strict=True))
 
 
+@settings(deadline=None)
 @given(cut_texts())
 def test_token_spans_equal_the_naive_restatement_and_never_overlap(given_):
     text, placed, offsets = given_
@@ -196,6 +197,7 @@ WORDS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(WORDS.map(" ".join), st.lists(WORDS.map(" ".join), max_size=6))
 def test_every_character_is_accounted_for_and_places_are_in_order(text, parts):
     for method in spans.METHODS:
@@ -207,6 +209,7 @@ def test_every_character_is_accounted_for_and_places_are_in_order(text, parts):
     assert all(a.end <= b.start for a, b in pairwise(found.placed))
 
 
+@settings(deadline=None)
 @given(st.text("aB. \n中", max_size=60))
 def test_a_text_cut_into_sentences_comes_back_whole(text):
     parts = [text[start:end] for start, end in sentences.split(text)]

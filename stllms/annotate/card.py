@@ -248,9 +248,9 @@ The interval is 95 % of resampled chains. Weighing sentences by their length, ka
 ## Not good for
 * ranking models that are alike: a model's fractions are off by {100 * errors["expected"]:.1f}
   points on average, and up to {100 * max(n["fractions"]["errors"]["expected"]):.1f};
-* the size of an effect: a chain's fractions move by {mean_slope["expected"]:.2f} (expected) or
-  {mean_slope["labels"]:.2f} (labels) for every 1 by the judge, so that differences between
-  chains, steering effects among them, come out shrunk by about half;
+* the size of an effect: differences between chains, steering effects among them, come out
+  shrunk to about {100 * mean_slope["expected"]:.0f} % (expected) or
+  {100 * mean_slope["labels"]:.0f} % (labels) of those that the judge sees (slopes below);
 * single sentences, other languages than English, or a judge with another prompt: train on its
   replies instead (`python -m stllms.annotate.train --data annotations.jsonl`).
 

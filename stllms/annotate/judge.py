@@ -20,7 +20,8 @@ class Judge:
     """Labels chains with the model ``model``; ``name`` is ``openai:MODEL``.
 
     ``protocol`` is ``"rewrite"`` (default) or ``"indexed"``, also written ``MODEL#indexed``;
-    an indexed judge has that in its name, for it is another annotator. Replies are stored in
+    an indexed judge has that in its name, for it is another annotator. ``reader`` reads what a
+    rewriting judge returned. Replies are stored in
     ``folder``, by default one folder for all of a person's runs. ``max_cost`` bounds what its
     replies cost together; ``base_url``, ``concurrency`` and further ``options`` are those of
     :class:`stllms.api.Client`.
@@ -32,13 +33,14 @@ class Judge:
         *,
         base_url: str | None = None,
         protocol: str | None = None,
+        reader: str = "tolerant",
         folder: str | os.PathLike[str] | None = None,
         max_cost: float | None = None,
         concurrency: int = 8,
         **options: Any,
     ) -> None:
         model, _, suffix = model.partition("#")
-        self.protocol = protocols.protocol(protocol or suffix or "rewrite")
+        self.protocol = protocols.protocol(protocol or suffix or "rewrite", reader)
         other = "" if self.protocol.name == "rewrite" else f"#{self.protocol.name}"
         self.name = f"openai:{model}{other}"
         self.client = api.Client(

@@ -161,7 +161,7 @@ def _mark(match: re.Match[str]) -> _Mark | None:
     quoted, numbered = bool(match["quote"] or match["inner"]), match["number"] is not None
     forms = (() if quoted else ("unquoted",)) + (("numbered",) if numbered else ())
     start, end = match.span()
-    if name in _CLOSING or (match["slash"] and name in _LABELS | {"section": ""}):
+    if name in _CLOSING or (match["slash"] and (name in _LABELS or name == "section")):
         return _Mark("close", "", start, end, forms)
     if name in _LABELS:
         return _Mark("open", _LABELS[name], start, end, forms)

@@ -151,6 +151,9 @@ class Rewrite(Protocol):
     name, version, system = "rewrite", "1", _REWRITE
     frame = "<reasoning>\n{text}\n</reasoning>"
 
+    def __init__(self, reader: str = "tolerant") -> None:
+        self.reader = reader
+
     def unusable(self, reply: Reply) -> str | None:
         return None if annotate.read(reply.content).segments else _nothing_in(reply)
 
@@ -160,7 +163,7 @@ class Rewrite(Protocol):
 
     def _annotate(self, response, replies, annotator, ledger):
         markup = "\n".join(reply.content for reply in replies)
-        return annotate.from_markup(response, markup, annotator, **ledger)
+        return annotate.from_markup(response, markup, annotator, reader=self.reader, **ledger)
 
 
 class Indexed(Protocol):
@@ -223,11 +226,14 @@ class Indexed(Protocol):
 PROTOCOLS: dict[str, Protocol] = {"rewrite": Rewrite(), "indexed": Indexed()}
 
 
-def protocol(name: str) -> Protocol:
-    """The protocol called ``name``; ``ValueError`` names those there are."""
+def protocol(name: str, reader: str = "tolerant") -> Protocol:
+    """The protocol called ``name``; ``ValueError`` names those there are.
+
+    ``reader`` of :func:`stllms.annotate.read` is for the text that ``rewrite`` gets back.
+    """
     if name not in PROTOCOLS:
         raise ValueError(f"no judge protocol {name!r}: choose one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
+    return Rewrite(reader) if name == Rewrite.name else PROTOCOLS[name]
 
 
 def _nothing_in(reply: Reply) -> str:

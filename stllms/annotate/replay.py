@@ -32,6 +32,7 @@ class Replay:
         *,
         model: str | None = None,
         protocol: str | None = None,
+        reader: str = "tolerant",
     ) -> None:
         path = Path(folder).expanduser()
         if not (path / FILE).is_file():
@@ -52,7 +53,7 @@ class Replay:
             )
         self.name = f"replay:{folder}"
         self.model = judges[0][0]
-        self.protocol = protocols.protocol(judges[0][1])
+        self.protocol = protocols.protocol(judges[0][1], reader)
         self._by_shown: dict[str, list[Mapping[str, Any]]] = {}
         for row in judged:
             self._by_shown.setdefault(row["about"]["shown"], []).append(row)

@@ -2,7 +2,7 @@
 
 Any annotator goes through here: it labels the chains that have no stored annotation of its
 own (or whose annotation failed), the token spans are found in the ids that were used, and the
-file is written as a whole in the order of the responses.
+file is written as a whole in the order of the responses; what else it held stays in it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def for_run(setup: RunConfig) -> Annotator:
             base_url=setup.base_url,
             max_cost=setup.max_cost,
             folder=setup.folder / "judge",
+            reader=setup.reader,
         )
+    if setup.annotator.startswith("replay:"):
+        return annotator(setup.annotator, reader=setup.reader)
     return annotator(setup.annotator)
 
 
@@ -50,7 +53,7 @@ def annotations(
         model: gives the token spans (``spans`` stay empty without it, and for a response
             through an API, which has no ids).
         store: rows by ``task_id, annotator``. A chain it holds is not annotated again unless it
-            failed; annotations of other annotators stay in the file.
+            failed; annotations of other annotators and of other chains stay in the file.
     """
     stored = [] if store is None else [annotation_from_row(row) for row in store.load()]
     mine = {a.task_id: a for a in stored if a.annotator == annotator.name and a.failed is None}
@@ -62,8 +65,11 @@ def annotations(
     }
     found = [mine[response.task_id] for response in responses]
     if store is not None and todo:
+        asked = {response.task_id for response in responses}
+        mine_only = (a for a in stored if a.annotator == annotator.name)
         others = [a for a in stored if a.annotator != annotator.name]
-        store.write([to_row(a) for a in (*others, *found)])
+        rest = [a for a in mine_only if a.task_id not in asked]
+        store.write([to_row(a) for a in (*others, *found, *rest)])
     return found
 
 

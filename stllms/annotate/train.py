@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,15 @@ from pathlib import Path
 import numpy as np
 
 from stllms import agreement, sentences, spans
-from stllms.annotate import card, markup, offline
+from stllms.annotate import card, features, markup, offline
 from stllms.records import BEHAVIOURS, Annotation, annotation_from_row
 
 #: Inverse strength of the penalty on the squared weights.
-PENALTY = 0.05
+PENALTY = 0.02
 #: Features of fewer training sentences are left out: no loss, and three times as fast.
 LEAST = 3
+#: The network: rows ``2 ** HIDDEN_BITS`` of hashed words, hidden units, passes over the data.
+HIDDEN_BITS, HIDDEN, EPOCHS = 15, 32, 4
 FOLDS = 5
 _CORRECTIONS = np.round(np.arange(0.0, 1.01, 0.1), 1)
 
@@ -98,8 +101,8 @@ def design(chains: Sequence[Chain]):
 
     blocks = []
     for chain in chains:
-        rows = offline.features(chain.text, chain.places)
-        shape = (len(chain.places), 1 << offline.BITS)
+        rows = features.of_chain(chain.text, chain.places)
+        shape = (len(chain.places), 1 << features.BITS)
         hashed = csr_matrix((rows.value, rows.index, rows.start), shape=shape)
         blocks.append(hstack([hashed, csr_matrix(rows.around)], format="csr"))
     matrix = vstack(blocks, format="csr")
@@ -107,35 +110,111 @@ def design(chains: Sequence[Chain]):
     return matrix
 
 
-def fit(matrix, truth: np.ndarray, metadata: dict | None = None) -> offline.Classifier:
-    """Multinomial logistic regression on the labelled rows; no correction chosen yet."""
-    from sklearn.linear_model import LogisticRegression
+def as_features(matrix) -> features.Features:
+    """Rows of :func:`design` in the form that the annotator runs on."""
+    hashed = matrix[:, : 1 << features.BITS]
+    around = matrix[:, 1 << features.BITS :].toarray()
+    return features.Features(hashed.indices, hashed.data, hashed.indptr, around)
 
+
+def fit(matrix, truth, chain, weight, metadata=None) -> offline.Classifier:
+    """Both models on the labelled rows, and the label transitions; no correction chosen yet.
+
+    ``chain [n]`` says which chain a row belongs to (rows of a chain are in order), ``weight
+    [n]`` how much it counts.
+    """
     known = truth >= 0
     counts = np.bincount(truth[known], minlength=len(BEHAVIOURS))
     if not counts.all():
         missing = [name for name, count in zip(BEHAVIOURS, counts, strict=True) if not count]
         raise ValueError(f"no sentence of {', '.join(missing)} to train on: give more chains")
-    rows = matrix[known]
+    pairs = (chain[1:] == chain[:-1]) & known[1:] & known[:-1]
+    steps = 1 + card.confusion(truth[:-1][pairs], truth[1:][pairs])
+    arrays = {
+        "log_prior": np.log(counts / counts.sum()),
+        "log_transitions": np.log(steps / steps.sum(axis=1, keepdims=True)),
+    }
+    arrays |= fit_linear(matrix[known], truth[known], weight[known])
+    arrays |= fit_network(as_features(matrix[known]), truth[known], weight[known])
+    return offline.Classifier(BEHAVIOURS, arrays, 0.0, metadata or {})
+
+
+def fit_linear(rows, truth: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
+    """Multinomial logistic regression."""
+    from sklearn.linear_model import LogisticRegression
+
     used = np.flatnonzero(np.bincount(rows.indices, minlength=rows.shape[1]) >= LEAST)
-    model = LogisticRegression(C=PENALTY, max_iter=50, tol=1e-3)
-    model.fit(rows[:, used], truth[known])
+    model = LogisticRegression(C=PENALTY, max_iter=60, tol=1e-3)
+    model.fit(rows[:, used], truth, weight)
     weights = np.zeros((rows.shape[1], len(BEHAVIOURS)), dtype=np.float32)
     weights[used] = model.coef_.T
-    return offline.Classifier(
-        labels=BEHAVIOURS,
-        weights=weights,
-        bias=model.intercept_.astype(np.float64),
-        log_prior=np.log(counts / counts.sum()),
-        correction=0.0,
-        metadata=metadata or {},
-    )
+    words, around = np.split(weights, [1 << features.BITS])
+    return {"words": words, "around": around, "bias": model.intercept_}
 
 
-def cross_predict(matrix, truth, source, question) -> np.ndarray:
+def fit_network(
+    rows: features.Features, truth: np.ndarray, weight: np.ndarray, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """One hidden layer over hashed words and surroundings, with dropout on both."""
+    import torch
+
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    shift, scale = rows.around.mean(axis=0), rows.around.std(axis=0) + 1e-3
+    around = torch.from_numpy(((rows.around - shift) / scale).astype(np.float32))
+    index = torch.from_numpy(rows.index.astype(np.int64) >> (features.BITS - HIDDEN_BITS))
+    value = torch.from_numpy(rows.value / 3)
+    target, weights = torch.from_numpy(truth), torch.from_numpy(weight.astype(np.float32))
+    words = torch.nn.EmbeddingBag(1 << HIDDEN_BITS, HIDDEN, mode="sum", sparse=True)
+    torch.nn.init.normal_(words.weight, std=0.1)
+    bias = torch.nn.Parameter(torch.zeros(HIDDEN))
+    near = torch.nn.Linear(around.shape[1], HIDDEN // 2)
+    out = torch.nn.Linear(HIDDEN + HIDDEN // 2, len(BEHAVIOURS))
+    dense = torch.optim.AdamW([bias, *near.parameters(), *out.parameters()], lr=3e-3)
+    optimisers = [torch.optim.SparseAdam(words.parameters(), lr=3e-3), dense]
+    for _ in range(EPOCHS):
+        for batch in np.array_split(rng.permutation(len(truth)), max(1, len(truth) // 64)):
+            places = np.concatenate([np.arange(*rows.start[i : i + 2]) for i in batch])
+            starts = np.cumsum([0, *np.diff(rows.start)[batch][:-1]])
+            kept = value[places] * (torch.rand(len(places)) > 0.3) / 0.7
+            bag = words(index[places], torch.from_numpy(starts), per_sample_weights=kept)
+            hidden = torch.relu(torch.cat([bag + bias, near(around[batch])], dim=1))
+            scores = out(torch.dropout(hidden, 0.4, True))
+            loss = torch.nn.functional.cross_entropy(scores, target[batch], reduction="none")
+            for optimiser in optimisers:
+                optimiser.zero_grad()
+            (loss * weights[batch]).mean().backward()
+            for optimiser in optimisers:
+                optimiser.step()
+    near_weights = near.weight.detach().numpy().T / scale[:, None]
+    return {
+        "hidden_words": words.weight.detach().numpy() / 3,
+        "hidden_words_bias": bias.detach().numpy(),
+        "hidden_around": near_weights,
+        "hidden_around_bias": near.bias.detach().numpy() - shift @ near_weights,
+        "out": out.weight.detach().numpy().T,
+        "out_bias": out.bias.detach().numpy(),
+    }
+
+
+def row_weights(chains: Sequence[Chain]) -> np.ndarray:
+    """How much each sentence counts in training: less where a chain goes in circles.
+
+    A sentence that occurs ``k`` times counts ``1 / sqrt(k)``, one of a chain of ``n > 40``
+    sentences ``sqrt(40 / n)`` of that.
+    """
+    said = [chain.text[start:end] for chain in chains for start, end in chain.places]
+    times = Counter(said)
+    sizes = [len(chain.places) for chain in chains]
+    long = np.minimum(1.0, np.sqrt(40 / np.maximum(1, np.repeat(sizes, sizes))))
+    return long / np.sqrt([times[sentence] for sentence in said])
+
+
+def cross_predict(matrix, truth, source, question, chain, weight) -> np.ndarray:
     """Probabilities ``[n, N]`` of every row from rows of other sources *and* other questions.
 
-    ``source`` and ``question [n]`` are integers. With a single source, of other questions.
+    All arguments but ``matrix`` are ``[n]``; a chain has one source and one question. With a
+    single source, from rows of other questions.
     """
     fold = question % FOLDS
     sources = np.unique(source)
@@ -145,10 +224,10 @@ def cross_predict(matrix, truth, source, question) -> np.ndarray:
             test = (source == left_out) & (fold == part)
             train = (fold != part) & ((source != left_out) | (len(sources) == 1))
             if test.any():
-                model = fit(matrix[train], truth[train])
-                scores = np.asarray(matrix[test] @ model.weights) + model.bias
-                scores -= scores.max(axis=1, keepdims=True)
-                found[test] = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+                model = fit(matrix[train], truth[train], chain[train], weight[train])
+                for one in np.unique(chain[test]):
+                    rows = np.flatnonzero(chain == one)
+                    found[rows] = model.probabilities(as_features(matrix[rows]))
     return found
 
 
@@ -190,11 +269,12 @@ def train(paths: Sequence[str | Path], out: str | Path) -> dict:
     source = np.repeat([names.index(chain.source) for chain in chains], sizes)
     question = np.repeat([questions[chain.question] for chain in chains], sizes)
 
-    matrix = design(chains)
-    probabilities = cross_predict(matrix, truth, source, question)
+    chain = np.repeat(np.arange(len(chains)), sizes)
+    matrix, weight = design(chains), row_weights(chains)
+    probabilities = cross_predict(matrix, truth, source, question, chain, weight)
     chosen = cross_decide(probabilities, truth, source)
     digests = {Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths}
-    final = fit(matrix, truth, {"trained_on": digests})
+    final = fit(matrix, truth, chain, weight, {"trained_on": digests})
     final = offline.Classifier(
         **{**vars(final), "correction": best_correction(probabilities, truth)}
     )

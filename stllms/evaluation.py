@@ -1,0 +1,308 @@
+"""What steering did: measurements a chain, paired with the plain chain of the same task.
+
+:func:`measure` gives one row a chain, :func:`table` what ``steering.csv`` holds: for every
+direction, coefficient and metric the mean over tasks with a bootstrap interval, the sign-flip
+p-value of the paired difference from the plain chain with Holm's correction over the
+behaviours' own rows, and the range of the random directions of the same coefficient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from stllms import metrics, tasks
+from stllms.organism import grammar
+from stllms.records import BEHAVIOURS, STEERED, STEERED_KEY, Steered, Task
+
+#: Metrics of a chain that are no behaviour's: name -> what a reader should know.
+SIDE_EFFECTS: dict[str, str] = {
+    "accuracy": "share of correct answers among tasks that have one",
+    "tokens": "output tokens",
+    "closed": "share of chains whose thinking ended",
+    "truncated": "share of chains cut at the token limit",
+    "loops": "share of word 4-grams that occurred before in the chain",
+    "compression": "size after zlib over size before",
+    "labelled": "share of the text that the annotator labelled",
+    "well-formed": "share of chains that the grammar could have written",
+}
+FRACTION, SHARE = "token fraction", "token share"
+
+
+def measure(
+    chains: Sequence[Steered], asked: Sequence[Task], *, empty: str = "apart"
+) -> pd.DataFrame:
+    """One row a chain: its key, token fractions, token shares, side effects.
+
+    ``token fraction`` columns are of the four steered behaviours (the paper's metric),
+    ``token share`` columns of all six. Answers are compared with ``Task.answer``; tasks
+    without one give NaN, and a chain that gives no answer is wrong. Raises ``ValueError`` for
+    a chain without an annotation, or of a task that is not among ``asked``.
+    """
+    lacking = sum(one.annotation is None for one in chains)
+    if lacking:
+        raise ValueError(f"{lacking} of {len(chains)} chains have no annotation")
+    annotations = [one.annotation for one in chains]
+    answers = {task.id: task.answer for task in asked}
+    strange = sorted({one.task_id for one in chains} - answers.keys())
+    if strange:
+        raise ValueError(
+            f"{len(strange)} tasks of the chains were not asked: {strange[0]}, ..."
+        )
+    fractions = metrics.token_fractions(annotations, STEERED, empty=empty)
+    shares = metrics.token_fractions(annotations, BEHAVIOURS, empty=empty)
+    rows = []
+    for place, one in enumerate(chains):
+        row = {
+            "task_id": one.task_id,
+            "direction": one.direction,
+            "layer": one.layer,
+            "coefficient": one.coefficient,
+            "operation": one.operation,
+        }
+        row |= {f"{FRACTION}/{b}": fractions[place, i] for i, b in enumerate(STEERED)}
+        row |= {f"{SHARE}/{b}": shares[place, i] for i, b in enumerate(BEHAVIOURS)}
+        rows.append(row | _side_effects(one, answers[one.task_id]))
+    return pd.DataFrame(rows)
+
+
+def _side_effects(one: Steered, answer: str | None) -> dict[str, float]:
+    response, annotation = one.response, one.annotation
+    signs = metrics.coherence(response.thinking)
+    found = {
+        "accuracy": np.nan
+        if answer is None
+        else float(tasks.is_correct(response.answer, answer)),
+        "tokens": float(len(response.output_ids)),
+        "closed": float(response.closed),
+        "truncated": float(not response.finished),
+        "loops": signs.loops,
+        "compression": signs.compression,
+        "labelled": np.nan if annotation.failed else annotation.ledger["coverage"],
+    }
+    if annotation.annotator == "grammar":
+        thinker = response.thinking != response.answer  # a text without tags is both
+        found["well-formed"] = float(grammar.well_formed(response, thinker=thinker))
+    return found
+
+
+def table(measured: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+    """The rows of ``steering.csv``, from :func:`measure`.
+
+    ``behaviour`` is empty for a side effect. ``null_low`` and ``null_high`` are the smallest
+    and largest mean among the random directions at the same layer and coefficient (NaN
+    without any).
+    """
+    names, by_arm = _arms(measured)
+    plain = by_arm[PLAIN]
+    null = _null({arm: rows.mean() for arm, rows in by_arm.items()}, names)
+    rows = []
+    for (direction, layer, coefficient), found in by_arm.items():
+        low, high = null.get((layer, coefficient), ({}, {}))
+        for name in names:
+            metric, _, behaviour = name.partition("/")
+            interval = metrics.bootstrap(found[name], seed=seed)
+            p = np.nan
+            if direction != "none":
+                p = metrics.sign_flip(found[name] - plain[name].reindex(found.index), seed=seed)
+            rows.append(
+                {
+                    "behaviour": behaviour,
+                    "direction": direction,
+                    "layer": layer,
+                    "coefficient": coefficient,
+                    "metric": metric,
+                    "value": interval.value,
+                    "ci_low": interval.low,
+                    "ci_high": interval.high,
+                    "n": interval.n,
+                    "p": p,
+                    "null_low": low.get(name, np.nan),
+                    "null_high": high.get(name, np.nan),
+                }
+            )
+    made = pd.DataFrame(rows)
+    made.insert(10, "p_holm", _corrected(made))
+    return made
+
+
+#: The arm in which nothing is done: (direction, layer, coefficient).
+PLAIN = ("none", -1, 0.0)
+
+
+def _arms(measured: pd.DataFrame) -> tuple[list[str], dict[tuple, pd.DataFrame]]:
+    """The measured columns, and the rows of every (direction, layer, coefficient) by task.
+
+    Raises ``ValueError`` without plain chains, or where an arm has a task twice.
+    """
+    names = [c for c in measured.columns if c not in STEERED_KEY]
+    arm_of = ["direction", "layer", "coefficient"]
+    if not (measured["direction"] == PLAIN[0]).any():
+        raise ValueError("there are no plain chains (direction 'none') to compare with")
+    twice = measured[measured.duplicated(["task_id", *arm_of])]
+    if len(twice):
+        raise ValueError(
+            f"{dict(twice.iloc[0][['task_id', *arm_of]])} is there more than once: measure "
+            "the chains of each operation apart"
+        )
+    groups = measured.groupby(arm_of, sort=False)
+    return names, {arm: rows.set_index("task_id")[names] for arm, rows in groups}
+
+
+def _null(means, names) -> dict[tuple, tuple[dict, dict]]:
+    random: dict[tuple, list] = {}
+    for (direction, layer, coefficient), mean in means.items():
+        if direction.startswith("random:"):
+            random.setdefault((layer, coefficient), []).append(mean)
+    ranges = {place: pd.DataFrame(found)[names] for place, found in random.items()}
+    return {place: (found.min(), found.max()) for place, found in ranges.items()}
+
+
+def _corrected(made: pd.DataFrame) -> np.ndarray:
+    """Holm over the tests that the paper's figure makes: a behaviour under its own vector."""
+    own = ((made["metric"] == FRACTION) & (made["behaviour"] == made["direction"])).to_numpy()
+    corrected = np.full(len(made), np.nan)
+    corrected[own] = metrics.holm(made["p"].to_numpy(float)[own])
+    return corrected
+
+
+def bars(rows: pd.DataFrame) -> pd.DataFrame:
+    """The paper's bars: token fraction of each behaviour plain and under its own +-1.
+
+    Columns ``behaviour``, ``mode`` (plain, positive, negative), ``value``, ``low``, ``high``,
+    ``n``, ``null_low``, ``null_high``; a behaviour without a direction has NaN.
+    """
+    found = rows[rows["metric"] == FRACTION].set_index(
+        ["behaviour", "direction", "coefficient"]
+    )
+    values = ["value", "ci_low", "ci_high", "n", "null_low", "null_high"]
+    made = []
+    for behaviour in STEERED:
+        for mode, arm in MODES.items():
+            key = (behaviour, arm[0] or behaviour, arm[1])
+            cells = found.loc[key, values] if key in found.index else [np.nan] * len(values)
+            made.append((behaviour, mode, *cells))
+    columns = ["behaviour", "mode", "value", "low", "high", "n", "null_low", "null_high"]
+    return pd.DataFrame(made, columns=columns)
+
+
+#: The bars of the paper: mode -> (direction, ``None`` for the behaviour's own; coefficient).
+MODES = {"plain": ("none", 0.0), "positive": (None, 1.0), "negative": (None, -1.0)}
+
+
+def differences(measured: pd.DataFrame, rows: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+    """Own token fraction under each direction minus that of the plain chain, paired by task.
+
+    Mean difference with its bootstrap interval; p-values are those of :func:`table`.
+    """
+    _, by_arm = _arms(measured)
+    tested = rows[rows["p_holm"].notna()]
+    made = []
+    for _, row in tested.iterrows():
+        name = f"{FRACTION}/{row['behaviour']}"
+        mine = by_arm[row["direction"], row["layer"], row["coefficient"]][name]
+        found = metrics.bootstrap(mine - by_arm[PLAIN][name].reindex(mine.index), seed=seed)
+        place = (row["behaviour"], row["layer"], row["coefficient"])
+        made.append(
+            (*place, found.value, found.low, found.high, found.n, row["p"], row["p_holm"])
+        )
+    columns = [
+        "behaviour",
+        "layer",
+        "coefficient",
+        "difference",
+        "low",
+        "high",
+        "n",
+        "p",
+        "p_holm",
+    ]
+    return pd.DataFrame(made, columns=columns)
+
+
+def costs(rows: pd.DataFrame) -> pd.DataFrame:
+    """Side effects (columns) of every arm (rows); random directions as their mean."""
+    side = rows[rows["metric"].isin(SIDE_EFFECTS)]
+    kind = side["direction"].str.replace(r":\d+$", "", regex=True)
+    wide = side.assign(direction=kind).pivot_table(
+        index=["direction", "coefficient"], columns="metric", values="value", sort=False
+    )
+    return wide[[name for name in SIDE_EFFECTS if name in wide.columns]].reset_index()
+
+
+def showcase(
+    chains: Sequence[Steered], measured: pd.DataFrame, behaviours: Sequence[str]
+) -> tuple[Steered, Steered]:
+    """(plain, positive) of the first of ``behaviours`` that has a direction: the finished chain
+    whose own token fraction rose most. Raises ``ValueError`` if nothing was steered."""
+    at = {one.key[:4]: one for one in chains}
+    _, by_arm = _arms(measured)
+    for behaviour in behaviours:
+        for (direction, layer, coefficient), rows in by_arm.items():
+            if direction != behaviour or coefficient <= 0:
+                continue
+            name = f"{FRACTION}/{behaviour}"
+            rise = (rows[name] - by_arm[PLAIN][name].reindex(rows.index)).fillna(-1)
+            whole = rise - rows["truncated"] - rows["loops"]
+            task = whole.idxmax()
+            return at[task, *PLAIN], at[task, direction, layer, coefficient]
+    raise ValueError(f"no chain was steered towards any of {', '.join(behaviours)}")
+
+
+def texts(chains: Sequence[Steered]) -> pd.DataFrame:
+    """One row a segment of some chains: the data of a figure that shows them."""
+    rows = [
+        (one.task_id, one.direction, one.coefficient, s.label, s.start, s.end, s.text)
+        for one in chains
+        for s in one.annotation.segments
+    ]
+    columns = ["task_id", "direction", "coefficient", "label", "start", "end", "text"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def changes(rows: pd.DataFrame, coefficient: float = 1.0) -> pd.DataFrame:
+    """What else moves: change of the token share of all six behaviours (columns) under every
+    behaviour's direction (index ``direction``) against the plain chains."""
+    shares = rows[rows["metric"] == SHARE]
+    plain = shares[shares["direction"] == "none"].set_index("behaviour")["value"]
+    steered = shares[(shares["coefficient"] == coefficient) & shares["direction"].isin(STEERED)]
+    wide = steered.pivot(index="direction", columns="behaviour", values="value")
+    order = [b for b in STEERED if b in wide.index]
+    return wide.reindex(index=order, columns=BEHAVIOURS) - plain[list(BEHAVIOURS)]
+
+
+def doses(rows: pd.DataFrame, behaviour: str) -> pd.DataFrame:
+    """Own token fraction and side effects of one direction over coefficients, plain at 0."""
+    mine = rows[rows["direction"].isin([behaviour, "none"])]
+    fraction = (mine["metric"] == FRACTION) & (mine["behaviour"] == behaviour)
+    return mine[fraction | mine["metric"].isin(SIDE_EFFECTS)].sort_values(
+        ["metric", "coefficient"], ignore_index=True
+    )
+
+
+#: How much worse than plain a side effect may get before a coefficient is not suggested.
+LIMITS: dict[str, float] = {"accuracy": -0.15, "closed": -0.10, "loops": 0.15}
+
+
+def suggested(rows: pd.DataFrame, behaviour: str, sign: int, limits=None) -> float | None:
+    """The largest coefficient of a sign whose side effects stay within ``limits``.
+
+    ``limits`` maps a side effect to the largest change from plain: negative for those that
+    must not fall, positive for those that must not rise. ``None`` if no coefficient is within.
+    """
+    limits = LIMITS if limits is None else limits
+    side = rows[rows["metric"].isin(limits)]
+    plain = side[side["direction"] == "none"].set_index("metric")["value"]
+    allowed = []
+    for coefficient, found in side[side["direction"] == behaviour].groupby("coefficient"):
+        change = found.set_index("metric")["value"] - plain
+        within = all(
+            np.isnan(change.get(name, np.nan))
+            or (change[name] >= limit if limit < 0 else change[name] <= limit)
+            for name, limit in limits.items()
+        )
+        if within and np.sign(coefficient) == sign:
+            allowed.append(float(coefficient))
+    return max(allowed, key=abs, default=None)

@@ -1,0 +1,268 @@
+"""Tables of a results folder -> rows of the ledger: our number, its interval, the verdict.
+
+Each row begins as a claim of :mod:`stllms.claims`; the docstrings say what counts as shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from stllms import claims, evaluation
+from stllms.claims import Row
+from stllms.config import MODELS
+from stllms.records import HEATMAP, STEERED
+
+#: A difference is significant below this, after Holm's correction.
+LEVEL = 0.05
+#: Two directions with a larger cosine are not called distinct (the paper's largest is .64).
+SAME = 0.9
+#: The groups of the comparison, and the columns of a number with its interval.
+KINDS = ("thinking", "instruct")
+VALUES = ["value", "low", "high"]
+
+
+def _verdict(
+    shown: int, tests: int, slug: str, paper: Collection[str] = claims.STEERING
+) -> str:
+    """How much of a claim was shown, and on what; ``paper`` are the models it is about."""
+    degree = "shown in part" if 0 < shown < tests else "shown" if shown else "not shown"
+    if slug in MODELS and MODELS[slug].source == "embedded":
+        return f"{degree} on a fixture, no evidence about the paper"
+    return f"{degree} on " + ("the paper's model" if slug in paper else "another model")
+
+
+def _released(equal: bool) -> str:
+    return claims.REPRODUCED if equal else claims.DIFFERS
+
+
+def _slug(name: str) -> str:
+    """The inverse of :func:`display`."""
+    return next((slug for slug, entry in MODELS.items() if entry.display == name), name)
+
+
+def _number(value: float, low: float, high: float, *, scale: float = 100) -> str:
+    """``4.4 (3.5-5.4)``, in per cent; ``n/a`` for a missing one."""
+    if np.isnan(value):
+        return "n/a"
+    return f"{scale * value:.1f} ({scale * low:.1f}–{scale * high:.1f})"
+
+
+# -- comparison ----------------------------------------------------------------------------
+
+
+def released_comparison(groups: pd.DataFrame, treatment: str, note: str) -> Iterator[Row]:
+    """Fractions and segments a response of the released files, from their group averages.
+
+    The paper's averages are over all ten models: with fewer files nothing is reproduced.
+    """
+    cells = groups.set_index(["kind", "metric", "behaviour"]).sort_index()
+    models = [int(cells.loc[kind, "models"].iloc[0]) for kind in KINDS]
+    on = "released files, {} thinking and {} instruct models of {} each".format(
+        *models, claims.GROUP
+    )
+    whole = models == [claims.GROUP, claims.GROUP]
+    paper = [claims.COMPARISON[treatment][kind] for kind in KINDS]
+    ours, signs, equal = {}, 0, True
+    for place, behaviour in enumerate(claims.ORDER):
+        found = [cells.loc[(kind, "segment fraction", behaviour)] for kind in KINDS]
+        mine, theirs = [100 * one["value"] for one in found], [one[0][place] for one in paper]
+        signs += np.sign(mine[0] - mine[1]) == np.sign(theirs[0] - theirs[1])
+        equal &= [round(value) for value in mine] == theirs
+        ours[behaviour] = " and ".join(_number(*one[VALUES]) for one in found)
+    fractions = claims.compared(
+        on,
+        _released(equal) if whole else claims.PART,
+        treatment=treatment,
+        ours=claims.listed(ours),
+        note=f"{note}; {signs} of {len(claims.ORDER)} differences have the paper's sign",
+    )
+    yield fractions
+    found = [cells.loc[(kind, "segment count", "all")] for kind in KINDS]
+    theirs = [one[1] for one in paper]
+    equal = [round(one["value"], 1) for one in found] == theirs
+    yield replace(
+        fractions,
+        where=fractions.where.replace("per cent of the segments", "segments a response"),
+        published=" and ".join(str(value) for value in theirs),
+        verdict=_released(equal) if whole else claims.PART,
+        ours=" and ".join(_number(*one[VALUES], scale=1) for one in found),
+        note="",
+    )
+
+
+def run_comparison(rows: pd.DataFrame, pair: pd.DataFrame, thinking: str, instruct: str) -> Row:
+    """A pair of a run. Shown: all six differences have the paper's sign, Holm p below .05."""
+    cells = rows.set_index(["model", "behaviour"])[VALUES]
+    ours = {
+        b: " and ".join(_number(*cells.loc[(model, b)]) for model in (thinking, instruct))
+        for b in claims.ORDER
+    }
+    tests = pair.set_index("behaviour")
+    thinks, instructs = (claims.COMPARISON["published"][kind][0] for kind in KINDS)
+    signs = dict(zip(claims.ORDER, np.sign(np.subtract(thinks, instructs)), strict=True))
+    shown = [
+        b
+        for b in claims.ORDER
+        if np.sign(tests.loc[b, "difference"]) == signs[b] and tests.loc[b, "p_holm"] < LEVEL
+    ]
+    tasks = int(tests["n"].max())
+    return claims.compared(
+        f"{thinking} and {instruct}, {tasks} tasks",
+        _verdict(len(shown), len(claims.ORDER), _slug(thinking), claims.COMPARED),
+        treatment="apart",
+        ours=claims.listed(ours),
+        note="the paper's sign with Holm p < .05: " + (", ".join(shown) or "none"),
+    )
+
+
+# -- steering ------------------------------------------------------------------------------
+
+
+def run_steering(slug: str, table: pd.DataFrame) -> Row:
+    """A steered model. Shown: all eight changes go the claimed way, Holm p below .05."""
+    bars = evaluation.bars(table).set_index(["behaviour", "mode"])
+    ours, shown, tests = {}, [], 0
+    own = table[
+        (table["metric"] == "token fraction") & (table["behaviour"] == table["direction"])
+    ]
+    p_holm = own.set_index(["behaviour", "coefficient"])["p_holm"]
+    for b in STEERED:
+        cells = [bars.loc[(b, mode)] for mode in evaluation.MODES]
+        ours[b] = " / ".join(_number(c["value"], c["low"], c["high"]) for c in cells)
+        for cell, sign in zip(cells[1:], (1, -1), strict=True):
+            tests += 1
+            change = sign * (cell["value"] - cells[0]["value"])
+            if change > 0 and p_holm.get((b, float(sign)), np.nan) < LEVEL:
+                shown.append(f"{b} {'+' if sign > 0 else '-'}")
+    tasks = int(np.nanmax(bars["n"].to_numpy(float), initial=0))
+    return claims.steered(
+        slug,
+        f"{claims.display(slug)}, {tasks} tasks",
+        _verdict(len(shown), tests, slug),
+        ours=claims.listed(ours),
+        note="changes the claimed way with Holm p < .05: " + (", ".join(shown) or "none"),
+    )
+
+
+# -- layer effects -------------------------------------------------------------------------
+
+
+def _layers(peaks: pd.DataFrame, name: str) -> dict[str, str]:
+    """``18 (9-19)`` a behaviour."""
+    rows = peaks.set_index("behaviour")
+    return {
+        b: f"{int(row[name])} ({int(row[name + '_low'])}–{int(row[name + '_high'])})"
+        for b, row in rows.iterrows()
+    }
+
+
+def _outside(peaks: pd.DataFrame) -> list[str]:
+    """Behaviours whose peak is not in the middle half of the layers."""
+    place = peaks["peak"] / (peaks["layers"] - 1).clip(lower=1)
+    return peaks.loc[(place < 0.25) | (place > 0.75), "behaviour"].tolist()
+
+
+def _middle(peaks: pd.DataFrame) -> str:
+    names = ", ".join(_outside(peaks))
+    return f"outside the middle half of the layers: {names or 'none'}"
+
+
+def released_effects(slug: str, peaks: pd.DataFrame) -> Iterator[Row]:
+    """Peaks of the released values, and ranks of the steering layer where METHOD has them."""
+    on = f"released file, {int(peaks['n'].min())} responses"
+    found = peaks.set_index("behaviour").loc[list(STEERED)]
+    equal = tuple(found["peak"].astype(int)) == claims.PEAKS[slug]
+    first = claims.peaked(
+        slug,
+        on,
+        _released(equal),
+        ours=claims.listed(_layers(peaks, "peak")),
+        note=_middle(peaks),
+    )
+    yield first
+    if slug not in claims.LATE:
+        return
+    ranks, late = claims.LATE[slug]
+    equal = tuple(found["rank"].astype(int)) == ranks
+    equal &= tuple(found["late_peak"].astype(int)) == late
+    mine = {
+        b: f"{_layers(peaks, 'rank')[b]}, {_layers(peaks, 'late_peak')[b]}" for b in STEERED
+    }
+    theirs = {b: f"{r}, {p}" for b, r, p in zip(STEERED, ranks, late, strict=True)}
+    yield replace(
+        first,
+        where=f"{first.where.partition(';')[0]}; rank of the steering layer, and the peak "
+        "without layers 0-4",
+        published=claims.listed(theirs),
+        verdict=_released(equal),
+        ours=claims.listed(mine),
+        note="",
+    )
+
+
+def run_effects(slug: str, measured: Mapping[str, pd.DataFrame]) -> Row:
+    """Peaks of a run, the published objective where there is one. Shown: in the middle half."""
+    name = next(iter(measured))
+    peaks = measured[name]
+    note = _middle(peaks)
+    if name != "kl/own" and "kl/own" in measured:
+        exact = [f"{b} {text}" for b, text in _layers(measured["kl/own"], "peak").items()]
+        note += f"; exact effects at own spans: {', '.join(exact)}"
+    return claims.peaked(
+        slug,
+        f"{claims.display(slug)}, {name}, {peaks['n'].max()} responses, "
+        f"{peaks['layers'].max()} layers",
+        _verdict(len(peaks) - len(_outside(peaks)), len(peaks), slug),
+        ours=claims.listed(_layers(peaks, "peak")),
+        note=note,
+    )
+
+
+# -- directions ----------------------------------------------------------------------------
+
+
+def _upper(matrix: pd.DataFrame) -> tuple[np.ndarray, int]:
+    names = [name for name in HEATMAP if name in matrix.index]
+    square = matrix.loc[names, names].to_numpy(float)
+    return square[np.triu_indices(len(names), 1)], len(names)
+
+
+def released_heatmap(matrix: pd.DataFrame) -> Row:
+    """The cosines of the released vectors, to two decimals."""
+    cosines, n = _upper(matrix)
+    equal = np.round(cosines, 2).tolist() == list(claims.TRIANGLE)
+    return claims.distinct(
+        "released file",
+        _released(equal),
+        ours=claims.triangle(cosines, n),
+        note="no interval: the file holds means only",
+    )
+
+
+def run_heatmap(slug: str, matrix: pd.DataFrame) -> Row:
+    """Cosines of a run. Shown: every pair of directions is below :data:`SAME`."""
+    cosines, n = _upper(matrix)
+    below = int((cosines < SAME).sum())
+    return claims.distinct(
+        f"{claims.display(slug)}, {n} directions",
+        _verdict(below, len(cosines), slug),
+        ours=claims.triangle(cosines, n),
+        note=f"{below} of {len(cosines)} cosines below {SAME}",
+    )
+
+
+def run_embedding(slug: str, table: pd.DataFrame) -> Row:
+    """Similarity of a run. Shown: larger at the first layer than at the last, for all."""
+    first, last = table.iloc[:, 0].to_numpy(float), table.iloc[:, -1].to_numpy(float)
+    ours = {b: f"{f:.2f} and {s:.2f}" for b, f, s in zip(table.index, first, last, strict=True)}
+    falls = int((first > last).sum())
+    return claims.early(
+        f"{claims.display(slug)}, {table.shape[1]} layers",
+        _verdict(falls, len(table), slug),
+        ours=claims.listed(ours),
+        note=f"larger at the first layer for {falls} of {len(table)}",
+    )

@@ -1,0 +1,411 @@
+"""Data -> axes. A function here draws on the axes it is given and returns them.
+
+None reads a file, saves or shows. Colours are one per behaviour everywhere (Okabe and Ito's
+palette, told apart by colour-blind readers); a value that is missing is written as ``n/a``,
+never drawn as zero.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from html import escape as _escaped
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from stllms.records import BEHAVIOURS, Annotation, PlacedSegment, Response
+
+COLOURS: dict[str, str] = {
+    "initializing": "#999999",
+    "deduction": "#0072B2",
+    "adding-knowledge": "#009E73",
+    "example-testing": "#E69F00",
+    "uncertainty-estimation": "#CC79A7",
+    "backtracking": "#D55E00",
+}
+#: A label that is no behaviour (the published reader keeps such).
+OTHER = "#555555"
+#: Plain, positive and negative steering.
+MODES: dict[str, str] = {"plain": "#777777", "positive": "#1B9E77", "negative": "#7570B3"}
+MARKERS = ("o", "s", "^", "D", "v", "P")
+WHISKERS = {"fmt": "none", "ecolor": "#333333", "elinewidth": 1}
+LETTER = {"family": "monospace", "fontsize": 9, "ha": "center", "va": "center"}
+
+
+def style() -> None:
+    """The look of every figure: call once, at the top of a notebook."""
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "axes.titlesize": "medium",
+            "pdf.fonttype": 42,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+
+
+def caption(figure: Figure, text: str) -> None:
+    """One small line under a figure that says which model, on what, and what it is not."""
+    width = max(60, int(figure.get_figwidth() * 15))
+    figure.supxlabel(textwrap.fill(text, width), fontsize=8, color="#555555", x=0.01, ha="left")
+
+
+def short(behaviour: str) -> str:
+    """A behaviour on two lines, for axes."""
+    return behaviour.replace("-", "-\n", 1)
+
+
+def bars(
+    axes: Axes, table: pd.DataFrame, *, x: str, hue: str, palette: Mapping[str, str], label: str
+) -> Axes:
+    """Grouped bars with intervals from rows (``x``, ``hue``, value, low, high)."""
+    groups, hues = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[hue]))
+    width = 0.8 / len(hues)
+    for rank, name in enumerate(hues):
+        rows = table[table[hue] == name].set_index(x).reindex(groups)
+        place = np.arange(len(groups)) + (rank - (len(hues) - 1) / 2) * width
+        value = rows["value"].to_numpy(float)
+        whiskers = [value - rows["low"].to_numpy(float), rows["high"].to_numpy(float) - value]
+        axes.bar(place, np.nan_to_num(value), width * 0.92, color=palette[name], label=name)
+        known = ~np.isnan(value)
+        reach = np.clip(np.array(whiskers)[:, known], 0, None)
+        axes.errorbar(place[known], value[known], yerr=reach, capsize=2, **WHISKERS)
+        for spot in place[~known]:
+            axes.text(spot, 0.0, " n/a", rotation=90, ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(np.arange(len(groups)), [short(group) for group in groups])
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="x", visible=False)
+    return axes
+
+
+def heatmap(axes: Axes, matrix: np.ndarray, labels: Sequence[str]) -> Axes:
+    """Cosine similarities ``[N, N]`` with their values written in the cells."""
+    names = [short(label) for label in labels]
+    sns.heatmap(
+        np.asarray(matrix),
+        ax=axes,
+        vmin=-1,
+        vmax=1,
+        cmap="RdBu_r",
+        annot=True,
+        fmt=".2f",
+        square=True,
+        xticklabels=names,
+        yticklabels=names,
+        cbar_kws={"label": "cosine similarity", "shrink": 0.8},
+    )
+    axes.tick_params(axis="x", rotation=40)
+    axes.tick_params(axis="y", rotation=0)
+    return axes
+
+
+def curves(
+    axes: Axes,
+    values: Mapping[str, np.ndarray],
+    *,
+    label: str,
+    bands: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    mark: Mapping[str, int] | None = None,
+) -> Axes:
+    """One line a behaviour over the layers, with bands and marked layers where given."""
+    if not values:
+        return missing(axes, "unavailable: too few spans")
+    for rank, (name, line) in enumerate(values.items()):
+        layers = np.arange(len(line))
+        colour = COLOURS.get(name, f"C{rank}")
+        marker = MARKERS[rank % len(MARKERS)]
+        axes.plot(layers, line, color=colour, marker=marker, markersize=4, label=name)
+        if bands and name in bands:
+            axes.fill_between(layers, *bands[name], color=colour, alpha=0.18, linewidth=0)
+        if mark and name in mark:
+            axes.axvline(mark[name], color=colour, linestyle=":", linewidth=1)
+    axes.set_xlabel("layer")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    return axes
+
+
+def missing(axes: Axes, text: str) -> Axes:
+    """An empty panel that says why it is empty. An axis that it shares keeps its ticks:
+    they are those of the other panels."""
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, fontsize=9)
+    axes.grid(False)
+    if len(axes.get_shared_x_axes().get_siblings(axes)) == 1:
+        axes.set_xticks([])
+    if len(axes.get_shared_y_axes().get_siblings(axes)) == 1:
+        axes.set_yticks([])
+    return axes
+
+
+def strip(axes: Axes, values: Sequence[float], *, label: str) -> Axes:
+    """One dot a chain, jittered with a fixed seed."""
+    rng = np.random.default_rng(0)
+    axes.plot(values, rng.uniform(-0.3, 0.3, len(values)), ".", color="#0072B2", alpha=0.6)
+    axes.set_yticks([])
+    axes.set_ylim(-0.6, 0.6)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel(label)
+    return axes
+
+
+def matrix(
+    axes: Axes,
+    table: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    label: str,
+    fmt: str = "+.2f",
+    limit: float | None = None,
+) -> Axes:
+    """A labelled matrix of signed changes, symmetric colours around zero."""
+    table = np.asarray(table, dtype=float)
+    limit = limit or float(np.nanmax(np.abs(table), initial=1e-9))
+    sns.heatmap(
+        table,
+        ax=axes,
+        cmap="RdBu_r",
+        vmin=-limit,
+        vmax=limit,
+        annot=True,
+        fmt=fmt,
+        annot_kws={"fontsize": 8},
+        xticklabels=[short(name) for name in columns],
+        yticklabels=list(rows),
+        cbar_kws={"label": label},
+    )
+    for row, column in np.argwhere(np.isnan(table)):
+        axes.text(column + 0.5, row + 0.5, "n/a", ha="center", va="center", fontsize=8)
+    axes.tick_params(axis="x", rotation=0)
+    axes.tick_params(axis="y", rotation=0)
+    return axes
+
+
+def chain(
+    axes: Axes,
+    text: str,
+    segments: Sequence[PlacedSegment],
+    *,
+    title: str,
+    width: int = 62,
+    rows: int = 16,
+) -> Axes:
+    """A chain as text, the background of every segment in the colour of its behaviour.
+
+    ``rows`` is how many lines the axes have room for at least, so that chains side by side
+    have lines of one height.
+    """
+    labels = np.full(len(text), "", dtype=object)
+    for segment in segments:
+        labels[segment.start : segment.end] = segment.label
+    axes.set_axis_off()
+    axes.set_title(textwrap.fill(title, 80), loc="left", fontsize=9)
+    lines = list(_wrapped(text, width))
+    axes.set_xlim(0, width)
+    axes.set_ylim(max(rows, len(lines)) - 0.5, -0.5)
+    for row, (start, stop) in enumerate(lines):
+        for left, right in _runs(labels[start:stop]):
+            label = labels[start + left]
+            if label:
+                box = Rectangle((left, row - 0.45), right - left, 0.9, alpha=0.35, linewidth=0)
+                box.set_facecolor(COLOURS.get(label, OTHER))
+                axes.add_patch(box)
+        for column, letter in enumerate(text[start:stop]):
+            axes.text(column + 0.5, row, letter, parse_math=False, **LETTER)
+    return axes
+
+
+def _wrapped(text: str, width: int):
+    """Start and end of lines of at most ``width`` characters, broken at spaces."""
+    start = 0
+    while start < len(text):
+        newline = text.find("\n", start, start + width + 1)
+        if newline >= 0:
+            stop = newline
+        elif len(text) - start <= width:
+            stop = len(text)
+        else:
+            space = text.rfind(" ", start, start + width + 1)
+            stop = space if space > start else start + width
+        yield start, stop
+        start = stop + (stop < len(text) and text[stop] in " \n")
+
+
+def _runs(labels: np.ndarray):
+    """Maximal runs of one label as (start, end)."""
+    start = 0
+    for place in range(1, len(labels) + 1):
+        if place == len(labels) or labels[place] != labels[start]:
+            yield start, place
+            start = place
+
+
+def legend(figure: Figure, behaviours: Sequence[str] = BEHAVIOURS, *, columns: int = 6) -> None:
+    """The behaviours' colours, above a figure."""
+    patches = [Patch(facecolor=COLOURS[name], alpha=0.5, label=name) for name in behaviours]
+    figure.legend(
+        handles=patches, loc="outside upper center", ncols=columns, fontsize=8, frameon=False
+    )
+
+
+def html(text: str, segments: Sequence[PlacedSegment], title: str = "") -> str:
+    """A chain as a small piece of HTML, coloured like :func:`chain`; the text is escaped."""
+    pieces, end = [], 0
+    for segment in sorted(segments, key=lambda s: s.start):
+        start = max(end, segment.start)  # segments of the published reader may overlap
+        if start >= segment.end:
+            continue
+        pieces.append(_escaped(text[end:start]))
+        colour = COLOURS.get(segment.label, OTHER)
+        pieces.append(
+            f'<span title="{segment.label}" style="background:{colour}59">'
+            f"{_escaped(text[start : segment.end])}</span>"
+        )
+        end = segment.end
+    pieces.append(_escaped(text[end:]))
+    head = f"<b>{_escaped(title)}</b><br>" if title else ""
+    return (
+        '<div style="font-family:monospace;font-size:12px;line-height:1.6;max-width:88ch;'
+        f'white-space:pre-wrap">{head}{"".join(pieces)}</div>'
+    )
+
+
+def side_legend(figure: Figure, axes: Axes) -> None:
+    """The lines of ``axes`` named to the right of the figure, where they hide nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+
+
+def html_chains(responses: Sequence[Response], annotations: Sequence[Annotation]) -> str:
+    """:func:`html` of several chains, each with its task id."""
+    return "<hr>".join(
+        html(response.thinking, annotation.segments, response.task_id)
+        for response, annotation in zip(responses, annotations, strict=True)
+    )
+
+
+def legend_html(behaviours: Sequence[str] = BEHAVIOURS) -> str:
+    """The behaviours' colours as HTML."""
+    items = (
+        f'<span style="background:{COLOURS[name]}59;padding:0 4px">{name}</span>'
+        for name in behaviours
+    )
+    return '<div style="font-size:12px">' + " ".join(items) + "</div>"
+
+
+def compare(axes: Axes, rows: pd.DataFrame, *, metric: str, palette: Mapping[str, str]) -> Axes:
+    """Bars of one metric by behaviour, a bar a model, from :func:`stllms.comparison.table`."""
+    chosen = rows[(rows["metric"] == metric) & (rows["behaviour"] != "all")]
+    label = f"{metric} (mean over tasks)"
+    return bars(axes, chosen, x="behaviour", hue="model", palette=palette, label=label)
+
+
+def totals(axes: Axes, rows: pd.DataFrame, *, palette: Mapping[str, str]) -> Axes:
+    """Segments a chain of every model, from :func:`stllms.comparison.table`."""
+    chosen = rows[(rows["metric"] == "segment count") & (rows["behaviour"] == "all")]
+    place = np.arange(len(chosen))
+    value = chosen["value"].to_numpy(float)
+    error = [value - chosen["low"].to_numpy(float), chosen["high"].to_numpy(float) - value]
+    axes.barh(place, value, color=[palette[name] for name in chosen["model"]], height=0.7)
+    axes.errorbar(value, place, xerr=np.clip(error, 0, None), **WHISKERS)
+    for spot in place[np.isnan(value)]:
+        axes.text(0.0, spot, " n/a", va="center", fontsize=7)
+    axes.set_yticks(place, chosen["model"])
+    axes.set_ylim(len(chosen) - 0.5, -0.5)
+    axes.set_xlabel("segments a chain")
+    axes.grid(axis="y", visible=False)
+    return axes
+
+
+def models_legend(figure: Figure, palette: Mapping[str, object]) -> None:
+    """The models' colours above a figure, at most five columns (pairs stay in one)."""
+    patches = [Patch(facecolor=colour, label=name) for name, colour in palette.items()]
+    columns = min(5, len(patches))
+    figure.legend(
+        handles=patches, loc="outside upper center", ncols=columns, fontsize=8, frameon=False
+    )
+
+
+def growth(axes: Axes, table: pd.DataFrame) -> Axes:
+    """Split-half cosine of each direction against the spans it was built from."""
+    if table.empty:
+        return missing(axes, "unavailable: too few spans")
+    for rank, (name, rows) in enumerate(table.groupby("behaviour", sort=False)):
+        marker = MARKERS[rank % len(MARKERS)]
+        axes.plot(rows["spans"], rows["cosine"], color=COLOURS[name], marker=marker, label=name)
+    axes.set_xscale("log")
+    axes.set_ylim(top=1.02)
+    axes.set_xlabel("spans in the smaller half")
+    axes.set_ylabel("cosine of disjoint halves")
+    return axes
+
+
+def effect_panels(
+    panels: Sequence[Axes],
+    table: pd.DataFrame,
+    names: Sequence[str],
+    *,
+    label: str,
+    band: str = "interval",
+    mark: Mapping[str, int] | None = None,
+) -> Sequence[Axes]:
+    """A panel a behaviour from :func:`stllms.effects.table`: the mean line and its band.
+
+    ``band`` is ``"interval"`` (bootstrap) or ``"sd"`` (one standard deviation, as published);
+    ``mark`` is a layer a behaviour, drawn as a dotted line.
+    """
+    panels = list(panels)
+    for axes, name in zip(panels, names, strict=True):
+        rows = table[(table["behaviour"] == name) & table["mean"].notna()]
+        axes.set_title(name)
+        if rows.empty:
+            missing(axes, "unavailable:\ntoo few spans").set(xlabel="layer", ylabel=label)
+            continue
+        line = rows["mean"].to_numpy()
+        spread = rows["sd"].to_numpy()
+        edges = (line - spread, line + spread)
+        if band == "interval":
+            edges = (rows["low"].to_numpy(), rows["high"].to_numpy())
+        curves(axes, {name: line}, label=label, bands={name: edges}, mark=mark)
+    for axes in panels:
+        axes.label_outer()
+    return panels
+
+
+def steering_bars(axes: Axes, table: pd.DataFrame) -> Axes:
+    """The paper's bars from :func:`stllms.evaluation.bars`, with the range of the nulls."""
+    names = list(dict.fromkeys(table["behaviour"]))
+    bars(axes, table, x="behaviour", hue="mode", palette=MODES, label="token fraction")
+    width, named = 0.8 / len(MODES), False
+    for rank, mode in enumerate(MODES):
+        rows = table[table["mode"] == mode].set_index("behaviour").reindex(names)
+        place = np.arange(len(names)) + (rank - (len(MODES) - 1) / 2) * width
+        low, high = rows["null_low"].to_numpy(float), rows["null_high"].to_numpy(float)
+        known = ~np.isnan(low)
+        if not known.any():
+            continue
+        axes.bar(
+            place[known],
+            (high - low)[known],
+            width * 0.92,
+            bottom=low[known],
+            color="none",
+            edgecolor="#222222",
+            hatch="////",
+            linewidth=0.6,
+            alpha=0.5,
+            label=None if named else "random directions",
+        )
+        named = True
+    return axes

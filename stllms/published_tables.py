@@ -1,0 +1,198 @@
+"""Released files -> arrays and tables, each file checked and named in every complaint.
+
+What :mod:`stllms.published` draws and :mod:`stllms.ledger` cites is computed here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from stllms import artifacts, compare, comparison, vectors
+from stllms.artifacts import BadFile
+from stllms.comparison import Member
+from stllms.config import MODELS, ModelEntry
+from stllms.records import BEHAVIOURS, HEATMAP, STEERED
+from stllms.vectors import SteeringVectors
+
+#: Layers 0-4, left out where the ledger asks for the peak behind the first layers.
+EARLY = 5
+
+
+def entry_of(path: Path) -> ModelEntry:
+    """The model of a released file: the registry's with that hub name, else one of no pair."""
+    name = re.sub(r"^(mean_vectors|layer_effects|reasoning_comparison)_", "", path.stem)
+    for entry in MODELS.values():
+        if entry.hub_id and entry.hub_id.split("/")[-1].lower() == name.lower():
+            return entry
+    return ModelEntry(name=name, hub_id=None, display=name)
+
+
+# -- directions --------------------------------------------------------------------------
+
+
+def read_vectors(path: Path) -> SteeringVectors:
+    """:func:`vectors.load_published`, with every complaint naming the file."""
+    try:
+        found = vectors.load_published(path)
+    except BadFile:
+        raise
+    except (RuntimeError, ValueError) as error:  # shapes that differ, values that are NaN
+        raise BadFile(f"{path}: {str(error).splitlines()[0]}") from None
+    lacking = [label for label in HEATMAP if label not in found.behaviours]
+    if lacking:
+        raise BadFile(f"{path}: no direction of {', '.join(lacking)}")
+    _check_layers(path, found.n_layers)
+    return found
+
+
+def _check_layers(path: Path, n_layers: int) -> None:
+    last = max((entry_of(path).steering_layers or {"": 0}).values())
+    if last >= n_layers:
+        raise BadFile(f"{path}: {n_layers} layers, but the model is steered at layer {last}")
+
+
+def labels(entry: ModelEntry, found: SteeringVectors) -> pd.DataFrame:
+    """Every label of a file: its spans, and whether it has a direction here."""
+    norms = found.overall.norm(dim=-1)
+    spans = dict(zip(found.behaviours, found.counts.tolist(), strict=True))
+    rows = [
+        (entry.display, name, n, status)
+        for status, group in (
+            ("direction", spans),
+            ("too few spans", found.unavailable),
+            ("left out: no behaviour", found.left_out),
+        )
+        for name, n in group.items()
+    ]
+    made = pd.DataFrame(rows, columns=["model", "label", "spans", "status"])
+    return made.assign(first_norm=float(norms[0]), last_norm=float(norms[-1]))
+
+
+# -- layer effects -----------------------------------------------------------------------
+
+
+def read_effects(path: Path) -> dict[str, np.ndarray]:
+    """Released layer effects ``[responses, L]`` of the four steered behaviours."""
+    content = artifacts.load_layer_effects(path)
+    lacking = [name for name in STEERED if name not in content]
+    if lacking:
+        raise BadFile(f"{path}: no layer effects of {', '.join(lacking)}")
+    found = {name: content[name].numpy() for name in STEERED}
+    shapes = {values.shape[1] for values in found.values()}
+    if len(shapes) > 1:
+        raise BadFile(f"{path}: behaviours differ in their number of layers {sorted(shapes)}")
+    for name, values in found.items():
+        if not len(_known(values)):
+            raise BadFile(f"{path}: {name!r} has no response without NaN")
+    _check_layers(path, shapes.pop())
+    return found
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values).all(1)]
+
+
+def peaks(
+    measured: Mapping[str, np.ndarray],
+    steering_layers: Mapping[str, int] | None,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Peak layer and rank of the steering layer from effects ``[R, L]``, a row a behaviour.
+
+    ``peak`` is the layer of the largest mean, ``late_peak`` that among layers from
+    :data:`EARLY` on, ``rank`` that of the steering layer among all (1 is the largest; missing
+    without a published layer), ``late_rank`` that from :data:`EARLY` on. ``*_low`` and
+    ``*_high`` are central 95 % over bootstrap samples of the responses.
+    """
+    rows = []
+    for name, values in measured.items():
+        known = _known(values)
+        samples = np.random.default_rng(seed).integers(len(known), size=(draws, len(known)))
+        means = np.vstack([known.mean(0), known[samples].mean(1)])
+        layer = None if steering_layers is None else steering_layers.get(name)
+        row = {"behaviour": name, "n": len(known), "layers": known.shape[1]}
+        for prefix, skip in (("", 0), ("late_", EARLY if known.shape[1] > EARLY else 0)):
+            row |= _spread(f"{prefix}peak", means[:, skip:].argmax(1) + skip)
+        row["steering_layer"] = np.nan if layer is None else layer
+        for prefix, skip in (("", 0), ("late_", EARLY)):
+            if layer is None or layer < skip:
+                row |= dict.fromkeys((f"{prefix}rank{end}" for end in ENDS), np.nan)
+            else:
+                ranks = (means[:, skip:] > means[:, [layer]]).sum(1) + 1
+                row |= _spread(f"{prefix}rank", ranks)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+#: Endings of the columns that :func:`_spread` makes.
+ENDS = ("", "_low", "_high")
+
+
+def _spread(name: str, drawn: np.ndarray) -> dict[str, int]:
+    """The value (first) and the central 95 % of its bootstrap samples (the rest)."""
+    low, high = np.quantile(drawn[1:], [0.025, 0.975], method="nearest")
+    return {name: int(drawn[0]), f"{name}_low": int(low), f"{name}_high": int(high)}
+
+
+# -- comparison --------------------------------------------------------------------------
+
+
+def read_counts(path: Path) -> list[dict[str, int]]:
+    """The files' own ``label_counts``, one dictionary a chain, zeros left out."""
+    counts = []
+    for number, row in enumerate(artifacts.load_comparison(path)):
+        stored = row["label_counts"]
+        if not isinstance(row["annotated_response"], str):
+            raise BadFile(f"{path}: chain {number}: annotated_response is no text")
+        if not isinstance(stored, dict) or not all(type(n) is int for n in stored.values()):
+            raise BadFile(f"{path}: chain {number}: label_counts is not label -> count")
+        counts.append({label: n for label, n in stored.items() if n})
+    return counts
+
+
+def members(paths: Sequence[Path], treatment: str) -> list[Member]:
+    """The models of released files under a treatment of METHOD section 11, in stable order."""
+    reader = compare.READERS[treatment]
+    return comparison.ordered([compare.of_released(path, reader) for path in paths])
+
+
+def changes(
+    published: Sequence[Member],
+    sound: Sequence[Member],
+    stored: Mapping[str, Sequence[Mapping[str, int]]],
+) -> pd.DataFrame:
+    """What the reader changes, a row a model: chains without segments, recovered, changed.
+
+    ``equal_stored`` counts the chains whose published reading is exactly the file's own
+    ``label_counts`` (``stored``, by display name).
+    """
+    rows = []
+    for old, new in zip(published, sound, strict=True):
+        counted = [
+            {b: int(n) for b, n in zip(BEHAVIOURS, chain, strict=True) if n}
+            for chain in old.counts
+        ]
+        equal = sum(a == b for a, b in zip(counted, stored[old.display], strict=True))
+        empty = old.counts.sum(1) == 0
+        rows.append(
+            {
+                "model": old.display,
+                "kind": old.kind,
+                "chains": len(counted),
+                "equal_stored": equal,
+                "empty_published": old.empty,
+                "empty_sound": new.empty,
+                "recovered": int((empty & (new.counts.sum(1) > 0)).sum()),
+                "otherwise_changed": int(((old.counts != new.counts).any(1) & ~empty).sum()),
+                "segments_published": old.counts.sum(1).mean(),
+                "segments_sound": new.counts.sum(1).mean(),
+            }
+        )
+    return pd.DataFrame(rows)
