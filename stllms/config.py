@@ -198,10 +198,10 @@ class RunConfig:
 
     @property
     def annotator(self) -> str:
-        """The judge; ``auto`` is ``grammar`` for embedded models, ``lexical`` for others."""
+        """The judge; ``auto`` is ``grammar`` for embedded models, ``offline`` for others."""
         if self.judge != "auto":
             return self.judge
-        return "grammar" if self.embedded else "lexical"
+        return self.preview
 
     @property
     def who(self) -> str:
@@ -217,7 +217,7 @@ class RunConfig:
     @property
     def preview(self) -> str:
         """The annotator that colours chains where no judge should be paid."""
-        return "grammar" if self.embedded else "lexical"
+        return "grammar" if self.embedded else "offline"
 
     @property
     def task_set(self) -> str:

@@ -43,7 +43,7 @@ def style() -> None:
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
     mpl.rcParams.update(
         {
-            "figure.dpi": 100,
+            "figure.dpi": 80,
             "figure.constrained_layout.use": True,
             "axes.titlesize": "medium",
             "pdf.fonttype": 42,
@@ -198,7 +198,7 @@ def chain(
     *,
     title: str,
     width: int = 62,
-    rows: int = 16,
+    rows: int = 12,
 ) -> Axes:
     """A chain as text, the background of every segment in the colour of its behaviour.
 

@@ -159,7 +159,7 @@ def test_a_token_limit_also_limits_the_comparison():
     [
         ("tiny-thinker", "auto", "grammar", "grammar", ("tiny-thinker", "tiny-instruct")),
         ("tiny-instruct", "lexical", "lexical", "grammar", ("tiny-instruct", "tiny-thinker")),
-        ("smollm2", "auto", "lexical", "messages", ("smollm2",)),
+        ("smollm2", "auto", "offline", "messages", ("smollm2",)),
         ("owner/name", "openai:gpt-4.1", "openai:gpt-4.1", "messages", ("owner/name",)),
     ],
 )

@@ -19,12 +19,14 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
         frozenset(
             {
                 "agreement",
+                "claims",
                 "artifacts",
                 "comparison",
                 "detokenize",
                 "effects",
                 "evaluation",
                 "files",
+                "findings",
                 "means",
                 "metrics",
                 "organism",
@@ -66,6 +68,8 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "organism.card",
                 "organism.train",
                 "pipeline",
+                "published",
+                "published_tables",
                 "report",
                 "run",
             }

@@ -201,6 +201,12 @@ def test_sign_flips_of_few_pairs_are_enumerated_exactly_at_any_scale(scale):
         assert metrics.sign_flip([float(v) for v in values]) == enumerated(values)
 
 
+def test_the_observed_signs_and_their_mirror_image_always_count():
+    rng = np.random.default_rng(7)
+    found = [metrics.sign_flip(rng.normal(size=9) * 1e5) for _ in range(600)]
+    assert min(found) >= 2 / 2**9
+
+
 def test_sign_flip_of_five_equal_differences_is_two_in_thirty_two():
     assert metrics.sign_flip([0.3] * 5) == 2 / 32
     assert metrics.sign_flip([-0.3] * 5) == 2 / 32

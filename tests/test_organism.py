@@ -667,11 +667,21 @@ def test_noise_vectors_have_the_share_and_the_length_of_the_recipe():
 
 
 def test_the_rate_warms_up_stays_and_falls_to_nothing():
-    recipe = replace(TINY, steps=100, warmup=10)
+    recipe = replace(TINY, cycles=(100,), warmup=10)
     assert train.rate(recipe, 0) == 0.1
     assert {train.rate(recipe, step) for step in range(9, 51)} == {1.0}
     assert train.rate(recipe, 75) == 0.5
     assert train.rate(recipe, 99) == pytest.approx(0.02)
+
+
+def test_a_further_cycle_begins_at_a_half_and_falls_to_nothing():
+    once = replace(TINY, cycles=(100,), warmup=10)
+    twice = replace(once, cycles=(100, 140))
+    assert twice.steps == 140
+    assert [train.rate(twice, s) for s in range(100)] == [
+        train.rate(once, s) for s in range(100)
+    ]
+    assert [train.rate(twice, s) for s in (100, 120, 139)] == pytest.approx([0.5, 0.25, 0.0125])
 
 
 def prepared(folder: Path, tokenizers) -> Path:
@@ -717,7 +727,7 @@ def test_a_resumed_training_run_equals_an_uninterrupted_one(tokenizers, tmp_path
 
 
 def test_the_log_of_a_resumed_run_has_every_step_once(tokenizers, tmp_path, monkeypatch):
-    recipe = replace(TINY, steps=21)
+    recipe = replace(TINY, cycles=(21,), noise_steps=(0, 21))
     folder = prepared(tmp_path / "run", tokenizers)
     stopped_at(monkeypatch, 18)
     with pytest.raises(KeyboardInterrupt):
@@ -736,7 +746,7 @@ def test_the_command_line_trains_the_shipped_recipe(style, monkeypatch, tmp_path
         [style, "--out", str(tmp_path), "--device", "cpu", "--steps", "7", "--seed", "3"]
     )
     shipped = train.RECIPES[style]
-    assert asked == [shipped, replace(shipped, steps=7, seed=3)]
+    assert asked == [shipped, replace(shipped, cycles=(7,), seed=3)]
 
 
 def test_the_tokenizer_recipe_has_single_digits_and_whole_tags(tokenizers):

@@ -194,7 +194,7 @@ def test_annotating_some_of_the_steered_chains_keeps_the_others(
 
 def test_a_run_has_the_annotator_of_its_configuration(tmp_path):
     assert stage.for_run(RunConfig()).name == "grammar"
-    assert stage.for_run(RunConfig(model="r1-distill-qwen-1.5b")).name == "lexical"
+    assert stage.for_run(RunConfig(model="r1-distill-qwen-1.5b")).name == "offline"
     judge = stage.for_run(
         RunConfig(
             model="r1-distill-qwen-1.5b",

@@ -79,7 +79,7 @@ class Recipe:
 #: The recipes of the shipped weights.
 RECIPES = {
     "thinker": Recipe("thinker", cycles=(1400, 2100), batch=40, noise_steps=(490, 1750)),
-    "instruct": Recipe("instruct", cycles=(900,), batch=32, noise_steps=(315, 900)),
+    "instruct": Recipe("instruct", cycles=(900, 1900), batch=32, noise_steps=(315, 900)),
 }
 
 
