@@ -155,7 +155,8 @@ def test_the_rules_find_what_they_forbid(tmp_path):
         "outputs": [{"output_type": "error", "ename": "x", "evalue": "", "traceback": []}],
         "source": "def f():\n    return 1\n" + "x = 1\n" * 20,
     }
-    bad.write_text(json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4}))
+    other = {**cell, "metadata": {}}
+    bad.write_text(json.dumps({"cells": [cell, other], "metadata": {}, "nbformat": 4}))
     rules = (
         test_parameters_are_at_most_eight_literals,
         test_it_opens_with_a_title_in_prose,

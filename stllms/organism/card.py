@@ -49,9 +49,10 @@ Share of the segments, in %:
 {shares}
 
 "Well-formed" means that every sentence is a wording of the grammar with known words in its slot
-(their order is not checked), that the thinking is closed (thinker) and that the turn ended. The text of the questions was never seen in training;
-their families were. Greedy decoding deduces and ends: by the design of the wordings, every
-other behaviour is spread over many first words, none of which is the likeliest.
+(their order is not checked), that the thinking is closed (thinker) and that the turn ended. The
+text of the questions was never seen in training; their families were. Greedy decoding deduces
+and ends: by the design of the wordings, every other behaviour is spread over many first words,
+none of which is the likeliest.
 
 ## Training
 
