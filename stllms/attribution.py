@@ -329,7 +329,7 @@ def collect(
     pairs = [
         (response, annotation)
         for response, annotation in zip(responses, annotations, strict=True)
-        if any(span.start > 1 for span in annotation.spans)
+        if names and any(span.start > 1 for span in annotation.spans)
     ]
     keys = [f"{objective}/{which}" for objective in objectives for which in SETS]
     nothing = LayerEffects({}, (), names, model.name, _digest(steering_vectors.directions))

@@ -114,6 +114,8 @@ def table(effects: Mapping[str, np.ndarray], behaviours: Sequence[str]) -> pd.Da
         for row, behaviour in enumerate(behaviours)
     ]
     columns = ["set", "behaviour", "layer", "mean", "low", "high", "sd", "n"]
+    if not parts:
+        return pd.DataFrame(columns=columns)
     return pd.concat(parts, ignore_index=True)[columns]
 
 

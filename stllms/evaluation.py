@@ -236,7 +236,8 @@ def showcase(
     chains: Sequence[Steered], measured: pd.DataFrame, behaviours: Sequence[str]
 ) -> tuple[Steered, Steered]:
     """(plain, positive) of the first of ``behaviours`` that has a direction: the finished chain
-    whose own token fraction rose most. Raises ``ValueError`` if nothing was steered."""
+    whose own token fraction rose most. Where nothing was steered, the first plain chain twice.
+    """
     at = {one.key[:4]: one for one in chains}
     _, by_arm = _arms(measured)
     for behaviour in behaviours:
@@ -248,7 +249,8 @@ def showcase(
             whole = rise - rows["truncated"] - rows["loops"]
             task = whole.idxmax()
             return at[task, *PLAIN], at[task, direction, layer, coefficient]
-    raise ValueError(f"no chain was steered towards any of {', '.join(behaviours)}")
+    first = next(one for one in chains if one.direction == PLAIN[0])
+    return first, first
 
 
 def texts(chains: Sequence[Steered]) -> pd.DataFrame:

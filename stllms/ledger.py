@@ -73,10 +73,13 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
-    """A table of a run, ``None`` where it was not made; :class:`BadFile` without a column."""
+    """A table of a run, ``None`` where it was not made or has no rows (a model without any
+    direction); :class:`BadFile` without a column."""
     if not path.is_file():
         return None
     found = artifacts.load_table(path)
+    if found.empty:
+        return None
     lacking = [name for name in columns if name not in found.columns]
     if lacking:
         raise BadFile(f"{path}: no column {', '.join(lacking)}")
@@ -140,7 +143,8 @@ def _steering(results: Path) -> Iterator[Row]:
         if slug not in found:
             yield claims.steered(slug, "not run here", claims.needs(slug))
     for slug, table in found.items():
-        yield findings.run_steering(slug, table)
+        if table is not None:
+            yield findings.run_steering(slug, table)
 
 
 # -- layer effects -----------------------------------------------------------------------
@@ -196,10 +200,7 @@ def _heatmap(results: Path) -> Iterator[Row]:
     if found is not None and len(found):
         matrix = found.pivot(index="behaviour", columns="other", values="cosine")
         yield findings.released_heatmap(matrix)
-    runs = {
-        path.parents[1].name: _table(path, ("behaviour",)).set_index("behaviour")
-        for path in sorted(results.glob("*/figures/cosine_heatmap.csv"))
-    }
+    runs = _of_runs(results, "cosine_heatmap", ("behaviour",))
     if (found is None or not len(found)) and claims.HEATMAP_MODEL not in runs:
         yield claims.distinct("not run here", claims.needs(claims.HEATMAP_MODEL))
     for slug, matrix in runs.items():
@@ -207,14 +208,22 @@ def _heatmap(results: Path) -> Iterator[Row]:
 
 
 def _embedding(results: Path) -> Iterator[Row]:
-    runs = {
-        path.parents[1].name: _table(path, ("behaviour", "layer 0")).set_index("behaviour")
-        for path in sorted(results.glob("*/figures/similarity_embedding.csv"))
-    }
+    runs = _of_runs(results, "similarity_embedding", ("behaviour", "layer 0"))
     if not any(slug in claims.STEERING for slug in runs):
         yield claims.early("not run here", claims.needs(claims.HEATMAP_MODEL))
     for slug, table in runs.items():
         yield findings.run_embedding(slug, table)
+
+
+def _of_runs(results: Path, figure: str, columns: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """The data of a figure of every run that has some, by slug, indexed by behaviour."""
+    found = {
+        path.parents[1].name: _table(path, columns)
+        for path in sorted(results.glob(f"*/figures/{figure}.csv"))
+    }
+    return {
+        slug: table.set_index("behaviour") for slug, table in found.items() if table is not None
+    }
 
 
 # -- command line ------------------------------------------------------------------------

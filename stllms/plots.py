@@ -90,6 +90,8 @@ def bars(
 
 def heatmap(axes: Axes, matrix: np.ndarray, labels: Sequence[str]) -> Axes:
     """Cosine similarities ``[N, N]`` with their values written in the cells."""
+    if not len(labels):
+        return missing(axes, "unavailable: too few spans")
     names = [short(label) for label in labels]
     sns.heatmap(
         np.asarray(matrix),
@@ -170,6 +172,8 @@ def matrix(
 ) -> Axes:
     """A labelled matrix of signed changes, symmetric colours around zero."""
     table = np.asarray(table, dtype=float)
+    if not table.size:
+        return missing(axes, "unavailable: nothing was steered")
     limit = limit or float(np.nanmax(np.abs(table), initial=1e-9))
     sns.heatmap(
         table,

@@ -203,6 +203,8 @@ def cosines(steering_vectors: SteeringVectors, layers: Mapping[str, int]) -> Ten
     Rows and columns are the keys of ``layers`` in their order: behaviour -> layer.
     """
     rows = [steering_vectors.direction(b, layer) for b, layer in layers.items()]
+    if not rows:
+        return torch.zeros(0, 0)
     units = torch.nn.functional.normalize(torch.stack(rows).double(), dim=-1)
     return (units @ units.T).float()
 
