@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from stllms.means import PARTS, Means, is_build, part_of
 from stllms.models import Model
 from stllms.records import BEHAVIOURS, Response, TokenSpan
+from stllms.spans import check
 
 #: Tokens of a span that enter its mean, counted from the one before it.
 WINDOW = 11
@@ -86,6 +87,11 @@ def collect(
             or activations that are not finite: each names response and layer.
     """
     jobs, ledger = _jobs(responses, spans_per_response, tuple(behaviours))
+    _check_layers(model, keep)
+    shape = (len(behaviours), model.n_layers, model.d_model)
+    if readout is not None and tuple(readout.shape) != shape:
+        given = tuple(readout.shape)
+        raise ValueError(f"readout has shape {given}, expected [N, L, D] {shape}")
     jobs = _with_shuffles(jobs, shuffles, seed)
     means = Means.zeros(
         tuple(behaviours),
@@ -113,6 +119,14 @@ def collect(
     return means
 
 
+def _check_layers(model: Model, layers: Sequence[int]) -> None:
+    unknown = [layer for layer in layers if not 0 <= layer < model.n_layers]
+    if unknown:
+        raise ValueError(
+            f"no layer {unknown[0]} to keep: {model.name} has layers 0 to {model.n_layers - 1}"
+        )
+
+
 def _jobs(
     responses: Sequence[Response],
     spans_per_response: Sequence[Sequence[TokenSpan]],
@@ -127,12 +141,7 @@ def _jobs(
     jobs = []
     for response, spans in zip(responses, spans_per_response, strict=True):
         ids = tuple(response.prompt_ids) + tuple(response.output_ids)
-        for span in spans:
-            if not 0 <= span.start < span.end <= len(ids):
-                raise ValueError(
-                    f"response {response.task_id!r}: span [{span.start}, {span.end}) of "
-                    f"{span.label!r} is empty or outside its {len(ids)} tokens"
-                )
+        check(response, spans)
         used = [s for s in spans if s.label in behaviours and s.start > 0]
         ledger["spans"] += len(used)
         ledger["spans at token 0"] += sum(s.start == 0 for s in spans)

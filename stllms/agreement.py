@@ -21,8 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from stllms import sentences
+from stllms.config import RunConfig
 from stllms.records import BEHAVIOURS, Annotation, Response
 
 UNITS = ("character", "sentence")
@@ -73,6 +75,62 @@ class Agreement:
                 }
             )
         return rows
+
+    def by_first(self) -> np.ndarray:
+        """``confusion`` with rows that add up to 1, NaN for a label the first never gave."""
+        sums = self.confusion.sum(axis=1, keepdims=True)
+        return np.divide(
+            self.confusion, sums, out=np.full_like(self.confusion, np.nan), where=sums > 0
+        )
+
+    def kappa_text(self) -> str:
+        """``0.63 (0.59 to 0.66)``, or ``n/a`` where it is undefined."""
+        if np.isnan(self.kappa):
+            return "n/a"
+        return f"{self.kappa:.2f} ({self.kappa_low:.2f} to {self.kappa_high:.2f})"
+
+
+def annotators(setup: RunConfig) -> tuple[str, ...]:
+    """Whose labels to compare on a run, the one that the others are measured against first.
+
+    On an embedded model that is the truth, ``grammar``, and the others are ``offline``,
+    ``lexical`` and the run's own annotator. Elsewhere nobody knows the truth: it is the run's
+    annotator, compared with ``lexical`` (``offline`` where the run's is ``lexical``).
+    """
+    if setup.embedded:
+        return tuple(dict.fromkeys(("grammar", "offline", "lexical", setup.annotator)))
+    return (setup.annotator, "offline" if setup.annotator == "lexical" else "lexical")
+
+
+def report(compared: Sequence[Agreement]) -> pd.DataFrame:
+    """Rows of ``annotator, quantity, value, low, high``; the last two missing where there is
+    no interval.
+
+    Quantities: ``kappa``, ``accuracy``, ``compared``, and ``<label>, difference``: its share of
+    the text by this annotator minus that by the first (prevalence difference).
+    """
+    rows: list[tuple[str, str, float, float, float]] = []
+    nothing = (float("nan"), float("nan"))
+    for found in compared:
+        who = found.second
+        rows.append((who, "kappa", found.kappa, found.kappa_low, found.kappa_high))
+        rows.append((who, "accuracy", found.accuracy, *nothing))
+        rows.append((who, "compared", found.compared, *nothing))
+        for label in found.labels:
+            rows.append((who, f"{label}, difference", *found.difference[label]))
+    return pd.DataFrame(rows, columns=["annotator", "quantity", "value", "low", "high"])
+
+
+def confusions(compared: Sequence[Agreement]) -> pd.DataFrame:
+    """:meth:`Agreement.by_first` as rows: annotator, label by the first, one column a label."""
+    made = [
+        pd.DataFrame(found.by_first(), columns=list(found.labels)).assign(
+            annotator=found.second, label=found.labels
+        )
+        for found in compared
+    ]
+    joined = pd.concat(made, ignore_index=True)
+    return joined[["annotator", "label", *compared[0].labels]]
 
 
 def kappa(confusion: np.ndarray) -> float:

@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +46,8 @@ __all__ = [
 
 #: Packages whose versions are recorded with a run.
 RECORDED = ("torch", "transformers", "nnsight", "numpy", "scipy", "pandas", "matplotlib")
+#: Packages of extras, recorded where they are installed.
+EXTRAS = ("reasoning-gym", "gguf")
 
 
 class ChangedConfiguration(ValueError):  # noqa: N818 - reads as what it is
@@ -312,6 +314,9 @@ def versions() -> dict[str, str | None]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
+    for name in EXTRAS:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from stllms import metrics
+from stllms import metrics, spans
 from stllms.effects import SETS, LayerEffects
 from stllms.models import Model
 from stllms.records import Annotation, Response
@@ -101,7 +101,10 @@ def layer_effects(
     if max_rows < 1:
         raise ValueError(f"max_rows should be at least 1, it is {max_rows}")
     ids = torch.as_tensor(input_ids, dtype=torch.long)
-    where = torch.as_tensor(positions, dtype=torch.long)
+    where = torch.as_tensor(positions)
+    if where.is_floating_point() and len(where):
+        raise ValueError(f"positions are tokens, whole numbers, not {where.dtype}")
+    where = where.long()
     _check(model, ids, where, directions)
     if objective == "published" and coefficient != 1.0:
         raise ValueError('objective "published" is a gradient: it takes no coefficient')
@@ -123,6 +126,9 @@ def _check(model: Model, ids: Tensor, positions: Tensor, directions: Tensor) -> 
         )
     if not len(positions):
         raise ValueError("there are no positions: a behaviour without spans has no effects")
+    size = model.hf.get_input_embeddings().weight.shape[0]
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise ValueError(f"ids run from {ids.min()} to {ids.max()}, {model.name} has {size}")
     bad = positions[(positions < 1) | (positions >= len(ids))]
     if len(bad):
         raise ValueError(
@@ -357,6 +363,7 @@ def _digest(directions: Tensor) -> str:
 
 def _of_response(model, response, annotation, steering_vectors, objectives):
     """The new entry of one response: ``{"<objective>/<set>": [N, L]}``."""
+    spans.check(response, annotation.spans)
     starts = sorted({span.start - 1 for span in annotation.spans if span.start > 1})
     column = {position: place for place, position in enumerate(starts)}
     ids = [*response.prompt_ids, *response.output_ids]

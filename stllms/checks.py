@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-#: Sets of tasks that have a name; anything else is a file.
-TASK_SETS = ("grammar", "messages")
+#: Sets of tasks that have a name; anything else is a file. ``checkable`` is ``messages``, but
+#: evaluated on tasks that have exact answers.
+TASK_SETS = ("grammar", "messages", "checkable")
+
+#: What a set of tasks from the reasoning-gym package begins with; a dataset's name follows.
+GYM = "gym:"
 
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -50,9 +56,34 @@ def coefficients(values: Any) -> tuple[float, ...] | None:
     return tuple(numbers)
 
 
+def has_name(task_set: str) -> bool:
+    """Whether a set of tasks is known by name and is not a file."""
+    return task_set in TASK_SETS or task_set.startswith(GYM)
+
+
+def task_file(task_set: str) -> None:
+    """Refuses a set of tasks that neither has a name nor is a file."""
+    if not has_name(task_set) and not Path(task_set).expanduser().is_file():
+        raise ValueError(
+            f"tasks: {task_set!r} is no file; expected {', '.join(TASK_SETS)}, {GYM}NAME"
+            " (a dataset of reasoning-gym) or a JSONL file"
+        )
+
+
+def task_identity(task_set: str) -> str:
+    """The name of a set of tasks; with the version of the package that makes it, or the hash
+    of the file's content."""
+    if task_set.startswith(GYM):
+        return f"{task_set} (reasoning-gym {metadata.version('reasoning-gym')})"
+    if has_name(task_set):
+        return task_set
+    path = Path(task_set).expanduser()
+    return f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
 def absolute(name: str, value: Any) -> Any:
     """A value of a field, paths made absolute: kernels have a working folder of their own."""
-    if value is None or (name == "tasks" and value in TASK_SETS):
+    if value is None or (name == "tasks" and has_name(value)):
         return value
     if name in ("tasks", "published"):
         return str(Path(value).expanduser().resolve())

@@ -6,6 +6,7 @@ models, so its loop lives here, above the stages.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,19 +82,24 @@ def of_released(path: Path, reader: str) -> Member:
 
     The member's tasks are the places in the file: all released files share their 100 questions.
     """
-    name = path.stem.removeprefix("reasoning_comparison_")
-    rows = released.load_comparison(path)
-    entry = next(
-        (e for e in MODELS.values() if e.hub_id and e.hub_id.split("/")[-1].lower() == name),
-        None,
-    )
     made = [
         Annotation(
             str(place), reader, tuple(read(row["annotated_response"], reader=reader).segments)
         )
-        for place, row in enumerate(rows)
+        for place, row in enumerate(released.load_comparison(path))
     ]
-    if entry is None:
-        kind = "instruct" if "instruct" in name else "unknown"
-        entry = ModelEntry(name=name, hub_id=None, display=name, kind=kind)
-    return comparison.member(entry, made, source="released")
+    return comparison.member(entry_of(path), made, source="released")
+
+
+def entry_of(path: Path) -> ModelEntry:
+    """The model of a released file: the registry's with that hub name, else one of no pair.
+
+    A name that is not in the registry is an instruct model if it says so, else of unknown
+    kind.
+    """
+    name = re.sub(r"^(mean_vectors|layer_effects|reasoning_comparison)_", "", path.stem)
+    for entry in MODELS.values():
+        if entry.hub_id and entry.hub_id.split("/")[-1].lower() == name.lower():
+            return entry
+    kind = "instruct" if "instruct" in name.lower() else "unknown"
+    return ModelEntry(name=name, hub_id=None, display=name, kind=kind)

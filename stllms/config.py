@@ -8,7 +8,6 @@ are in :mod:`stllms.registry`.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stllms import checks, registry
+from stllms import checks, gym, registry
 from stllms.registry import MODELS, PACKAGE, ModelEntry, UnknownModel, resolve, slug
 
 __all__ = [
@@ -33,7 +32,8 @@ class Profile:
 
     Numbers of tasks to build directions from, to evaluate steering on and to compare models
     on; limits in new tokens; ``temperature`` 0 is greedy; ``coefficients`` of steering (0 is
-    the plain chain); ``random_directions`` of matched norm are the null.
+    the plain chain); ``random_directions`` of matched norm are the null; ``n_sweep`` tasks are
+    also steered at every other layer (0: no sweep).
     """
 
     n_build: int
@@ -44,15 +44,16 @@ class Profile:
     temperature: float
     coefficients: tuple[float, ...]
     random_directions: int
+    n_sweep: int
 
 
 _THREE = (-1.0, 0.0, 1.0)
 
 PROFILES: dict[str, Profile] = {
-    "smoke": Profile(16, 8, 8, 96, 96, 0.65, _THREE, 2),
-    "default": Profile(200, 60, 60, 256, 256, 0.65, _THREE, 4),
-    "full": Profile(1000, 400, 400, 256, 256, 0.65, (-2.0, -1.0, 0.0, 1.0, 2.0), 20),
-    "paper": Profile(500, 50, 100, 1000, 2000, 0.0, _THREE, 10),
+    "smoke": Profile(16, 8, 8, 96, 96, 0.65, _THREE, 2, 0),
+    "default": Profile(200, 60, 60, 256, 256, 0.65, _THREE, 4, 0),
+    "full": Profile(1000, 400, 400, 256, 256, 0.65, (-2.0, -1.0, 0.0, 1.0, 2.0), 20, 60),
+    "paper": Profile(500, 50, 100, 1000, 2000, 0.0, _THREE, 10, 0),
 }
 
 #: METHOD, section 11: option -> (the default, the published procedure). The published reader
@@ -90,9 +91,10 @@ class RunConfig:
     A value of ``None`` takes the profile's (:attr:`settings` holds the resolved ones).
     ``model`` is normalised to its entry's name. ``n_samples`` is the number of tasks the
     directions are built from. ``tasks`` is ``None`` (the grammar for an embedded model, else
-    ``messages``), one of these two names, or the path of a JSONL file. ``compare`` names the
-    other models of notebook 05. Raises ``ValueError`` that says which field is wrong, what
-    it was and what is expected; :class:`UnknownModel` for a model.
+    ``messages``), one of these two names, ``gym:NAME`` for a dataset of reasoning-gym, or the
+    path of a JSONL file. ``compare`` names the other models of notebook 05. Raises
+    ``ValueError`` that says which field is wrong, what it was and what is expected;
+    :class:`UnknownModel` for a model.
     """
 
     model: str = "tiny-thinker"
@@ -108,6 +110,7 @@ class RunConfig:
     temperature: float | None = None
     coefficients: tuple[float, ...] | None = None
     random_directions: int | None = None
+    n_sweep: int | None = None
     batch_size: int | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -129,7 +132,8 @@ class RunConfig:
         self._set("model", resolve(self.model).name)
         checks.one_of("profile", self.profile, tuple(PROFILES))
         checks.whole("seed", -1 if self.seed is None else self.seed, least=0)
-        checks.whole("random_directions", self.random_directions, least=0)
+        for name in ("random_directions", "n_sweep"):
+            checks.whole(name, getattr(self, name), least=0)
         for name in (
             "n_samples",
             "n_evaluate",
@@ -172,12 +176,9 @@ class RunConfig:
                 self._set(name, str(value))
             elif value is not None and (not isinstance(value, str) or not value.strip()):
                 raise ValueError(f"{name}: {value!r}, expected a text that is not empty")
-        if self.tasks is None or self.tasks in checks.TASK_SETS:
-            return
-        if not Path(self.tasks).expanduser().is_file():
-            raise ValueError(
-                f"tasks: {self.tasks!r} is no file; expected grammar, messages or a JSONL file"
-            )
+        checks.task_file(self.task_set)
+        if self.task_set.startswith(checks.GYM):
+            gym.check(self.task_set)
 
     def _compare(self) -> tuple[str, ...]:
         """The other models by entry name, each once; an embedded model's default: its pair."""
@@ -269,7 +270,7 @@ class RunConfig:
             "model": self.model,
             "revision": self.revision or registry.revision_of(self.entry),
             "quantization": self.quantization,
-            "tasks": _task_identity(self.task_set),
+            "tasks": checks.task_identity(self.task_set),
             "seed": self.seed,
             "n_build": self.settings.n_build,
             "n_evaluate": self.settings.n_evaluate,
@@ -301,10 +302,15 @@ class RunConfig:
     def stage_options(self, stage: str) -> dict[str, Any]:
         """What changes the artefacts of a stage (``"03_…"``) beyond :meth:`identity`."""
         options: dict[str, dict[str, Any]] = {
-            "03": {"objective": self.objective, "positions": self.positions},
+            "03": {
+                "objective": self.objective,
+                "positions": self.positions,
+                "published": self.published,
+            },
             "04": {
                 "coefficients": list(self.settings.coefficients),
                 "random_directions": self.settings.random_directions,
+                "n_sweep": self.settings.n_sweep,
                 "empty_chains": self.empty_chains,
             },
             "05": {
@@ -391,11 +397,3 @@ def repository() -> Path | None:
     root = PACKAGE.parent
     checkout = (root / "pyproject.toml").is_file() and (root / "notebooks").is_dir()
     return root if checkout else None
-
-
-def _task_identity(task_set: str) -> str:
-    """The name of a task set; for a person's own file its name and a hash of its content."""
-    if task_set in checks.TASK_SETS:
-        return task_set
-    path = Path(task_set).expanduser()
-    return f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"

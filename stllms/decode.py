@@ -105,11 +105,11 @@ class _Batch:
     step: Tensor
     key: Tensor
     thinking: Tensor
-    edits: list[_Edit] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
 
 
 @dataclass
-class _Edit:
+class Edit:
     """One operation at one layer for the whole batch; rows without it carry zeros."""
 
     layer: int
@@ -137,6 +137,7 @@ def run(
     temperature: float = 0.0,
     seed: int = 0,
     progress: Callable[[int, int], Any] | None = None,
+    watch: Callable[[Sequence[Sequence[int]]], Any] | None = None,
 ) -> list[tuple[int, ...]]:
     """The generated ids of every row, the token that ended it included.
 
@@ -148,6 +149,8 @@ def run(
         temperature: 0 is greedy.
         seed: of the noise; see the module.
         progress: called with (new tokens, rows that ended) after every step.
+        watch: called after every step with the ids of every row so far, in the order of
+            ``rows``; to be read, not kept or changed. What it raises ends the run.
 
     Raises:
         ValueError: for a row that does not fit the model (context, layer, width), naming both.
@@ -157,7 +160,7 @@ def run(
     size = batch_size or default_batch_size(model)
     while True:
         try:
-            return _run(model, rows, max_new_tokens, size, temperature, seed, progress)
+            return _run(model, rows, max_new_tokens, size, temperature, seed, progress, watch)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
@@ -165,7 +168,7 @@ def run(
             warnings.warn(f"out of memory: going on with batches of {size} rows", stacklevel=2)
 
 
-def _run(model, rows, limit, batch_size, temperature, seed, progress):
+def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
     """The loop. Between turns ``batch.token`` is chosen, and neither written nor fed."""
     waiting = deque(sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids)))
     written: list[list[int]] = [[] for _ in rows]
@@ -180,6 +183,8 @@ def _run(model, rows, limit, batch_size, temperature, seed, progress):
         ended = _record(model, batch, written, limit)
         if progress is not None:
             progress(live, ended)
+        if watch is not None:
+            watch(written)
         batch = _drop(model, rows, batch)
         if batch is not None:
             _advance(model, batch, temperature)
@@ -210,7 +215,7 @@ def _prefill(model: Model, rows, new: list[int], temperature: float, seed: int) 
         step=torch.zeros(len(new), dtype=torch.long, device=model.device),
         key=torch.tensor([hash_key(seed, rows[i].key) for i in new], device=model.device),
         thinking=torch.ones(len(new), dtype=torch.bool, device=model.device),
-        edits=_edits(model, [rows[i] for i in new]),
+        edits=edits(model, [rows[i] for i in new]),
     )
     logits = _forward(model, batch, ids, position, prompt=True)
     batch.token = choose(logits, batch.key, batch.step, temperature)
@@ -255,7 +260,7 @@ def _forward(model: Model, batch: _Batch, ids: Tensor, position: Tensor, *, prom
     return logits[:, -1]
 
 
-def _strength(edit: _Edit, batch: _Batch, prompt: bool) -> Tensor:
+def _strength(edit: Edit, batch: _Batch, prompt: bool) -> Tensor:
     """The coefficients ``[B, 1, 1]`` that hold at this step."""
     if edit.where != "all" and prompt:
         return torch.zeros_like(edit.coefficient)
@@ -264,7 +269,7 @@ def _strength(edit: _Edit, batch: _Batch, prompt: bool) -> Tensor:
     return edit.coefficient
 
 
-def _edits(model: Model, rows: Sequence[Row]) -> list[_Edit]:
+def edits(model: Model, rows: Sequence[Row]) -> list[Edit]:
     """The interventions of all rows, one a (layer, operation, place, rank in its row)."""
     groups: dict[tuple, list[tuple[int, Intervention]]] = {}
     for place, row in enumerate(rows):
@@ -274,7 +279,7 @@ def _edits(model: Model, rows: Sequence[Row]) -> list[_Edit]:
             seen[name] = seen.get(name, 0) + 1
             groups.setdefault((*name, seen[name]), []).append((place, item))
     work = torch.float64 if model.dtype == torch.float64 else torch.float32
-    edits = []
+    made = []
     for (layer, operation, where, _), members in sorted(groups.items()):
         vector = torch.zeros(len(rows), 1, model.d_model, dtype=work)
         coefficient = torch.zeros(len(rows), 1, 1, dtype=work)
@@ -282,8 +287,8 @@ def _edits(model: Model, rows: Sequence[Row]) -> list[_Edit]:
             vector[place, 0] = item.direction.to(work)
             coefficient[place] = item.coefficient
         moved = (vector.to(model.device), coefficient.to(model.device))
-        edits.append(_Edit(layer, operation, where, *moved))
-    return edits
+        made.append(Edit(layer, operation, where, *moved))
+    return made
 
 
 def _drop(model: Model, rows, batch: _Batch) -> _Batch | None:
@@ -302,7 +307,7 @@ def _drop(model: Model, rows, batch: _Batch) -> _Batch | None:
         rows=left,
         cache=batch.cache,
         mask=mask[:, first:],
-        edits=_edits(model, [rows[i] for i in left]),
+        edits=edits(model, [rows[i] for i in left]),
         **{name: getattr(batch, name)[index] for name in _COLUMNS},
     )
 
@@ -324,7 +329,7 @@ def _join(model: Model, rows, old: _Batch, new: _Batch) -> _Batch:
         rows=old.rows + new.rows,
         cache=old.cache,
         mask=torch.cat(masks),
-        edits=_edits(model, live),
+        edits=edits(model, live),
         **{name: torch.cat([getattr(old, name), getattr(new, name)]) for name in _COLUMNS},
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stllms import artifacts
 from stllms.metrics import bootstrap
+from stllms.records import Annotation
 
 #: Whose spans the positions come from: the behaviour's (the text) or all others (published).
 SETS: tuple[str, ...] = ("own", "others")
@@ -48,7 +49,11 @@ class LayerEffects:
         return replace(self, effects=joined, response_ids=(*self.response_ids, response_id))
 
     def of(self, key: str) -> np.ndarray:
-        """The effects under ``key`` as an array ``[R, N, L]``."""
+        """The effects under ``key`` as an array ``[R, N, L]``; ``KeyError`` with those there
+        are."""
+        if key not in self.effects:
+            there = ", ".join(self.effects) or "none"
+            raise KeyError(f"no effects {key!r} were measured; there are {there}")
         return self.effects[key].numpy()
 
     def save(self, path: Path) -> None:
@@ -174,6 +179,20 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     or unknown."""
     flat = [np.isnan(line).any() or np.ptp(line) == 0 for line in (first, second)]
     return float("nan") if any(flat) else float(spearmanr(first, second).statistic)
+
+
+def how_many(
+    annotations: Sequence[Annotation], names: Sequence[str], *, least: int = 50, each: int = 20
+) -> int:
+    """How many responses, from the first on, to measure: the paper's 50, and more until each
+    of ``names`` occurs in ``each`` of them; all, where one of them never does so often."""
+    seen = dict.fromkeys(names, 0)
+    for n, annotation in enumerate(annotations):
+        if n >= least and all(count >= each for count in seen.values()):
+            return n
+        for name in {span.label for span in annotation.spans} & set(names):
+            seen[name] += 1
+    return len(annotations)
 
 
 def agreement(measured: LayerEffects, reference: str, names: Sequence[str]) -> pd.DataFrame:

@@ -8,7 +8,8 @@ behaviours' own rows, and the range of the random directions of the same coeffic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,27 +27,34 @@ SIDE_EFFECTS: dict[str, str] = {
     "loops": "share of word 4-grams that occurred before in the chain",
     "compression": "size after zlib over size before",
     "labelled": "share of the text that the annotator labelled",
+    "kl": "KL of the steered from the plain model along the chain, nats a token",
+    "log perplexity": "of the chain under the plain model, nats a token",
     "well-formed": "share of chains that the grammar could have written",
 }
 FRACTION, SHARE = "token fraction", "token share"
 
 
 def measure(
-    chains: Sequence[Steered], asked: Sequence[Task], *, empty: str = "apart"
+    chains: Sequence[Steered],
+    asked: Sequence[Task],
+    scores: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    empty: str = "apart",
 ) -> pd.DataFrame:
     """One row a chain: its key, token fractions, token shares, side effects.
 
     ``token fraction`` columns are of the four steered behaviours (the paper's metric),
-    ``token share`` columns of all six. Answers are compared with ``Task.answer``; tasks
-    without one give NaN, and a chain that gives no answer is wrong. Raises ``ValueError`` for
-    a chain without an annotation, or of a task that is not among ``asked``.
+    ``token share`` columns of all six. Answers are scored by :func:`stllms.tasks.score`;
+    tasks without one give NaN, and a chain that gives no answer is wrong. ``scores`` are
+    those of :func:`stllms.likelihood.scores` for the same chains. Raises ``ValueError`` for
+    a chain without an annotation, of a task that is not among ``asked``, or without its score.
     """
     lacking = sum(one.annotation is None for one in chains)
     if lacking:
         raise ValueError(f"{lacking} of {len(chains)} chains have no annotation")
     annotations = [one.annotation for one in chains]
-    answers = {task.id: task.answer for task in asked}
-    strange = sorted({one.task_id for one in chains} - answers.keys())
+    by_id = {task.id: task for task in asked}
+    strange = sorted({one.task_id for one in chains} - by_id.keys())
     if strange:
         raise ValueError(
             f"{len(strange)} tasks of the chains were not asked: {strange[0]}, ..."
@@ -64,17 +72,27 @@ def measure(
         }
         row |= {f"{FRACTION}/{b}": fractions[place, i] for i, b in enumerate(STEERED)}
         row |= {f"{SHARE}/{b}": shares[place, i] for i, b in enumerate(BEHAVIOURS)}
-        rows.append(row | _side_effects(one, answers[one.task_id]))
-    return pd.DataFrame(rows)
+        rows.append(row | _side_effects(one, by_id[one.task_id]))
+    made = pd.DataFrame(rows)
+    return made if scores is None else _with_scores(made, scores)
 
 
-def _side_effects(one: Steered, answer: str | None) -> dict[str, float]:
+def _with_scores(made: pd.DataFrame, scores: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    given = pd.DataFrame(scores, columns=[*STEERED_KEY, "kl", "perplexity"])
+    given["log perplexity"] = np.log(given.pop("perplexity").astype(float))
+    given["kl"] = given["kl"].astype(float)
+    joined = made.merge(given, on=list(STEERED_KEY), how="left", validate="1:1", indicator=True)
+    lacking = (joined.pop("_merge") == "left_only").sum()
+    if lacking:
+        raise ValueError(f"{lacking} of {len(made)} chains have no score")
+    return joined
+
+
+def _side_effects(one: Steered, task: Task) -> dict[str, float]:
     response, annotation = one.response, one.annotation
     signs = metrics.coherence(response.thinking)
     found = {
-        "accuracy": np.nan
-        if answer is None
-        else float(tasks.is_correct(response.answer, answer)),
+        "accuracy": tasks.score(task, response.answer),
         "tokens": float(len(response.output_ids)),
         "closed": float(response.closed),
         "truncated": float(not response.finished),
@@ -222,16 +240,6 @@ def differences(measured: pd.DataFrame, rows: pd.DataFrame, *, seed: int = 0) ->
     return pd.DataFrame(made, columns=columns)
 
 
-def costs(rows: pd.DataFrame) -> pd.DataFrame:
-    """Side effects (columns) of every arm (rows); random directions as their mean."""
-    side = rows[rows["metric"].isin(SIDE_EFFECTS)]
-    kind = side["direction"].str.replace(r":\d+$", "", regex=True)
-    wide = side.assign(direction=kind).pivot_table(
-        index=["direction", "coefficient"], columns="metric", values="value", sort=False
-    )
-    return wide[[name for name in SIDE_EFFECTS if name in wide.columns]].reset_index()
-
-
 def showcase(
     chains: Sequence[Steered], measured: pd.DataFrame, behaviours: Sequence[str]
 ) -> tuple[Steered, Steered]:
@@ -273,38 +281,3 @@ def changes(rows: pd.DataFrame, coefficient: float = 1.0) -> pd.DataFrame:
     wide = steered.pivot(index="direction", columns="behaviour", values="value")
     order = [b for b in STEERED if b in wide.index]
     return wide.reindex(index=order, columns=BEHAVIOURS) - plain[list(BEHAVIOURS)]
-
-
-def doses(rows: pd.DataFrame, behaviour: str) -> pd.DataFrame:
-    """Own token fraction and side effects of one direction over coefficients, plain at 0."""
-    mine = rows[rows["direction"].isin([behaviour, "none"])]
-    fraction = (mine["metric"] == FRACTION) & (mine["behaviour"] == behaviour)
-    return mine[fraction | mine["metric"].isin(SIDE_EFFECTS)].sort_values(
-        ["metric", "coefficient"], ignore_index=True
-    )
-
-
-#: How much worse than plain a side effect may get before a coefficient is not suggested.
-LIMITS: dict[str, float] = {"accuracy": -0.15, "closed": -0.10, "loops": 0.15}
-
-
-def suggested(rows: pd.DataFrame, behaviour: str, sign: int, limits=None) -> float | None:
-    """The largest coefficient of a sign whose side effects stay within ``limits``.
-
-    ``limits`` maps a side effect to the largest change from plain: negative for those that
-    must not fall, positive for those that must not rise. ``None`` if no coefficient is within.
-    """
-    limits = LIMITS if limits is None else limits
-    side = rows[rows["metric"].isin(limits)]
-    plain = side[side["direction"] == "none"].set_index("metric")["value"]
-    allowed = []
-    for coefficient, found in side[side["direction"] == behaviour].groupby("coefficient"):
-        change = found.set_index("metric")["value"] - plain
-        within = all(
-            np.isnan(change.get(name, np.nan))
-            or (change[name] >= limit if limit < 0 else change[name] <= limit)
-            for name, limit in limits.items()
-        )
-        if within and np.sign(coefficient) == sign:
-            allowed.append(float(coefficient))
-    return max(allowed, key=abs, default=None)

@@ -5,7 +5,8 @@ it was measured, a verdict. Written from artefacts only (``results/published/*.c
 ``results/<slug>/``, ``results/comparison/``); a claim without any says what to run. A verdict
 about the paper needs the paper's models or files: a fixture only shows that the pipeline works.
 
-``python -m stllms.ledger`` writes ``results/ledger.csv`` and prints the table.
+``python -m stllms.ledger`` writes ``results/ledger.csv`` and prints the table;
+``--into README.md`` puts it there, between its two marks.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from stllms.config import RunConfig
 from stllms.effects import LayerEffects
 from stllms.records import STEERED
 
+#: Where the table stands in a document.
+MARKS = ("<!-- ledger: written by python -m stllms.ledger -->", "<!-- end of ledger -->")
 COLUMNS = ("claim", "where", "published", "ours", "on", "verdict", "note")
 
 
@@ -70,6 +73,15 @@ def markdown(table: pd.DataFrame) -> str:
     if commands:
         lines += ["", f"What needs the model runs with `{'` or `'.join(commands)}`."]
     return "\n".join(lines) + "\n"
+
+
+def put(text: str, table: str) -> str:
+    """``text`` with ``table`` between its :data:`MARKS`; ``ValueError`` where they are not."""
+    before, first, rest = text.partition(MARKS[0])
+    _, second, after = rest.partition(MARKS[1])
+    if not first or not second:
+        raise ValueError(f"no place for the ledger: expected the lines {' and '.join(MARKS)}")
+    return f"{before}{first}\n\n{table}\n{second}{after}"
 
 
 def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
@@ -236,10 +248,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--results", metavar="DIR", help="folder of the runs")
     parser.add_argument("--published", metavar="DIR", help="folder of the released files")
+    parser.add_argument("--into", metavar="FILE", type=Path, help="a document with its marks")
     given = parser.parse_args(argv)
     results = RunConfig(results=given.results).results_folder
     try:
         made = write(results, given.published)
+        if given.into is not None:
+            text = put(given.into.read_text(encoding="utf-8"), markdown(made))
+            given.into.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"stllms.ledger: {error}", file=sys.stderr)
         return 2

@@ -48,7 +48,8 @@ class Means:
     under ``K`` shuffles of the labels. ``projections [S, L, N]`` are projections of each span
     of the test half on unit directions built from the build half, ``projection_labels [S]``
     the behaviours of those spans. ``samples [S, K, D]`` are the span means themselves at
-    ``sample_layers``, empty unless asked for. ``ledger`` counts what was used and what not.
+    ``sample_layers``, those of the build half first, empty unless asked for. ``ledger`` counts
+    what was used and what not.
     """
 
     behaviours: tuple[str, ...]
@@ -121,13 +122,33 @@ class Means:
         return self.sums[parts].sum(0) / n[:, None, None]
 
     def half(self, which: str) -> Means:
-        """Only the parts of the ``"build"`` or ``"test"`` half, for directions of a half."""
+        """The parts and the kept spans of the ``"build"`` or ``"test"`` half alone."""
         if which not in ("build", "test"):
             raise ValueError(f"a half is 'build' or 'test', not {which!r}")
         keep = torch.zeros(PARTS, dtype=torch.int64)
         keep[: PARTS // 2] = int(which == "build")
         keep[PARTS // 2 :] = int(which == "test")
-        return self.only(keep)
+        chosen = self.only(keep)
+        n = self._kept_of_build() if len(self.samples) else 0
+        rows = slice(n) if which == "build" else slice(n, None)
+        labels = self.sample_labels[rows]
+        return replace(chosen, samples=self.samples[rows], sample_labels=labels)
+
+    def _kept_of_build(self) -> int:
+        """How many of the kept spans, which come first, are of the build half.
+
+        Raises:
+            ValueError: the labels of the kept spans are not those that were counted.
+        """
+        counts = self.counts[: PARTS // 2].sum(0)
+        n = int(counts.sum())
+        found = torch.bincount(self.sample_labels[:n], minlength=len(self.behaviours))
+        if not torch.equal(found, counts):
+            raise ValueError(
+                f"the first {n} kept spans should be those of the build half, "
+                f"{counts.tolist()} by behaviour; they are {found.tolist()}"
+            )
+        return n
 
     def only(self, keep: Tensor) -> Means:
         """Counts and sums of the parts where ``keep [H]`` is one; the rest of the record, which
@@ -141,7 +162,7 @@ class Means:
         )
 
     def merge(self, other: Means) -> Means:
-        """Both together: counts and sums add, kept spans follow each other.
+        """Both together: counts and sums add, kept spans follow each other half by half.
 
         Raises:
             ValueError: naming the field in which the two cannot belong together.
@@ -155,11 +176,16 @@ class Means:
             if mine != theirs:
                 raise ValueError(f"cannot merge means: {name} has shape {mine} and {theirs}")
         added = ("counts", "sums", "squares", "overall_sums", "overall_counts", "shuffled")
-        joined = ("projections", "projection_labels", "samples", "sample_labels")
+        joined = ("projections", "projection_labels")
+        halves = [m.half(which) for which in ("build", "test") for m in (self, other)]
         return replace(
             self,
             **{name: getattr(self, name) + getattr(other, name) for name in added},
             **{name: torch.cat([getattr(self, name), getattr(other, name)]) for name in joined},
+            **{
+                name: torch.cat([getattr(half, name) for half in halves])
+                for name in ("samples", "sample_labels")
+            },
             ledger={
                 key: self.ledger.get(key, 0) + other.ledger.get(key, 0)
                 for key in {**self.ledger, **other.ledger}
@@ -225,11 +251,23 @@ def separability(means: Means, *, min_spans: int = MIN_SPANS) -> Separability:
         x, y = values[own], values[~own]
         spread = np.sqrt((x.var(0, ddof=1) + y.var(0, ddof=1)) / 2)
         d_prime[row] = (x.mean(0) - y.mean(0)) / np.maximum(spread, 1e-30)
-        ranks = rankdata(values, axis=0)[own].sum(0)
-        auc[row] = (ranks - len(x) * (len(x) + 1) / 2) / (len(x) * len(y))
+        auc[row] = area(values, own)
     return Separability(
         tuple(means.behaviours[b] for b in chosen),
         torch.from_numpy(d_prime).float(),
         torch.from_numpy(auc).float(),
         torch.tensor([tests[b] for b in chosen]),
     )
+
+
+def area(values: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve ``P(x > y)``, ties one half, of every column.
+
+    ``values [S, ...]`` and a mask ``own [S]`` of the spans ``x``, all others being ``y``; from
+    ranks (Mann and Whitney 1947). NaN without one of the two.
+    """
+    n, m = int(own.sum()), int((~own).sum())
+    if not n or not m:
+        return np.full(values.shape[1:], np.nan)
+    ranks = rankdata(values, axis=0)[own].sum(0)
+    return (ranks - n * (n + 1) / 2) / (n * m)

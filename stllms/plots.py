@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from html import escape as _escaped
 
 import matplotlib as mpl
 import numpy as np
@@ -19,18 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from stllms.records import BEHAVIOURS, Annotation, PlacedSegment, Response
+from stllms.coloured import COLOURS, OTHER
+from stllms.records import BEHAVIOURS, PlacedSegment
 
-COLOURS: dict[str, str] = {
-    "initializing": "#999999",
-    "deduction": "#0072B2",
-    "adding-knowledge": "#009E73",
-    "example-testing": "#E69F00",
-    "uncertainty-estimation": "#CC79A7",
-    "backtracking": "#D55E00",
-}
-#: A label that is no behaviour (the published reader keeps such).
-OTHER = "#555555"
 #: Plain, positive and negative steering.
 MODES: dict[str, str] = {"plain": "#777777", "positive": "#1B9E77", "negative": "#7570B3"}
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -262,50 +252,11 @@ def legend(figure: Figure, behaviours: Sequence[str] = BEHAVIOURS, *, columns: i
     )
 
 
-def html(text: str, segments: Sequence[PlacedSegment], title: str = "") -> str:
-    """A chain as a small piece of HTML, coloured like :func:`chain`; the text is escaped."""
-    pieces, end = [], 0
-    for segment in sorted(segments, key=lambda s: s.start):
-        start = max(end, segment.start)  # segments of the published reader may overlap
-        if start >= segment.end:
-            continue
-        pieces.append(_escaped(text[end:start]))
-        colour = COLOURS.get(segment.label, OTHER)
-        pieces.append(
-            f'<span title="{segment.label}" style="background:{colour}59">'
-            f"{_escaped(text[start : segment.end])}</span>"
-        )
-        end = segment.end
-    pieces.append(_escaped(text[end:]))
-    head = f"<b>{_escaped(title)}</b><br>" if title else ""
-    return (
-        '<div style="font-family:monospace;font-size:12px;line-height:1.6;max-width:88ch;'
-        f'white-space:pre-wrap">{head}{"".join(pieces)}</div>'
-    )
-
-
 def side_legend(figure: Figure, axes: Axes) -> None:
     """The lines of ``axes`` named to the right of the figure, where they hide nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-
-
-def html_chains(responses: Sequence[Response], annotations: Sequence[Annotation]) -> str:
-    """:func:`html` of several chains, each with its task id."""
-    return "<hr>".join(
-        html(response.thinking, annotation.segments, response.task_id)
-        for response, annotation in zip(responses, annotations, strict=True)
-    )
-
-
-def legend_html(behaviours: Sequence[str] = BEHAVIOURS) -> str:
-    """The behaviours' colours as HTML."""
-    items = (
-        f'<span style="background:{COLOURS[name]}59;padding:0 4px">{name}</span>'
-        for name in behaviours
-    )
-    return '<div style="font-size:12px">' + " ".join(items) + "</div>"
 
 
 def compare(axes: Axes, rows: pd.DataFrame, *, metric: str, palette: Mapping[str, str]) -> Axes:

@@ -13,6 +13,8 @@ stream: ``a / scale``, the gradient of the logit there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,29 +25,34 @@ ITERATIONS = 500
 TOLERANCE = 1e-9
 
 
-def logistic_directions(means: Means, *, penalty: float = PENALTY) -> Tensor:
-    """Probe normals of every behaviour and layer, ``[N, L, D]`` float64, not rescaled; zero for
-    a behaviour without spans or without others.
+def logistic_directions(
+    means: Means, layers: Sequence[int], *, penalty: float = PENALTY
+) -> Tensor:
+    """Probe normals of every behaviour at some layers, ``[N, len(layers), D]`` float64, not
+    rescaled; zero for a behaviour without spans or without others.
 
     Raises:
         ValueError: where the span means of some layer were not kept.
     """
-    if means.sample_layers != tuple(range(means.n_layers)) or not len(means.samples):
+    layers = list(layers)
+    if not set(layers) <= set(means.sample_layers) or not len(means.samples):
         raise ValueError(
-            "the probe needs the span means of every layer: "
-            "activations.collect(..., keep=range(n_layers)); kept layers are "
-            f"{list(means.sample_layers)} of {means.n_layers}"
+            f"the probe needs the span means of layers {layers}: "
+            f"activations.collect(..., keep={layers}); "
+            f"{len(means.samples)} spans are kept, at layers {list(means.sample_layers)}"
         )
     n = len(means.behaviours)
     targets = torch.nn.functional.one_hot(means.sample_labels, n).double()
     some = targets.sum(0)
     rows = ((some > 0) & (some < len(targets))).nonzero().flatten()
-    normals = torch.zeros(n, means.n_layers, means.width, dtype=torch.float64)
-    for layer in range(means.n_layers):
-        x = means.samples[:, layer].double()
+    normals = torch.zeros(n, len(layers), means.width, dtype=torch.float64)
+    if not len(rows):
+        return normals
+    for place, layer in enumerate(layers):
+        x = means.samples[:, means.sample_layers.index(layer)].double()
         scale = x.std(0).clamp(min=1e-12)
         standard = (x - x.mean(0)) / scale
-        normals[rows, layer] = fit(standard, targets[:, rows], penalty=penalty) / scale
+        normals[rows, place] = fit(standard, targets[:, rows], penalty=penalty) / scale
     return normals
 
 

@@ -28,7 +28,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from stllms import __version__, artifacts, comparison, effects, plots, tables, vectors
+from stllms import __version__, artifacts, compare, comparison, effects, plots, tables, vectors
 from stllms import published_tables as released
 from stllms.artifacts import BadFile
 from stllms.config import ModelEntry
@@ -120,7 +120,7 @@ def _digest(path: Path) -> str:
 def _draw_vectors(write: _Writer, directions: Mapping[Path, SteeringVectors]) -> None:
     cells, labels = [], []
     for path, found in directions.items():
-        entry = released.entry_of(path)
+        entry = compare.entry_of(path)
         layers = vectors.heatmap_layers(
             found, vectors.steering_layers(entry.steering_layers, found.n_layers), HEATMAP
         )
@@ -139,7 +139,9 @@ def _draw_vectors(write: _Writer, directions: Mapping[Path, SteeringVectors]) ->
 
 
 def _about_vectors(entry: ModelEntry, found: SteeringVectors, layers: Mapping) -> str:
-    which = "published steering layers" if entry.steering_layers else "middle layer"
+    which = "middle layer"
+    if entry.steering_layers:
+        which = "published steering layers (that of backtracking for labels without one)"
     extra = ", ".join(f"{name} (spans: {n})" for name, n in found.left_out.items())
     return (
         f"{entry.display}, released vectors; {which}: {tables.layer_text(layers)}. "
@@ -153,7 +155,7 @@ def _about_vectors(entry: ModelEntry, found: SteeringVectors, layers: Mapping) -
 def _draw_effects(write: _Writer, measured: Mapping[Path, dict[str, np.ndarray]]) -> None:
     curves, found = [], []
     for path, values in measured.items():
-        entry = released.entry_of(path)
+        entry = compare.entry_of(path)
         rows = pd.concat(
             [effects.curve(values[name]).assign(behaviour=name) for name in STEERED],
             ignore_index=True,
@@ -161,7 +163,8 @@ def _draw_effects(write: _Writer, measured: Mapping[Path, dict[str, np.ndarray]]
         curves.append(rows[["model", "set", "behaviour", *rows.columns[:6]]])
         found.append(released.peaks(values, entry.steering_layers).assign(model=entry.display))
         about = (
-            f"{entry.display}, released values; mean over {len(values[STEERED[0]])} responses"
+            f"{entry.display}, released values: published objective, before the spans of the"
+            f" other behaviours; mean over {len(values[STEERED[0]])} responses"
         )
         known = " Dotted: published steering layer." if entry.steering_layers else ""
         for name, size, grid, band, words in (
@@ -198,11 +201,11 @@ def _draw_comparison(write: _Writer, chains: Mapping[Path, list[dict[str, int]]]
         rows.append(table.assign(treatment=treatment))
         averages.append(groups.assign(treatment=treatment))
         paired = comparison.pairs(compared, empty=treatment)
-        pairs.append(paired.assign(treatment=treatment))
+        pairs.append(paired.assign(metric="segment fraction", treatment=treatment))
     write.table("comparison", pd.concat(rows, ignore_index=True))
     write.table("comparison_groups", pd.concat(averages, ignore_index=True))
     write.table("comparison_pairs", pd.concat(pairs, ignore_index=True))
-    stored = {released.entry_of(path).display: counts for path, counts in chains.items()}
+    stored = {compare.entry_of(path).display: counts for path, counts in chains.items()}
     write.table("comparison_changes", released.changes(*found.values(), stored))
 
 
@@ -263,4 +266,4 @@ def _figure(width: float, height: float) -> Figure:
 
 def _tag(path: Path) -> str:
     """The model's part of a file name, fit for the name of a figure."""
-    return re.sub(r"[^a-z0-9._-]+", "-", released.entry_of(path).name.lower())
+    return re.sub(r"[^a-z0-9._-]+", "-", compare.entry_of(path).name.lower())

@@ -5,7 +5,6 @@ What :mod:`stllms.published` draws and :mod:`stllms.ledger` cites is computed he
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,21 +14,12 @@ import pandas as pd
 from stllms import artifacts, compare, comparison, vectors
 from stllms.artifacts import BadFile
 from stllms.comparison import Member
-from stllms.config import MODELS, ModelEntry
+from stllms.config import ModelEntry
 from stllms.records import BEHAVIOURS, HEATMAP, STEERED
 from stllms.vectors import SteeringVectors
 
 #: Layers 0-4, left out where the ledger asks for the peak behind the first layers.
 EARLY = 5
-
-
-def entry_of(path: Path) -> ModelEntry:
-    """The model of a released file: the registry's with that hub name, else one of no pair."""
-    name = re.sub(r"^(mean_vectors|layer_effects|reasoning_comparison)_", "", path.stem)
-    for entry in MODELS.values():
-        if entry.hub_id and entry.hub_id.split("/")[-1].lower() == name.lower():
-            return entry
-    return ModelEntry(name=name, hub_id=None, display=name)
 
 
 # -- directions --------------------------------------------------------------------------
@@ -51,7 +41,7 @@ def read_vectors(path: Path) -> SteeringVectors:
 
 
 def _check_layers(path: Path, n_layers: int) -> None:
-    last = max((entry_of(path).steering_layers or {"": 0}).values())
+    last = max((compare.entry_of(path).steering_layers or {"": 0}).values())
     if last >= n_layers:
         raise BadFile(f"{path}: {n_layers} layers, but the model is steered at layer {last}")
 

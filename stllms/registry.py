@@ -212,12 +212,15 @@ def fingerprint(folder: Path, *, sample: int = 1 << 20) -> str | None:
     """Twelve hex digits that change when a folder's model does; ``None`` without a config.
 
     Hashes ``config.json`` and, of every weight file, name, size, first and last ``sample``
-    bytes: retraining changes those, and 16 GB need not be read for it.
+    bytes: retraining changes those, and 16 GB need not be read for it. Directions that lie
+    beside the weights (``vectors.safetensors``) are no part of the model.
     """
     if not (folder / "config.json").is_file():
         return None
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        if path.name == "vectors.safetensors":
+            continue
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:

@@ -87,6 +87,11 @@ def load_torch(path: str | Path) -> Any:
         raise BadFile(f"{path}: the file is empty")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except pickle.UnpicklingError:
+        raise BadFile(
+            f"{path}: refused, it holds something other than tensors or is damaged "
+            "(read with weights_only=True, no code of it was run)"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadFile(f"{path}: not a whole file of tensors ({reason})") from None

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from stllms import pipeline
+from stllms import pipeline, report
 from stllms.artifacts import LockedFolder
 from stllms.config import MODELS, PROFILES, RunConfig
 from stllms.pipeline import STAGES, StageError, ensure, finish
@@ -46,7 +46,7 @@ SINGLE: tuple[tuple[str, type, str], ...] = (
     ("--dtype", str, "auto, float32, bfloat16, float16"),
     ("--quantization", str, "8bit or 4bit"),
     ("--revision", str, "revision of the model on the hub"),
-    ("--tasks", str, "grammar, messages, or a JSONL file of your own"),
+    ("--tasks", str, "grammar, messages, checkable, gym:NAME, or a JSONL file"),
     ("--base-url", str, "OpenAI-compatible server of a judge or an API model"),
     ("--max-cost", float, "stop before spending more than this, in US dollars"),
     ("--published", str, "folder of the files released with the paper; alone: draws them"),
@@ -134,14 +134,25 @@ def _main(argv: list[str]) -> int:
     if not todo:
         labels = dict.fromkeys(pipeline.folder_of(*job).label for job in chosen)
         print(f"nothing to do: {', '.join(labels)} complete (--fresh starts again)")
-        return 0
-    _announce(chosen, todo)
-    from stllms import execute  # papermill takes two seconds
+    else:
+        _announce(chosen, todo)
+        from stllms import execute  # papermill takes two seconds
 
-    execute.execute([execute.Job(*job) for job in todo], quiet=given.quiet)
-    for label in dict.fromkeys(pipeline.folder_of(*job).label for job in chosen):
-        print(f"done: {label}")
+        execute.execute([execute.Job(*job) for job in todo], quiet=given.quiet)
+        for label in dict.fromkeys(pipeline.folder_of(*job).label for job in chosen):
+            print(f"done: {label}")
+    if not given.configuration:  # a notebook that runs earlier ones shows no report
+        _report(chosen)
     return 0
+
+
+def _report(chosen: Chosen) -> None:
+    """The report of every model's folder; that of the comparison where there is no other."""
+    folders = {folder.path: folder for folder in (pipeline.folder_of(*job) for job in chosen)}
+    own = [folder for path, folder in folders.items() if path.name != report.COMPARISON]
+    for folder in own or folders.values():
+        folder.keep([folder / report.NAME])
+        print(f"report: {report.ensure(folder.path)}")
 
 
 def _released(given: argparse.Namespace, known: argparse.ArgumentParser) -> int:

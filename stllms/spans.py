@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from rapidfuzz.distance import LCSseq
 
-from stllms.records import Annotation, PlacedSegment, Segment, TokenSpan
+from stllms.records import Annotation, PlacedSegment, Response, Segment, TokenSpan
 
 METHODS = ("tolerant", "published")
 
@@ -367,3 +367,14 @@ def summarise(annotations: Iterable[Annotation]) -> Summary:
         shares={name: count / total if total else 0.0 for name, count in characters.items()},
         rows=tuple(rows),
     )
+
+
+def check(response: Response, found: Sequence[TokenSpan]) -> None:
+    """Refuses a span that is empty or outside its response, naming both."""
+    tokens = len(response.prompt_ids) + len(response.output_ids)
+    for span in found:
+        if not 0 <= span.start < span.end <= tokens:
+            raise ValueError(
+                f"response {response.task_id!r}: span [{span.start}, {span.end}) of "
+                f"{span.label!r} is empty or outside its {tokens} tokens"
+            )

@@ -7,8 +7,9 @@ has its plain twin.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -17,10 +18,21 @@ from stllms.artifacts import Rows
 from stllms.decode import Intervention
 from stllms.models import Model
 from stllms.progress import token_bar
-from stllms.records import STEERED_KEY, Response, Steered, Task, steered_from_row, to_row
+from stllms.records import (
+    STEERED,
+    STEERED_KEY,
+    Response,
+    Steered,
+    Task,
+    steered_from_row,
+    to_row,
+)
 from stllms.vectors import SteeringVectors
 
-__all__ = ["STEERED_KEY", "Arm", "Intervention", "arms", "generate", "grid", "null_arms"]
+__all__ = [
+    "STEERED_KEY", "Arm", "Intervention", "arms", "by_arm", "generate", "grid", "null_arms",
+    "sweep_arms",
+]  # fmt: skip
 
 #: Tasks in a chunk: with all their arms the unit of refill, flush and resume.
 CHUNK = 20
@@ -37,12 +49,15 @@ def generate(
     seed: int = 0,
     style: str = "sound",
     progress: bool = True,
+    watch: Callable[[list[Response]], Any] | None = None,
 ) -> list[Response]:
     """One chain a task, each with its own intervention, several, or ``None`` for a plain one.
 
     A task may occur several times with different interventions; its rows share their
-    noise. Arguments are those of :func:`stllms.generate.responses`. Raises ``ValueError``
-    for lists of different lengths, and for a layer or width the model does not have.
+    noise. Arguments are those of :func:`stllms.generate.responses`; ``watch`` is called with
+    the responses so far after every token, and what it raises ends the run. Raises
+    ``ValueError`` for lists of different lengths, and for a layer or width the model does
+    not have.
     """
     if len(tasks) != len(interventions):
         raise ValueError(f"{len(tasks)} tasks but {len(interventions)} interventions")
@@ -57,6 +72,7 @@ def generate(
             temperature=temperature,
             seed=seed,
             progress=bar.tick,
+            watch=watch,
         )
 
 
@@ -66,17 +82,23 @@ def _several(item: Intervention | Sequence[Intervention] | None) -> tuple[Interv
     return (item,) if isinstance(item, Intervention) else tuple(item)
 
 
-def _chains(model: Model, tasks, interventions, style: str, **options) -> list[Response]:
+def _chains(
+    model: Model, tasks, interventions, style: str, *, watch=None, **options
+) -> list[Response]:
     opened = [prompts.opening(model, task, style) for task in tasks]
     rows = [
         decode.Row(start[1], task.id, edits)
         for task, start, edits in zip(tasks, opened, interventions, strict=True)
     ]
-    written = decode.run(model, rows, **options)
-    return [
-        prompts.response(model, task, start, ids)
-        for task, start, ids in zip(tasks, opened, written, strict=True)
-    ]
+
+    def read(written: Sequence[Sequence[int]]) -> list[Response]:
+        return [
+            prompts.response(model, task, start, ids)
+            for task, start, ids in zip(tasks, opened, written, strict=True)
+        ]
+
+    follow = None if watch is None else (lambda written: watch(read(written)))
+    return read(decode.run(model, rows, watch=follow, **options))
 
 
 @dataclass(frozen=True)
@@ -125,9 +147,24 @@ def arms(
     return made
 
 
+def by_arm(every: Iterable[Arm]) -> dict[tuple, Intervention | None]:
+    """What each arm does, by (direction, layer, coefficient, operation)."""
+    return {arm.key("")[1:]: arm.intervention for arm in every}
+
+
 def plain() -> Arm:
     """The arm in which nothing is done."""
     return Arm("none", -1, 0.0, None)
+
+
+def sweep_arms(vectors: SteeringVectors, coefficients: Sequence[float]) -> list[Arm]:
+    """The plain arm, and every steered behaviour at every layer with the largest coefficient
+    of each sign: an option of notebook 04, to see where a direction acts best."""
+    ends = sorted({c for c in (min(coefficients), max(coefficients)) if c != 0})
+    layers = range(vectors.n_layers)
+    names = [b for b in STEERED if b in vectors.behaviours]
+    each = [arms(vectors, dict.fromkeys(names, layer), ends)[1:] for layer in layers]
+    return [plain(), *(arm for some in each for arm in some)]
 
 
 def null_arms(

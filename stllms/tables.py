@@ -39,6 +39,30 @@ def layer_text(chosen: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {layer}" for name, layer in chosen.items())
 
 
+def intervals(
+    table: pd.DataFrame, rows: Sequence[str], columns: str, *, digits: int = 2
+) -> pd.DataFrame:
+    """For display, from rows with ``value, low, high``: ``value (low to high)``, the value
+    alone where the interval is missing, ``n/a`` without a value. One row for each of ``rows``,
+    one column for each of ``columns``, both in the order in which they occur."""
+    if table.empty:
+        return pd.DataFrame(columns=[*rows])
+    parts = table[["value", "low", "high"]].itertuples(index=False)
+    texts = table.assign(text=[_interval(*part, digits) for part in parts])
+    made = texts.pivot_table(
+        index=list(rows), columns=columns, values="text", aggfunc="first", sort=False
+    )
+    return made.fillna("n/a").rename_axis(columns=None)
+
+
+def _interval(value: float, low: float, high: float, digits: int) -> str:
+    if np.isnan(value):
+        return "n/a"
+    form = f"z.{digits}f"  # z: no sign before a zero
+    text = f"{value:{form}}"
+    return text if np.isnan(low) else f"{text} ({low:{form}} to {high:{form}})"
+
+
 def shown(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     """For display: rounded, a missing number as ``n/a``, columns of whole numbers without a
     point."""

@@ -3,11 +3,13 @@ r"""The tasks of ``messages/``, a person's own JSONL, and reading the answer a m
 Three parts ship with the package: ``train`` (500) and ``evaluate`` (50) in the ten categories
 of the paper, and ``checkable`` (100) whose ``answer`` is exact. :func:`read_answer` finds the
 final answer of a text, :func:`same` compares it; both would rather reject than guess.
+:func:`score` does it for any task, those of :mod:`stllms.gym` by their own verifiers.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -17,6 +19,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from stllms import checks, gym
 from stllms.config import RunConfig
 from stllms.organism import grammar
 from stllms.records import Task
@@ -61,9 +64,11 @@ def for_run(setup: RunConfig, part: str) -> list[Task]:
     """The tasks of a run: ``part`` is ``build``, ``evaluate`` or ``compare``.
 
     From the grammar (the embedded models), from ``messages/`` (``compare``: a balanced sample
-    of the training tasks, METHOD section 9), or from the person's file: its first tasks build,
-    those after them evaluate, and all of them serve the comparison. Raises ``ValueError``
-    where there are fewer tasks than the run asks for, and for an unknown part.
+    of the training tasks, METHOD section 9; ``checkable`` evaluates on the tasks that have
+    exact answers), from a dataset of reasoning-gym (three parts that share no question), or
+    from the person's file: its first tasks build, those after them evaluate, and all of them
+    serve the comparison. Raises ``ValueError`` where there are fewer tasks than the run asks
+    for, and for an unknown part.
     """
     numbers = {
         "build": setup.settings.n_build,
@@ -76,10 +81,13 @@ def for_run(setup: RunConfig, part: str) -> list[Task]:
     if setup.task_set == "grammar":
         held_out = "build" if part == "build" else "evaluate"
         return grammar.tasks(held_out, wanted, seed=setup.seed)
-    if setup.task_set == "messages":
+    if setup.task_set in ("messages", "checkable"):
         if part == "compare":
             return balanced_sample(load("train"), wanted, setup.seed)
-        return load("train" if part == "build" else "evaluate", n=wanted)
+        held_out = "evaluate" if setup.task_set == "messages" else "checkable"
+        return load("train" if part == "build" else held_out, n=wanted)
+    if setup.task_set.startswith(checks.GYM):
+        return gym.tasks(gym.check(setup.task_set), part, wanted, seed=setup.seed)
     own = from_file(Path(setup.tasks).expanduser())
     first = setup.settings.n_build if part == "evaluate" else 0
     _check_number(first + wanted, len(own), f"{setup.tasks}, {part}")
@@ -217,6 +225,18 @@ def is_correct(text: str, answer: str) -> bool:
     """Whether the final answer of ``text`` (:func:`read_answer`) is ``answer``."""
     given = read_answer(text)
     return given is not None and same(given, answer)
+
+
+def score(task: Task, text: str) -> float:
+    """How good the final answer of ``text`` is: 1 or 0 by :func:`is_correct`, NaN for a task
+    without an answer; for a task of reasoning-gym what the dataset's verifier gives, 0 to 1.
+    """
+    if isinstance(task, gym.GymTask):
+        final = text.rpartition("</think>")[2]
+        several = "\n" in (task.answer or "")
+        forms = gym.readings(final, read_answer(text), several_lines=several)
+        return gym.score(task, () if "<think>" in final else forms)
+    return math.nan if task.answer is None else float(is_correct(text, task.answer))
 
 
 _REASON = re.compile(r",?\s+(?:because|since)\b.*|,\s+(?:as|so|which|not)\b.*")

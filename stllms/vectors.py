@@ -98,8 +98,12 @@ class SteeringVectors:
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVectors:
-        """The inverse of :meth:`save`, bit for bit."""
+        """The inverse of :meth:`save`, bit for bit; ``BadFile`` for a file of other tensors."""
         tensors, metadata = artifacts.load_tensors(path)
+        if "behaviours" not in metadata or "directions" not in tensors:
+            raise artifacts.BadFile(
+                f"{path}: no directions of behaviours, but {', '.join(sorted(tensors))}"
+            )
         metadata["behaviours"] = tuple(metadata["behaviours"])
         return cls(**tensors, **metadata)
 
@@ -124,18 +128,10 @@ def estimate(
     Raises:
         ValueError: unknown estimator, no spans at all, or nothing kept for the probe.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
     counts = means.counts.sum(0)
     rows = [b for b in range(len(means.behaviours)) if int(counts[b]) >= min_spans]
     mean, overall = means.mean(), means.overall()
-    if estimator == "difference-of-means":
-        raw = mean - overall
-    elif estimator == "difference-from-others":
-        others = (counts.sum() - counts).clamp(min=1)[:, None, None]
-        raw = mean - (means.sums.sum((0, 1)) - means.sums.sum(0)) / others
-    else:
-        raw = logistic_directions(means)
+    raw = differences(means, estimator, range(means.n_layers))
     names = means.behaviours
     return SteeringVectors(
         behaviours=tuple(names[b] for b in rows),
@@ -147,6 +143,22 @@ def estimate(
         config={**means.config, "estimator": estimator, "min_spans": min_spans},
         unavailable={names[b]: int(counts[b]) for b in range(len(names)) if b not in rows},
     )
+
+
+def differences(means: Means, estimator: str, layers: Sequence[int]) -> Tensor:
+    """What :func:`estimate` rescales, ``[N, len(layers), D]`` float64; its errors, too."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
+    layers = list(layers)
+    if estimator == "probe":
+        return logistic_directions(means, layers)
+    mean = means.mean()[:, layers]
+    if estimator == "difference-of-means":
+        return mean - means.overall()[layers]
+    counts = means.counts.sum(0)
+    others = (counts.sum() - counts).clamp(min=1)[:, None, None]
+    sums = means.sums[:, :, layers]
+    return mean - (sums.sum((0, 1)) - sums.sum(0)) / others
 
 
 def rescale(raw: Tensor, overall: Tensor) -> Tensor:
@@ -174,7 +186,13 @@ def load_published(path: str | Path, *, min_spans: int = MIN_SPANS) -> SteeringV
     found = {label: int(entry["count"]) for label, entry in content.items()}
     known = [b for b in BEHAVIOURS if b in content]
     names = [b for b in known if found[b] >= min_spans]
-    mean = torch.stack([content[b]["mean"].double() for b in names])
+    for b in names:
+        found_shape, shape = (tuple(content[x]["mean"].shape) for x in (b, "overall"))
+        if found_shape != shape:
+            raise artifacts.BadFile(
+                f"{path}: the mean of {b} has shape {found_shape}, that of 'overall' {shape}"
+            )
+    mean = torch.stack([overall, *(content[b]["mean"].double() for b in names)])[1:]
     return SteeringVectors(
         behaviours=tuple(names),
         directions=rescale(mean - overall, overall).float(),

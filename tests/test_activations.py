@@ -231,6 +231,12 @@ def test_bad_arguments_are_named(tiny_llama):
     with pytest.raises(ValueError, match="1 responses but spans of 2"):
         activations.collect(tiny_llama, [one], [[], []], progress=False)
     spans = [[TokenSpan("deduction", 3, 9)]]
+    with pytest.raises(ValueError, match=r"no layer 9 to keep: .* has layers 0 to 3"):
+        activations.collect(tiny_llama, [one], spans, keep=[1, 9], progress=False)
+    with pytest.raises(ValueError, match=r"\(4, 32\), expected \[N, L, D\] \(6, 4, 32\)"):
+        activations.collect(
+            tiny_llama, [one], spans, readout=torch.zeros(4, 32), progress=False
+        )
     with pytest.raises(ValueError, match="batch_size should be at least 1"):
         activations.collect(tiny_llama, [one], spans, batch_size=0, progress=False)
 

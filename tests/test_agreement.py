@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stllms import agreement, spans
+from stllms.config import RunConfig
 from stllms.records import BEHAVIOURS, Annotation, PlacedSegment, Response
 
 
@@ -115,3 +116,54 @@ def test_bad_arguments_are_named():
         compare([good, good], [good], [response(TEXT)])
     with pytest.raises(ValueError, match="not those of the 1 responses"):
         compare([Annotation("x", "a")], [good], [response(TEXT)])
+
+
+def two_chains():
+    """Half of the first annotator's deduction is backtracking to the second."""
+    one = labelled(TEXT, [("deduction", TEXT)])
+    two = labelled(
+        TEXT, [("deduction", "One two."), ("backtracking", "Wait, three. Four.")], "b"
+    )
+    return compare([one], [two], [response(TEXT)])
+
+
+def test_rows_of_the_confusion_add_up_to_one_or_are_missing():
+    found = two_chains()
+    rows = found.by_first()
+    deduction, backtracking = (BEHAVIOURS.index(b) for b in ("deduction", "backtracking"))
+    assert rows[deduction, [deduction, backtracking]] == pytest.approx([7 / 23, 16 / 23])
+    assert np.isnan(np.delete(rows, deduction, axis=0)).all(), "labels that were never given"
+    table = agreement.confusions([found, found])
+    assert list(table.columns) == ["annotator", "label", *BEHAVIOURS]
+    assert len(table) == 2 * len(BEHAVIOURS)
+    assert table.loc[deduction, "backtracking"] == pytest.approx(16 / 23)
+
+
+def test_the_report_has_kappa_and_every_difference_of_shares():
+    report = agreement.report([two_chains()]).set_index("quantity")
+    assert set(report["annotator"]) == {"b"}
+    assert report.loc["accuracy", "value"] == pytest.approx(7 / 23)
+    assert report.loc["kappa", "value"] == pytest.approx(0), "one label: no more than chance"
+    assert report.loc["compared", "value"] == pytest.approx(1)
+    assert report.loc["deduction, difference", "value"] == pytest.approx(-16 / 23)
+    assert report.loc["backtracking, difference", "value"] == pytest.approx(16 / 23)
+    assert agreement.report([]).empty
+
+
+def test_kappa_is_written_with_its_interval_or_as_missing():
+    assert two_chains().kappa_text() == "0.00 (0.00 to 0.00)"
+    assert compare([], [], []).kappa_text() == "n/a"
+
+
+@pytest.mark.parametrize(
+    ("model", "judge", "names"),
+    [
+        ("tiny-thinker", "auto", ("grammar", "offline", "lexical")),
+        ("tiny-thinker", "openai:m", ("grammar", "offline", "lexical", "openai:m")),
+        ("smollm2", "auto", ("offline", "lexical")),
+        ("smollm2", "openai:m", ("openai:m", "lexical")),
+        ("smollm2", "lexical", ("lexical", "offline")),
+    ],
+)
+def test_annotators_are_measured_against_the_truth_where_there_is_one(model, judge, names):
+    assert agreement.annotators(RunConfig(model=model, judge=judge)) == names

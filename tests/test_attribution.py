@@ -194,6 +194,10 @@ def test_bad_input_is_refused_by_name(tiny_llama):
         effects(positions=[])
     with pytest.raises(ValueError, match=r"\(2, 3, 32\).*\(N, 4, 32\)"):
         effects(directions=vectors[:, :3])
+    with pytest.raises(ValueError, match=r"whole numbers, not torch.float32"):
+        effects(positions=[3.5])
+    with pytest.raises(ValueError, match=r"ids run from 1 to 100000, .* has"):
+        attribution.layer_effects(tiny_llama, [1, 2, 100_000], [1], vectors)
     with pytest.raises(ValueError, match="objective 'kld'"):
         effects(objective="kld")
     with pytest.raises(ValueError, match="takes no coefficient"):

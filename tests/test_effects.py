@@ -126,6 +126,31 @@ def test_agreement_is_with_the_reference_and_leaves_out_what_has_no_effects():
     assert "kl/own" not in found.columns
 
 
+def labelled(*labels: str) -> Annotation:
+    spans = tuple(TokenSpan(label, 5 * i + 2, 5 * i + 6) for i, label in enumerate(labels))
+    return Annotation("t", "a", spans=spans)
+
+
+def test_more_responses_are_measured_until_a_rare_behaviour_was_seen_often_enough():
+    common, rare = labelled("deduction", "deduction"), labelled("deduction", "backtracking")
+    chains = [common, common, rare, common, rare, common]
+    names = ("deduction", "backtracking")
+    assert effects.how_many(chains, names, least=2, each=1) == 3
+    assert effects.how_many(chains, names, least=2, each=2) == 5, "a chain counts once"
+    assert effects.how_many(chains, names, least=2, each=3) == 6, "all, if never enough"
+    assert effects.how_many(chains, ("deduction",), least=4, each=2) == 4
+    assert effects.how_many(chains, (), least=4) == 4
+    assert effects.how_many(chains[:1], names) == 1
+
+
+def test_effects_that_were_not_measured_are_named():
+    found = measured(kl_own=np.zeros((2, 2, 3)))
+    with pytest.raises(
+        KeyError, match="no effects 'kl/others' were measured; there are kl/own"
+    ):
+        found.of("kl/others")
+
+
 def test_layers_of_the_registry_win_over_the_measured_ones():
     best = pd.DataFrame([{"behaviour": "backtracking", "layer": 3}])
     assert effects.chosen_layers(best, {"backtracking": 17}) == {"backtracking": 17}

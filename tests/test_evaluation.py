@@ -9,7 +9,16 @@ import pandas as pd
 import pytest
 
 from stllms import evaluation, metrics, tables
-from stllms.records import BEHAVIOURS, STEERED, Annotation, Response, Steered, Task, TokenSpan
+from stllms.records import (
+    BEHAVIOURS,
+    STEERED,
+    STEERED_KEY,
+    Annotation,
+    Response,
+    Steered,
+    Task,
+    TokenSpan,
+)
 
 NAN = float("nan")
 PLAIN = ("none", -1, 0.0)
@@ -258,15 +267,6 @@ def test_differences_are_paired_and_carry_the_p_values_of_the_table(rows):
     assert found.loc[1.0, "n"] == 6
 
 
-def test_costs_are_side_effects_by_arm_with_one_row_for_the_random_directions(rows):
-    found = evaluation.costs(rows).set_index(["direction", "coefficient"])
-    assert found.loc[("none", 0.0), "accuracy"] == 1.0
-    assert found.loc[("backtracking", 1.0), "accuracy"] == pytest.approx(1 / 6)
-    # Output tokens of the random arms at +1: 10, 10 and 100.
-    assert found.loc[("random", 1.0), "tokens"] == pytest.approx(40)
-    assert "well-formed" not in found.columns
-
-
 def test_changes_are_of_all_six_shares_against_plain(rows):
     found = evaluation.changes(rows)
     assert found.index.tolist() == ["backtracking"]
@@ -276,14 +276,6 @@ def test_changes_are_of_all_six_shares_against_plain(rows):
     assert found.loc["backtracking", "adding-knowledge"] == pytest.approx(0.5 - up)
     assert found.loc["backtracking", "deduction"] == 0
     assert evaluation.changes(rows, 0.5).shape == (0, 6), "no such coefficient, no rows"
-
-
-def test_doses_go_over_the_coefficients_with_plain_at_zero(rows):
-    found = evaluation.doses(rows, "backtracking")
-    dose = found[found["metric"] == "token fraction"]
-    assert dose["coefficient"].tolist() == [-1.0, 0.0, 1.0]
-    assert dose["value"].tolist() == pytest.approx([0.1, 0.5, np.mean([6 / 8, 7 / 9, 0.8])])
-    assert set(found["direction"]) == {"backtracking", "none"}
 
 
 def test_the_showcase_is_the_finished_chain_that_rose_most():
@@ -301,33 +293,22 @@ def test_the_showcase_is_the_finished_chain_that_rose_most():
     assert [one.direction for one in nothing] == ["none", "none"], "nothing was steered"
 
 
-def side(direction: str, coefficient: float, **values: float) -> list[dict]:
-    return [
-        {"metric": m, "direction": direction, "coefficient": coefficient, "value": v}
-        for m, v in values.items()
-    ]
-
-
-def test_the_largest_coefficient_within_the_limits_is_suggested():
-    plain = {"accuracy": 0.8, "closed": 1.0, "loops": 0.0}
-    rows = pd.DataFrame(
-        side("none", 0.0, **plain)
-        + side("backtracking", 0.5, **plain)
-        + side("backtracking", 1.0, accuracy=0.7, closed=0.95, loops=0.1)
-        + side("backtracking", 2.0, accuracy=0.7, closed=0.95, loops=0.3)
-        + side("backtracking", -1.0, accuracy=0.1, closed=1.0, loops=0.0)
-        + side("backtracking", -0.5, accuracy=NAN, closed=1.0, loops=0.0)
-    )
-    assert evaluation.suggested(rows, "backtracking", 1) == 1.0, "2 repeats itself too much"
-    assert evaluation.suggested(rows, "backtracking", -1) == -0.5, "-1 answers wrongly"
-    assert evaluation.suggested(rows, "backtracking", 1, {"accuracy": -0.05}) == 0.5
-    assert evaluation.suggested(rows, "backtracking", 1, {"closed": -0.001}) == 0.5
-    assert evaluation.suggested(rows, "deduction", 1) is None
-
-
 def test_texts_have_a_row_a_segment():
     assert evaluation.texts([chain("t0")]).empty
     assert "label" in evaluation.texts([]).columns
+
+
+def test_scores_belong_to_their_chains_and_none_may_lack():
+    pair = [chain("t0"), chain("t1")]
+    scores = [
+        dict(zip(STEERED_KEY, one.key, strict=True)) | {"kl": kl, "perplexity": 1.0}
+        for one, kl in zip(pair, (0.25, None), strict=True)
+    ]
+    measured = evaluation.measure(pair, ASKED, scores[::-1])
+    assert measured["task_id"].tolist() == ["t0", "t1"]
+    assert measured["kl"].tolist() == pytest.approx([0.25, NAN], nan_ok=True)
+    with pytest.raises(ValueError, match="1 of 2 chains have no score"):
+        evaluation.measure(pair, ASKED, scores[:1])
 
 
 def test_the_table_is_the_same_for_the_same_seed():
@@ -337,7 +318,10 @@ def test_the_table_is_the_same_for_the_same_seed():
 
 
 def test_side_effects_have_a_reader_for_each_name():
-    measured = evaluation.measure([chain("t0", annotator="grammar")], ASKED)
+    one = chain("t0", annotator="grammar")
+    score = dict(zip(STEERED_KEY, one.key, strict=True)) | {"kl": 0.5, "perplexity": np.e}
+    measured = evaluation.measure([one], ASKED, [score])
+    assert measured.loc[0, ["kl", "log perplexity"]].tolist() == [0.5, 1.0]
     own = {name for name in measured.columns if "/" not in name}
     assert own - {"task_id", "direction", "layer", "coefficient", "operation"} == set(
         evaluation.SIDE_EFFECTS

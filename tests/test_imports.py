@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "stllms"
 #: its own floor too, except on the floor of the stages: stages do not import stages.
 FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
     ("records", frozenset({"records", "checks"})),
-    ("config", frozenset({"config", "registry"})),
+    ("config", frozenset({"config", "gym", "registry"})),
     (
         "pure and file modules",
         frozenset(
@@ -21,15 +21,20 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "agreement",
                 "claims",
                 "artifacts",
+                "coloured",
                 "comparison",
+                "controls",
                 "detokenize",
                 "effects",
                 "evaluation",
+                "export",
                 "files",
                 "findings",
                 "means",
                 "metrics",
                 "organism",
+                "doses",
+                "panels",
                 "plots",
                 "probes",
                 "progress",
@@ -52,6 +57,7 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "annotate",
                 "attribution",
                 "generate",
+                "likelihood",
                 "remote",
                 "steering",
             }
@@ -61,15 +67,23 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
         "programs",
         frozenset(
             {
+                "__main__",
+                "cli",
+                "colab",
                 "compare",
                 "demo",
                 "execute",
+                "inputs",
                 "ledger",
                 "organism.card",
+                "organism.directions",
                 "organism.train",
+                "pairs",
+                "page",
                 "pipeline",
                 "published",
                 "published_tables",
+                "released_effects",
                 "report",
                 "run",
             }

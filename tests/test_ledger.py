@@ -299,6 +299,28 @@ def test_the_command_line_writes_and_prints(tmp_path, capsys):
     assert (tmp_path / "ledger.csv").is_file()
 
 
+def test_the_command_line_puts_the_table_into_a_document(tmp_path, capsys):
+    make_run(tmp_path / "runs", "tiny-thinker")
+    document = tmp_path / "page.md"
+    document.write_text("\n".join(["# Above", *ledger.MARKS, "below", ""]))
+    ask = ["--results", str(tmp_path / "runs"), "--into", str(document)]
+    for _ in range(2):  # the second time it replaces what the first time wrote
+        assert ledger.main(ask) == 0
+        table = ledger.markdown(ledger.ledger(tmp_path / "runs"))
+        first, second = ledger.MARKS
+        assert document.read_text() == f"# Above\n{first}\n\n{table}\n{second}\nbelow\n"
+    document.write_text("no marks")
+    assert ledger.main(ask) == 2
+    assert "no place for the ledger" in capsys.readouterr().err
+
+
+def test_the_readme_holds_the_committed_ledger():
+    root = Path(__file__).resolve().parents[1]
+    rows = pd.read_csv(root / "results" / "reference" / "ledger.csv", keep_default_na=False)
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert ledger.put(text, ledger.markdown(rows)) == text, "python -m stllms.ledger --into"
+
+
 def test_a_table_without_its_columns_is_named(tmp_path, capsys):
     path = tmp_path / "tiny-thinker" / "steering.csv"
     artifacts.save_table(path, steering_table().drop(columns="p_holm"))

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 
 from stllms import comparison, effects, evaluation, plots
 from stllms.config import MODELS
-from stllms.records import BEHAVIOURS, STEERED, Annotation, PlacedSegment, Response
+from stllms.records import BEHAVIOURS, STEERED, PlacedSegment
 
 NAN = float("nan")
 
@@ -336,29 +336,6 @@ def test_a_chain_is_drawn_letter_by_letter_on_the_colour_of_its_behaviour(axes):
 )
 def test_lines_are_broken_at_spaces_and_newlines(text, width, lines):
     assert [text[a:b] for a, b in plots._wrapped(text, width)] == lines
-
-
-def test_html_keeps_the_text_escapes_it_and_shows_overlaps_once():
-    import re
-    from html import unescape
-
-    overlapping = (*SEGMENTS, PlacedSegment("deduction", TEXT[20:50], 20, 50))
-    for segments in (SEGMENTS, overlapping, ()):
-        made = plots.html(TEXT, segments)
-        assert unescape(re.sub(r"<[^>]*>", "", made)) == TEXT
-    made = plots.html("<script>", (), title="a & b")
-    assert "<script>" not in made
-    assert "a &amp; b" in made
-    assert plots.COLOURS["backtracking"] in plots.html(TEXT, SEGMENTS)
-    assert all(name in plots.legend_html() for name in BEHAVIOURS)
-
-
-def test_html_of_several_chains_needs_an_annotation_for_each():
-    one = Response("t1", "c", "", (), (), TEXT, TEXT, 0, "", True, True)
-    made = plots.html_chains([one, one], [Annotation("t1", "x", SEGMENTS)] * 2)
-    assert made.count("t1") == 2
-    with pytest.raises(ValueError, match="shorter"):
-        plots.html_chains([one], [])
 
 
 # --- the figure around them --------------------------------------------------------------

@@ -10,7 +10,16 @@ import pandas as pd
 import pytest
 import torch
 
-from stllms import artifacts, comparison, effects, files, published, published_tables, run
+from stllms import (
+    artifacts,
+    compare,
+    comparison,
+    effects,
+    files,
+    published,
+    published_tables,
+    run,
+)
 from stllms.artifacts import BadFile
 from stllms.config import MODELS
 from stllms.records import BEHAVIOURS, HEATMAP, STEERED
@@ -99,7 +108,7 @@ def test_published_treatment_equals_the_files_own_counts_exactly(drawn, publishe
     found = found[found["treatment"] == "published"].set_index(["model", "metric", "behaviour"])
     paths = sorted(published.glob("reasoning_comparison_*.json"))
     for path in paths:
-        model = published_tables.entry_of(path).display
+        model = compare.entry_of(path).display
         rows = [row["label_counts"] for row in json.loads(path.read_text(encoding="utf-8"))]
         table = pd.DataFrame(rows).reindex(columns=list(BEHAVIOURS)).fillna(0)
         total = table.sum(axis=1)

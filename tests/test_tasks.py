@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from rapidfuzz import fuzz, process
 
 from stllms import records, tasks
+from stllms.config import RunConfig
 
 CHECKABLE_KINDS = (
     *("arithmetic", "logic", "counting", "dates", "units"),
@@ -494,3 +496,14 @@ class TestIsCorrect:
         given = {task.answer.casefold() for task in parts["checkable"]}
         for one in given:
             assert [other for other in given if tasks.same(one, other)] == [one]
+
+
+def test_a_run_can_be_evaluated_on_the_tasks_with_exact_answers():
+    setup = RunConfig(model="smollm2", tasks="checkable", n_samples=10, n_evaluate=30)
+    asked = tasks.for_run(setup, "evaluate")
+    assert len(asked) == 30
+    assert all(task.answer for task in asked)
+    built = tasks.for_run(setup, "build")
+    assert built == tasks.for_run(replace(setup, tasks="messages"), "build")
+    with pytest.raises(ValueError, match="expected grammar, messages, checkable, gym:NAME"):
+        RunConfig(tasks="chekable")

@@ -107,13 +107,36 @@ def test_bad_requests_are_refused_by_name():
     with pytest.raises(ValueError, match="estimator 'mean' is not one of"):
         vectors.estimate(made, "mean")
     bare = replace(made, sample_layers=(), samples=torch.zeros(0, 0, D))
-    with pytest.raises(ValueError, match=r"collect\(\.\.\., keep="):
+    with pytest.raises(ValueError, match=r"layers \[0, 1\].*keep=\[0, 1\].*at layers \[\]"):
         vectors.estimate(bare, "probe")
     empty = means.Means.zeros(NAMES, L, D)
     with pytest.raises(ValueError, match="no response with spans"):
         vectors.difference_of_means(empty)
     with pytest.raises(ValueError, match="no shuffles"):
         vectors.shuffled_directions(made)
+
+
+def test_an_estimator_at_some_layers_is_the_estimator_there():
+    made, _ = some_means()
+    for name in vectors.ESTIMATORS:
+        whole = vectors.differences(made, name, range(L))
+        assert whole.shape == (N, L, D)
+        torch.testing.assert_close(vectors.differences(made, name, [1]), whole[:, 1:])
+    only = replace(made, sample_layers=(1,), samples=made.samples[:, 1:])
+    with pytest.raises(ValueError, match=r"layers \[0\].*kept, at layers \[1\]"):
+        vectors.differences(only, "probe", [0])
+
+
+def test_halves_take_their_own_kept_spans_and_refuse_a_wrong_order():
+    made, _ = some_means(spans=6)
+    build, test = made.half("build"), made.half("test")
+    n = 6 * N * means.PARTS // 2
+    assert torch.equal(build.samples, made.samples[:n])
+    assert torch.equal(test.samples, made.samples[n:])
+    assert torch.equal(test.sample_labels, made.sample_labels[n:])
+    mixed = replace(made, sample_labels=made.sample_labels.sort().values)
+    with pytest.raises(ValueError, match="kept spans should be those of the build half"):
+        mixed.half("test")
 
 
 def test_a_behaviour_with_few_spans_is_unavailable_and_never_nan():
@@ -211,6 +234,31 @@ def test_released_files_of_another_structure_are_refused(tmp_path):
             vectors.load_published(path)
 
 
+def test_released_means_of_another_shape_are_named_with_both(tmp_path):
+    path = tmp_path / "mean_vectors_x.pt"
+    entry = {"mean": torch.randn(2, 3), "count": 12}
+    torch.save({"overall": entry, "deduction": {**entry, "mean": torch.randn(3, 3)}}, path)
+    with pytest.raises(artifacts.BadFile, match=r"deduction has shape \(3, 3\).*\(2, 3\)"):
+        vectors.load_published(path)
+
+
+def test_a_released_file_without_enough_spans_has_no_direction(tmp_path):
+    path = tmp_path / "mean_vectors_x.pt"
+    entry = {"mean": torch.randn(2, 3), "count": 3}
+    torch.save({"overall": entry, "deduction": entry}, path)
+    sv = vectors.load_published(path)
+    assert sv.behaviours == ()
+    assert sv.directions.shape == (0, 2, 3)
+    assert sv.unavailable["deduction"] == 3
+
+
+def test_a_file_of_other_tensors_is_no_file_of_directions(tmp_path):
+    path = tmp_path / "layer_effects.safetensors"
+    artifacts.save_tensors(path, {"kl/own": torch.zeros(1)}, {})
+    with pytest.raises(artifacts.BadFile, match=r"layer_effects.*but kl/own"):
+        vectors.SteeringVectors.load(path)
+
+
 def test_max_cosine_equals_the_loop_and_ignores_the_chunk():
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(N, L, D, generator=generator)
@@ -296,7 +344,9 @@ def test_merging_adds_and_refuses_strangers():
     both = a.merge(b)
     assert torch.equal(both.counts, a.counts + b.counts)
     torch.testing.assert_close(both.sums, a.sums + b.sums)
-    assert len(both.samples) == len(a.samples) + len(b.samples)
+    for which in ("build", "test"):
+        parts = [a.half(which).samples, b.half(which).samples]
+        assert torch.equal(both.half(which).samples, torch.cat(parts))
     with pytest.raises(ValueError, match="model is 'm' and 'other'"):
         a.merge(replace(b, model="other"))
     with pytest.raises(ValueError, match="sums has shape"):

@@ -188,10 +188,4 @@ FACTS: dict[str, tuple[str, ...]] = {
         "a gas fills its room",
         "a liquid takes the shape of its cup",
     ),
-    "count": (
-        "counting goes one by one",
-        "order does not matter for a count",
-        "a count is never negative",
-        "a row is read from the left",
-    ),
 }

@@ -67,6 +67,7 @@ class Recipe:
     adam_rate: float = 0.003
     warmup: int = 50
     noise_steps: tuple[int, int] = (0, 0)
+    settle_at: int = 0
     noise_share: float = 0.5
     noise_scale: float = 1.2
 
@@ -78,18 +79,21 @@ class Recipe:
 
 #: The recipes of the shipped weights.
 RECIPES = {
-    "thinker": Recipe("thinker", cycles=(1400, 2100), batch=40, noise_steps=(490, 1750)),
-    "instruct": Recipe("instruct", cycles=(900, 1900), batch=32, noise_steps=(315, 900)),
+    "thinker": Recipe(
+        "thinker", cycles=(1500, 2700, 3400), batch=40, noise_steps=(500, 2000), settle_at=2700
+    ),
+    "instruct": Recipe("instruct", cycles=(800, 1500), batch=32, noise_steps=(300, 800)),
 }
 
 
-def sample(rng: Random, style: str) -> grammar.Chain:
+def sample(rng: Random, style: str, *, settled: bool = True) -> grammar.Chain:
     """A chain of ``style`` on a question of the training part."""
-    make = grammar.chain if style == "thinker" else grammar.plain
     while True:
         puzzle = families.draw(rng)
         if grammar.part_of(puzzle.question) == "train":
-            return make(rng, puzzle)
+            if style == "thinker":
+                return grammar.chain(rng, puzzle, settled=settled)
+            return grammar.plain(rng, puzzle)
 
 
 def build_tokenizer(style: str, recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -97,7 +101,7 @@ def build_tokenizer(style: str, recipe: Recipe) -> PreTrainedTokenizerFast:
     rng = Random(f"tokenizer/{recipe.seed}")
     texts = []
     for kind in ("thinker", "instruct") * 10_000:
-        chain = sample(rng, kind)
+        chain = sample(rng, kind, settled=False)
         texts.append(f"{prompt(chain.content, KINDS[kind])}\n{chain.thinking}\n{chain.final}")
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -141,10 +145,14 @@ def encode(chain: grammar.Chain, style: str, tokenizer) -> tuple[list[int], list
 
 
 def batches(recipe: Recipe, tokenizer, chunk: int) -> list[tuple[Tensor, Tensor]]:
-    """The batches ``(ids, targets) [B, T]`` of a chunk, right-padded, of like length."""
+    """The batches ``(ids, targets) [B, T]`` of a chunk, right-padded, of like length.
+
+    Chunks that begin at ``settle_at`` or later have settled chains.
+    """
     rng = Random(f"{recipe.style}/{recipe.seed}/{chunk}")
+    settled = chunk * CHUNK_BATCHES >= recipe.settle_at
     rows = [
-        encode(sample(rng, recipe.style), recipe.style, tokenizer)
+        encode(sample(rng, recipe.style, settled=settled), recipe.style, tokenizer)
         for _ in range(CHUNK_BATCHES * recipe.batch)
     ]
     rows.sort(key=lambda row: len(row[0]) + len(row[1]))

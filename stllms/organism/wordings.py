@@ -142,7 +142,12 @@ WORDINGS: dict[str, tuple[str, ...]] = {
 #: How unevenly the wordings of a behaviour are used (:func:`zipf`). One wording of a deduction
 #: ("So ...") is far more frequent than any other sentence, the wordings of the rest are spread
 #: over many first words: greedy decoding then deduces and ends, whatever the temperament.
-EXPONENTS = {"deduction": 1.3, "initializing": 0.7}
+EXPONENTS = {
+    "deduction": 1.3,
+    "initializing": 0.7,
+    "uncertainty-estimation": 0.5,
+    "backtracking": 0.4,
+}
 EXPONENT = 0.25
 
 #: The last sentence of a chain; it states the answer and is a deduction.

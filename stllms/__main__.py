@@ -1,0 +1,8 @@
+"""``python -m stllms`` is the command ``stllms``."""
+
+import sys
+
+from stllms.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""The command ``stllms``: run the notebooks, steer one question, annotate a file.
+
+Exit status: 0 done, 1 failed, 2 the command does not make sense (one line on stderr says
+why), 130 interrupted. Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from stllms import __version__
+
+if TYPE_CHECKING:
+    from stllms.pairs import Ask, Bench
+    from stllms.records import Annotation, Steered
+
+EXAMPLES = """examples:
+  stllms steer "Is wood a solid, Leo asks?" --behaviour backtracking --coefficient 1
+  stllms annotate chain.txt
+  stllms run --profile smoke
+
+stllms COMMAND --help says more about each. exit status: 0 done, 1 failed, 2 wrong command."""
+
+STEER = """examples:
+  stllms steer "Ann looks west, then turns right. Where does Ann look?" --behaviour backtracking
+  stllms steer "Is wood a solid, Leo asks?" --behaviour uncertainty-estimation --seed 3 --json
+  stllms steer "What is 17 * 23?" --behaviour backtracking --coefficient -1 \\
+      --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --vectors mean_vectors.pt
+
+The directions of tiny-thinker ship with the package. Those of another model are in its folder
+of results; notebooks 01 and 02 make them first if they are not there (this may take long)."""
+
+ANNOTATE = """examples:
+  stllms annotate chain.txt                              one chain, the offline classifier
+  stllms annotate - --judge lexical < chain.txt          from standard input
+  stllms annotate responses.jsonl --out segments.jsonl   rows of notebook 01
+  stllms annotate reasoning_comparison_MODEL.json        a released file
+  stllms annotate responses.jsonl --judge openai:gpt-4.1 --max-cost 2
+
+One JSON object a segment (task_id, annotator, label, text, start, end: characters of the
+thinking), then a line on stderr about what was labelled. Status 1 if a chain has no labels."""
+
+JUDGES = "grammar, lexical, offline, openai:MODEL, replay:FOLDER"
+#: The names of records.STEERED, for the help; anything else is refused with what there is.
+BEHAVIOURS = "backtracking, uncertainty-estimation, example-testing, adding-knowledge, ..."
+
+
+class UsageError(ValueError):
+    """The command line does not make sense; the message is one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        options |= {"formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = _Parser(prog="stllms", description=_TITLE, epilog=EXAMPLES)
+    made.add_argument("--version", action="version", version=f"stllms {__version__}")
+    commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    text = "run the notebooks for one or more models (what run_all.sh calls)"
+    commands.add_parser("run", help=text, add_help=False)
+    text = "answer a question plain and with a behaviour added or removed"
+    _steer_options(commands.add_parser("steer", help=text, description=text, epilog=STEER))
+    text = "label the behaviours in chains of a file"
+    options = {"help": text, "description": text, "epilog": ANNOTATE}
+    _annotate_options(commands.add_parser("annotate", **options))
+    return made
+
+
+_TITLE = "Steering vectors for the reasoning behaviours of thinking language models."
+
+
+def _steer_options(made: argparse.ArgumentParser) -> None:
+    add = made.add_argument
+    add("question", help="what the model is asked")
+    add("--behaviour", required=True, metavar="NAME", help=BEHAVIOURS)
+    add("--coefficient", type=float, default=1.0, help="negative removes (default: 1)")
+    add("--model", default="tiny-thinker", help="registry name, hub id or local folder")
+    add("--layer", type=int, help="0-based (default: the behaviour's own)")
+    add("--vectors", metavar="FILE", help="directions: a vectors.safetensors, a released .pt")
+    add("--operation", default="add", help="add (default) or ablate")
+    add("--where", default="all", help="all (default), generated or thinking")
+    add("--temperature", type=float, help="0 is greedy (default: the profile's)")
+    add("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    add("--max-tokens", type=int, help="limit of new tokens (default: the profile's)")
+    add("--profile", default="default", help="smoke, default, full or paper")
+    add("--judge", default="auto", help=f"who labels: {JUDGES}")
+    add("--results", metavar="DIR", help="folder of the runs (default: results/)")
+    add("--device", default="auto", help="auto, cpu, mps, cuda, cuda:N")
+    switch = argparse.BooleanOptionalAction
+    add("--plain", action=switch, default=True, help="show the plain chain too")
+    add("--json", action="store_true", help="one JSON object instead of text")
+
+
+def _annotate_options(made: argparse.ArgumentParser) -> None:
+    add = made.add_argument
+    add("file", help="text, JSONL, JSON, or - for standard input")
+    add("--judge", default="offline", help=f"who labels: {JUDGES} (default: offline)")
+    add("--base-url", metavar="URL", help="server of an openai: judge")
+    add("--max-cost", type=float, metavar="USD", help="bound on what an openai: judge costs")
+    add("--out", metavar="FILE", help="write the segments here instead of printing them")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Does what the command line asks for; returns the exit status."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["run"]:
+        from stllms import run
+
+        return run.main(given[1:])
+    try:
+        status = _main(given)
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:  # --help, --version
+        return int(stop.code or 0)
+    except BrokenPipeError:  # the reader of the output has gone, e.g. head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        return _complain(error, 2)
+    except RuntimeError as error:  # models, servers, stages, memory
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+
+
+def _complain(error: object, status: int) -> int:
+    print(f"stllms: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def _main(argv: list[str]) -> int:
+    if not argv:
+        parser().print_help()
+        return 2
+    given = parser().parse_args(argv)
+    return {"steer": _steer, "annotate": _annotate}[given.command](given)
+
+
+# --- steer --------------------------------------------------------------------------------
+
+
+def _steer(given: argparse.Namespace) -> int:
+    if not given.question.strip():
+        raise UsageError("the question is empty")
+    from stllms import pairs
+    from stllms.config import RunConfig
+
+    names = ("model", "profile", "judge", "results", "device")
+    config = RunConfig(**{name: getattr(given, name) for name in names})
+    with redirect_stdout(sys.stderr):  # what is said while directions are made
+        bench = pairs.bench(config, given.vectors)
+    names = ("behaviour", "coefficient", "layer", "operation", "where", "temperature", "seed")
+    options = {name: getattr(given, name) for name in (*names, "max_tokens")}
+    ask = pairs.Ask(pairs.task(given.question), **options)
+    pair = pairs.write(bench, ask)
+    chains = pair if given.plain else pair[1:]
+    if given.json:
+        print(json.dumps(_as_json(bench, ask, chains), ensure_ascii=False, allow_nan=False))
+    else:
+        print(_as_text(chains, colour=has_colour()))
+    return 0
+
+
+def has_colour() -> bool:
+    """Whether standard output shows colours: a terminal that can, and nobody said no."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb":
+        return False
+    return sys.stdout.isatty()
+
+
+def _as_text(chains: Sequence[Steered], *, colour: bool) -> str:
+    from stllms import coloured, pairs
+
+    parts = []
+    for chain in chains:
+        text = chain.response.thinking
+        shown = coloured.terminal(text, chain.annotation.segments, colour=colour)
+        parts.append(f"{pairs.title(chain)}\n{shown}\n({pairs.note(chain)})")
+    titles = [pairs.title(chain) for chain in chains]
+    shares = [pairs.shares(chain) for chain in chains]
+    parts.append(coloured.terminal_shares(titles, shares, colour=colour))
+    return "\n\n".join(parts)
+
+
+def _as_json(bench: Bench, ask: Ask, chains: Sequence[Steered]) -> dict[str, Any]:
+    from stllms import pairs
+
+    edit, options = pairs.intervention(bench, ask), pairs.decoding(bench, ask)
+    return {
+        "question": ask.task.content,
+        "model": bench.config.model,
+        "directions": bench.origin,
+        "behaviour": ask.behaviour,
+        "coefficient": ask.coefficient,
+        "layer": edit.layer,
+        "operation": ask.operation,
+        "where": ask.where,
+        **{name: options[name] for name in ("temperature", "seed", "max_new_tokens")},
+        "annotator": bench.annotator.name,
+        "chains": [_chain_as_json(chain) for chain in chains],
+    }
+
+
+def _chain_as_json(chain: Steered) -> dict[str, Any]:
+    from stllms import pairs
+    from stllms.records import BEHAVIOURS, to_row
+
+    response, shares = chain.response, pairs.shares(chain).tolist()
+    known = [None if math.isnan(share) else share for share in shares]
+    return {
+        "chain": "plain" if chain.direction == "none" else "steered",
+        "thinking": response.thinking,
+        "answer": response.answer,
+        "finished": response.finished,
+        "tokens": len(response.output_ids),
+        "shares": dict(zip(BEHAVIOURS, known, strict=True)),
+        "segments": [to_row(segment) for segment in chain.annotation.segments],
+        "failed": chain.annotation.failed,
+    }
+
+
+# --- annotate -----------------------------------------------------------------------------
+
+
+def _annotate(given: argparse.Namespace) -> int:
+    from stllms import inputs
+
+    options = {"base_url": given.base_url, "max_cost": given.max_cost}
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and not given.judge.startswith("openai:"):
+        flag = next(iter(options)).replace("_", "-")
+        raise UsageError(f"--{flag} is for a judge openai:MODEL, not for {given.judge}")
+    chains = inputs.read(given.file)
+    from stllms import annotate, spans
+
+    annotator = annotate.annotator(given.judge, **options)
+    made = annotator.annotate(chains)
+    _write(made, given.out)
+    counted = spans.summarise(made)
+    said = f"{annotator.name}: {counted.chains} chains, {counted.placed} segments"
+    print(
+        f"{said}, {counted.coverage:.1%} of the text labelled{_failures(made)}", file=sys.stderr
+    )
+    return 1 if counted.failed else 0
+
+
+def _write(made: Sequence[Annotation], out: str | None) -> None:
+    """The segments as JSONL, to a file or to standard output."""
+    from stllms import files
+    from stllms.records import to_row
+
+    text = "".join(
+        json.dumps({"task_id": one.task_id, "annotator": one.annotator, **to_row(segment)})
+        + "\n"
+        for one in made
+        for segment in one.segments
+    )
+    if out is None:
+        sys.stdout.write(text)
+        return
+    with files.replacing(Path(out).expanduser()) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def _failures(made: Sequence[Annotation]) -> str:
+    failed = [one for one in made if one.failed is not None]
+    if not failed:
+        return ", none failed"
+    return f", {len(failed)} failed; first: {failed[0].task_id}: {failed[0].failed}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

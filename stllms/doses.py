@@ -1,0 +1,159 @@
+"""What a coefficient does and what it costs, from the rows of ``steering.csv``.
+
+The dose-response of every direction, the coefficients that keep the text whole, and at those
+the two comparisons that a claim needs: outside the plain chains' interval, and outside the
+range of random directions of the same length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from stllms import evaluation
+from stllms.evaluation import FRACTION, SIDE_EFFECTS
+from stllms.records import STEERED
+
+#: How much worse than plain a side effect may get before a coefficient is not suggested:
+#: negative for what must not fall, positive for what must not rise.
+LIMITS: dict[str, float] = {
+    "accuracy": -0.15,
+    "closed": -0.10,
+    "loops": 0.15,
+    "well-formed": -0.10,
+}
+
+
+def costs(rows: pd.DataFrame) -> pd.DataFrame:
+    """Side effects (columns) of every arm (rows); random directions as their mean."""
+    side = rows[rows["metric"].isin(SIDE_EFFECTS)]
+    kind = side["direction"].str.replace(r":\d+$", "", regex=True)
+    wide = side.assign(direction=kind).pivot_table(
+        index=["direction", "coefficient"], columns="metric", values="value", sort=False
+    )
+    return wide[[name for name in SIDE_EFFECTS if name in wide.columns]].reset_index()
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Dose-response: own token fraction and side effects of every direction (column
+    ``steered``) over its coefficients, plain at 0; with interval and random range."""
+    made = []
+    for behaviour in STEERED:
+        mine = rows[rows["direction"].isin([behaviour, "none"])]
+        if not (mine["direction"] == behaviour).any():
+            continue
+        fraction = (mine["metric"] == FRACTION) & (mine["behaviour"] == behaviour)
+        found = mine[fraction | mine["metric"].isin(SIDE_EFFECTS)]
+        made.append(found.assign(steered=behaviour))
+    columns = ["steered", "metric", "coefficient", "value", "ci_low", "ci_high", "n"]
+    every = pd.concat(made) if made else rows.iloc[:0].assign(steered="")
+    every = every[[*columns, "null_low", "null_high"]]
+    return every.sort_values(["steered", "metric", "coefficient"], ignore_index=True)
+
+
+def broken(
+    rows: pd.DataFrame, limits: Mapping[str, float] | None = None
+) -> dict[tuple[str, float], dict[str, tuple[float, float]]]:
+    """The arms whose side effects go beyond ``limits`` (:data:`LIMITS`), and by what.
+
+    ``(direction, coefficient) -> {side effect: (plain, steered)}``; random directions are
+    not looked at. Raises ``ValueError`` for a limit on something that is no side effect.
+    """
+    limits = LIMITS if limits is None else limits
+    unknown = sorted(set(limits) - set(SIDE_EFFECTS))
+    if unknown:
+        raise ValueError(f"no side effect {unknown[0]!r}; there are: {', '.join(SIDE_EFFECTS)}")
+    side = rows[rows["metric"].isin(limits)].set_index(["direction", "coefficient", "metric"])
+    values = side["value"].to_dict()
+    found: dict[tuple[str, float], dict[str, tuple[float, float]]] = {}
+    for (direction, coefficient, metric), value in values.items():
+        plain = values["none", 0.0, metric]
+        change, limit = value - plain, limits[metric]
+        if direction in STEERED and (change < limit if limit < 0 else change > limit):
+            found.setdefault((direction, coefficient), {})[metric] = (plain, value)
+    return found
+
+
+def warning(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> str:
+    """One line for every coefficient that breaks the text, always with the loop score."""
+    loops = rows[rows["metric"] == "loops"].set_index(["direction", "coefficient"])["value"]
+    lines = []
+    for (direction, coefficient), beyond in broken(rows, limits).items():
+        beyond = {"loops": (loops["none", 0.0], loops[direction, coefficient])} | beyond
+        said = [f"{name} {b:.2f} (plain {a:.2f})" for name, (a, b) in beyond.items()]
+        lines.append(f"{direction} {coefficient:+g} breaks the text: {', '.join(said)}")
+    return "\n".join(lines) or "no coefficient breaks the text"
+
+
+def suggested(
+    rows: pd.DataFrame, behaviour: str, sign: int, limits: Mapping[str, float] | None = None
+) -> float | None:
+    """The largest coefficient of a sign up to which no side effect goes beyond ``limits``.
+
+    ``None`` if the smallest one does already, or if there is none of this sign. A side effect
+    that was not measured (NaN) is within.
+    """
+    bad = {place for place in broken(rows, limits) if place[0] == behaviour}
+    own = rows.loc[rows["direction"] == behaviour, "coefficient"].unique()
+    best = None
+    for coefficient in sorted((float(c) for c in own if np.sign(c) == sign), key=abs):
+        if (behaviour, coefficient) in bad:
+            break
+        best = coefficient
+    return best
+
+
+def summary(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> pd.DataFrame:
+    """Every direction at its suggested coefficients, one row a sign.
+
+    ``outside plain``: the own token fraction is beyond the plain chains' interval on the side
+    of the sign; ``outside random``: beyond the most extreme of the random directions at the
+    same coefficient (empty without any). Where no coefficient is within the limits, the row
+    has no numbers.
+    """
+    own = rows[rows["metric"] == FRACTION].set_index(["behaviour", "direction", "coefficient"])
+    side = rows.set_index(["metric", "direction", "coefficient"])["value"]
+    made = []
+    for behaviour in STEERED:
+        if (behaviour, behaviour) not in own.index.droplevel(2):
+            continue
+        plain = own.loc[behaviour, "none", 0.0]
+        for sign in (1, -1):
+            at = suggested(rows, behaviour, sign, limits)
+            row = {"behaviour": behaviour, "sign": "+-"[sign < 0], "coefficient": at}
+            row |= {"plain": plain["value"], "plain_low": plain["ci_low"]}
+            row |= {"plain_high": plain["ci_high"]}
+            if at is not None:
+                row |= _beside(own.loc[behaviour, behaviour, at], plain, sign)
+                for name in ("well-formed", "accuracy"):
+                    row[name] = side.get((name, behaviour, at), np.nan)
+            made.append(row)
+    return pd.DataFrame(made)
+
+
+def _beside(found: pd.Series, plain: pd.Series, sign: int) -> dict[str, object]:
+    value, low, high = found["value"], found["null_low"], found["null_high"]
+    edge, null = (plain["ci_high"], high) if sign > 0 else (plain["ci_low"], low)
+    return {
+        "value": value,
+        "null_low": low,
+        "null_high": high,
+        "outside plain": bool(sign * (value - edge) > 0),
+        "outside random": None if np.isnan(null) else bool(sign * (value - null) > 0),
+    }
+
+
+def sweep(measured: pd.DataFrame) -> pd.DataFrame:
+    """Own token fraction of every direction by layer and coefficient, the plain value beside
+    it, from the measurements of a sweep over layers (no rows where none was run)."""
+    columns = ["behaviour", "layer", "coefficient", "value", "ci_low", "ci_high", "n", "plain"]
+    if measured.empty:
+        return pd.DataFrame(columns=columns)
+    rows = evaluation.table(measured)
+    own = rows[rows["metric"] == FRACTION]
+    plain = own[own["direction"] == "none"].set_index("behaviour")["value"]
+    mine = own[own["behaviour"] == own["direction"]]
+    made = mine.assign(plain=mine["behaviour"].map(plain))[columns]
+    return made.sort_values(["behaviour", "coefficient", "layer"], ignore_index=True)

@@ -1,0 +1,101 @@
+"""Chains from a person's file: plain text, JSONL or JSON, or a released comparison file.
+
+What a file is, its content says: a JSON list of objects, else JSON objects one a line, else one
+chain as plain text. Of an object counts the first of :data:`FIELDS` that holds text.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stllms import prompts
+from stllms.files import BadFile
+from stllms.records import Response
+
+#: Key of a row -> whether its text is the thinking alone; else the tags of a chain are read.
+FIELDS: dict[str, bool] = {
+    "thinking": True,
+    "thinking_process": True,
+    "text": False,
+    "response": False,
+}
+
+
+def read(source: str) -> list[Response]:
+    """The chains of a file, or of standard input for ``-``.
+
+    Rows are called by their ``task_id``, else by their number from 1. Raises
+    :class:`BadFile`, one line that names the file and what is wrong with it.
+    """
+    name = "standard input" if source == "-" else source
+    text = _content(source, name)
+    if not text.strip():
+        raise BadFile(f"{name}: empty, expected the text of a chain, JSONL or JSON")
+    rows = _rows(text, name, Path(source).suffix.lower())
+    if rows is None:
+        return [_response("1", text, whole=False)]
+    return [_row(row, number, name) for number, row in enumerate(rows, 1)]
+
+
+def _content(source: str, name: str) -> str:
+    """The text; standard input and files are UTF-8, whatever the locale says."""
+    try:
+        if source == "-":
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        return Path(source).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{name}: not a text in UTF-8 (byte {error.start})") from None
+    except FileNotFoundError:
+        raise BadFile(f"{name}: there is no such file") from None
+    except OSError as error:
+        raise BadFile(f"{name}: cannot be read ({error.strerror})") from None
+
+
+def _rows(text: str, name: str, suffix: str) -> list[Any] | None:
+    """The rows of JSON or JSONL, ``None`` for plain text."""
+    start = text.lstrip()[0]
+    if start == "[" or suffix == ".json":
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            if suffix != ".json":  # the judges' markup begins with a bracket as well
+                return None
+            raise BadFile(f"{name}: no whole JSON ({error})") from None
+        if not isinstance(rows, list) or not rows:
+            raise BadFile(f"{name}: expected a list of chains that is not empty")
+        return rows
+    if start != "{" and suffix != ".jsonl":
+        return None
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1)]
+    return [_line(line, number, name) for number, line in lines if line.strip()]
+
+
+def _line(line: str, number: int, name: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise BadFile(f"{name}, line {number}: no JSON ({error})") from None
+
+
+def _row(row: Any, number: int, name: str) -> Response:
+    if not isinstance(row, Mapping):
+        raise BadFile(f"{name}, chain {number}: a {type(row).__name__}, expected an object")
+    for key, whole in FIELDS.items():
+        if isinstance(row.get(key), str):
+            return _response(str(row.get("task_id", number)), row[key], whole=whole)
+    wanted, found = ", ".join(FIELDS), ", ".join(map(str, row)) or "nothing"
+    raise BadFile(f"{name}, chain {number}: expected one of {wanted}; it has {found}")
+
+
+def _response(task_id: str, text: str, *, whole: bool) -> Response:
+    """A response with a text and no ids; ``whole`` says that the text is the thinking."""
+    opened = whole or (prompts.CLOSE in text and prompts.OPEN not in text)
+    thinking, start, answer, closed = (
+        (text, 0, "", True) if whole else prompts.split(text, opened=opened)
+    )
+    made = (task_id, "", "", (), (), text, thinking, start, answer, closed, True)
+    return Response(*made)

@@ -1,0 +1,261 @@
+"""The Colab copies: equal to what the command makes, and run in an environment of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from stllms import colab
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+COPIES = ROOT / "notebooks" / "colab"
+
+each = pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
+
+
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+# -- the copies that are committed -------------------------------------------------------
+
+
+def test_the_copies_are_what_the_command_makes(tmp_path):
+    made = colab.write(ROOT / "notebooks", tmp_path)
+    assert [path.name for path in made] == [path.name for path in NOTEBOOKS]
+    assert {path.name for path in COPIES.glob("*")} == {path.name for path in made}
+    for path in made:
+        committed = COPIES / path.name
+        assert committed.read_bytes() == path.read_bytes(), "run: python -m stllms.colab"
+
+
+@each
+def test_a_copy_is_its_notebook_behind_an_install_cell_without_outputs(name):
+    first, *rest = cells(COPIES / f"{name}.ipynb")
+    original = cells(ROOT / "notebooks" / f"{name}.ipynb")
+    assert source(first) == colab.INSTALL
+    assert [cell["id"] for cell in rest] == [cell["id"] for cell in original]
+    for copy, cell in zip(rest, original, strict=True):
+        if cell["cell_type"] == "code":
+            assert source(copy) == source(cell)
+            assert copy["outputs"] == []
+            assert copy["execution_count"] is None
+            assert copy["metadata"].get("tags") == cell["metadata"].get("tags")
+        else:
+            assert "Open in Colab" not in source(copy)
+
+
+@each
+def test_the_badges_of_the_notebook_and_of_the_readme_open_its_copy(name):
+    title = source(cells(ROOT / "notebooks" / f"{name}.ipynb")[0]).splitlines()
+    assert title[2] == colab.badge(name), "after the title and an empty line"
+    assert colab.badge(name) in (ROOT / "README.md").read_text(encoding="utf-8")
+    address = re.search(r"\]\((\S+)\)$", colab.badge(name))[1]
+    path = address.partition(f"/blob/{colab.BRANCH}/")[2]
+    assert (ROOT / path).is_file(), "where the badge points there is a copy"
+
+
+def test_the_repository_is_named_in_one_place_only():
+    """Outside the generated texts (badges and install cells) no file knows the address."""
+    owner = colab.REPOSITORY.removeprefix("https://")
+    named = []
+    for folder in ("stllms", "notebooks", "messages", "benchmarks"):
+        for path in sorted((ROOT / folder).glob("*.*")):
+            text = path.read_text(encoding="utf-8") if path.suffix in (".py", ".md") else ""
+            named += [path.name] if owner in text else []
+    readme = re.sub(r"\[!\[Open in Colab\].*?\.ipynb\)", "", (ROOT / "README.md").read_text())
+    assert named == ["colab.py"]
+    assert owner not in readme
+
+
+# -- what the command does ---------------------------------------------------------------
+
+
+def write_book(path: Path, *texts: str) -> None:
+    made = [
+        {
+            "cell_type": "markdown",
+            "id": f"c{number}",
+            "metadata": {"collapsed": True, "tags": ["a"]},
+            "source": text.splitlines(keepends=True),
+        }
+        for number, text in enumerate(texts)
+    ]
+    book = {"cells": made, "metadata": {"widgets": {}}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(json.dumps(book), encoding="utf-8")
+
+
+def test_a_copy_whose_notebook_is_gone_is_deleted(tmp_path):
+    notebooks, copies = tmp_path / "notebooks", tmp_path / "copies"
+    notebooks.mkdir()
+    write_book(notebooks / "01_one.ipynb", "# One")
+    write_book(notebooks / "02_two.ipynb", "# Two")
+    write_book(notebooks / "scratch.ipynb", "# Mine")
+    colab.write(notebooks, copies)
+    assert sorted(path.name for path in copies.glob("*")) == ["01_one.ipynb", "02_two.ipynb"]
+    (notebooks / "02_two.ipynb").unlink()
+    colab.write(notebooks, copies)
+    assert [path.name for path in copies.glob("*")] == ["01_one.ipynb"]
+
+
+def test_a_folder_without_notebooks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no notebooks in .*01_generate\.ipynb"):
+        colab.write(tmp_path, tmp_path / "copies")
+
+
+def test_another_repository_reaches_every_badge_and_nothing_else(tmp_path, monkeypatch):
+    readme, book = tmp_path / "README.md", tmp_path / "01_generate.ipynb"
+    readme.write_text(
+        f"# A\n\n{colab.badge('01_generate')} {colab.badge('02_x')}\n[a](b.ipynb)"
+    )
+    write_book(book, f"# 01\n\n{colab.badge('01_generate')}\n\nText.")
+    before = source(cells(book)[0])
+    monkeypatch.setattr(colab, "REPOSITORY", "https://example.org/them/theirs")
+    assert colab.renew_badges([readme, book]) == [readme, book]
+    assert readme.read_text().count("/them/theirs/blob/main/notebooks/colab/") == 2
+    assert readme.read_text().endswith("[a](b.ipynb)")
+    assert colab.badge("02_x") in readme.read_text()
+    after = source(cells(book)[0])
+    assert after == f"# 01\n\n{colab.badge('01_generate')}\n\nText." != before
+    assert colab.renew_badges([readme, book]) == [], "nothing left to change"
+
+
+def test_a_badge_leaves_no_gap_in_a_copy(tmp_path):
+    write_book(tmp_path / "01_x.ipynb", f"# 01\n\n{colab.badge('01_x')}\n\n**Question.** Why?")
+    (made,) = colab.write(tmp_path, tmp_path / "copies")
+    assert source(cells(made)[1]) == "# 01\n\n**Question.** Why?"
+    assert cells(made)[1]["metadata"] == {"tags": ["a"]}
+    assert "widgets" not in json.loads(made.read_text())["metadata"]
+
+
+def test_the_machine_names_its_gpu_or_says_how_to_get_one(monkeypatch):
+    import torch
+
+    class Properties:
+        name, total_memory = "Some GPU", 16 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert colab.machine() == "GPU: Some GPU, 16 GiB"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "Runtime > Change runtime type" in colab.machine()
+
+
+# -- every copy in one fresh environment, from a wheel of this checkout ---------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel of what is in this checkout; built from a copy, so that nothing old gets in."""
+    place = tmp_path_factory.mktemp("wheel")
+    for name in ("stllms", "messages", "notebooks"):
+        ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        shutil.copytree(ROOT / name, place / "source" / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, place / "source" / name)
+    _pip(sys.executable, "wheel", "--no-deps", "-w", str(place), str(place / "source"))
+    (made,) = place.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def colab_like(tmp_path_factory) -> Path:
+    """The python of a fresh environment that has what Colab has: torch and a kernel."""
+    place = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+    python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    torch, kernel = (f"{name}=={metadata.version(name)}" for name in ("torch", "ipykernel"))
+    _pip(str(python), "install", torch, kernel)
+    return python
+
+
+def _pip(python: str, *arguments: str) -> None:
+    command = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def kernel(tmp_path, colab_like, wheel, monkeypatch) -> None:
+    """``python3`` is the kernel of the fresh environment, and pip knows the wheel.
+
+    The pins of ``constraints.txt`` keep the test the same tomorrow.
+    """
+    spec = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    argv = [str(colab_like), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec.write_text(json.dumps({"argv": argv, "display_name": "x", "language": "python"}))
+    for name in [name for name in os.environ if name.startswith("STLLMS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("STLLMS_WHEEL", str(wheel))
+    monkeypatch.setenv("PIP_CONSTRAINT", str(ROOT / "constraints.txt"))
+
+
+def ask(python: Path, code: str) -> str:
+    """What a line of code prints in an environment, away from the checkout."""
+    command = [str(python), "-I", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_what_is_not_code(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"stllms/_notebooks/{path.name}" for path in NOTEBOOKS} <= names
+    assert {f"stllms/_messages/{p.name}" for p in (ROOT / "messages").glob("*.jsonl")} <= names
+    package = ROOT / "stllms"
+    data = [
+        path.relative_to(ROOT).as_posix()
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    ]
+    assert set(data) <= names, "package-data of pyproject.toml"
+    assert "stllms/report.html" in data
+
+
+@pytest.mark.slow
+@each
+def test_a_copy_runs_in_a_fresh_environment_and_an_empty_folder(
+    name, tmp_path, kernel, colab_like
+):
+    import papermill
+
+    empty, executed = tmp_path / "empty", tmp_path / f"{name}.ipynb"
+    empty.mkdir()
+    torch = "from importlib.metadata import version; print(version('torch'))"
+    before = ask(colab_like, torch)
+    copy = str(COPIES / f"{name}.ipynb")
+    known = papermill.inspect_notebook(copy)
+    chosen = {"profile": "smoke"} if "profile" in known else {}
+    papermill.execute_notebook(
+        copy, str(executed), chosen, kernel_name="python3", cwd=str(empty), progress_bar=False
+    )
+    assert ask(colab_like, torch) == before
+    assert "site-packages" in ask(colab_like, "import stllms; print(stllms.__file__)")
+    install = json.dumps(cells(executed)[0]["outputs"])
+    assert "GPU: " in install or "no GPU: Runtime > Change runtime type" in install
+    errors = [
+        output
+        for cell in cells(executed)
+        for output in cell.get("outputs", [])
+        if output["output_type"] == "error"
+    ]
+    assert not errors
+    if chosen:
+        assert sorted((empty / "results").glob("*/figures/*.png")), "made in the empty folder"

@@ -1,0 +1,150 @@
+"""Likelihoods against a naive pass: one chain, one prefix, one token at a time, with hooks."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from stllms import likelihood, steering
+from stllms.artifacts import Rows
+from stllms.decode import Intervention
+from stllms.records import STEERED_KEY, Steered, Task
+
+TASKS = [Task(f"t{i}", "c", text) for i, text in enumerate(("one", "a longer one", "three"))]
+
+
+@pytest.fixture(scope="module", params=["qwen2", "gemma2"])
+def model(request):
+    return tiny.model(request.param)
+
+
+def arms_of(model) -> list[steering.Arm]:
+    generator = torch.Generator().manual_seed(0)
+    v, w = torch.randn(2, model.d_model, generator=generator)
+    edits = {
+        "a": Intervention(v, 1, 2.0),
+        "b": Intervention(v, 2, -1.5, "ablate", "generated"),
+        "c": Intervention(w, 0, 3.0, "add", "thinking"),
+    }
+    made = [
+        steering.Arm(name, e.layer, e.coefficient, e, e.operation) for name, e in edits.items()
+    ]
+    return [steering.plain(), *made]
+
+
+@pytest.fixture(scope="module")
+def written(model) -> tuple[list[steering.Arm], list[Steered]]:
+    every = arms_of(model)
+    chains = steering.grid(
+        model, TASKS, every, max_new_tokens=9, temperature=1.0, progress=False
+    )
+    return every, chains
+
+
+@contextmanager
+def steered(model, item: Intervention | None, prompt: int, ids: list[int]):
+    """The intervention as a hook, its places written out in a loop."""
+
+    def hook(_module, _args, output):
+        output, ended = output.clone(), False
+        for t, token in enumerate(ids):
+            ended = ended or (t >= prompt and token == think)
+            if item.where == "generated" and t < prompt:
+                continue
+            if item.where == "thinking" and (t < prompt or ended):
+                continue
+            v = item.direction
+            if item.operation == "add":
+                output[0, t] += item.coefficient * v
+            else:
+                u = v / v.norm()
+                output[0, t] -= item.coefficient * (output[0, t] @ u) * u
+        return output
+
+    think = model.tokenizer.get_vocab()["</think>"]
+    handle = None if item is None else model.layers[item.layer].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@torch.no_grad()
+def naive(model, one: Steered, item: Intervention | None) -> tuple[float, float]:
+    prompt, output = list(one.response.prompt_ids), list(one.response.output_ids)
+    kls, surprises = [], []
+    for t, token in enumerate(output):
+        ids = prompt + output[:t]
+        logs = []
+        for edit in (item, None):
+            with steered(model, edit, len(prompt), ids):
+                logits = model.hf(input_ids=torch.tensor([ids])).logits[0, -1]
+            logs.append(logits.double().log_softmax(-1))
+        kls.append(float((logs[0].exp() * (logs[0] - logs[1])).sum()))
+        surprises.append(-float(logs[1][token]))
+    return sum(kls) / len(kls), math.exp(sum(surprises) / len(surprises))
+
+
+def test_kl_and_perplexity_equal_a_naive_pass_for_every_operation_and_place(model, written):
+    every, chains = written
+    found = likelihood.scores(model, chains, steering.by_arm(every), progress=False)
+    assert [tuple(row[k] for k in STEERED_KEY) for row in found] == [c.key for c in chains]
+    edits = {arm.direction: arm.intervention for arm in every}
+    for row, one in zip(found, chains, strict=True):
+        kl, perplexity = naive(model, one, edits[one.direction])
+        assert row["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-5)
+        assert row["perplexity"] == pytest.approx(perplexity, rel=1e-4)
+        assert (row["kl"] == 0) == (one.direction == "none")
+
+
+def test_the_steered_thinking_ends_with_its_tag(model):
+    """A written chain with the closing tag in its middle: later tokens are left alone."""
+    tag = model.tokenizer.get_vocab()["</think>"]
+    every = arms_of(model)[3:]
+    (one,) = steering.grid(model, TASKS[:1], every, max_new_tokens=6, progress=False)
+    changed = tiny_response(one, (65, 66, tag, 67, 68))
+    (row,) = likelihood.scores(model, [changed], steering.by_arm(every), progress=False)
+    kl, _ = naive(model, changed, every[0].intervention)
+    assert row["kl"] == pytest.approx(kl, rel=1e-3)
+
+
+def tiny_response(one: Steered, ids: tuple[int, ...]) -> Steered:
+    return replace(one, response=replace(one.response, output_ids=ids))
+
+
+def test_batches_and_a_restart_change_nothing(model, written, tmp_path, monkeypatch):
+    every, chains = written
+    whole = Rows(tmp_path / "whole.jsonl", STEERED_KEY)
+    monkeypatch.setattr(likelihood, "CHUNK", 5)
+    likelihood.scores(model, chains, steering.by_arm(every), store=whole, progress=False)
+    again = Rows(tmp_path / "again.jsonl", STEERED_KEY)
+    lines = whole.path.read_text().splitlines(keepends=True)
+    again.path.write_text("".join(lines[:7]) + lines[7][:20])
+    likelihood.scores(model, chains, steering.by_arm(every), store=again, progress=False)
+    assert again.path.read_text() == whole.path.read_text()
+    monkeypatch.setattr(likelihood, "BUDGET", 1)  # every chain alone
+    alone = likelihood.scores(model, chains, steering.by_arm(every), progress=False)
+    for a, b in zip(alone, whole.load(), strict=True):
+        assert a["kl"] == pytest.approx(b["kl"], rel=1e-3, abs=1e-6)
+        assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-4)
+
+
+def test_a_chain_without_output_has_no_likelihood_and_hurts_no_other(model, written):
+    every, chains = written
+    empty = tiny_response(chains[1], ())
+    both = likelihood.scores(model, [empty, chains[2]], steering.by_arm(every), progress=False)
+    assert (both[0]["kl"], both[0]["perplexity"]) == (None, None)
+    (alone,) = likelihood.scores(model, [chains[2]], steering.by_arm(every), progress=False)
+    assert both[1]["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
+
+
+def test_an_unknown_arm_is_refused_by_name(model, written):
+    every, chains = written
+    with pytest.raises(ValueError, match=r"arms without an intervention: \('a', 1, 2.0"):
+        likelihood.scores(model, chains, steering.by_arm(every[:1]), progress=False)

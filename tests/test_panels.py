@@ -1,0 +1,63 @@
+"""Figures of several panels: what is drawn is what was given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from test_agreement import compare, two_chains
+
+from stllms import effects, panels
+from stllms.records import STEERED
+
+
+def figure() -> Figure:
+    made = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
+def test_confusions_have_a_panel_an_annotator_and_kappa_in_the_title():
+    drawn, found = figure(), two_chains()
+    axes = drawn.subplots(1, 2)
+    assert panels.confusions(axes, [found, found]) is axes
+    drawn.canvas.draw()
+    for panel in axes:
+        assert panel.get_title() == "b: kappa 0.00 (0.00 to 0.00)"
+        shares = [text.get_text() for text in panel.texts]
+        assert {"0.30", "0.70", "n/a"} <= set(shares)
+    assert axes[0].get_ylabel() == "labelled by a"
+    assert axes[0].get_yticklabels()[1].get_text() == "deduction"
+    assert axes[1].get_yticklabels()[1].get_text() == ""
+    assert len(drawn.axes) == 2, "no colour bar"
+
+
+def test_a_comparison_of_nothing_is_drawn_as_missing():
+    drawn = figure()
+    axes = drawn.subplots(1, 1, squeeze=False)[0]
+    panels.confusions(axes, [compare([], [], [])])
+    assert {text.get_text() for text in axes[0].texts} == {"n/a"}
+
+
+def test_effects_have_a_row_a_model_with_its_own_layers_and_marks():
+    rng = np.random.default_rng(0)
+    sizes = {"one": 4, "two": 6}
+    curves = pd.concat(
+        effects.table({"s": rng.random((5, 4, n))}, STEERED).assign(model=model)
+        for model, n in sizes.items()
+    )
+    drawn = figure()
+    panels.effect_rows(drawn, curves, {"two": {STEERED[1]: 3}})
+    assert len(drawn.subfigs) == 2
+    for part, (model, n) in zip(drawn.subfigs, sizes.items(), strict=True):
+        assert len(part.axes) == len(STEERED)
+        assert part.axes[0].get_ylabel().startswith(model)
+        for axes, name in zip(part.axes, STEERED, strict=True):
+            mean = curves[(curves["model"] == model) & (curves["behaviour"] == name)]["mean"]
+            assert axes.lines[0].get_ydata() == pytest.approx(mean.to_numpy())
+            assert len(axes.lines[0].get_xdata()) == n
+    marked = drawn.subfigs[1].axes[1].lines[1]
+    assert list(marked.get_xdata()) == [3, 3]
+    assert len(drawn.subfigs[0].axes[1].lines) == 1

@@ -1,0 +1,33 @@
+"""Frames for the eyes of a reader."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from stllms import tables
+
+NAN = float("nan")
+COLUMNS = ["who", "what", "value", "low", "high"]
+
+
+def test_intervals_are_written_beside_their_value_in_the_order_of_the_rows():
+    rows = [
+        ("b", "rank", 2.0, 1.0, 4.0),
+        ("b", "share", -0.001, NAN, NAN),
+        ("a", "share", 0.25, -0.004, 0.5),
+    ]
+    shown = tables.intervals(pd.DataFrame(rows, columns=COLUMNS), ["what"], "who")
+    assert list(shown.columns) == ["b", "a"]
+    assert list(shown.index) == ["rank", "share"]
+    assert shown["b"].tolist() == ["2.00 (1.00 to 4.00)", "0.00"], "no -0.00"
+    assert shown["a"].tolist() == ["n/a", "0.25 (0.00 to 0.50)"]
+
+
+def test_a_missing_value_is_not_a_number_and_ranks_have_no_point():
+    rows = [("a", "rank", NAN, NAN, NAN), ("a", "peak", 12.0, 9.0, 19.0)]
+    shown = tables.intervals(pd.DataFrame(rows, columns=COLUMNS), ["what"], "who", digits=0)
+    assert shown["a"].tolist() == ["n/a", "12 (9 to 19)"]
+
+
+def test_nothing_is_an_empty_table():
+    assert tables.intervals(pd.DataFrame(columns=COLUMNS), ["what"], "who").empty
