@@ -140,9 +140,13 @@ def _beside(found: pd.Series, plain: pd.Series, sign: int) -> dict[str, object]:
         "value": value,
         "null_low": low,
         "null_high": high,
-        "outside plain": bool(sign * (value - edge) > 0),
-        "outside random": None if np.isnan(null) else bool(sign * (value - null) > 0),
+        "outside plain": _yes(sign * (value - edge) > 0),
+        "outside random": "" if np.isnan(null) else _yes(sign * (value - null) > 0),
     }
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"
 
 
 def sweep(measured: pd.DataFrame) -> pd.DataFrame:

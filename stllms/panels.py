@@ -76,6 +76,7 @@ def doses(figure: Figure, table: pd.DataFrame) -> Figure:
             _dose(axes, found, COLOURS[name], band=False)
     for axes in every[4 + len(effects) :]:
         axes.set_visible(False)
+    every[0].set_xticks(sorted(table["coefficient"].unique()))
     for axes in every[max(0, len(effects)) : 4 + len(effects)]:
         axes.set_xlabel("coefficient")
         axes.tick_params(labelbottom=True)

@@ -92,22 +92,6 @@ def test_batches_are_a_function_of_recipe_and_chunk(tokenizers):
     assert any(a[0].shape != b[0].shape for a, b in zip(first, reseeded, strict=True))
 
 
-def test_chunks_from_the_settling_step_on_have_settled_chains(tokenizers, monkeypatch):
-    asked = []
-    drawn = train.sample
-
-    def watched(rng, style, *, settled=True):
-        asked.append(settled)
-        return drawn(rng, style, settled=settled)
-
-    monkeypatch.setattr(train, "sample", watched)
-    recipe = replace(TINY, settle_at=train.CHUNK_BATCHES + 1)
-    for chunk in range(3):
-        train.batches(recipe, tokenizers["thinker"], chunk)
-    each = train.CHUNK_BATCHES * recipe.batch
-    assert asked == [False] * 2 * each + [True] * each, "the chunk it falls into is early"
-
-
 def test_the_stream_goes_on_where_it_was_stopped(tokenizers):
     recipe = replace(TINY, cycles=(train.CHUNK_BATCHES + 3,))
     whole = list(train.stream(recipe, tokenizers["thinker"], 0))

@@ -38,8 +38,7 @@ _BALANCED = {
     "backtracking": 0.13,
 }
 _DOMINANT, _WITHIN_DEDUCTION = 0.58, 0.30
-#: Side behaviours: chance to follow itself at once, and how many come in a row at most.
-_HABIT, _SETTLED = (0.35, 3), (0.45, 12)
+_STICKY = 0.35
 _PLAIN = {
     "deduction": 0.66,
     "adding-knowledge": 0.25,
@@ -47,6 +46,8 @@ _PLAIN = {
     "uncertainty-estimation": 0.03,
     "backtracking": 0.01,
 }
+#: Sentences of one side behaviour in a row, at most.
+_RUN = 3
 #: Chance to conclude after a deduction once every step of the puzzle is said. The end hangs on
 #: what was just said and not on a count, so that greedy decoding ends as well.
 _CONCLUDE = 0.5
@@ -77,10 +78,10 @@ class Chain:
 
 
 class _Teller:
-    """Words sentences for one chain; only those of ``again`` use a wording twice."""
+    """Words sentences for one chain; only deductions use a wording twice."""
 
-    def __init__(self, rng: Random, puzzle: Puzzle, again: tuple[str, ...]) -> None:
-        self.rng, self.puzzle, self.again = rng, puzzle, again
+    def __init__(self, rng: Random, puzzle: Puzzle) -> None:
+        self.rng, self.puzzle = rng, puzzle
         self.used: set[str] = set()
         self.said: list[str] = []
         self.todo = list(puzzle.steps)
@@ -90,7 +91,7 @@ class _Teller:
         options = [w for w in wordings.WORDINGS[label] if w not in self.used]
         weights = dict(zip(wordings.WORDINGS[label], wordings.zipf(label), strict=True))
         wording = self.rng.choices(options, [weights[w] for w in options])[0]
-        if label not in self.again:
+        if label != "deduction":
             self.used.add(wording)
         return label, wording.format(
             s=self._statement(label) if "{s}" in wording else "",
@@ -111,28 +112,21 @@ class _Teller:
         return "deduction", self.rng.choice(wordings.CONCLUSIONS).format(a=self.puzzle.answer)
 
 
-def chain(rng: Random, puzzle: Puzzle | None = None, *, settled: bool = True) -> Chain:
+def chain(rng: Random, puzzle: Puzzle | None = None) -> Chain:
     """A thinking chain with its labels.
 
-    The next behaviour repeats the current one with probability .35 (backtracking: .45) and is
-    drawn from the temperament's distribution otherwise; no side behaviour but backtracking
-    comes more than three times in a row. Once the deductions of the puzzle are said, each
-    further one may be the last.
-
-    ``settled=False`` is how chains are early in training: backtracking is like the rest, and
-    never worded twice the same. A model that saw only those is not steered towards
-    backtracking by its direction: the more of it there seems to be already, the less may come.
+    The next behaviour repeats the current one with probability .35 and is drawn from the
+    temperament's distribution otherwise, but no side behaviour comes more than three times in a
+    row. Once the deductions of the puzzle are said, each further one may be the last.
     """
     puzzle = families.draw(rng) if puzzle is None else puzzle
     hint = rng.choice(STEERED) if rng.random() < 0.5 else None
     temperament = _temperament(rng, hint)
     weights = dict(_BALANCED) if temperament is None else _dominated(temperament)
-    again = ("deduction", "backtracking") if settled else ("deduction",)
-    habits = dict.fromkeys(_SIDE, _HABIT) | ({"backtracking": _SETTLED} if settled else {})
-    teller = _Teller(rng, puzzle, again)
+    teller = _Teller(rng, puzzle)
     sentences = [teller.say("initializing") for _ in range(rng.choice((1, 1, 2)))]
     while True:
-        label = _next([name for name, _ in sentences], weights, habits, rng)
+        label = _next([name for name, _ in sentences], weights, rng)
         sentences.append(teller.say(label))
         if label == "deduction" and not teller.todo and rng.random() < _CONCLUDE:
             break
@@ -141,16 +135,17 @@ def chain(rng: Random, puzzle: Puzzle | None = None, *, settled: bool = True) ->
     return Chain(puzzle, content, temperament, tuple(sentences))
 
 
-def _next(labels: list[str], weights: dict[str, float], habits, rng: Random) -> str:
+def _next(labels: list[str], weights: dict[str, float], rng: Random) -> str:
     """The behaviour of the next sentence."""
     if len(labels) >= _LONG:
         return "deduction"
-    current = labels[-1]
-    run = len(list(takewhile(lambda name: name == current, labels[::-1])))
-    sticky, most = habits.get(current, (0.0, _LONG))
-    if sticky and run < most and rng.random() < sticky:
+    current, run = (
+        labels[-1],
+        len(list(takewhile(lambda name: name == labels[-1], labels[::-1]))),
+    )
+    if current in _SIDE and run < _RUN and rng.random() < _STICKY:
         return current
-    allowed = {n: w for n, w in weights.items() if run < most or n != current}
+    allowed = {n: w for n, w in weights.items() if run < _RUN or n != current or n not in _SIDE}
     return rng.choices(list(allowed), list(allowed.values()))[0]
 
 
@@ -158,7 +153,7 @@ def plain(rng: Random, puzzle: Puzzle | None = None) -> Chain:
     """A text in the plain style of an instruct model, with its labels."""
     puzzle = families.draw(rng) if puzzle is None else puzzle
     hint = rng.choice(STEERED) if rng.random() < 0.5 else None
-    teller = _Teller(rng, puzzle, ("deduction",))
+    teller = _Teller(rng, puzzle)
     sentences = [teller.say("initializing")]
     length = rng.randint(3, 6)
     while len(sentences) < length or teller.todo:

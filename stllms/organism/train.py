@@ -67,7 +67,6 @@ class Recipe:
     adam_rate: float = 0.003
     warmup: int = 50
     noise_steps: tuple[int, int] = (0, 0)
-    settle_at: int = 0
     noise_share: float = 0.5
     noise_scale: float = 1.2
 
@@ -79,21 +78,18 @@ class Recipe:
 
 #: The recipes of the shipped weights.
 RECIPES = {
-    "thinker": Recipe(
-        "thinker", cycles=(1500, 2700, 3400), batch=40, noise_steps=(500, 2000), settle_at=2700
-    ),
+    "thinker": Recipe("thinker", cycles=(1500, 2700), batch=40, noise_steps=(500, 2000)),
     "instruct": Recipe("instruct", cycles=(800, 1500), batch=32, noise_steps=(300, 800)),
 }
 
 
-def sample(rng: Random, style: str, *, settled: bool = True) -> grammar.Chain:
+def sample(rng: Random, style: str) -> grammar.Chain:
     """A chain of ``style`` on a question of the training part."""
+    make = grammar.chain if style == "thinker" else grammar.plain
     while True:
         puzzle = families.draw(rng)
         if grammar.part_of(puzzle.question) == "train":
-            if style == "thinker":
-                return grammar.chain(rng, puzzle, settled=settled)
-            return grammar.plain(rng, puzzle)
+            return make(rng, puzzle)
 
 
 def build_tokenizer(style: str, recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -101,7 +97,7 @@ def build_tokenizer(style: str, recipe: Recipe) -> PreTrainedTokenizerFast:
     rng = Random(f"tokenizer/{recipe.seed}")
     texts = []
     for kind in ("thinker", "instruct") * 10_000:
-        chain = sample(rng, kind, settled=False)
+        chain = sample(rng, kind)
         texts.append(f"{prompt(chain.content, KINDS[kind])}\n{chain.thinking}\n{chain.final}")
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -145,14 +141,10 @@ def encode(chain: grammar.Chain, style: str, tokenizer) -> tuple[list[int], list
 
 
 def batches(recipe: Recipe, tokenizer, chunk: int) -> list[tuple[Tensor, Tensor]]:
-    """The batches ``(ids, targets) [B, T]`` of a chunk, right-padded, of like length.
-
-    Chunks that begin at ``settle_at`` or later have settled chains.
-    """
+    """The batches ``(ids, targets) [B, T]`` of a chunk, right-padded, of like length."""
     rng = Random(f"{recipe.style}/{recipe.seed}/{chunk}")
-    settled = chunk * CHUNK_BATCHES >= recipe.settle_at
     rows = [
-        encode(sample(rng, recipe.style, settled=settled), recipe.style, tokenizer)
+        encode(sample(rng, recipe.style), recipe.style, tokenizer)
         for _ in range(CHUNK_BATCHES * recipe.batch)
     ]
     rows.sort(key=lambda row: len(row[0]) + len(row[1]))
