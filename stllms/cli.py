@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from stllms.records import Annotation, Steered
 
 EXAMPLES = """examples:
-  stllms steer "Is wood a solid, Leo asks?" --behaviour backtracking --coefficient 1
+  stllms steer "Is wood a solid, Leo asks?" --behaviour adding-knowledge --coefficient 1
   stllms annotate chain.txt
   stllms run --profile smoke
 
 stllms COMMAND --help says more about each. exit status: 0 done, 1 failed, 2 wrong command."""
 
 STEER = """examples:
-  stllms steer "Ann looks west, then turns right. Where does Ann look?" --behaviour backtracking
+  stllms steer "Ann looks west, then turns right. Where does Ann look?" --behaviour adding-knowledge
   stllms steer "Is wood a solid, Leo asks?" --behaviour uncertainty-estimation --seed 3 --json
   stllms steer "What is 17 * 23?" --behaviour backtracking --coefficient -1 \\
       --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --vectors mean_vectors.pt
