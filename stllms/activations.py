@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from nnsight import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -222,7 +223,7 @@ def _add(means: Means, model: Model, batch: list[_Job], readout: Tensor | None) 
     kept = set(means.sample_layers)
     inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
     with torch.no_grad(), model.nn_decoder.trace(**inputs, use_cache=False):
-        sums, squares, wholes, finite, projected, samples = ([].save() for _ in range(6))
+        sums, squares, wholes, finite, projected, samples = (save([]) for _ in range(6))
         for layer, envoy in enumerate(model.nn_layers):
             products = torch.bmm(matrix, envoy.output.float())
             spans = products[rows, cols]

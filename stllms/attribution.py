@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnsight import save
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
@@ -213,7 +214,7 @@ def _published(rows: _Rows, positions: Tensor, directions: Tensor) -> Tensor:
     model = rows.model
     inputs = rows.inputs(positions)
     with torch.enable_grad(), model.nn.trace(**inputs):
-        gradients = [].save()
+        gradients = save([])
         outputs = []
         for layer, envoy in enumerate(model.nn_layers):
             output = envoy.output
@@ -243,10 +244,10 @@ def _exact(rows: _Rows, positions: Tensor, vectors: Tensor, max_rows: int) -> Te
     model = rows.model
     n, n_layers, _ = vectors.shape
     with torch.no_grad(), model.nn.trace(**rows.inputs(positions)):
-        hidden = [].save()
+        hidden = save([])
         for envoy in model.nn_layers:
             hidden.append(envoy.output[0].clone())
-        clean = model.nn.output.logits[0].save()
+        clean = save(model.nn.output.logits[0])
     vectors = vectors.to(hidden[0].device, hidden[0].dtype)
     effects = torch.zeros(n, n_layers, len(positions))
     # All (layer, direction, position), by layer, so that a chunk skips as much as it can.
@@ -284,7 +285,7 @@ def _patched_logits(
         for layer in range(first + 1, last + 1):
             here = layers == layer
             model.nn_layers[layer].output[:, here] += vectors[here]
-        logits = model.nn.output.logits[0].save()
+        logits = save(model.nn.output.logits[0])
     return logits
 
 

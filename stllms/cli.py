@@ -30,7 +30,7 @@ EXAMPLES = """examples:
 stllms COMMAND --help says more about each. exit status: 0 done, 1 failed, 2 wrong command."""
 
 STEER = """examples:
-  stllms steer "Ann looks west, then turns right. Where does Ann look?" --behaviour adding-knowledge
+  stllms steer "Is wood a solid, Leo asks?" --behaviour adding-knowledge --seed 3
   stllms steer "Is wood a solid, Leo asks?" --behaviour uncertainty-estimation --seed 3 --json
   stllms steer "What is 17 * 23?" --behaviour backtracking --coefficient -1 \\
       --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --vectors mean_vectors.pt

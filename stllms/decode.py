@@ -23,6 +23,7 @@ from hashlib import sha256
 from typing import Any
 
 import torch
+from nnsight import save
 from torch import Tensor
 
 from stllms.kvcache import BatchCache
@@ -256,7 +257,7 @@ def _forward(model: Model, batch: _Batch, ids: Tensor, position: Tensor, *, prom
             hidden = model.nn_layers[edit.layer].output
             delta = OPERATIONS[edit.operation](hidden, edit.vector, strength)
             model.nn_layers[edit.layer].output = hidden + delta.to(hidden.dtype)
-        logits = model.nn.output.logits.save()
+        logits = save(model.nn.output.logits)
     return logits[:, -1]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from nnsight import save
 from torch import Tensor
 
 from stllms import decode
@@ -137,7 +138,7 @@ def _steered(model: Model, inputs: dict, edits, ids: Tensor, lengths: Sequence[i
             hidden = model.nn_layers[edit.layer].output
             delta = decode.OPERATIONS[edit.operation](hidden, edit.vector, strength)
             model.nn_layers[edit.layer].output = hidden + delta.to(hidden.dtype)
-        logits = model.nn.output.logits.save()
+        logits = save(model.nn.output.logits)
     return logits
 
 

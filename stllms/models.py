@@ -19,11 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from nnsight import TransformersModel
+from nnsight._c import unmount
 from torch import Tensor, nn
 
 from stllms import config, detokenize, loading
 from stllms.loading import ModelError, pick_device, pick_dtype, quiet
 from stllms.records import Response
+
+if hasattr(object, "save"):
+    # Importing nnsight hangs ``save`` on every object of the process. What looks at all
+    # attributes of a class then fails (anyio, below the openai client). Write nnsight.save(x).
+    unmount("save")
 
 #: Where decoder layers live in the families of transformers, as ``decoder . list`` paths.
 LAYER_PATHS: tuple[tuple[str, str], ...] = (

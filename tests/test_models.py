@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tiny
@@ -213,3 +216,11 @@ def test_smollm2_loads_from_its_package():
     text, _ = model.prompt_ids("What is 2+2?")
     assert text.endswith("<|im_start|>assistant\n")
     assert model.tokenizer.convert_tokens_to_ids("<|im_end|>") in model.eos_ids
+
+
+def test_nnsight_leaves_nothing_on_every_object():
+    """Else the openai client fails in a process that has loaded a model: anyio refuses classes
+    with an attribute that has no annotation."""
+    code = "import stllms.models, anyio._backends._asyncio; print(hasattr(object(), 'save'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr
