@@ -130,7 +130,9 @@ def summary(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> pd
                 for name in ("well-formed", "accuracy"):
                     row[name] = side.get((name, behaviour, at), np.nan)
             made.append(row)
-    return pd.DataFrame(made)
+    columns = ["behaviour", "sign", "coefficient", "plain", "plain_low", "plain_high", "value"]
+    columns += ["null_low", "null_high", "outside plain", "outside random"]
+    return pd.DataFrame(made, columns=[*columns, "well-formed", "accuracy"])
 
 
 def _beside(found: pd.Series, plain: pd.Series, sign: int) -> dict[str, object]:

@@ -125,6 +125,12 @@ def test_a_claim_needs_to_be_outside_plain_and_outside_every_random_direction():
     assert up["accuracy"] == 0.7
 
 
+def test_where_nothing_was_steered_the_summary_has_its_columns_and_no_rows(rows):
+    found = doses.summary(rows[rows["direction"] == "none"])
+    assert found.empty
+    assert {"behaviour", "coefficient", "outside random"} <= set(found.columns)
+
+
 def test_without_random_directions_nothing_is_said_about_them():
     fractions = [own("none", 0.0, 0.20), own("backtracking", 1.0, 0.22)]
     effects = EFFECTS[EFFECTS["coefficient"].isin([0.0, 1.0])]
