@@ -33,7 +33,7 @@ class Profile:
     Numbers of tasks to build directions from, to evaluate steering on and to compare models
     on; limits in new tokens; ``temperature`` 0 is greedy; ``coefficients`` of steering (0 is
     the plain chain); ``random_directions`` of matched norm are the null; ``n_sweep`` tasks are
-    also steered at every other layer (0: no sweep).
+    also steered at every layer (0: no sweep).
     """
 
     n_build: int

@@ -253,12 +253,17 @@ def _forward(model: Model, batch: _Batch, ids: Tensor, position: Tensor, *, prom
     if not edits:
         return model.hf(**inputs).logits[:, -1]
     with model.nn.trace(**inputs):
-        for edit, strength in edits:
-            hidden = model.nn_layers[edit.layer].output
-            delta = OPERATIONS[edit.operation](hidden, edit.vector, strength)
-            model.nn_layers[edit.layer].output = hidden + delta.to(hidden.dtype)
+        intervene(model, edits)
         logits = save(model.nn.output.logits)
     return logits[:, -1]
+
+
+def intervene(model: Model, edits: Sequence[tuple[Edit, Tensor]]) -> None:
+    """Inside a trace: each edit at its layer, with coefficients ``[B, 1 or T, 1]``."""
+    for edit, strength in edits:
+        hidden = model.nn_layers[edit.layer].output
+        delta = OPERATIONS[edit.operation](hidden, edit.vector, strength)
+        model.nn_layers[edit.layer].output = hidden + delta.to(hidden.dtype)
 
 
 def _strength(edit: Edit, batch: _Batch, prompt: bool) -> Tensor:

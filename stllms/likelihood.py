@@ -132,12 +132,9 @@ def _steered(model: Model, inputs: dict, edits, ids: Tensor, lengths: Sequence[i
         "generated": generated,
         "thinking": generated & ~ended,
     }
-    strengths = [edit.coefficient * places[edit.where][:, :, None] for edit in edits]
+    placed = [(edit, edit.coefficient * places[edit.where][:, :, None]) for edit in edits]
     with model.nn.trace(**inputs):
-        for edit, strength in zip(edits, strengths, strict=True):
-            hidden = model.nn_layers[edit.layer].output
-            delta = decode.OPERATIONS[edit.operation](hidden, edit.vector, strength)
-            model.nn_layers[edit.layer].output = hidden + delta.to(hidden.dtype)
+        decode.intervene(model, placed)
         logits = save(model.nn.output.logits)
     return logits
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from nnsight import TransformersModel
-from nnsight._c import unmount
 from torch import Tensor, nn
 
 from stllms import config, detokenize, loading
@@ -29,6 +28,8 @@ from stllms.records import Response
 if hasattr(object, "save"):
     # Importing nnsight hangs ``save`` on every object of the process. What looks at all
     # attributes of a class then fails (anyio, below the openai client). Write nnsight.save(x).
+    from nnsight._c import unmount  # the extension that put it there
+
     unmount("save")
 
 #: Where decoder layers live in the families of transformers, as ``decoder . list`` paths.

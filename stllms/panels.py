@@ -77,7 +77,7 @@ def doses(figure: Figure, table: pd.DataFrame) -> Figure:
     for axes in every[4 + len(effects) :]:
         axes.set_visible(False)
     every[0].set_xticks(sorted(table["coefficient"].unique()))
-    for axes in every[max(0, len(effects)) : 4 + len(effects)]:
+    for axes in every[len(effects) : 4 + len(effects)]:
         axes.set_xlabel("coefficient")
         axes.tick_params(labelbottom=True)
     plots.legend(figure, names, columns=4)

@@ -33,9 +33,9 @@ def fences() -> list[tuple[str, frozenset[str], str]]:
         for words, body in FENCE.findall(page.read_text(encoding="utf-8")):
             joined = re.sub(r"\\\n\s*", "", body)
             for line in joined.splitlines():
-                command = " ".join(shlex.split(line, comments=True)) and line.split("  #")[0]
+                command = line.split("  #")[0].strip()
                 if command:
-                    found.append((page.name, frozenset(words.split()), command.strip()))
+                    found.append((page.name, frozenset(words.split()), command))
     return found
 
 
@@ -65,7 +65,7 @@ def test_the_words_of_a_command_are_understood(page, needs, command):
     elif rest[:1] == ["-m"]:
         assert importlib.util.find_spec(rest[1]) is not None, command
     elif first in INSTALLS:
-        assert "stllms" not in rest or "-e" in rest or "extra" in needs, command
+        assert rest, f"{page}: {command}"
     elif first.endswith("jupyter"):
         assert (ROOT / rest[1]).is_dir(), command
     else:

@@ -9,10 +9,11 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+from test_families import question_of
 
 from stllms import spans
 from stllms.organism import families, grammar, train, wordings
-from stllms.records import BEHAVIOURS, STEERED, Response, Task
+from stllms.records import BEHAVIOURS, STEERED, Response
 
 FAMILIES = sorted(families.FAMILIES)
 STYLES = {"thinker": grammar.chain, "instruct": grammar.plain}
@@ -237,14 +238,6 @@ def test_plain_texts_without_their_ending_are_not_well_formed(drawn):
 
 
 # --- the tasks ---------------------------------------------------------------------------
-
-
-def question_of(task: Task) -> str:
-    """The question without the hint that may follow it."""
-    for hint in (h for texts in wordings.HINTS.values() for h in texts):
-        if task.content.endswith(f" {hint}"):
-            return task.content.removesuffix(f" {hint}")
-    return task.content
 
 
 def test_the_held_out_parts_share_no_question_with_each_other_or_with_training():
