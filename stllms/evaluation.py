@@ -243,20 +243,25 @@ def differences(measured: pd.DataFrame, rows: pd.DataFrame, *, seed: int = 0) ->
 def showcase(
     chains: Sequence[Steered], measured: pd.DataFrame, behaviours: Sequence[str]
 ) -> tuple[Steered, Steered]:
-    """(plain, positive) of the first of ``behaviours`` that has a direction: the finished chain
-    whose own token fraction rose most. Where nothing was steered, the first plain chain twice.
+    """(plain, positive) of the finished chain whose own token fraction rose most, over all
+    ``behaviours`` and their positive coefficients; the earlier behaviour where two rose alike.
+    Where nothing was steered, the first plain chain twice.
     """
     at = {one.key[:4]: one for one in chains}
     _, by_arm = _arms(measured)
-    for behaviour in behaviours:
-        for (direction, layer, coefficient), rows in by_arm.items():
-            if direction != behaviour or coefficient <= 0:
-                continue
-            name = f"{FRACTION}/{behaviour}"
-            rise = (rows[name] - by_arm[PLAIN][name].reindex(rows.index)).fillna(-1)
-            whole = rise - rows["truncated"] - rows["loops"]
-            task = whole.idxmax()
-            return at[task, *PLAIN], at[task, direction, layer, coefficient]
+    best = None
+    for arm, rows in by_arm.items():
+        if arm[0] not in behaviours or arm[2] <= 0:
+            continue
+        name = f"{FRACTION}/{arm[0]}"
+        rise = (rows[name] - by_arm[PLAIN][name].reindex(rows.index)).fillna(-1)
+        whole = rise - rows["truncated"] - rows["loops"]
+        rank = (whole.max(), -behaviours.index(arm[0]))
+        if best is None or rank > best[0]:
+            best = rank, whole.idxmax(), arm
+    if best is not None:
+        _, task, arm = best
+        return at[task, *PLAIN], at[task, *arm]
     first = next(one for one in chains if one.direction == PLAIN[0])
     return first, first
 

@@ -289,6 +289,10 @@ def test_the_showcase_is_the_finished_chain_that_rose_most():
     measured = evaluation.measure(chains, ASKED)
     plain, positive = evaluation.showcase(chains, measured, STEERED)
     assert (plain.key[:4], positive.key[:4]) == (("t1", *PLAIN), ("t1", *arm))
+    chains.append(chain("t0", ("adding-knowledge", 3, 1.0), (0, 10)))
+    measured = evaluation.measure(chains, ASKED)
+    _, positive = evaluation.showcase(chains, measured, STEERED)
+    assert positive.key[:2] == ("t0", "adding-knowledge"), "it rose more than backtracking did"
     nothing = evaluation.showcase(chains, measured, ["deduction"])
     assert [one.direction for one in nothing] == ["none", "none"], "nothing was steered"
 
