@@ -3,7 +3,16 @@
     python benchmarks/activations.py --model smollm2 --tokens 400 --responses 32
 
 The naive procedure forwards one response at a time, keeps ``[L, T, D]`` and loops over spans
-and behaviours. Peak memory is the resident set of a subprocess that does one thing only.
+and behaviours.
+
+Peak memory is that of subprocesses that do one thing only, counted from when the model is
+loaded (reading a file takes more than it leaves): the resident set, on a GPU the device memory
+allocated. ``decoder`` and ``plain`` forward the same responses without and with the head, whose
+logits alone may outweigh everything else. A peak depends on the rows of a batch, not on how
+many batches follow: small batches are enough, and the pass is made with two batches' and four
+batches' responses to show it. Peaks scatter by some MiB, for ``tiny-thinker`` as much as the
+forward takes. On a GPU: ``--model random-qwen2 --device cuda --dtype bfloat16 --batch-size 256
+--responses 512``.
 """
 
 from __future__ import annotations
@@ -24,14 +33,20 @@ from stllms import activations
 from stllms.models import Model
 from stllms.records import BEHAVIOURS, Response, TokenSpan
 
+#: What a subprocess does; see :func:`child`.
+MODES = ("build", "decoder", "plain", "collect")
+#: Linux: writing 5 to the first makes the resident set's peak, in the second, start anew.
+FORGET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
-def work(model: Model, n: int, tokens: int, seed: int) -> tuple[list, list]:
-    """Seeded random responses, and spans of 10 to 30 tokens over the last three quarters."""
+
+def work(model: Model, n: int, least: int, most: int, seed: int) -> tuple[list, list]:
+    """Seeded random responses of ``least`` to ``most`` tokens, and spans of 10 to 30 tokens
+    over the last three quarters."""
     draw = random.Random(seed)
     vocabulary = model.hf.get_input_embeddings().weight.shape[0]
     responses, spans = [], []
     for number in range(n):
-        length = draw.randrange(int(0.8 * tokens), tokens + 1)
+        length = draw.randrange(least, most + 1)
         ids = [draw.randrange(vocabulary) for _ in range(length)]
         cut = length // 4
         responses.append(
@@ -92,54 +107,100 @@ def forward_only(model: Model, responses: list, batch_size: int, *, head: bool) 
             module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
-def peak(options, mode: str) -> int:
-    """Peak resident bytes of a subprocess that builds the model and does ``mode``."""
-    command = [sys.executable, __file__, "--mode", mode]
+def child(options) -> None:
+    """Do ``--mode`` and print the peak bytes of it, the loaded model included."""
+    model = common.build(options)
+    responses, spans = work(
+        model, options.responses, options.tokens, options.tokens, options.seed
+    )
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    elif FORGET.exists():
+        FORGET.write_text("5")
+    if options.mode in ("decoder", "plain"):
+        forward_only(model, responses, options.batch_size, head=options.mode == "plain")
+    elif options.mode == "collect":
+        activations.collect(
+            model, responses, spans, batch_size=options.batch_size, progress=False
+        )
+    print(json.dumps({"peak": torch.cuda.max_memory_allocated() if cuda else resident_peak()}))
+
+
+def resident_peak() -> int:
+    """Bytes. Not ``ru_maxrss`` on Linux: a subprocess begins with that of its parent."""
+    if not STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(x for x in STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
+
+
+def memory(options, cuda: bool) -> dict:
+    """Peaks of the subprocesses and their ratios."""
+    few, many = 2 * options.memory_batch, 4 * options.memory_batch
+    given = []
     for name in ("model", "tokens", "layers", "vocabulary", "device", "dtype", "seed"):
         if getattr(options, name) is not None:
-            command += [f"--{name}", str(getattr(options, name))]
-    command += ["--responses", str(options.responses), "--batch-size", str(options.batch_size)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+            given += [f"--{name}", str(getattr(options, name))]
+
+    def peak(mode: str, responses: int = few) -> int:
+        command = [sys.executable, __file__, "--mode", mode, "--responses", str(responses)]
+        command += ["--batch-size", str(options.memory_batch), *given]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+
+    if cuda:
+        torch.cuda.empty_cache()  # leave room to the subprocesses
+    build, decoder, plain = peak("build"), peak("decoder"), peak("plain")
+    collected = {few: peak("collect", few), many: peak("collect", many)}
+    most = max(collected.values())
+    return {
+        "of": "device memory allocated" if cuda else "resident set",
+        "since": "the model is loaded" if cuda or FORGET.exists() else "the process began",
+        "batch_size": options.memory_batch,
+        "tokens": options.tokens,
+        "peak_bytes": {
+            "build_only": build,
+            "decoder_forward": decoder,
+            "plain_forward_with_head": plain,
+            "collect_by_responses": collected,
+        },
+        "collect_over_decoder": most / decoder,
+        "collect_over_plain": most / plain,
+        "extra_over_extra_of_decoder": (most - build) / max(decoder - build, 1),
+        "extra_of_many_over_few": (collected[many] - build) / max(collected[few] - build, 1),
+    }
 
 
 def main() -> None:
     options = common.parser(__doc__.splitlines()[0])
     options.add_argument("--responses", type=int, default=32)
     options.add_argument("--batch-size", type=int, default=8)
-    options.add_argument("--mode", choices=["all", "build", "plain", "collect"], default="all")
-    options.add_argument("--no-memory", action="store_true")
+    options.add_argument("--memory-batch", type=int, default=4, help="rows; 0: no memory part")
+    options.add_argument("--mode", choices=["all", *MODES], default="all", help="internal")
     options = options.parse_args()
-    model = common.build(options)
-    responses, spans = work(model, options.responses, options.tokens, options.seed)
-
-    def collect():
-        return activations.collect(
-            model, responses, spans, batch_size=options.batch_size, progress=False
-        )
-
     if options.mode != "all":
-        if options.mode == "plain":
-            forward_only(model, responses, options.batch_size, head=True)
-        elif options.mode == "collect":
-            collect()
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({"peak": used * (1 if sys.platform == "darwin" else 1024)}))
+        child(options)
         return
-
+    model = common.build(options)
+    responses, spans = work(
+        model, options.responses, int(0.8 * options.tokens), options.tokens, options.seed
+    )
     forward_only(model, responses[: options.batch_size], options.batch_size, head=False)
-    decoder, _ = common.clocked(
+    (decoder, _), (one_pass, means) = common.interleaved(
         lambda: forward_only(model, responses, options.batch_size, head=False),
+        lambda: activations.collect(
+            model, responses, spans, batch_size=options.batch_size, progress=False
+        ),
         repeats=options.repeats,
     )
-    one_pass, means = common.clocked(collect, repeats=options.repeats)
     slow, (want, want_overall) = common.clocked(lambda: naive(model, responses, spans))
     want = torch.stack([want[b] for b in BEHAVIOURS])
     result = {
         "machine": common.machine(model),
         "responses": len(responses),
         "tokens": options.tokens,
-        "batch_size": options.batch_size,
+        "batch_size": min(options.batch_size, len(responses)),
         "spans": int(means.counts.sum()),
         "decoder_forwards_s": decoder.__dict__,
         "one_pass_s": one_pass.__dict__,
@@ -151,21 +212,37 @@ def main() -> None:
             (means.overall() - want_overall).norm() / want_overall.norm()
         ),
     }
-    if not options.no_memory:
-        peaks = {mode: peak(options, mode) for mode in ("build", "plain", "collect")}
-        result["peak_resident_bytes"] = peaks
-        result["peak_over_plain_forward"] = peaks["collect"] / peaks["plain"]
-    path = common.write(options.output, f"activations_{options.model}", result)
+    if options.memory_batch:
+        result["memory"] = memory(options, model.device.type == "cuda")
+    _report(result, common.write(options.output, f"activations_{common.tag(model)}", result))
+
+
+def _report(result: dict, path: Path) -> None:
+    forwards, faster = result["in_decoder_forwards"], result["times_faster"]
     print(
-        f"{model.name} on {result['machine']['device']}: {len(responses)} responses of up to "
-        f"{options.tokens} tokens, {result['spans']} spans\n"
-        f"one pass {one_pass.wall:.2f} s = {result['in_decoder_forwards']['wall']:.2f} decoder "
-        f"forwards ({result['in_decoder_forwards']['cpu']:.2f} by the CPU clock); naive "
-        f"{slow.wall:.2f} s, {result['times_faster']['wall']:.1f}x\n"
-        f"agreement {result['relative_difference']:.1e} relative; peak memory "
-        f"{result.get('peak_over_plain_forward', float('nan')):.2f} of a plain forward\n"
-        f"written: {path}"
+        f"{result['machine']['model']} on {result['machine']['device']}: "
+        f"{result['responses']} responses of up to {result['tokens']} tokens, "
+        f"{result['spans']} spans\n"
+        f"one pass {result['one_pass_s']['wall']:.2f} s = {forwards['wall']:.2f} decoder "
+        f"forwards ({forwards['cpu']:.2f} by the CPU clock); naive "
+        f"{result['naive_s']['wall']:.2f} s, {faster['wall']:.1f}x\n"
+        f"agreement {result['relative_difference']:.1e} relative"
     )
+    if "memory" in result:
+        used = result["memory"]
+        peaks = dict(used["peak_bytes"])
+        for n, value in peaks.pop("collect_by_responses").items():
+            peaks[f"collect of {n} responses"] = value
+        print(f"peak {used['of']} since {used['since']}, batches of {used['batch_size']}:")
+        for name, value in peaks.items():
+            print(f"  {name.replace('_', ' '):27s}{value / 2**20:10.0f} MiB")
+        print(
+            f"  collect over decoder {used['collect_over_decoder']:.2f}, over plain "
+            f"{used['collect_over_plain']:.2f}; without the model, over decoder "
+            f"{used['extra_over_extra_of_decoder']:.2f}, more responses over fewer "
+            f"{used['extra_of_many_over_few']:.2f}"
+        )
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

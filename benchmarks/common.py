@@ -1,4 +1,4 @@
-"""What both benchmarks share: models, seeded inputs, clocks, and the JSON that is written.
+"""What the benchmarks of models share: options, models, clocks, and the JSON they write.
 
 Times are wall-clock seconds; where the process has one thread its CPU seconds are given too,
 which other work on the machine disturbs less.
@@ -55,7 +55,7 @@ class Took:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that both benchmarks take."""
+    """The options that every benchmark of a model takes."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument(
         "--model", default="tiny-thinker", help=f"{', '.join(MODELS)} or an id"
@@ -119,6 +119,13 @@ def clocked(work: Callable[[], Any], *, repeats: int = 1) -> tuple[Took, Any]:
     return best, result
 
 
+def interleaved(*works: Callable[[], Any], repeats: int) -> list[tuple[Took, Any]]:
+    """:func:`clocked` of each, all in turn ``repeats`` times: what else the machine does then
+    falls on all of them alike. The fastest of each counts, with what it returned."""
+    rounds = [[clocked(work) for work in works] for _ in range(repeats)]
+    return [min(column, key=lambda one: one[0].wall) for column in zip(*rounds, strict=True)]
+
+
 def machine(model: models.Model) -> dict[str, Any]:
     """What the numbers were measured on."""
     cuda = model.device.type == "cuda"
@@ -138,6 +145,11 @@ def machine(model: models.Model) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def tag(model: models.Model) -> str:
+    """The model's name for a file; numbers of a GPU do not overwrite those of the CPU."""
+    return model.name + ("-cuda" if model.device.type == "cuda" else "")
 
 
 def write(folder: Path, name: str, content: dict[str, Any]) -> Path:

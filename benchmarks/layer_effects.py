@@ -2,14 +2,19 @@
 
     python benchmarks/layer_effects.py --model smollm2 --tokens 800 --positions 40
 
-The naive loops run on a seeded subset (of positions; of layers and positions for exact
-patching) and are extrapolated to all: the output says how many were timed.
+The naive loops run on some of the seeded positions and are extrapolated to all. A naive pass
+forwards the whole prefix, so a late position costs more than an early one: the positions are
+sorted, cut into equal groups, the middle of each is timed, and the time is multiplied by the
+tokens to be forwarded for all positions over those forwarded for the timed ones. For exact
+patching the layers are spread evenly over the timed positions too. The output says what was
+timed. On a GPU: ``--model random-qwen2 --device cuda --dtype bfloat16``.
 """
 
 from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -66,13 +71,26 @@ def naive_exact(
     return (log_p.exp() * (log_p - log_q)).sum().cpu()
 
 
+def middles(values: Sequence[int], k: int) -> list[int]:
+    """The middle of each of ``k`` equal groups of sorted values."""
+    return [values[(2 * group + 1) * len(values) // (2 * k)] for group in range(k)]
+
+
+def tokens_of(positions: Iterable[int]) -> int:
+    """Tokens that one naive forward a position reads: the prefix up to it, and itself."""
+    return sum(t + 1 for t in positions)
+
+
 def main() -> None:
     options = common.parser(__doc__.splitlines()[0])
     options.add_argument("--positions", type=int, default=40, help="P, span starts")
     options.add_argument("--directions", type=int, default=4, help="N, behaviours")
-    options.add_argument("--timed-positions", type=int, default=3)
-    options.add_argument("--timed-patches", type=int, default=4)
-    options.add_argument("--max-rows", type=int, default=attribution.MAX_ROWS)
+    options.add_argument("--timed-positions", type=int, default=5)
+    options.add_argument("--timed-patches", type=int, default=8)
+    options.add_argument(
+        "--max-rows", "--batch-size", type=int, default=attribution.MAX_ROWS,
+        help="rows of a short pass",
+    )  # fmt: skip
     options = options.parse_args()
     model = common.build(options)
     draw = random.Random(options.seed)
@@ -92,33 +110,33 @@ def main() -> None:
         with torch.no_grad():
             model.hf(input_ids=ids[None])
 
-    repeats = options.repeats
     forward()
-    plain, _ = common.clocked(forward, repeats=repeats)
-    published, fast_published = common.clocked(
-        lambda: fast(options.directions, "published"), repeats=repeats
+    (plain, _), (published, fast_published), (one, fast_kl) = common.interleaved(
+        forward,
+        lambda: fast(options.directions, "published"),
+        lambda: fast(1, "kl"),
+        repeats=options.repeats,
     )
-    one, fast_kl = common.clocked(lambda: fast(1, "kl"), repeats=repeats)
     all_of_them, _ = common.clocked(lambda: fast(options.directions, "kl"))
 
-    some = [positions[i] for i in draw.sample(range(len(positions)), options.timed_positions)]
+    some = middles(positions, min(options.timed_positions, len(positions)))
     unit = torch.nn.functional.normalize(directions[0], dim=-1)
+    naive_published(model, ids, positions[0], unit)  # warm
     loop, slow = common.clocked(lambda: [naive_published(model, ids, t, unit) for t in some])
     slow_published = torch.stack(slow, dim=1)
     columns = [positions.index(t) for t in some]
     difference = fast_published[0][:, columns] - slow_published
-    patches = [
-        (draw.choice(positions), draw.randrange(model.n_layers))
-        for _ in range(options.timed_patches)
-    ]
+    layers = middles(range(model.n_layers), options.timed_patches)
+    draw.shuffle(layers)
+    patches = list(zip(middles(positions, options.timed_patches), layers, strict=True))
     patching, slow_kl = common.clocked(
         lambda: [naive_exact(model, ids, t, i, directions[0, i]) for t, i in patches]
     )
     got = torch.stack([fast_kl[0, i, positions.index(t)] for t, i in patches])
     # Two forwards a timed patch; the loop needs one for each layer and the clean one.
-    patch_factor = 0.5 * len(positions) * (model.n_layers + 1) / len(patches)
-    loop_all = loop * (len(positions) / len(some))
-    patching_all = patching * patch_factor
+    all_tokens, patched_tokens = tokens_of(positions), 2 * tokens_of(t for t, _ in patches)
+    loop_all = loop * (all_tokens / tokens_of(some))
+    patching_all = patching * ((model.n_layers + 1) * all_tokens / patched_tokens)
     result = {
         "machine": common.machine(model),
         "tokens": options.tokens,
@@ -129,7 +147,12 @@ def main() -> None:
             "one_pass_all_behaviours_s": published.__dict__,
             "in_plain_forwards": common.ratio(published, plain),
             "naive_one_behaviour_s_extrapolated": loop_all.__dict__,
-            "naive_positions_timed": len(some),
+            "naive_timed": {
+                "seconds": loop.wall,
+                "positions": some,
+                "tokens_forwarded": tokens_of(some),
+                "tokens_of_the_whole_loop": all_tokens,
+            },
             "times_faster": common.ratio(loop_all, published),
             "relative_difference": float(difference.norm() / slow_published.norm()),
         },
@@ -139,13 +162,18 @@ def main() -> None:
             "all_directions_s": all_of_them.__dict__,
             "all_in_plain_forwards": common.ratio(all_of_them, plain),
             "naive_one_direction_s_extrapolated": patching_all.__dict__,
-            "naive_patches_timed": len(patches),
+            "naive_timed": {
+                "seconds": patching.wall,
+                "positions_and_layers": patches,
+                "tokens_forwarded": patched_tokens,
+                "tokens_of_the_whole_loop": (model.n_layers + 1) * all_tokens,
+            },
             "times_faster": common.ratio(patching_all, one),
             "largest_difference_nats": float((got - torch.stack(slow_kl)).abs().max()),
             "effects_compared_nats": [float(x) for x in slow_kl],
         },
     }
-    path = common.write(options.output, f"layer_effects_{options.model}", result)
+    path = common.write(options.output, f"layer_effects_{common.tag(model)}", result)
     _report(result, path)
 
 
@@ -177,15 +205,19 @@ def _report(result: dict, path: Path) -> None:
     print(f"one plain forward: {result['plain_forward_s']['wall']:.3f} s")
     for name, part, own, naive, timed in (
         ("published, all behaviours", published, "one_pass_all_behaviours_s",
-         "naive_one_behaviour_s_extrapolated", "naive_positions_timed"),
+         "naive_one_behaviour_s_extrapolated", "positions"),
         ("exact KL, one behaviour", kl, "one_direction_s",
-         "naive_one_direction_s_extrapolated", "naive_patches_timed"),
+         "naive_one_direction_s_extrapolated", "positions_and_layers"),
     ):  # fmt: skip
         faster, forwards = part["times_faster"], part["in_plain_forwards"]
+        clock = part["naive_timed"]
         print(
             f"{name}: {part[own]['wall']:.3f} s = {forwards['wall']:.2f} plain forwards\n"
-            f"  naive loop {part[naive]['wall']:.1f} s, extrapolated from {part[timed]} timed: "
-            f"{faster['wall']:.0f}x ({faster['cpu']:.0f}x by the CPU clock)"
+            f"  naive loop for one behaviour {part[naive]['wall']:.1f} s: "
+            f"{faster['wall']:.0f}x ({faster['cpu']:.0f}x by the CPU clock)\n"
+            f"  extrapolated by tokens forwarded: {clock['seconds']:.1f} s for "
+            f"{clock['tokens_forwarded']} of {clock['tokens_of_the_whole_loop']} tokens, at "
+            f"{timed.replace('_', ' ')} {clock[timed]}"
         )
     print(
         f"exact KL, all behaviours: {kl['all_in_plain_forwards']['wall']:.2f} plain forwards\n"

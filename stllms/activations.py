@@ -12,25 +12,34 @@ behaviour on the device and added up in float64 on the CPU (:class:`stllms.means
 
 Rows are padded on the *right* and cut after the last span: later tokens cannot reach earlier
 ones in a causal model, so no mask is needed and a batch gives what its rows give alone.
+
+The order of reading is fixed, so that a collection that was stopped goes on from its sums and
+the number of responses in them, and shards that were read apart add up (``Means.merge``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
 import torch
 from nnsight import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stllms.means import PARTS, Means, is_build, part_of
+from stllms import artifacts
+from stllms.means import PARTS, TENSORS, Means, digest, is_build, part_of
 from stllms.models import Model
 from stllms.records import BEHAVIOURS, Response, TokenSpan
 from stllms.spans import check
 
 #: Tokens of a span that enter its mean, counted from the one before it.
 WINDOW = 11
+#: Responses between two saves of :func:`collect`.
+SAVE_EVERY = 50
 #: What the ledger counts; spans at token 0 have no token before them and are dropped.
 LEDGER = (
     "responses",
@@ -65,12 +74,14 @@ def collect(
     seed: int = 0,
     keep: Sequence[int] = (),
     readout: Tensor | None = None,
+    path: Path | None = None,
     progress: bool = True,
 ) -> Means:
     """Means of all spans of some responses.
 
     The build half is read first; its directions then project the spans of the test half
-    (:func:`stllms.means.separability`), so that this too needs no second pass.
+    (:func:`stllms.means.separability`), so that this too needs no second pass. Shards whose
+    projections are to be merged need one ``readout`` instead.
 
     Args:
         spans_per_response: the token spans of each response, as its annotation has them.
@@ -82,10 +93,16 @@ def collect(
             memory then grows with the number of spans.
         readout: ``[N, L, D]`` directions to project the test half on, instead of those of the
             build half.
+        path: where to save what was read so far, about every :data:`SAVE_EVERY` responses. A
+            file that a stopped collection left there is completed, bit for bit as if it had
+            not been stopped (with another ``batch_size``: as another one would differ); it is
+            removed at the end. :meth:`stllms.means.Means.save` keeps a result.
 
     Raises:
         ValueError: a span that is empty or outside its response, lists of different length,
-            or activations that are not finite: each names response and layer.
+            or activations that are not finite (each names response and layer); a file of a
+            collection of other responses, spans, options or of another model (naming which).
+        artifacts.BadFile: a file that no collection wrote.
     """
     jobs, ledger = _jobs(responses, spans_per_response, tuple(behaviours))
     _check_layers(model, keep)
@@ -101,23 +118,79 @@ def collect(
         model=model.name,
         shuffles=shuffles,
         sample_layers=tuple(keep),
+        readout="" if readout is None else digest(readout),
         config={"window": WINDOW, "shuffles": shuffles, "seed": seed},
     )
     means = replace(means, ledger=ledger)
-    build = [job for job in jobs if is_build(job.task_id)]
-    test = [job for job in jobs if not is_build(job.task_id)]
+    build = _ordered(job for job in jobs if is_build(job.task_id))
+    test = _ordered(job for job in jobs if not is_build(job.task_id))
+    identity = _identity(model, means, [*build, *test])
+    means, done = _resume(path, means, identity)
+    left = build[done:], test[max(0, done - len(build)) :]
     with tqdm(
-        total=len(jobs), desc="activations", unit="response", disable=not progress
+        total=len(jobs),
+        initial=done,
+        desc="activations",
+        unit="response",
+        disable=not progress,
     ) as bar:
-        for batch in _batches(build, batch_size):
-            means = _add(means, model, batch, None)
-            bar.update(len(batch))
-        if readout is None and build:
-            readout = means.mean() - means.overall()
-        for batch in _batches(test, batch_size):
-            means = _add(means, model, batch, readout)
-            bar.update(len(batch))
+        for held_out, half in enumerate(left):
+            if held_out and readout is None and build:
+                own = slice(PARTS // 2)
+                readout = means.mean(own) - means.overall(own)
+            for batch in _batches(half, batch_size):
+                means = _add(means, model, batch, readout if held_out else None)
+                before, done = done, done + len(batch)
+                bar.update(len(batch))
+                if path is not None and done // SAVE_EVERY > before // SAVE_EVERY:
+                    _save(path, means, identity, done)
+    if path is not None:
+        path.unlink(missing_ok=True)
     return means
+
+
+def _identity(model: Model, means: Means, jobs: list[_Job]) -> dict[str, Any]:
+    """What a collection is of: all that its sums depend on, by the names of its arguments."""
+    responses, spans = sha256(), sha256()
+    for job in jobs:
+        responses.update(repr((job.task_id, job.ids)).encode())
+        spans.update(repr((job.whole, job.windows, job.labels, job.shuffled)).encode())
+    return {
+        "model": f"{model.name}, {model.n_layers} layers of {model.d_model}, {model.dtype}",
+        "responses": f"{len(jobs)}, {responses.hexdigest()[:12]}",
+        "spans": spans.hexdigest()[:12],
+        "behaviours": list(means.behaviours),
+        "keep": list(means.sample_layers),
+        "readout": means.readout[:12],
+        **means.config,
+    }
+
+
+def _save(path: Path, means: Means, identity: dict[str, Any], done: int) -> None:
+    tensors = {name: getattr(means, name) for name in TENSORS}
+    artifacts.save_tensors(path, tensors, {"collecting": identity, "done": done})
+
+
+def _resume(path: Path | None, means: Means, identity: dict[str, Any]) -> tuple[Means, int]:
+    """The sums that a stopped collection left, and how many responses are in them."""
+    if path is None or not path.is_file():
+        return means, 0
+    tensors, metadata = artifacts.load_tensors(path)
+    if "collecting" not in metadata or set(tensors) != set(TENSORS):
+        raise artifacts.BadFile(f"{path}: no unfinished collection, but {', '.join(tensors)}")
+    old = metadata["collecting"]
+    changes = [
+        f"{name} was {old.get(name)!r} and is now {identity.get(name)!r}"
+        for name in dict.fromkeys([*identity, *old])
+        if old.get(name) != identity.get(name)
+    ]
+    if changes:
+        raise ValueError(
+            f"{path} holds an unfinished collection of something else: {'; '.join(changes)}; "
+            "delete it, or choose another path"
+        )
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    return replace(means, **copies), metadata["done"]
 
 
 def _check_layers(model: Model, layers: Sequence[int]) -> None:
@@ -185,12 +258,15 @@ def _with_shuffles(jobs: list[_Job], shuffles: int, seed: int) -> list[_Job]:
     return done
 
 
+def _ordered(jobs: Iterable[_Job]) -> list[_Job]:
+    """Jobs of similar length together, the longest first."""
+    return sorted(jobs, key=lambda job: (-len(job.ids), job.task_id))
+
+
 def _batches(jobs: list[_Job], size: int) -> list[list[_Job]]:
-    """Jobs of similar length together."""
     if size < 1:
         raise ValueError(f"batch_size should be at least 1, it is {size}")
-    ordered = sorted(jobs, key=lambda job: (-len(job.ids), job.task_id))
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
 
 
 def _averaging(batch: list[_Job], width: int) -> Tensor:
@@ -216,7 +292,7 @@ def _add(means: Means, model: Model, batch: list[_Job], readout: Tensor | None) 
     cols = torch.tensor([k + 1 for _, k in place], dtype=torch.long, device=device)
     n = len(means.behaviours)
     groups = _groups(batch, n).to(device)
-    behaviours = groups[: PARTS * n].unflatten(0, (PARTS, n)).sum(0)
+    labelled = groups[: PARTS * n]
     units = None
     if readout is not None:
         units = torch.nn.functional.normalize(readout, dim=-1).float().to(device)
@@ -229,7 +305,7 @@ def _add(means: Means, model: Model, batch: list[_Job], readout: Tensor | None) 
             spans = products[rows, cols]
             finite.append(products.isfinite().flatten(1).all(1))
             sums.append(groups @ spans)
-            squares.append(behaviours @ spans.square())
+            squares.append(labelled @ spans.square())
             wholes.append(products[:, 0].clone())
             if units is not None:
                 projected.append(spans @ units[:, layer].T)
@@ -278,7 +354,7 @@ def _accumulate(
     projected: Tensor | None,
     samples: Tensor | None,
 ) -> Means:
-    """Add one batch in place: ``sums [L, (H+K)*N, D]``, ``squares [L, N, D]``,
+    """Add one batch in place: ``sums [L, (H+K)*N, D]``, ``squares [L, H*N, D]``,
     ``wholes [L, B, D]``, ``projected [S, L, N]``, ``samples [S, K, D]``. Returns the
     record with its lists of kept spans extended."""
     n = len(means.behaviours)
@@ -286,7 +362,7 @@ def _accumulate(
     sums = sums.transpose(0, 1).unflatten(0, (-1, n))
     means.sums.add_(sums[:PARTS])
     means.shuffled.add_(sums[PARTS:])
-    means.squares.add_(squares.transpose(0, 1))
+    means.squares.add_(squares.transpose(0, 1).unflatten(0, (PARTS, n)))
     for row, job in enumerate(batch):
         means.counts[job.part] += torch.bincount(torch.tensor(job.labels).long(), minlength=n)
         means.overall_sums[job.part] += wholes[:, row]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from stllms.records import BEHAVIOURS, Annotation, PlacedSegment, Response
+from stllms.records import BEHAVIOURS, Annotation, PlacedSegment, Response, Steered
 
 #: One colour a behaviour, told apart by colour-blind readers (Okabe and Ito's palette).
 COLOURS: dict[str, str] = {
@@ -42,6 +42,7 @@ _TEXT = (
 )
 _TABLE = "font-size:12px;line-height:1.5;border:none"
 _CELL = "text-align:left;vertical-align:top;padding:2px 16px 2px 0;background:none;border:none"
+_ROW = '<tr style="background:none">'
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,7 @@ def html_line(text: str, *, wrong: bool = False) -> str:
 
 def html_panels(panels: Sequence[Panel]) -> str:
     """The shares of all panels as small bars, with the colours' names, then the chains."""
-    cell = f'<td style="{_CELL}">'
-    wide = f'<td style="{_CELL};width:{100 // len(panels)}%">'
-    row = '<tr style="background:none">'
+    cell, row = f'<td style="{_CELL}">', _ROW
     heads = "".join(f"{cell}<b>{escape(panel.title)}</b></td>" for panel in panels)
     bars = "".join(
         f"{row}{cell}{_swatch(name)}</td>"
@@ -124,16 +123,31 @@ def html_panels(panels: Sequence[Panel]) -> str:
         + "</tr>"
         for place, name in enumerate(BEHAVIOURS)
     )
+    return (
+        f'<table style="{_TABLE};margin:0">{row}{cell}<b>share</b></td>'
+        f"{heads}</tr>{bars}</table>{_beside(panels)}"
+    )
+
+
+def html_pair(plain: Steered, steered: Steered) -> str:
+    """A plain chain and its steered twin side by side; both need an annotation."""
+    names = ("plain", f"{steered.coefficient:+g} {steered.direction}, layer {steered.layer}")
+    panels = [
+        Panel(name, one.response.thinking, one.annotation.segments, (), one.task_id)
+        for name, one in zip(names, (plain, steered), strict=True)
+    ]
+    return _beside(panels)
+
+
+def _beside(panels: Sequence[Panel]) -> str:
+    """The chains of the panels, in one row."""
+    wide = f'<td style="{_CELL};width:{100 // len(panels)}%">'
     chains = "".join(
         f"{wide}{html(panel.text, panel.segments, panel.title)}"
         f'<div style="font-size:12px;opacity:0.7">{escape(panel.note)}</div></td>'
         for panel in panels
     )
-    return (
-        f'<table style="{_TABLE};margin:0">{row}{cell}<b>share</b></td>'
-        f'{heads}</tr>{bars}</table><table style="{_TABLE};width:100%;margin:8px 0 0">'
-        f"{row}{chains}</tr></table>"
-    )
+    return f'<table style="{_TABLE};width:100%;margin:8px 0 0">{_ROW}{chains}</tr></table>'
 
 
 def _bar(name: str, share: float) -> str:

@@ -51,7 +51,9 @@ def of_model(config: RunConfig, folder: Folder) -> Member:
         model=model,
         store=folder.rows(folder.annotations, stage.KEY),
     )
-    return comparison.member(config.entry, annotations)
+    return comparison.member(
+        config.entry, annotations, tasks=config.task_set, annotator=config.annotator
+    )
 
 
 def _responses(config: RunConfig, folder: Folder) -> tuple[list[Response], models.Model | None]:
@@ -88,7 +90,9 @@ def of_released(path: Path, reader: str) -> Member:
         )
         for place, row in enumerate(released.load_comparison(path))
     ]
-    return comparison.member(entry_of(path), made, source="released")
+    return comparison.member(
+        entry_of(path), made, source="released", tasks="released", annotator="released"
+    )
 
 
 def entry_of(path: Path) -> ModelEntry:

@@ -27,7 +27,8 @@ class Member:
     """The chains of one model: segment ``counts [R, 6]`` in the order of ``task_ids``.
 
     ``unavailable`` chains have no annotation (a judge failed) and are not in ``counts``;
-    a chain that was annotated and has no segment is a row of zeros.
+    a chain that was annotated and has no segment is a row of zeros. ``tasks`` and ``annotator``
+    name what was asked and who labelled, where it is known.
     """
 
     name: str
@@ -38,6 +39,8 @@ class Member:
     counts: np.ndarray
     unavailable: int = 0
     source: str = "run"
+    tasks: str = ""
+    annotator: str = ""
 
     def __post_init__(self) -> None:
         if self.counts.shape != (len(self.task_ids), len(BEHAVIOURS)):
@@ -52,7 +55,13 @@ class Member:
         return int((self.counts.sum(1) == 0).sum())
 
 
-def member(entry: ModelEntry, annotations: Sequence[Annotation], source: str = "run") -> Member:
+def member(
+    entry: ModelEntry,
+    annotations: Sequence[Annotation],
+    source: str = "run",
+    tasks: str = "",
+    annotator: str = "",
+) -> Member:
     """The member of a model from the annotations of its chains."""
     good = [a for a in annotations if a.failed is None]
     return Member(
@@ -64,6 +73,8 @@ def member(entry: ModelEntry, annotations: Sequence[Annotation], source: str = "
         counts=metrics.segment_counts(good),
         unavailable=len(annotations) - len(good),
         source=source,
+        tasks=tasks,
+        annotator=annotator,
     )
 
 
@@ -138,6 +149,8 @@ def ledger(members: Sequence[Member]) -> pd.DataFrame:
                 "model": one.display,
                 "kind": one.kind,
                 "source": one.source,
+                "tasks": one.tasks,
+                "annotator": one.annotator,
                 "chains": len(one.task_ids),
                 "without segments": one.empty,
                 "unavailable": one.unavailable,
@@ -151,13 +164,28 @@ def ledger(members: Sequence[Member]) -> pd.DataFrame:
 
 
 def caption(members: Sequence[Member]) -> str:
-    """Which models a figure shows, and which of them are fixtures."""
+    """Which models a figure shows, which of them are fixtures, and what else sets them apart:
+    other tasks or another annotator."""
     names = ", ".join(f"{one.display} ({len(one.task_ids)} chains)" for one in members)
     fixtures = [
         one.display for one in members if MODELS.get(one.name, NOWHERE).source == "embedded"
     ]
     warning = f" {' and '.join(fixtures)}: fixtures, built to differ." if fixtures else ""
-    return f"{names}.{warning}"
+    return f"{names}.{warning}{_setups(members)}"
+
+
+def _setups(members: Sequence[Member]) -> str:
+    """Who answered which tasks and was labelled by whom, if that is not the same for all."""
+    setups: dict[tuple[str, str], list[str]] = {}
+    for one in members:
+        setups.setdefault((one.tasks, one.annotator), []).append(one.display)
+    if len(setups) == 1:
+        return ""
+    said = [
+        f"{' and '.join(names)}: tasks {tasks or 'unknown'}, annotator {annotator or 'unknown'}"
+        for (tasks, annotator), names in setups.items()
+    ]
+    return f" Not on the same footing: {'; '.join(said)}."
 
 
 def groups(rows: pd.DataFrame) -> pd.DataFrame:

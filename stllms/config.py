@@ -51,7 +51,7 @@ _THREE = (-1.0, 0.0, 1.0)
 
 PROFILES: dict[str, Profile] = {
     "smoke": Profile(16, 8, 8, 96, 96, 0.65, _THREE, 2, 0),
-    "default": Profile(200, 60, 60, 256, 256, 0.65, _THREE, 4, 0),
+    "default": Profile(200, 60, 60, 256, 256, 0.65, _THREE, 10, 0),
     "full": Profile(1000, 400, 400, 256, 256, 0.65, (-2.0, -1.0, 0.0, 1.0, 2.0), 20, 60),
     "paper": Profile(500, 50, 100, 1000, 2000, 0.0, _THREE, 10, 0),
 }
@@ -227,9 +227,16 @@ class RunConfig:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models of notebook 05: this one, then ``compare`` or an embedded one's pair."""
-        default = (self.entry.pair,) if self.embedded and self.entry.pair else ()
-        return (self.model, *(self.compare or default))
+        """The models of notebook 05: this one, then ``compare``.
+
+        Without ``compare``, an embedded model is compared with its pair, and with ``smollm2``
+        where its extra is installed and the judge can label its chains for nothing.
+        """
+        if self.compare or not self.embedded:
+            return (self.model, *self.compare)
+        free = self.judge in ("auto", "lexical", "offline")
+        real = free and not registry.missing_packages("smollm2")
+        return (self.model, self.entry.pair, *(("smollm2",) if real else ()))
 
     @cached_property
     def settings(self) -> Profile:

@@ -7,7 +7,8 @@ layer where the behaviour is steered:
 
 * ``AUC`` of the projection: a span of the behaviour lies further along it than another span;
 * ``cosine`` with the difference of means of the test half. For the difference of means itself
-  this is the split-half cosine, the most that any estimator can be expected to reach;
+  this is the split-half cosine ``r``: a yardstick for the others, no ceiling. Both its sides
+  are noisy, so a direction without noise would reach about ``sqrt(r)``, which is more;
 * ``length``: ``||mean - overall|| / ||overall||`` before rescaling, for means alone.
 
 Two kinds are meaningless. ``shuffled labels``: the difference of means after the labels of all

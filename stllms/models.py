@@ -70,7 +70,8 @@ class Model:
     Attributes: ``hf``, ``nn``, ``tokenizer``, ``name``, ``n_layers``, ``d_model``, ``device``,
     ``dtype``, ``layers`` and ``nn_layers`` (the ``L`` decoder layers), ``decoder`` and
     ``nn_decoder`` (the base model, without the head), ``final_norm``, ``eos_ids`` (every token
-    that ends a turn), ``pad_id``, ``max_context`` (tokens).
+    that ends a turn), ``pad_id``, ``max_context`` (tokens), ``fits`` (rows a batch may
+    have, lowered when memory ran out).
     """
 
     def __init__(self, hf: nn.Module, tokenizer: Any, *, name: str) -> None:
@@ -90,6 +91,7 @@ class Model:
         pad = tokenizer.pad_token_id
         self.pad_id = int(pad if pad is not None else next(iter(self.eos_ids), 0))
         self.max_context = int(getattr(self.text_config, "max_position_embeddings", 2**31))
+        self.fits = 2**31
 
     def __repr__(self) -> str:
         return (

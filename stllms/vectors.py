@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from stllms.probes import logistic_directions
 from stllms.records import BEHAVIOURS, STEERED
 
 ESTIMATORS: tuple[str, ...] = ("difference-of-means", "difference-from-others", "probe")
+#: What may vary independently of what, for :func:`relative_error`.
+UNITS: tuple[str, ...] = ("span", "part")
 
 
 @dataclass(frozen=True)
@@ -327,17 +330,66 @@ def _units(means: Means, parts: slice, rows: list[int]) -> Tensor:
     return torch.nn.functional.normalize(raw, dim=-1)
 
 
-def relative_error(means: Means, *, min_spans: int = MIN_SPANS) -> tuple[Tensor, Tensor]:
-    """Standard error of ``mean[b][l]`` relative to the length of its difference, ``[N, L]``.
+def relative_error(means: Means, *, by: str = "span") -> Tensor:
+    """Standard error ``e`` of ``mean[b][l] - overall[l]`` relative to its length, ``[N, L]``.
 
-    ``sqrt(sum_d var_d / n) / ||mean - overall||`` from the second moments; a direction from
-    independent spans has an expected cosine of about ``1 / sqrt(1 + error^2)`` with the true
-    one. Returns the errors and the rows of ``means.behaviours`` they belong to.
+    * ``by="span"``: ``e^2 = sum_d var_d / n / ||mean - overall||^2`` from the second moments,
+      as if spans were independent and ``overall`` known; too small where the spans of one
+      response are alike.
+    * ``by="part"``: ``e^2 = (H - 1) / H * sum_h ||x_h - average x||^2 / ||mean - overall||^2``
+      with ``x_h`` the difference without part ``h``, a jackknife (Tukey 1958): a response is
+      wholly in or out, and ``overall`` varies too.
+
+    NaN with fewer than two spans, or two parts; ``ValueError`` for another unit.
     """
-    counts = means.counts.sum(0)
-    rows = (counts >= max(min_spans, 2)).nonzero().flatten()
-    n = counts[rows][:, None, None].double()
-    mean = means.mean()[rows]
-    variance = (means.squares[rows] / n - mean**2).clamp(min=0) * n / (n - 1)
-    error = (variance / n).sum(-1).sqrt() / (mean - means.overall()).norm(dim=-1)
-    return error.float(), rows
+    if by not in UNITS:
+        raise ValueError(f"an error is by {' or by '.join(UNITS)}, not by {by!r}")
+    n = means.counts.sum(0)[:, None, None].double()
+    mean = means.mean()
+    if by == "part":
+        squared = _jackknife(means)
+    else:
+        variance = (means.squares.sum(0) / n - mean**2).clamp(min=0) / (n - 1)
+        squared = variance.sum(-1)
+    squared[n[:, 0, 0] < 2] = torch.nan
+    return (squared.sqrt() / (mean - means.overall()).norm(dim=-1)).float()
+
+
+def _jackknife(means: Means) -> Tensor:
+    """Squared standard error of differences of means, leaving out a part each: ``[N, L]``."""
+    parts = means.overall_counts.nonzero().flatten().tolist()
+    h = len(parts)
+    if h < 2:
+        return means.sums.new_full(means.sums.shape[1:3], torch.nan)
+    rest = [[part for part in parts if part != out] for out in parts]
+    found = torch.stack([means.mean(some) - means.overall(some) for some in rest])
+    return (found - found.mean(0)).square().sum((0, -1)) * (h - 1) / h
+
+
+def expected_cosine(error: Tensor) -> Tensor:
+    """Cosine with the direction of unlimited data to expect at a relative error ``e``.
+
+    The estimate is ``x = d + noise``. Noise over many dimensions is about orthogonal to ``d``,
+    so ``<x, d> = ||d||^2`` and ``||x||^2 = ||d||^2 + ||noise||^2``, where ``||noise||^2`` is
+    about ``e^2 ||x||^2``: ``cos(x, d) = ||d|| / ||x|| = sqrt(1 - e^2)``. Zero where ``e > 1``:
+    noise alone would be longer than the estimate.
+    """
+    return (1 - error.square()).clamp(min=0).sqrt()
+
+
+def precision(
+    means: Means, layers: Mapping[str, int], *, min_spans: int = MIN_SPANS
+) -> pd.DataFrame:
+    """How far directions are from those of unlimited data: ``error by`` each unit (relative)
+    and the ``cosine by`` it to expect, a row a behaviour of ``layers`` (behaviour -> layer);
+    those with fewer than ``min_spans`` spans are left out."""
+    errors = {by: relative_error(means, by=by) for by in UNITS}
+    counts = dict(zip(means.behaviours, means.counts.sum(0).tolist(), strict=True))
+    made = []
+    for name, layer in layers.items():
+        if counts.get(name, 0) >= min_spans:
+            found = [errors[by][means.behaviours.index(name), layer] for by in UNITS]
+            numbers = [float(x) for e in found for x in (e, expected_cosine(e))]
+            made.append((name, layer, counts[name], *numbers))
+    columns = [f"{what} by {by}" for by in UNITS for what in ("error", "cosine")]
+    return pd.DataFrame(made, columns=["behaviour", "layer", "spans", *columns])

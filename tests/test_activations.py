@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from stllms import activations, means, vectors
+from stllms import activations, artifacts, means, vectors
 from stllms.records import BEHAVIOURS, Response, TokenSpan
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
@@ -93,7 +93,8 @@ def test_means_equal_the_naive_loop(tiny_model, kind):
     for b, name in enumerate(BEHAVIOURS):
         x = torch.stack(by_behaviour[name])
         torch.testing.assert_close(got.mean()[b], x.mean(0), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(got.squares[b], (x**2).sum(0), atol=1e-3, rtol=1e-4)
+        squares = got.squares.sum(0)[b]
+        torch.testing.assert_close(squares, (x**2).sum(0), atol=1e-3, rtol=1e-4)
 
 
 def test_batched_is_unbatched(tiny_llama):
@@ -119,7 +120,8 @@ def test_order_and_shards_do_not_matter(tiny_llama):
     for other in (back, shards):
         assert torch.equal(other.counts, whole.counts)
         torch.testing.assert_close(other.sums, whole.sums, atol=2e-5, rtol=1e-4)
-        assert other.ledger == whole.ledger
+        torch.testing.assert_close(other.squares, whole.squares, atol=1e-4, rtol=1e-4)
+        assert {name: other.ledger[name] for name in whole.ledger} == whole.ledger
 
 
 def test_parts_follow_the_task_alone_and_halves_add_up(tiny_llama):
@@ -263,3 +265,134 @@ def test_bfloat16_models_are_summed_in_float64():
     rounded = activations.collect(model, responses, spans, progress=False)
     assert rounded.sums.dtype == torch.float64
     assert (rounded.sums - exact.sums).norm() / exact.sums.norm() < 0.03
+
+
+def everything(got: means.Means) -> dict[str, torch.Tensor]:
+    return {name: getattr(got, name) for name in means.TENSORS}
+
+
+def stopped(monkeypatch, after: int, *given, **options) -> None:
+    """Collects until ``after`` batches were read, then stops as a keyboard interrupt does."""
+    read, seen = activations._add, []
+
+    def add(*arguments):
+        if len(seen) == after:
+            raise KeyboardInterrupt
+        seen.append(arguments)
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(activations, "SAVE_EVERY", 4)
+        patch.setattr(activations, "_add", add)
+        with pytest.raises(KeyboardInterrupt):
+            activations.collect(*given, **options)
+
+
+@pytest.mark.parametrize(
+    ("after", "half"), [(2, "build"), (4, "build"), (5, "test"), (8, "test")]
+)
+def test_a_stopped_collection_goes_on_bit_for_bit(
+    tiny_llama, tmp_path, monkeypatch, after, half
+):
+    work = (tiny_llama, *sample())
+    build = sum(means.is_build(one.task_id) for one in work[1])
+    options = {"batch_size": 3, "shuffles": 2, "keep": (1, 3), "progress": False}
+    whole = activations.collect(*work, **options)
+    path = tmp_path / "collecting.safetensors"
+    stopped(monkeypatch, after, *work, path=path, **options)
+    saved = artifacts.load_tensors(path)[1]["done"]
+    assert 0 < saved < len(work[1])
+    assert (saved > build) == (half == "test")
+    seen, read = [], activations._add
+    monkeypatch.setattr(activations, "_add", lambda *a: seen.extend(a[2]) or read(*a))
+    resumed = activations.collect(*work, path=path, **options)
+    assert len(seen) == len(work[1]) - saved
+    for name, tensor in everything(whole).items():
+        assert torch.equal(getattr(resumed, name), tensor), name
+    assert (resumed.ledger, resumed.config) == (whole.ledger, whole.config)
+    assert not path.exists()
+
+
+def test_a_stopped_collection_goes_on_in_other_batches(tiny_llama, tmp_path, monkeypatch):
+    work = (tiny_llama, *sample())
+    path = tmp_path / "collecting.safetensors"
+    stopped(monkeypatch, 4, *work, path=path, batch_size=4, progress=False)
+    resumed = activations.collect(*work, path=path, batch_size=1, progress=False)
+    whole = activations.collect(*work, batch_size=4, progress=False)
+    assert torch.equal(resumed.counts, whole.counts)
+    for name in ("sums", "squares", "overall_sums", "projections"):
+        got, want = getattr(resumed, name), getattr(whole, name)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_collection_of_something_else_is_refused_by_name(tiny_model, tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    responses, spans = sample()
+    path = tmp_path / "collecting.safetensors"
+    options = {"batch_size": 4, "shuffles": 1, "path": path, "progress": False}
+    stopped(monkeypatch, 3, model, responses, spans, **options)
+    kept = path.read_bytes()
+
+    def refused(message, model=model, responses=responses, spans=spans, **changes):
+        with pytest.raises(ValueError, match=rf"something else: {message}.*; delete it"):
+            activations.collect(model, responses, spans, **{**options, **changes})
+
+    refused("model was 'tiny-random-llama.* now 'tiny-random-qwen2", tiny_model("qwen2"))
+    refused("responses was '24, .* now '23, ", responses=responses[1:], spans=spans[1:])
+    other = [replace(responses[0], prompt_ids=(7,) * 5), *responses[1:]]
+    refused("responses was '24, .* now '24, ", responses=other)
+    first = [replace(spans[0][0], label="deduction" if i else "backtracking") for i in (0, 1)]
+    changed = next(span for span in first if span != spans[0][0])
+    refused("spans was ", spans=[[changed, *spans[0][1:]], *spans[1:]])
+    refused(r"spans was .*behaviours was \['initializing'", behaviours=BEHAVIOURS[1:])
+    refused(r"keep was \[\] and is now \[2\]", keep=[2])
+    refused("readout was '' and is now ", readout=torch.ones(6, 4, 32))
+    refused("spans was .*seed was 0 and is now 1", seed=1)
+    refused("spans was .*shuffles was 1 and is now 0", shuffles=0)
+    assert path.read_bytes() == kept
+    artifacts.save_tensors(path, {"kl/own": torch.zeros(1)}, {})
+    with pytest.raises(artifacts.BadFile, match="no unfinished collection, but kl/own"):
+        activations.collect(model, responses, spans, **options)
+
+
+def test_shards_on_one_readout_separate_as_the_whole_does(tiny_llama):
+    responses, spans = sample(40)
+    whole = activations.collect(tiny_llama, responses, spans, progress=False)
+    build = whole.half("build")
+    readout = vectors.differences(build, "difference-of-means", range(build.n_layers))
+
+    def shard(chosen, **options):
+        rows = [i for i, one in enumerate(responses) if chosen(i, one)]
+        mine = [responses[i] for i in rows], [spans[i] for i in rows]
+        return activations.collect(tiny_llama, *mine, progress=False, **options)
+
+    def built(_, one):
+        return means.is_build(one.task_id)
+
+    def held_out(_, one):
+        return not means.is_build(one.task_id)
+
+    shards = [
+        [shard(lambda i, _, k=k: i % 3 == k, readout=readout) for k in range(3)],
+        [shard(built), shard(held_out, readout=readout)],
+        [shard(held_out, readout=readout), shard(built)],
+        [shard(lambda *_: False), whole],
+    ]
+    want = means.separability(whole, min_spans=5)
+    assert want.auc.std() > 0.01
+    for first, *others in shards:
+        merged = first
+        for other in others:
+            merged = merged.merge(other)
+        assert merged.ledger == whole.ledger
+        got = means.separability(merged, min_spans=5)
+        assert got.behaviours == want.behaviours
+        torch.testing.assert_close(got.auc, want.auc, atol=2e-3, rtol=0)
+        torch.testing.assert_close(got.d_prime, want.d_prime, atol=1e-3, rtol=1e-3)
+    apart = [shard(lambda i, _, k=k: i % 2 == k) for k in (0, 1)]
+    for first, second in ((shard(built), shard(held_out)), apart):
+        merged = first.merge(second)
+        assert merged.ledger[means.NOT_PROJECTED] == merged.tested == whole.tested
+        torch.testing.assert_close(merged.sums, whole.sums, atol=2e-5, rtol=1e-4)
+        with pytest.raises(ValueError, match=r"0 of \d+ spans .* with the same readout="):
+            means.separability(merged, min_spans=5)

@@ -8,7 +8,7 @@ from html import unescape
 import pytest
 
 from stllms import coloured, plots
-from stllms.records import BEHAVIOURS, Annotation, PlacedSegment, Response
+from stllms.records import BEHAVIOURS, Annotation, PlacedSegment, Response, Steered
 
 NAN = float("nan")
 TEXT = "Okay, I need to find 2 < 3 & $x$.\nWait, let me go back to the start. So it is 5."
@@ -27,6 +27,21 @@ def bare(html: str) -> str:
     [SEGMENTS, (*SEGMENTS, PlacedSegment("deduction", TEXT[20:50], 20, 50)), ()],
     ids=["apart", "overlapping", "none"],
 )
+def test_a_pair_shows_both_chains_with_what_was_added():
+    def steered(coefficient, text):
+        direction = "backtracking" if coefficient else "none"
+        response = Response("t1", "", "", (), (), text, "", 0, "", closed=True, finished=True)
+        return Steered(
+            "t1", direction, 4, coefficient, "add", response, Annotation("t1", "x", ())
+        )
+
+    made = coloured.html_pair(steered(0.0, "plainly said"), steered(1.0, "<b>back</b>"))
+    assert "plainly said" in made
+    assert "&lt;b&gt;back" in made
+    assert "+1 backtracking, layer 4" in made
+    assert made.count("<td") == 2
+
+
 def test_a_chain_keeps_its_text_and_shows_overlaps_once(segments):
     assert bare(coloured.html(TEXT, segments)) == TEXT
     painted = coloured.terminal(TEXT, segments, colour=True)

@@ -173,6 +173,21 @@ def test_a_released_model_is_paired_with_a_released_one():
     assert (found["n"] == 2).all()
 
 
+def test_the_caption_says_who_was_asked_or_labelled_otherwise():
+    alike = [annotation("a", "deduction")]
+    own = [
+        comparison.member(MODELS[name], alike, tasks="grammar", annotator="grammar")
+        for name in ("tiny-thinker", "tiny-instruct")
+    ]
+    assert "footing" not in comparison.caption(own)
+    real = comparison.member(MODELS["smollm2"], alike, tasks="messages", annotator="offline")
+    text = comparison.caption([*own, real])
+    assert "tiny-thinker and tiny-instruct: tasks grammar, annotator grammar" in text
+    assert "SmolLM2-135M-Instruct: tasks messages, annotator offline" in text
+    row = comparison.ledger([real]).iloc[0]
+    assert (row["tasks"], row["annotator"]) == ("messages", "offline")
+
+
 def test_the_caption_names_chains_and_warns_of_fixtures():
     text = comparison.caption([*two_members(), member("gpt-4o", np.ones((1, SIX)))])
     assert "tiny-thinker (3 chains)" in text

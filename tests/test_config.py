@@ -163,9 +163,28 @@ def test_a_token_limit_also_limits_the_comparison():
         ("owner/name", "openai:gpt-4.1", "openai:gpt-4.1", "messages", ("owner/name",)),
     ],
 )
-def test_what_auto_means(model, judge, annotator, tasks, models):
+def test_what_auto_means(model, judge, annotator, tasks, models, monkeypatch):
+    monkeypatch.setattr(config.registry, "missing_packages", lambda name: ("gguf",))
     made = RunConfig(model=model, judge=judge)
     assert (made.annotator, made.task_set, made.models) == (annotator, tasks, models)
+
+
+@pytest.mark.parametrize(
+    ("options", "joins"),
+    [
+        ({}, True),
+        ({"judge": "lexical"}, True),
+        ({"judge": "grammar"}, False),
+        ({"judge": "openai:gpt-4.1"}, False),
+        ({"model": "owner/name"}, False),
+        ({"compare": ("tiny-instruct",)}, False),
+    ],
+)
+def test_smollm2_joins_an_embedded_model_where_it_is_installed(options, joins, monkeypatch):
+    monkeypatch.setattr(config.registry, "missing_packages", lambda name: ())
+    assert ("smollm2" in RunConfig(**options).models) == joins
+    monkeypatch.setattr(config.registry, "missing_packages", lambda name: ("gguf",))
+    assert "smollm2" not in RunConfig(**options).models
 
 
 def test_compared_models_are_normalised_and_named_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import pytest
 import tiny
@@ -206,6 +207,11 @@ def test_memory_that_runs_out_halves_the_batch_and_says_so(tiny_llama, monkeypat
     with pytest.warns(UserWarning, match="out of memory: going on with batches of"):
         assert run(tiny_llama, rows(tiny_llama, 4), size=8) == plain
     assert calls == [8, 4, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(tiny_llama, rows(tiny_llama, 4), size=8) == plain
+    assert calls == [8, 4, 2, 2], "what fitted is remembered"
+    monkeypatch.setattr(tiny_llama, "fits", 2**31)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +220,10 @@ def test_memory_that_runs_out_halves_the_batch_and_says_so(tiny_llama, monkeypat
         (Row((1,) * 600, "long"), "long: 600 prompt tokens and 14 new ones exceed"),
         (Row((1,), "a", (Intervention(torch.ones(32), 4, 1.0),)), "layers 0 to 3"),
         (Row((1,), "a", (Intervention(torch.ones(31), 1, 1.0),)), "width 31, .* has 32"),
+        (
+            Row((1,), "a", (Intervention(torch.ones(32), 1, 1.0, where="thinking"),)),
+            "no token </think>",
+        ),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(tiny_llama, row, message):

@@ -14,11 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from stllms import artifacts, decode, demo, pairs, pipeline, tasks
+from stllms import decode, demo, pairs, pipeline, tasks
 from stllms.config import MODELS, RunConfig
-from stllms.organism import directions
 from stllms.pairs import Ask
 from stllms.records import BEHAVIOURS
 from stllms.vectors import SteeringVectors
@@ -153,66 +151,6 @@ def test_a_behaviour_without_a_direction_is_refused_with_its_spans(bench, ask):
     )
     with pytest.raises(ValueError, match="unavailable: 3 spans"):
         pairs.write(replace(bench, directions=fewer), ask)
-
-
-# --- where directions are from -------------------------------------------------------------
-
-
-def test_the_shipped_directions_are_of_the_shipped_weights():
-    made = directions.load("tiny-thinker")
-    assert made.config["weights"] == directions.weights("tiny-thinker")
-    assert made.config["profile"] == "default"
-    assert not made.unavailable
-
-
-def test_directions_of_other_weights_are_refused(monkeypatch, tmp_path):
-    folder = tmp_path / "tiny-thinker"
-    folder.mkdir()
-    directions.load("tiny-thinker").save(folder / directions.FILE)
-    (folder / "model.safetensors").write_bytes(b"retrained")
-    monkeypatch.setattr(directions, "HERE", tmp_path)
-    with pytest.raises(ValueError, match="other weights"):
-        directions.load("tiny-thinker")
-
-
-def test_directions_are_made_by_one_command(tmp_path, capsys):
-    path = tmp_path / "made.safetensors"
-    directions.main(["--profile", "smoke", "--out", str(path)])
-    made = SteeringVectors.load(path)
-    assert made.config["weights"] == directions.weights("tiny-thinker")
-    assert made.config["responses"] == 16
-    assert "deduction" in made.behaviours
-    assert capsys.readouterr().out.startswith("made.safetensors (")
-    with pytest.raises(SystemExit):
-        directions.main(["--model", "smollm2"])
-
-
-def test_directions_of_another_model_are_refused(tmp_path):
-    path = tmp_path / "other.safetensors"
-    one, overall = torch.ones(1, 2, 8), torch.ones(2, 8)
-    SteeringVectors((BEHAVIOUR,), one, one, overall, torch.tensor([10])).save(path)
-    with pytest.raises(ValueError, match="of another model than tiny-thinker"):
-        pairs.bench(RunConfig(device="cpu"), path)
-
-
-def test_another_model_takes_directions_and_layers_of_its_results(
-    monkeypatch, tmp_path, save_tiny_model
-):
-    name = str(save_tiny_model(tmp_path / "model", "llama"))
-    config = RunConfig(name, results=str(tmp_path / "results"), max_tokens=8, device="cpu")
-    folder = artifacts.Folder(config).open()
-    vectors = torch.randn(1, 4, 32), torch.randn(1, 4, 32), torch.randn(4, 32)
-    SteeringVectors((BEHAVIOUR,), *vectors, torch.tensor([10])).save(folder.vectors)
-    asked = []
-    monkeypatch.setattr(pipeline, "ensure", lambda *job: asked.append(job) or folder)
-    first = pairs.bench(config)
-    assert asked == [("03_attribute_layers", config)], "notebooks 01 and 02 come before it"
-    assert set(first.layers.values()) == {2}, "the middle layer"
-    artifacts.write_json(folder / "steering_layers.json", {BEHAVIOUR: 1})
-    second = pairs.bench(config)
-    assert pairs.layer_of(second, BEHAVIOUR) == 1
-    pair = pairs.write(second, Ask(pairs.task("Why?"), BEHAVIOUR, 0.0))
-    assert texts(pair)[0] == texts(pair)[1]
 
 
 # --- without widgets -----------------------------------------------------------------------

@@ -80,8 +80,8 @@ def test_doses_go_over_the_coefficients_with_plain_at_zero(rows):
 def test_the_largest_coefficient_within_the_limits_is_suggested():
     assert doses.suggested(EFFECTS, "backtracking", 1) == 1.0, "2 repeats itself too much"
     assert doses.suggested(EFFECTS, "backtracking", -1) == -0.5, "-1 answers wrongly"
-    assert doses.suggested(EFFECTS, "backtracking", 1, {"accuracy": -0.05}) == 0.5
-    assert doses.suggested(EFFECTS, "backtracking", 1, {"closed": -0.001}) == 0.5
+    assert doses.suggested(EFFECTS, "backtracking", 1, {"accuracy": 0.05}) == 0.5
+    assert doses.suggested(EFFECTS, "backtracking", 1, {"closed": 0.001}) == 0.5
     assert doses.suggested(EFFECTS, "backtracking", 1, {"loops": 0.4}) == 3.0
     assert doses.suggested(EFFECTS, "deduction", 1) is None
 
@@ -103,6 +103,35 @@ def test_coefficients_that_break_the_text_are_named_with_the_loop_score():
         "backtracking -1 breaks the text: loops 0.00 (plain 0.00), accuracy 0.10 (plain 0.80)",
     ]
     assert doses.warning(EFFECTS, {"loops": 0.9}) == "no coefficient breaks the text"
+
+
+def test_a_limit_of_zero_allows_a_gain_and_no_loss():
+    rows = pd.DataFrame(
+        [
+            {"direction": "none", "coefficient": 0.0, "metric": "accuracy", "value": 0.8},
+            {
+                "direction": "backtracking",
+                "coefficient": 1.0,
+                "metric": "accuracy",
+                "value": 0.9,
+            },
+            {
+                "direction": "backtracking",
+                "coefficient": -1.0,
+                "metric": "accuracy",
+                "value": 0.7,
+            },
+        ]
+    )
+    beyond = {("backtracking", -1.0): {"accuracy": (0.8, 0.7)}}
+    assert doses.broken(rows, {"accuracy": 0}) == beyond
+    assert doses.broken(rows.assign(metric="tokens"), {"tokens": 0.2}) == {}
+    assert len(doses.broken(rows.assign(metric="tokens"), {"tokens": 0.05})) == 2, "either way"
+
+
+def test_a_limit_below_zero_is_refused():
+    with pytest.raises(ValueError, match=r"limit of accuracy is -0\.1: say how much worse"):
+        doses.suggested(EFFECTS, "backtracking", 1, {"accuracy": -0.1})
 
 
 def test_a_limit_on_something_unknown_is_refused_by_name():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -177,6 +179,28 @@ def test_a_grid_resumes_to_the_same_bytes(
         assert cut.path.read_bytes() == content
     monkeypatch.setattr(steering.decode, "run", None)
     assert steering.grid(tiny_llama, asked[:4], arms, store=whole, **OPTIONS) == grid
+
+
+def test_a_store_takes_no_chains_that_are_steered_somewhere_only(
+    tiny_llama, asked, steering_vectors, tmp_path
+):
+    arms = steering.arms(steering_vectors, {"backtracking": 2}, (1,), where="generated")
+    store = artifacts.Rows(tmp_path / "rows.jsonl", steering.STEERED_KEY)
+    with pytest.raises(ValueError, match="backtracking acts on generated tokens: a store"):
+        steering.grid(tiny_llama, asked[:1], arms, store=store, **OPTIONS)
+    assert len(steering.grid(tiny_llama, asked[:1], arms, **OPTIONS)) == len(arms)
+
+
+def test_directions_of_another_model_are_refused_with_both_shapes(tiny_llama, steering_vectors):
+    steering.check(steering_vectors, tiny_llama)
+    fewer = replace(
+        steering_vectors,
+        directions=steering_vectors.directions[:, :3],
+        means=steering_vectors.means[:, :3],
+        overall=steering_vectors.overall[:3],
+    )
+    with pytest.raises(ValueError, match=r"\[3, 32\] are of another model .* \[4, 32\]"):
+        steering.check(fewer, tiny_llama)
 
 
 def test_rows_survive_the_file(tiny_llama, asked, steering_vectors):

@@ -3,7 +3,9 @@
 ``python -m stllms.organism.directions`` makes them as notebooks 01 and 02 do at the default
 profile, from the held-out ``build`` questions, and writes ``vectors.safetensors`` beside the
 weights. To be run again whenever the weights change: :func:`load` refuses directions of
-other weights.
+other weights. It also steers at every layer, on more of the ``build`` questions, and
+writes ``layer_sweep.csv``: :data:`stllms.registry.TINY_THINKER_LAYERS` are what :func:`best`
+reads in it. The ``evaluate`` questions take no part.
 """
 
 from __future__ import annotations
@@ -13,13 +15,27 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from stllms import activations, generate, models, tasks, vectors
+import pandas as pd
+
+from stllms import (
+    activations,
+    doses,
+    evaluation,
+    generate,
+    models,
+    steering,
+    tables,
+    tasks,
+    vectors,
+)
 from stllms.annotate import stage
 from stllms.config import RunConfig
+from stllms.organism import grammar
 from stllms.vectors import SteeringVectors
 
 HERE = Path(__file__).parent
 FILE = "vectors.safetensors"
+SWEEP = "layer_sweep.csv"
 
 
 def shipped(name: str) -> bool:
@@ -57,6 +73,36 @@ def build(config: RunConfig) -> SteeringVectors:
     return replace(built, config={**built.config, **origin})
 
 
+def sweep(config: RunConfig, built: SteeringVectors, n: int) -> pd.DataFrame:
+    """Every behaviour steered at every layer by -1 and +1, on ``n`` questions.
+
+    Columns of :func:`stllms.doses.sweep`, and the share of ``well-formed`` chains.
+    """
+    model, labels = models.for_run(config), stage.for_run(config)
+    asked = grammar.tasks("build", n, seed=config.seed + 1)
+    arms = steering.sweep_arms(built, (-1.0, 1.0))
+    chains = steering.grid(model, asked, arms, **generate.options(config))
+    measured = evaluation.measure(stage.steered(labels, chains, model=model), asked)
+    arm = ["direction", "layer", "coefficient"]
+    whole = measured.groupby(arm)["well-formed"].mean().reset_index()
+    whole = whole.rename(columns={"direction": "behaviour"})
+    return doses.sweep(measured).merge(whole, on=["behaviour", "layer", "coefficient"])
+
+
+def best(swept: pd.DataFrame) -> dict[str, int]:
+    """The layer of each behaviour at which the smaller of its two effects, the rise with +1
+    and the fall with -1, is largest, among layers where 9 of 10 chains stay well-formed.
+
+    The last layer is left out: only the head comes after it, so that a direction added there
+    is a constant added to the logits.
+    """
+    swept = swept[swept["layer"] < swept["layer"].max()]
+    effect = swept["coefficient"] * (swept["value"] - swept["plain"])
+    kept = swept.assign(effect=effect.where(swept["well-formed"] >= 0.9, -1.0))
+    smaller = kept.groupby(["behaviour", "layer"])["effect"].min()
+    return {name: int(smaller[name].idxmax()) for name in kept["behaviour"].unique()}
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -65,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="tiny-thinker", help="an embedded model")
     parser.add_argument("--profile", default="default", help="of stllms.run")
     parser.add_argument("--out", type=Path, help="file (default: beside the weights)")
+    parser.add_argument("--sweep", type=int, default=200, help="questions of the layer sweep")
     given = parser.parse_args(argv)
     config = RunConfig(model=given.model, profile=given.profile, device="cpu")
     if not config.embedded:
@@ -75,6 +122,10 @@ def main(argv: list[str] | None = None) -> None:
     spans = dict(zip(made.behaviours, made.counts.tolist(), strict=True))
     print(f"{path.name} {tuple(made.directions.shape)}; spans: {spans}")
     print("unavailable:", made.unavailable or "none")
+    if given.sweep:
+        swept = sweep(config, made, given.sweep)
+        swept.round(4).to_csv(path.with_name(SWEEP), index=False)
+        print(f"{SWEEP}: steer at {tables.layer_text(best(swept))}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,11 @@ A wording is a sentence with at most one slot, ``{s}`` (a statement), ``{f}`` (a
 ``{g}`` (the goal). The text before its slot opens with words that no wording of another
 behaviour opens with, so that a sentence of the grammar has exactly one behaviour; a test
 proves it. Wordings are drawn with Zipf weights: the first of a list is the most frequent.
+
+Most first words are shared between behaviours ("I recall", "I turn back", "I conclude"). A
+direction averages over a sentence, and only where the behaviour is still open inside of it does
+the stream carry the choice. Backtracking once had first words of its own ("Scratch that, ..."):
+everything was settled by the first word, and adding its direction lowered it.
 """
 
 from __future__ import annotations
@@ -117,25 +122,25 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     ),
     "backtracking": (
         "Wait, let me go back.",
-        "No, let me try another way.",
-        "Actually, let me start over.",
-        "Hold on, I should redo this.",
-        "Let me go back to {g}.",
-        "On second thought, let me redo it.",
-        "Scratch that, I go back to {g}.",
-        "Stop, I take a different route.",
-        "Instead, let me try a different path.",
-        "Back to the start.",
-        "Or rather, I begin again.",
-        "Oh, that path is wrong.",
-        "But no, I need another approach.",
-        "Again from the beginning.",
-        "Never mind, I drop this idea.",
-        "Better to change the approach.",
-        "Returning to {g}.",
-        "Forget that, I look at {g} again.",
-        "Once more, another way.",
-        "Rethinking, I leave this line.",
+        "Let me try another way.",
+        "I turn back here.",
+        "This way leads nowhere.",
+        "There is another way.",
+        "My first try failed.",
+        "It is better to start over.",
+        "On second thought, I go back.",
+        "From here I turn back.",
+        "One step back.",
+        "That way is closed.",
+        "To go on, I need another way.",
+        "Let me start over.",
+        "Now I go back.",
+        "In that way I get nowhere.",
+        "A better way is needed.",
+        "Not this way.",
+        "Another way is needed.",
+        "The way back is better.",
+        "As this fails, I go back.",
     ),
 }
 

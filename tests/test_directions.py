@@ -1,0 +1,103 @@
+"""The directions that ship with the embedded model, and where others are from."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from stllms import artifacts, pairs, pipeline, registry
+from stllms.config import RunConfig
+from stllms.organism import directions
+from stllms.pairs import Ask
+from stllms.vectors import SteeringVectors
+
+BEHAVIOUR = "adding-knowledge"
+
+
+def test_the_shipped_directions_are_of_the_shipped_weights():
+    made = directions.load("tiny-thinker")
+    assert made.config["weights"] == directions.weights("tiny-thinker")
+    assert made.config["profile"] == "default"
+    assert not made.unavailable
+
+
+def test_the_layers_of_the_registry_are_those_of_the_shipped_sweep():
+    swept = pd.read_csv(directions.HERE / "tiny-thinker" / directions.SWEEP)
+    assert directions.best(swept) == registry.TINY_THINKER_LAYERS
+    assert len(swept) == 4 * 6 * 2, "four behaviours, six layers, two signs"
+
+
+def test_the_best_layer_moves_both_ways_and_keeps_the_text():
+    rows = [
+        # layer, +1, -1, well-formed: plain is .2
+        (0, 0.60, 0.20, 1.0),  # rises only
+        (1, 0.30, 0.10, 1.0),
+        (2, 0.35, 0.08, 1.0),
+        (3, 0.90, 0.00, 0.5),  # breaks the text
+        (4, 0.90, 0.00, 1.0),  # the last: an offset of the logits
+    ]
+    swept = pd.DataFrame(
+        [
+            ("backtracking", layer, sign, value, 0.2, whole)
+            for layer, up, down, whole in rows
+            for sign, value in ((1.0, up), (-1.0, down))
+        ],
+        columns=["behaviour", "layer", "coefficient", "value", "plain", "well-formed"],
+    )
+    assert directions.best(swept) == {"backtracking": 2}
+
+
+def test_directions_of_other_weights_are_refused(monkeypatch, tmp_path):
+    folder = tmp_path / "tiny-thinker"
+    folder.mkdir()
+    directions.load("tiny-thinker").save(folder / directions.FILE)
+    (folder / "model.safetensors").write_bytes(b"retrained")
+    monkeypatch.setattr(directions, "HERE", tmp_path)
+    with pytest.raises(ValueError, match="other weights"):
+        directions.load("tiny-thinker")
+
+
+def test_directions_are_made_by_one_command(tmp_path, capsys):
+    path = tmp_path / "made.safetensors"
+    directions.main(["--profile", "smoke", "--out", str(path), "--sweep", "4"])
+    made = SteeringVectors.load(path)
+    assert made.config["weights"] == directions.weights("tiny-thinker")
+    assert made.config["responses"] == 16
+    assert "deduction" in made.behaviours
+    said = capsys.readouterr().out
+    assert said.startswith("made.safetensors (")
+    assert "layer_sweep.csv: steer at" in said
+    swept = pd.read_csv(tmp_path / directions.SWEEP)
+    assert set(swept["layer"]) == set(range(6))
+    assert set(swept["n"]) <= set(range(5)), "four questions"
+    with pytest.raises(SystemExit):
+        directions.main(["--model", "smollm2"])
+
+
+def test_directions_of_another_model_are_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    one, overall = torch.ones(1, 2, 8), torch.ones(2, 8)
+    SteeringVectors((BEHAVIOUR,), one, one, overall, torch.tensor([10])).save(path)
+    with pytest.raises(ValueError, match="of another model than tiny-thinker"):
+        pairs.bench(RunConfig(device="cpu"), path)
+
+
+def test_another_model_takes_directions_and_layers_of_its_results(
+    monkeypatch, tmp_path, save_tiny_model
+):
+    name = str(save_tiny_model(tmp_path / "model", "llama"))
+    config = RunConfig(name, results=str(tmp_path / "results"), max_tokens=8, device="cpu")
+    folder = artifacts.Folder(config).open()
+    vectors = torch.randn(1, 4, 32), torch.randn(1, 4, 32), torch.randn(4, 32)
+    SteeringVectors((BEHAVIOUR,), *vectors, torch.tensor([10])).save(folder.vectors)
+    asked = []
+    monkeypatch.setattr(pipeline, "ensure", lambda *job: asked.append(job) or folder)
+    first = pairs.bench(config)
+    assert asked == [("03_attribute_layers", config)], "notebooks 01 and 02 come before it"
+    assert set(first.layers.values()) == {2}, "the middle layer"
+    artifacts.write_json(folder / "steering_layers.json", {BEHAVIOUR: 1})
+    second = pairs.bench(config)
+    assert pairs.layer_of(second, BEHAVIOUR) == 1
+    pair = pairs.write(second, Ask(pairs.task("Why?"), BEHAVIOUR, 0.0))
+    assert pair[0].response.text == pair[1].response.text
