@@ -174,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     fast, tokens = common.clocked(lambda: write(rows))
     price = cost(model, some, write, options.repeats)
+    batch = min(batch, model.fits)  # halved where memory ran out
     whole = slow * (len(jobs) / len(subset))
     result = {
         "machine": common.machine(model),

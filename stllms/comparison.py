@@ -18,6 +18,8 @@ from stllms import metrics
 from stllms.config import MODELS, ModelEntry
 from stllms.records import BEHAVIOURS, Annotation
 
+#: Treatments of a chain without segments: the sound one, and the published one (as zeros).
+EMPTY = ("apart", "published")
 #: Stands for a model that the registry does not know.
 NOWHERE = ModelEntry(name="", hub_id=None, display="", source="folder")
 
@@ -188,30 +190,32 @@ def _setups(members: Sequence[Member]) -> str:
     return f" Not on the same footing: {'; '.join(said)}."
 
 
-def groups(rows: pd.DataFrame) -> pd.DataFrame:
-    """Average over the models of a group (thinking, instruct), from :func:`table`."""
-    grouped = rows.groupby(["kind", "metric", "behaviour"], sort=False)["value"]
-    found = grouped.agg(["mean", "count"]).reset_index()
-    return found.rename(columns={"mean": "value", "count": "models"})
-
-
 def group_intervals(
     compared: Sequence[Member], *, empty: str, draws: int = 4000, seed: int = 0
 ) -> pd.DataFrame:
-    """:func:`groups` with 95 % intervals over tasks, the models being given.
+    """The average over the models of a group, with 95 % intervals over tasks.
 
-    Each draw takes the same tasks for all models of a group (released files share theirs).
+    A group are the models of one kind that were asked the same tasks and labelled by the same
+    annotator: numbers on another footing are not averaged. The models are taken as given, and
+    each draw takes the same tasks for all models of a group.
     """
     rows = []
-    for kind in dict.fromkeys(one.kind for one in compared):
-        group = [one for one in compared if one.kind == kind]
+    for place in dict.fromkeys((one.kind, one.tasks, one.annotator) for one in compared):
+        group = [one for one in compared if (one.kind, one.tasks, one.annotator) == place]
         values = np.mean([_means(one, empty, draws, seed) for one in group], axis=0)
         low, high = np.nanquantile(values[1:], [0.025, 0.975], axis=0)
-        for place, (metric, behaviour) in enumerate(_COLUMNS):
-            found = values[0, place], low[place], high[place]
-            rows.append((kind, metric, behaviour, *found, len(group)))
-    columns = ["kind", "metric", "behaviour", "value", "low", "high", "models"]
-    return pd.DataFrame(rows, columns=columns)
+        for column, (metric, behaviour) in enumerate(_COLUMNS):
+            found = values[0, column], low[column], high[column]
+            rows.append((*place, metric, behaviour, *found, len(group)))
+    columns = ["kind", "tasks", "annotator", "metric", "behaviour"]
+    return pd.DataFrame(rows, columns=[*columns, "value", "low", "high", "models"])
+
+
+def treatments(members: Sequence[Member], *, seed: int = 0) -> pd.DataFrame:
+    """:func:`group_intervals` under both treatments of chains without segments, told apart by
+    the column ``empty chains`` (METHOD, section 11)."""
+    made = {name: group_intervals(members, empty=name, seed=seed) for name in EMPTY}
+    return pd.concat(made, names=["empty chains"]).reset_index("empty chains")
 
 
 _COLUMNS = (

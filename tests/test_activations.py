@@ -329,7 +329,7 @@ def test_a_collection_of_something_else_is_refused_by_name(tiny_model, tmp_path,
     model = tiny_model("llama")
     responses, spans = sample()
     path = tmp_path / "collecting.safetensors"
-    options = {"batch_size": 4, "shuffles": 1, "path": path, "progress": False}
+    options = {"batch_size": 4, "path": path, "progress": False}
     stopped(monkeypatch, 3, model, responses, spans, **options)
     kept = path.read_bytes()
 
@@ -341,14 +341,15 @@ def test_a_collection_of_something_else_is_refused_by_name(tiny_model, tmp_path,
     refused("responses was '24, .* now '23, ", responses=responses[1:], spans=spans[1:])
     other = [replace(responses[0], prompt_ids=(7,) * 5), *responses[1:]]
     refused("responses was '24, .* now '24, ", responses=other)
-    first = [replace(spans[0][0], label="deduction" if i else "backtracking") for i in (0, 1)]
-    changed = next(span for span in first if span != spans[0][0])
-    refused("spans was ", spans=[[changed, *spans[0][1:]], *spans[1:]])
+    *others, last = spans[0]
+    label = next(name for name in BEHAVIOURS if name != last.label)
+    refused("spans was ", spans=[[*others, replace(last, label=label)], *spans[1:]])
+    refused("spans was ", spans=[[*others, replace(last, start=last.end - 1)], *spans[1:]])
     refused(r"spans was .*behaviours was \['initializing'", behaviours=BEHAVIOURS[1:])
     refused(r"keep was \[\] and is now \[2\]", keep=[2])
     refused("readout was '' and is now ", readout=torch.ones(6, 4, 32))
-    refused("spans was .*seed was 0 and is now 1", seed=1)
-    refused("spans was .*shuffles was 1 and is now 0", shuffles=0)
+    refused("seed was 0 and is now 1", seed=1)
+    refused("spans was .*shuffles was 0 and is now 1", shuffles=1)
     assert path.read_bytes() == kept
     artifacts.save_tensors(path, {"kl/own": torch.zeros(1)}, {})
     with pytest.raises(artifacts.BadFile, match="no unfinished collection, but kl/own"):

@@ -27,21 +27,6 @@ def bare(html: str) -> str:
     [SEGMENTS, (*SEGMENTS, PlacedSegment("deduction", TEXT[20:50], 20, 50)), ()],
     ids=["apart", "overlapping", "none"],
 )
-def test_a_pair_shows_both_chains_with_what_was_added():
-    def steered(coefficient, text):
-        direction = "backtracking" if coefficient else "none"
-        response = Response("t1", "", "", (), (), text, "", 0, "", closed=True, finished=True)
-        return Steered(
-            "t1", direction, 4, coefficient, "add", response, Annotation("t1", "x", ())
-        )
-
-    made = coloured.html_pair(steered(0.0, "plainly said"), steered(1.0, "<b>back</b>"))
-    assert "plainly said" in made
-    assert "&lt;b&gt;back" in made
-    assert "+1 backtracking, layer 4" in made
-    assert made.count("<td") == 2
-
-
 def test_a_chain_keeps_its_text_and_shows_overlaps_once(segments):
     assert bare(coloured.html(TEXT, segments)) == TEXT
     painted = coloured.terminal(TEXT, segments, colour=True)
@@ -93,3 +78,18 @@ def test_bars_are_as_long_as_the_shares_and_a_missing_share_is_no_zero():
 def test_an_error_is_one_line():
     made = coloured.html_line("two\nlines", wrong=True)
     assert bare(made) == "error: two lines"
+
+
+def test_a_pair_shows_both_chains_with_what_was_added():
+    def steered(coefficient, text):
+        direction = "backtracking" if coefficient else "none"
+        response = Response("t1", "", "", (), (), text, "", 0, "", closed=True, finished=True)
+        return Steered(
+            "t1", direction, 4, coefficient, "add", response, Annotation("t1", "x", ())
+        )
+
+    made = coloured.html_pair(steered(0.0, "plainly said"), steered(1.0, "<b>back</b>"))
+    assert "plainly said" in made
+    assert "&lt;b&gt;back" in made
+    assert "+1 backtracking, layer 4" in made
+    assert made.count("<td") == 2

@@ -132,11 +132,32 @@ def test_the_table_has_mean_counts_and_fractions_by_hand():
 
 
 def test_group_averages_weigh_models_equally():
-    rows = comparison.table([*two_members(), member("gpt-4o", [[4, 0, 0, 0, 0, 0]] * 5)])
-    found = comparison.groups(rows).set_index(["kind", "metric", "behaviour"])
+    models = [*two_members(), member("gpt-4o", [[4, 0, 0, 0, 0, 0]] * 5)]
+    found = comparison.group_intervals(models, empty="apart", draws=50)
+    found = found.set_index(["kind", "metric", "behaviour"])
     both = found.loc[("instruct", "segment fraction", "initializing")]
     assert both["models"] == 2
     assert both["value"] == pytest.approx(((1 / 4 + 1 / 2) / 2 + 1) / 2)
+
+
+def test_models_on_another_footing_are_not_averaged():
+    own = comparison.member(MODELS["tiny-instruct"], [annotation("a", "deduction")])
+    other = [annotation("b", *["deduction"] * 5)]
+    for setup in ({"tasks": "messages"}, {"annotator": "offline"}):
+        real = comparison.member(MODELS["smollm2"], other, **setup)
+        found = comparison.group_intervals([own, real], empty="apart", draws=50)
+        totals = found[found["behaviour"] == "all"]
+        assert totals["value"].tolist() == [1, 5]
+        assert totals["models"].tolist() == [1, 1]
+
+
+def test_both_treatments_of_empty_chains_stand_beside_each_other():
+    found = comparison.treatments(two_members()).set_index(
+        ["empty chains", "kind", "metric", "behaviour"]
+    )["value"]
+    at = "thinking", "segment fraction", "backtracking"
+    assert found[("apart", *at)] == pytest.approx(1 / 4)
+    assert found[("published", *at)] == pytest.approx(1 / 6)
 
 
 def test_a_model_without_chains_is_missing_and_not_zero():
