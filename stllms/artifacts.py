@@ -82,6 +82,7 @@ class Folder:
         self.run = self.path / "run.json"
         self.responses = self.path / "responses.jsonl"
         self.annotations = self.path / "annotations.jsonl"
+        self.collecting = self.path / "collecting.safetensors"
         self.vectors = self.path / "vectors.safetensors"
         self.layer_effects = self.path / "layer_effects.safetensors"
         self.steered = self.path / "steered.jsonl"
@@ -217,6 +218,7 @@ class Folder:
         standard = (
             self.responses,
             self.annotations,
+            self.collecting,
             self.vectors,
             self.layer_effects,
             self.steered,

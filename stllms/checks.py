@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 from importlib import metadata
 from pathlib import Path
@@ -79,6 +80,28 @@ def task_identity(task_set: str) -> str:
         return task_set
     path = Path(task_set).expanduser()
     return f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
+def hardware(device: str, quantization: str | None) -> None:
+    """Refuses CUDA, and quantization, where this machine or environment does not have it."""
+    if quantization is None and not device.startswith("cuda"):
+        return
+    import torch  # not before it is needed
+
+    found = torch.cuda.is_available()
+    if device.startswith("cuda") and not found:
+        raise ValueError(f"device: {device!r}, but torch finds no CUDA device; expected cpu")
+    if quantization is None:
+        return
+    if not found or device in ("cpu", "mps"):
+        where = f"device is {device!r}" if found else "torch finds none"
+        raise ValueError(
+            f"quantization: {quantization!r} needs a CUDA device and {where}; leave it out"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"quantization: {quantization!r} needs bitsandbytes: pip install bitsandbytes"
+        )
 
 
 def absolute(name: str, value: Any) -> Any:

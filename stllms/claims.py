@@ -5,7 +5,8 @@ Verdicts, the whole vocabulary:
 * ``reproduced from released files`` / ``differs from released files``: the paper's numbers,
   to the digits printed, computed again from its own files;
 * ``from part of the released files``: the numbers are averages over more files than there are;
-* ``shown`` / ``shown in part`` / ``not shown``, followed by ``on the paper's model``, ``on
+* ``shown`` / ``shown in part`` / ``not shown``, followed by ``on the paper's model`` (in the
+  paper profile), ``on MODEL with profile ..., not the paper's run`` (in any other), ``on
   another model`` or ``on a fixture, no evidence about the paper``: a run of ours. What counts
   as shown is said in the note of the row;
 * ``needs the model; run with ...``.
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from stllms.config import MODELS
+from stllms.config import MODELS, PROFILES
 from stllms.records import HEATMAP, STEERED
 
 REPRODUCED, DIFFERS = "reproduced from released files", "differs from released files"
@@ -67,6 +69,37 @@ TRIANGLE = (0.36, 0.32, 0.28, 0.17, 0.64, 0.33, 0.60, 0.19, 0.51, 0.45)
 
 
 @dataclass(frozen=True)
+class Made:
+    """How a run was made, as its ``run.json`` says; empty where there is none."""
+
+    annotator: str = ""
+    tasks: str = ""
+    profile: str = ""
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Made:
+        """From the content of ``run.json``; a profile with the values that were not its own."""
+        identity, given = record.get("identity") or {}, record.get("configuration") or {}
+        name = given.get("profile", "")
+        own = vars(PROFILES[name]) if name in PROFILES else {}
+        changed = [f"{k} {identity[k]}" for k, v in own.items() if identity.get(k, v) != v]
+        profile = f"profile {name}" + (f" but {', '.join(changed)}" if changed else "")
+        return cls(
+            identity.get("annotator", ""), identity.get("tasks", ""), profile if name else ""
+        )
+
+    @property
+    def as_paper(self) -> bool:
+        """Whether the run has the numbers of tasks and tokens of the paper."""
+        return self.profile == "profile paper"
+
+    def after(self, on: str) -> str:
+        """``on`` with annotator, task set and profile behind it, as far as they are known."""
+        parts = [("annotator ", self.annotator), ("tasks ", self.tasks), ("", self.profile)]
+        return ", ".join([on, *(f"{word}{text}" for word, text in parts if text)])
+
+
+@dataclass(frozen=True)
 class Row:
     """One row of the ledger, all text."""
 
@@ -99,15 +132,22 @@ def listed(values: Mapping[str, str]) -> str:
     return "; ".join(f"{name} {value}" for name, value in values.items())
 
 
-def compared(on: str, verdict: str, *, treatment: str = "published", **cells: str) -> Row:
-    """The claim about fractions, with the paper's numbers of a treatment."""
+def compared(
+    on: str, verdict: str, *, treatment: str = "published", pair: str = "", **cells: str
+) -> Row:
+    """The claim about fractions, with the paper's numbers of a treatment; ``pair`` names the
+    models of a run of ours, whose numbers stand beside averages over other models."""
     thinking, instruct = (COMPARISON[treatment][kind][0] for kind in ("thinking", "instruct"))
     numbers = {b: f"{t} and {i}" for b, t, i in zip(ORDER, thinking, instruct, strict=True)}
     read = " with the numbered tags read too" if treatment == "apart" else ""
+    where = "comparison, ten models, 100 tasks; "
+    where += f"per cent of the segments, thinking and instruct{read}"
+    if pair:
+        where = f"comparison of {pair}; per cent of the segments, thinking and instruct; "
+        where += f"published: averages over ten models, 100 tasks{',' * bool(read)}{read}"
     return Row(
         "behaviours differ between thinking and instruct models",
-        "comparison, ten models, 100 tasks; per cent of the segments, "
-        f"thinking and instruct{read}",
+        where,
         listed(numbers),
         on,
         verdict,
@@ -118,7 +158,7 @@ def compared(on: str, verdict: str, *, treatment: str = "published", **cells: st
 def steered(slug: str, on: str, verdict: str, **cells: str) -> Row:
     """The claim about steering, with the paper's numbers where ``slug`` is its model."""
     numbers = "every behaviour rises with + and falls with -"
-    where = "steering; token fraction in per cent, plain / + / -"
+    where = f"steering of {display(slug)}; token fraction in per cent, plain / + / -"
     if slug in STEERING:
         rows = zip(STEERED, STEERING[slug], strict=True)
         numbers = listed({b: " / ".join(f"{value:.1f}" for value in row) for b, row in rows})
@@ -129,18 +169,26 @@ def steered(slug: str, on: str, verdict: str, **cells: str) -> Row:
     return Row(claim, where, numbers, on, verdict, **cells)
 
 
-def peaked(slug: str, on: str, verdict: str, **cells: str) -> Row:
-    """The claim about peaks, with the paper's numbers where ``slug`` is its model."""
+def peaked(slug: str, on: str, verdict: str, *, run: bool = False, **cells: str) -> Row:
+    """The claim about peaks, with the paper's numbers where ``slug`` is its model; ``run``:
+    ours are of a run, not of the released values."""
     numbers, where = "in middle layers", "layer effects; layer of the largest mean effect"
     if slug in PEAKS:
         numbers = listed({b: str(layer) for b, layer in zip(STEERED, PEAKS[slug], strict=True)})
         where = f"layer effects of {display(slug)}, released values; layer of the largest mean"
+    if run:
+        known = "; published: released values" if slug in PEAKS else ""
+        where = f"layer effects of {display(slug)}; layer of the largest mean effect{known}"
     return Row("effects peak in middle layers", where, numbers, on, verdict, **cells)
 
 
-def distinct(on: str, verdict: str, **cells: str) -> Row:
-    """The claim about the heatmap."""
-    where = f"heatmap, {display(HEATMAP_MODEL)}, released vectors; cosines, upper triangle"
+def distinct(on: str, verdict: str, *, run: str = "", **cells: str) -> Row:
+    """The claim about the heatmap; ``run`` is the run folder whose directions ours are."""
+    released = f"{display(HEATMAP_MODEL)}, released vectors"
+    where = f"heatmap, {released}; cosines, upper triangle"
+    if run:
+        where = f"heatmap of {display(run)}, directions of the run; cosines, upper triangle; "
+        where += f"published: {released}"
     return Row("directions are distinct", where, triangle(TRIANGLE), on, verdict, **cells)
 
 
@@ -153,7 +201,8 @@ def triangle(values: Sequence[float], n: int = len(HEATMAP)) -> str:
     return "; ".join(rows)
 
 
-def early(on: str, verdict: str, **cells: str) -> Row:
-    """The claim about the embedding."""
-    where = "largest cosine with an embedding row, per layer; first and last layer here"
+def early(on: str, verdict: str, *, run: str = "", **cells: str) -> Row:
+    """The claim about the embedding; ``run`` is the run folder that ours is of."""
+    of = f" of {display(run)}" if run else ""
+    where = f"largest cosine with an embedding row{of}, per layer; first and last layer here"
     return Row("early layers carry token identity", where, "figure only", on, verdict, **cells)

@@ -14,29 +14,56 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from stllms import __version__
 
 if TYPE_CHECKING:
+    from stllms.config import RunConfig
     from stllms.pairs import Ask, Bench
     from stllms.records import Annotation, Steered
 
-EXAMPLES = """examples:
-  stllms steer "Is wood a solid, Leo asks?" --behaviour adding-knowledge --coefficient 1
+
+class Example(NamedTuple):
+    """A question to tiny-thinker on which a push shows."""
+
+    question: str
+    behaviour: str
+    coefficient: float
+    seed: int
+
+    @property
+    def words(self) -> list[str]:
+        """The arguments of ``stllms`` that ask it."""
+        options = f"--behaviour {self.behaviour} --coefficient {self.coefficient:g}"
+        return ["steer", self.question, *f"{options} --seed {self.seed}".split()]
+
+    def __str__(self) -> str:
+        options = " ".join(self.words[2:])
+        return f'  stllms steer "{self.question}" \\\n      {options}'
+
+
+#: What the help shows first. Hand-picked: on many questions it shows less (notebook 04).
+EXAMPLE = Example(
+    "Ben has 4 coins and gets 3 more. How many coins does Ben have?", "backtracking", 1.0, 5
+)
+
+EXAMPLES = f"""examples:
+{EXAMPLE}
   stllms annotate chain.txt
   stllms run --profile smoke
 
 stllms COMMAND --help says more about each. exit status: 0 done, 1 failed, 2 wrong command."""
 
-STEER = """examples:
-  stllms steer "Is wood a solid, Leo asks?" --behaviour adding-knowledge --seed 3
-  stllms steer "Is wood a solid, Leo asks?" --behaviour uncertainty-estimation --seed 3 --json
+STEER = f"""examples:
+{EXAMPLE}
+{EXAMPLE} --json
   stllms steer "What is 17 * 23?" --behaviour backtracking --coefficient -1 \\
       --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --vectors mean_vectors.pt
 
-The directions of tiny-thinker ship with the package. Those of another model are in its folder
-of results; notebooks 01 and 02 make them first if they are not there (this may take long)."""
+tiny-thinker knows only the questions of its grammar; its directions ship with the package.
+Those of another model are of the run in its folder of results, whatever its options were;
+notebooks 01 to 03 make one first where there is none (this may take long)."""
 
 ANNOTATE = """examples:
   stllms annotate chain.txt                              one chain, the offline classifier
@@ -46,9 +73,12 @@ ANNOTATE = """examples:
   stllms annotate responses.jsonl --judge openai:gpt-4.1 --max-cost 2
 
 One JSON object a segment (task_id, annotator, label, text, start, end: characters of the
-thinking), then a line on stderr about what was labelled. Status 1 if a chain has no labels."""
+thinking), then a line on stderr about what was labelled. Status 1 if a chain has no labels:
+that line names it, and what the others have is written."""
 
 JUDGES = "grammar, lexical, offline, openai:MODEL, replay:FOLDER"
+#: Chains without labels that are named, at most.
+NAMED = 5
 #: The names of records.STEERED, for the help; anything else is refused with what there is.
 BEHAVIOURS = "backtracking, uncertainty-estimation, example-testing, adding-knowledge, ..."
 
@@ -94,11 +124,12 @@ def _steer_options(made: argparse.ArgumentParser) -> None:
     add("--vectors", metavar="FILE", help="directions: a vectors.safetensors, a released .pt")
     add("--operation", default="add", help="add (default) or ablate")
     add("--where", default="all", help="all (default), generated or thinking")
-    add("--temperature", type=float, help="0 is greedy (default: the profile's)")
+    add("--temperature", type=float, help="0 is greedy (default: the run's)")
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    add("--max-tokens", type=int, help="limit of new tokens (default: the profile's)")
-    add("--profile", default="default", help="smoke, default, full or paper")
-    add("--judge", default="auto", help=f"who labels: {JUDGES}")
+    add("--max-tokens", type=int, help="limit of new tokens (default: the run's)")
+    add("--profile", default="default", help="smoke, default, full, paper: where a run is made")
+    add("--judge", default="auto", help=f"who labels: {JUDGES} (default: a free one)")
+    _judge_options(made)
     add("--results", metavar="DIR", help="folder of the runs (default: results/)")
     add("--device", default="auto", help="auto, cpu, mps, cuda, cuda:N")
     switch = argparse.BooleanOptionalAction
@@ -110,9 +141,24 @@ def _annotate_options(made: argparse.ArgumentParser) -> None:
     add = made.add_argument
     add("file", help="text, JSONL, JSON, or - for standard input")
     add("--judge", default="offline", help=f"who labels: {JUDGES} (default: offline)")
+    _judge_options(made)
+    add("--out", metavar="FILE", help="write the segments here instead of printing them")
+
+
+def _judge_options(made: argparse.ArgumentParser) -> None:
+    add = made.add_argument
     add("--base-url", metavar="URL", help="server of an openai: judge")
     add("--max-cost", type=float, metavar="USD", help="bound on what an openai: judge costs")
-    add("--out", metavar="FILE", help="write the segments here instead of printing them")
+
+
+def _of_the_judge(given: argparse.Namespace) -> dict[str, Any]:
+    """The options that only a judge behind an API takes, where they are given."""
+    options = {"base_url": given.base_url, "max_cost": given.max_cost}
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and not given.judge.startswith("openai:"):
+        flag = next(iter(options)).replace("_", "-")
+        raise UsageError(f"--{flag} is for a judge openai:MODEL, not for {given.judge}")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[:1] == ["run"]:
         from stllms import run
 
-        return run.main(given[1:])
+        return run.main(given[1:], prog="stllms run")
     try:
         status = _main(given)
         sys.stdout.flush()
@@ -158,23 +204,41 @@ def _main(argv: list[str]) -> int:
 def _steer(given: argparse.Namespace) -> int:
     if not given.question.strip():
         raise UsageError("the question is empty")
+    config = _configuration(given)
     from stllms import pairs
-    from stllms.config import RunConfig
 
-    names = ("model", "profile", "judge", "results", "device")
-    config = RunConfig(**{name: getattr(given, name) for name in names})
-    with redirect_stdout(sys.stderr):  # what is said while directions are made
-        bench = pairs.bench(config, given.vectors)
     names = ("behaviour", "coefficient", "layer", "operation", "where", "temperature", "seed")
     options = {name: getattr(given, name) for name in (*names, "max_tokens")}
     ask = pairs.Ask(pairs.task(given.question), **options)
+    pairs.check(ask)
+    with redirect_stdout(sys.stderr):  # what is said while directions are made
+        bench = pairs.bench(config, given.vectors)
     pair = pairs.write(bench, ask)
     chains = pair if given.plain else pair[1:]
+    if config.embedded:
+        print(
+            f"{config.model} is a fixture, built to be steerable: it knows only questions of "
+            f'its grammar, like "{EXAMPLE.question}"',
+            file=sys.stderr,
+        )
     if given.json:
         print(json.dumps(_as_json(bench, ask, chains), ensure_ascii=False, allow_nan=False))
     else:
         print(_as_text(chains, colour=has_colour()))
     return 0
+
+
+def _configuration(given: argparse.Namespace) -> RunConfig:
+    """The run that the options of ``steer`` name."""
+    from stllms.config import RunConfig, UnknownModel
+
+    names = ("model", "profile", "judge", "results", "device")
+    values = {name: getattr(given, name) for name in names}
+    try:
+        return RunConfig(**values, **_of_the_judge(given))
+    except UnknownModel as error:
+        there = str(error).replace("(--list-models)", "(stllms run --list-models)")
+        raise UsageError(there) from None
 
 
 def has_colour() -> bool:
@@ -241,11 +305,9 @@ def _chain_as_json(chain: Steered) -> dict[str, Any]:
 def _annotate(given: argparse.Namespace) -> int:
     from stllms import inputs
 
-    options = {"base_url": given.base_url, "max_cost": given.max_cost}
-    options = {name: value for name, value in options.items() if value is not None}
-    if options and not given.judge.startswith("openai:"):
-        flag = next(iter(options)).replace("_", "-")
-        raise UsageError(f"--{flag} is for a judge openai:MODEL, not for {given.judge}")
+    options = _of_the_judge(given)
+    if given.out is not None:
+        _check_out(given.file, given.out)
     chains = inputs.read(given.file)
     from stllms import annotate, spans
 
@@ -253,11 +315,22 @@ def _annotate(given: argparse.Namespace) -> int:
     made = annotator.annotate(chains)
     _write(made, given.out)
     counted = spans.summarise(made)
-    said = f"{annotator.name}: {counted.chains} chains, {counted.placed} segments"
-    print(
-        f"{said}, {counted.coverage:.1%} of the text labelled{_failures(made)}", file=sys.stderr
-    )
-    return 1 if counted.failed else 0
+    bare = [one for one in made if not one.segments]
+    labelled = f"{counted.coverage:.1%} of the text labelled" if counted.total else "no text"
+    said = f"{annotator.name}: {counted.chains} chains, {counted.placed} segments, {labelled}"
+    print(f"{said}, {_without_labels(bare)}", file=sys.stderr)
+    return 1 if bare else 0
+
+
+def _check_out(source: str, out: str) -> None:
+    """Refuses a file that cannot be written, before anything is labelled."""
+    path = Path(out).expanduser()
+    if path.is_dir():
+        raise UsageError(f"--out {out} is a folder; expected a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {path.parent}; make it first")
+    if source != "-" and path.resolve() == Path(source).expanduser().resolve():
+        raise UsageError(f"--out {out} is the file that is read; expected another")
 
 
 def _write(made: Sequence[Annotation], out: str | None) -> None:
@@ -278,11 +351,16 @@ def _write(made: Sequence[Annotation], out: str | None) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def _failures(made: Sequence[Annotation]) -> str:
-    failed = [one for one in made if one.failed is not None]
-    if not failed:
-        return ", none failed"
-    return f", {len(failed)} failed; first: {failed[0].task_id}: {failed[0].failed}"
+def _without_labels(bare: Sequence[Annotation]) -> str:
+    """The chains without a segment by name, each with the reason."""
+    if not bare:
+        return "no chain without labels"
+    named = [
+        f"{one.task_id} ({one.failed or ('nothing found' if one.ledger['total'] else 'empty')})"
+        for one in bare[:NAMED]
+    ]
+    more = [f"{len(bare) - NAMED} more"] if len(bare) > NAMED else []
+    return f"{len(bare)} without labels: {', '.join([*named, *more])}"
 
 
 if __name__ == "__main__":

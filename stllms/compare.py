@@ -7,6 +7,7 @@ models, so its loop lives here, above the stages.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from stllms import comparison, generate, models, released, remote, tasks
 from stllms.annotate import read, stage
 from stllms.artifacts import Folder
 from stllms.comparison import Member
-from stllms.config import MODELS, ModelEntry, RunConfig
-from stllms.records import Annotation, Response
+from stllms.config import MODELS, ModelEntry, RunConfig, resolve
+from stllms.records import Annotation, Response, Task
 
 #: Released file -> the label reader: the treatment of METHOD section 11, and the sound one.
 READERS = {"published": "published-counts", "apart": "tolerant"}
@@ -25,14 +26,28 @@ READERS = {"published": "published-counts", "apart": "tolerant"}
 def members(config: RunConfig, folder: Folder) -> list[Member]:
     """The compared models in their stable order, with the chains they lack made now.
 
-    The models of ``config.models``, then the released files of ``config.published``.
+    The models of ``config.models``, then the released files of ``config.published``. Raises
+    ``ValueError`` before any chain is made where an API takes no limit as small as the run's.
     """
+    for name in config.models:
+        remote.check_limit(resolve(name), config.settings.max_tokens_compare)
     found = [of_model(config.for_model(name), folder.member(name)) for name in config.models]
     if config.published is not None:
         paths = sorted(Path(config.published).glob("reasoning_comparison_*.json"))
         released_ones = [of_released(path, READERS[config.empty_chains]) for path in paths]
         found += [_apart(one, found) for one in released_ones]
-    return comparison.ordered(found)
+    return comparison.ordered(_distinct(found))
+
+
+def _distinct(found: Sequence[Member]) -> list[Member]:
+    """The members; those whose display name another has too go by owner and name."""
+    often = Counter(one.display for one in found)
+    return [
+        replace(one, display="/".join(one.name.split("/")[-2:]))
+        if often[one.display] > 1
+        else one
+        for one in found
+    ]
 
 
 def _apart(one: Member, others: Sequence[Member]) -> Member:
@@ -42,9 +57,12 @@ def _apart(one: Member, others: Sequence[Member]) -> Member:
 
 
 def of_model(config: RunConfig, folder: Folder) -> Member:
-    """One model: its chains on the comparison's tasks, annotated."""
+    """One model: its chains on the comparison's tasks, annotated.
+
+    A task for which an API gave no chain, or none with reasoning, is unavailable.
+    """
     folder.open()
-    responses, model = _responses(config, folder)
+    responses, model, lacking = _responses(config, folder)
     annotations = stage.annotations(
         stage.for_run(config),
         responses,
@@ -52,31 +70,57 @@ def of_model(config: RunConfig, folder: Folder) -> Member:
         store=folder.rows(folder.annotations, stage.KEY),
     )
     return comparison.member(
-        config.entry, annotations, tasks=config.task_set, annotator=config.annotator
+        config.entry,
+        [*annotations, *lacking],
+        tasks=config.task_set,
+        annotator=config.annotator,
     )
 
 
-def _responses(config: RunConfig, folder: Folder) -> tuple[list[Response], models.Model | None]:
+def _responses(
+    config: RunConfig, folder: Folder
+) -> tuple[list[Response], models.Model | None, list[Annotation]]:
+    """The chains, the model where it is local, and a failed annotation for each task that an
+    API gave no chain for."""
     asked = tasks.for_run(config, "compare")
     options = generate.options(config) | {
         "max_new_tokens": config.settings.max_tokens_compare,
     }
     if config.entry.source == "api":
         made = remote.responses(
-            config.entry.api_id,
+            config.model,
             asked,
             max_new_tokens=options["max_new_tokens"],
             temperature=options["temperature"],
+            style=options["style"],
             base_url=config.base_url,
             max_cost=config.max_cost,
             folder=folder.path / "api",
         )
-        return made, None
+        kept = [one for one in made if not remote.withheld(one, config.entry.kind)]
+        return kept, None, _lacking(config, folder, asked, made, kept)
     model = models.for_run(config)
     folder.note(device=str(model.device), dtype=str(model.dtype))
-    return generate.responses(
-        model, asked, store=folder.rows(folder.responses), **options
-    ), model
+    made = generate.responses(model, asked, store=folder.rows(folder.responses), **options)
+    return made, model, []
+
+
+def _lacking(
+    config: RunConfig,
+    folder: Folder,
+    asked: Sequence[Task],
+    made: Sequence[Response],
+    kept: Sequence[Response],
+) -> list[Annotation]:
+    """What stands for the tasks whose chain an API did not give, with the reason."""
+    reasons = remote.failures(folder.path / "api")
+    reasons |= {one.task_id: "the reply holds no reasoning" for one in made}
+    have = {one.task_id for one in kept}
+    return [
+        Annotation(task.id, config.annotator, failed=reasons.get(task.id, "no reply"))
+        for task in asked
+        if task.id not in have
+    ]
 
 
 def of_released(path: Path, reader: str) -> Member:

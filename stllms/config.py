@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stllms import checks, gym, registry
-from stllms.registry import MODELS, PACKAGE, ModelEntry, UnknownModel, resolve, slug
+from stllms.registry import MODELS, PACKAGE, ModelEntry, UnknownModel, repository, resolve, slug
 
 __all__ = [
     "CHOICES", "MODELS", "PACKAGE", "PARAMETERS", "PROFILES", "ModelEntry", "Profile",
@@ -73,15 +73,8 @@ ANNOTATORS = ("auto", "grammar", "lexical", "offline", "openai:MODEL", "replay:F
 
 #: The literals of every notebook's ``parameters`` cell, in order.
 PARAMETERS = (
-    "model",
-    "profile",
-    "judge",
-    "results",
-    "seed",
-    "n_samples",
-    "max_tokens",
-    "options",
-)
+    "model", "profile", "judge", "results", "seed", "n_samples", "max_tokens", "options",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,8 @@ class RunConfig:
     ``model`` is normalised to its entry's name. ``n_samples`` is the number of tasks the
     directions are built from. ``tasks`` is ``None`` (the grammar for an embedded model, else
     ``messages``), one of these two names, ``gym:NAME`` for a dataset of reasoning-gym, or the
-    path of a JSONL file. ``compare`` names the other models of notebook 05. Raises
+    path of a JSONL file. ``compare`` names the other models of notebook 05. ``max_cost`` bounds
+    each folder of replies: what a model's judge costs, and what an API model costs. Raises
     ``ValueError`` that says which field is wrong, what it was and what is expected;
     :class:`UnknownModel` for a model.
     """
@@ -397,10 +391,3 @@ class RunConfig:
             name: value for name, value in values.items() if value != defaults[name]
         }
         return cell
-
-
-def repository() -> Path | None:
-    """The root of the checkout that this package is imported from, ``None`` for a wheel."""
-    root = PACKAGE.parent
-    checkout = (root / "pyproject.toml").is_file() and (root / "notebooks").is_dir()
-    return root if checkout else None

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -41,9 +42,16 @@ def load(
     profile: str = "default",
     judge: str = "auto",
     results: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Bench:
-    """The bench of a notebook's parameters: :func:`stllms.pairs.bench`."""
-    return pairs.bench(RunConfig.from_parameters(model, profile, judge, results))
+    """The bench of a notebook's parameters: :func:`stllms.pairs.bench`.
+
+    ``options`` is any other field of :class:`~stllms.config.RunConfig` by name, such as the
+    ``max_cost`` of a judge.
+    """
+    return pairs.bench(
+        RunConfig.from_parameters(model, profile, judge, results, options=options)
+    )
 
 
 def choices(bench: Bench, n: int = TASKS) -> list[Task]:

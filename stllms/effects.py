@@ -217,10 +217,14 @@ def _mean_curve(effects: np.ndarray) -> np.ndarray:
 
 
 def best_layers(measured: LayerEffects, key: str, names: Sequence[str]) -> pd.DataFrame:
-    """:func:`best_layer` of every behaviour that has effects in at least four responses."""
+    """:func:`best_layer` of every behaviour that has effects in at least four responses.
+
+    The last layer is left out: only the head comes after it, so that a direction added there
+    is a constant added to the logits, and no step of reasoning can follow from it.
+    """
     rows = []
     for name in [n for n in names if n in measured.behaviours]:
-        values = measured.of(key)[:, measured.behaviours.index(name)]
+        values = measured.of(key)[:, measured.behaviours.index(name), :-1]
         if (~np.isnan(values).any(1)).sum() >= 4:
             rows.append(vars(best_layer(values, name)))
     columns = list(BestLayer.__dataclass_fields__)

@@ -58,6 +58,24 @@ class _Bar:
         """The bar is shared by all notebooks of the run."""
 
 
+class _Estimates:
+    """What papermill takes for the file of a notebook's output: shows the lines that say what
+    an API will cost, above the bar, before the first call is sent."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+
+    def write(self, text: str) -> None:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            if pipeline.ESTIMATE.match(line):
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+
+    def flush(self) -> None:
+        """Every whole line is shown as it comes."""
+
+
 def execute(jobs: Sequence[Job], *, quiet: bool = False) -> None:
     """Runs the notebooks one after the other and stops at the first failure.
 
@@ -78,7 +96,7 @@ def execute(jobs: Sequence[Job], *, quiet: bool = False) -> None:
         for job in jobs:
             bar.set_description(job.title)
             _execute(job, _Bar(bar))
-            if not pipeline.is_done(job.stage, job.config):
+            if not pipeline.has_run(job.stage, job.config):
                 raise StageError(f"{job.title}: the notebook does not end with run.finish")
 
 
@@ -99,6 +117,7 @@ def _execute(job: Job, bar: _Bar) -> None:
     from papermill.exceptions import PapermillExecutionError
 
     _register()
+    pipeline.renew(job.stage, job.config)
     folder = pipeline.folder_of(job.stage, job.config).open()
     source = pipeline.notebook(job.stage)
     copy, failed = (folder.notebooks / f"{job.stage}{end}.ipynb" for end in ("", ".failed"))
@@ -113,6 +132,7 @@ def _execute(job: Job, bar: _Bar) -> None:
             engine_name="stllms",
             progress_bar=False,
             cwd=str(source.parent),
+            stdout_file=_Estimates(),
             bar=bar,
         )
     except PapermillExecutionError as error:

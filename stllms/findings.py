@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from stllms import claims, evaluation
-from stllms.claims import Row
+from stllms.claims import Made, Row
 from stllms.config import MODELS
 from stllms.records import HEATMAP, STEERED
 
@@ -26,22 +26,26 @@ VALUES = ["value", "low", "high"]
 
 
 def _verdict(
-    shown: int, tests: int, slug: str, paper: Collection[str] = claims.STEERING
+    shown: int,
+    tests: int,
+    slug: str,
+    made: Made,
+    paper: Collection[str] = claims.STEERING,
 ) -> str:
     """How much of a claim was shown, and on what; ``paper`` are the models it is about."""
     degree = "shown in part" if 0 < shown < tests else "shown" if shown else "not shown"
     if slug in MODELS and MODELS[slug].source == "embedded":
         return f"{degree} on a fixture, no evidence about the paper"
-    return f"{degree} on " + ("the paper's model" if slug in paper else "another model")
+    if slug not in paper:
+        return f"{degree} on another model"
+    if made.as_paper:
+        return f"{degree} on the paper's model"
+    profile = made.profile or "an unknown profile"
+    return f"{degree} on {claims.display(slug)} with {profile}, not the paper's run"
 
 
 def _released(equal: bool) -> str:
     return claims.REPRODUCED if equal else claims.DIFFERS
-
-
-def _slug(name: str) -> str:
-    """The inverse of :func:`display`."""
-    return next((slug for slug, entry in MODELS.items() if entry.display == name), name)
 
 
 def _number(value: float, low: float, high: float, *, scale: float = 100) -> str:
@@ -94,7 +98,14 @@ def released_comparison(groups: pd.DataFrame, treatment: str, note: str) -> Iter
     )
 
 
-def run_comparison(rows: pd.DataFrame, pair: pd.DataFrame, thinking: str, instruct: str) -> Row:
+def slug_of(name: str) -> str:
+    """The run folder of a display name, the name itself for a model of a person's own."""
+    return next((slug for slug, entry in MODELS.items() if entry.display == name), name)
+
+
+def run_comparison(
+    rows: pd.DataFrame, pair: pd.DataFrame, thinking: str, instruct: str, made: Made
+) -> Row:
     """A pair of a run. Shown: all six differences have the paper's sign, Holm p below .05."""
     cells = rows.set_index(["model", "behaviour"])[VALUES]
     ours = {
@@ -111,9 +122,10 @@ def run_comparison(rows: pd.DataFrame, pair: pd.DataFrame, thinking: str, instru
     ]
     tasks = int(tests["n"].max())
     return claims.compared(
-        f"{thinking} and {instruct}, {tasks} tasks",
-        _verdict(len(shown), len(claims.ORDER), _slug(thinking), claims.COMPARED),
+        made.after(f"{thinking} and {instruct}, {tasks} tasks"),
+        _verdict(len(shown), len(claims.ORDER), slug_of(thinking), made, claims.COMPARED),
         treatment="apart",
+        pair=f"{thinking} and {instruct}",
         ours=claims.listed(ours),
         note="the paper's sign with Holm p < .05: " + (", ".join(shown) or "none"),
     )
@@ -122,10 +134,11 @@ def run_comparison(rows: pd.DataFrame, pair: pd.DataFrame, thinking: str, instru
 # -- steering ------------------------------------------------------------------------------
 
 
-def run_steering(slug: str, table: pd.DataFrame) -> Row:
-    """A steered model. Shown: all eight changes go the claimed way, Holm p below .05."""
+def run_steering(slug: str, table: pd.DataFrame, made: Made) -> Row:
+    """A steered model. Shown: all eight changes go the claimed way, with Holm p below .05 and
+    further than any random direction of the same length takes the behaviour."""
     bars = evaluation.bars(table).set_index(["behaviour", "mode"])
-    ours, shown, tests = {}, [], 0
+    ours, shown, inside, tests = {}, [], [], 0
     own = table[
         (table["metric"] == "token fraction") & (table["behaviour"] == table["direction"])
     ]
@@ -137,15 +150,28 @@ def run_steering(slug: str, table: pd.DataFrame) -> Row:
             tests += 1
             change = sign * (cell["value"] - cells[0]["value"])
             if change > 0 and p_holm.get((b, float(sign)), np.nan) < LEVEL:
-                shown.append(f"{b} {'+' if sign > 0 else '-'}")
+                name = f"{b} {'+' if sign > 0 else '-'}"
+                (inside if _as_random(cell, sign) else shown).append(name)
     tasks = int(np.nanmax(bars["n"].to_numpy(float), initial=0))
+    random = own["null_low"].notna().any()
+    where = " and outside the range of random directions" if random else ""
+    note = f"changes the claimed way with Holm p < .05{where}: {', '.join(shown) or 'none'}"
+    if inside:
+        note += f"; with Holm p < .05 but inside that range: {', '.join(inside)}"
     return claims.steered(
         slug,
-        f"{claims.display(slug)}, {tasks} tasks",
-        _verdict(len(shown), tests, slug),
+        made.after(f"{claims.display(slug)}, {tasks} tasks"),
+        _verdict(len(shown), tests, slug, made),
         ours=claims.listed(ours),
-        note="changes the claimed way with Holm p < .05: " + (", ".join(shown) or "none"),
+        note=note if random else f"{note}; no random directions to compare with",
     )
+
+
+def _as_random(cell: pd.Series, sign: int) -> bool:
+    """Whether a random direction takes the behaviour as far; never without any."""
+    if sign > 0:
+        return bool(cell["value"] <= cell["null_high"])
+    return bool(cell["value"] >= cell["null_low"])
 
 
 # -- layer effects -------------------------------------------------------------------------
@@ -204,7 +230,7 @@ def released_effects(slug: str, peaks: pd.DataFrame) -> Iterator[Row]:
     )
 
 
-def run_effects(slug: str, measured: Mapping[str, pd.DataFrame]) -> Row:
+def run_effects(slug: str, measured: Mapping[str, pd.DataFrame], made: Made) -> Row:
     """Peaks of a run, the published objective where there is one. Shown: in the middle half."""
     name = next(iter(measured))
     peaks = measured[name]
@@ -214,9 +240,12 @@ def run_effects(slug: str, measured: Mapping[str, pd.DataFrame]) -> Row:
         note += f"; exact effects at own spans: {', '.join(exact)}"
     return claims.peaked(
         slug,
-        f"{claims.display(slug)}, {name}, {peaks['n'].max()} responses, "
-        f"{peaks['layers'].max()} layers",
-        _verdict(len(peaks) - len(_outside(peaks)), len(peaks), slug),
+        made.after(
+            f"{claims.display(slug)}, {name}, {peaks['n'].max()} responses, "
+            f"{peaks['layers'].max()} layers"
+        ),
+        _verdict(len(peaks) - len(_outside(peaks)), len(peaks), slug, made),
+        run=True,
         ours=claims.listed(_layers(peaks, "peak")),
         note=note,
     )
@@ -243,26 +272,28 @@ def released_heatmap(matrix: pd.DataFrame) -> Row:
     )
 
 
-def run_heatmap(slug: str, matrix: pd.DataFrame) -> Row:
+def run_heatmap(slug: str, matrix: pd.DataFrame, made: Made) -> Row:
     """Cosines of a run. Shown: every pair of directions is below :data:`SAME`."""
     cosines, n = _upper(matrix)
     below = int((cosines < SAME).sum())
     return claims.distinct(
-        f"{claims.display(slug)}, {n} directions",
-        _verdict(below, len(cosines), slug),
+        made.after(f"{claims.display(slug)}, {n} directions"),
+        _verdict(below, len(cosines), slug, made),
+        run=slug,
         ours=claims.triangle(cosines, n),
         note=f"{below} of {len(cosines)} cosines below {SAME}",
     )
 
 
-def run_embedding(slug: str, table: pd.DataFrame) -> Row:
+def run_embedding(slug: str, table: pd.DataFrame, made: Made) -> Row:
     """Similarity of a run. Shown: larger at the first layer than at the last, for all."""
     first, last = table.iloc[:, 0].to_numpy(float), table.iloc[:, -1].to_numpy(float)
     ours = {b: f"{f:.2f} and {s:.2f}" for b, f, s in zip(table.index, first, last, strict=True)}
     falls = int((first > last).sum())
     return claims.early(
-        f"{claims.display(slug)}, {table.shape[1]} layers",
-        _verdict(falls, len(table), slug),
+        made.after(f"{claims.display(slug)}, {table.shape[1]} layers"),
+        _verdict(falls, len(table), slug, made),
+        run=slug,
         ours=claims.listed(ours),
         note=f"larger at the first layer for {falls} of {len(table)}",
     )

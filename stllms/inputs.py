@@ -29,7 +29,8 @@ def read(source: str) -> list[Response]:
     """The chains of a file, or of standard input for ``-``.
 
     Rows are called by their ``task_id``, else by their number from 1. Raises
-    :class:`BadFile`, one line that names the file and what is wrong with it.
+    :class:`BadFile`, one line that names the file, the place in it, and what is wrong there;
+    two chains of one name are refused, for their segments could not be told apart.
     """
     name = "standard input" if source == "-" else source
     text = _content(source, name)
@@ -38,7 +39,17 @@ def read(source: str) -> list[Response]:
     rows = _rows(text, name, Path(source).suffix.lower())
     if rows is None:
         return [_response("1", text, whole=False)]
-    return [_row(row, number, name) for number, row in enumerate(rows, 1)]
+    made, places = [], {}
+    for number, (place, row) in enumerate(rows, 1):
+        one = _row(row, number, f"{name}, {place}")
+        if one.task_id in places:
+            raise BadFile(
+                f"{name}, {place}: task_id {one.task_id!r} again, it is that of "
+                f"{places[one.task_id]}; expected a task_id for each chain"
+            )
+        places[one.task_id] = place
+        made.append(one)
+    return made
 
 
 def _content(source: str, name: str) -> str:
@@ -55,8 +66,8 @@ def _content(source: str, name: str) -> str:
         raise BadFile(f"{name}: cannot be read ({error.strerror})") from None
 
 
-def _rows(text: str, name: str, suffix: str) -> list[Any] | None:
-    """The rows of JSON or JSONL, ``None`` for plain text."""
+def _rows(text: str, name: str, suffix: str) -> list[tuple[str, Any]] | None:
+    """The rows of JSON or JSONL, each with its place; ``None`` for plain text."""
     start = text.lstrip()[0]
     if start == "[" or suffix == ".json":
         try:
@@ -67,28 +78,30 @@ def _rows(text: str, name: str, suffix: str) -> list[Any] | None:
             raise BadFile(f"{name}: no whole JSON ({error})") from None
         if not isinstance(rows, list) or not rows:
             raise BadFile(f"{name}: expected a list of chains that is not empty")
-        return rows
+        return [(f"chain {number}", row) for number, row in enumerate(rows, 1)]
     if start != "{" and suffix != ".jsonl":
         return None
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1)]
-    return [_line(line, number, name) for number, line in lines if line.strip()]
+    lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1)]
+    return [(place, _line(line, f"{name}, {place}")) for place, line in lines if line.strip()]
 
 
-def _line(line: str, number: int, name: str) -> Any:
+def _line(line: str, place: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise BadFile(f"{name}, line {number}: no JSON ({error})") from None
+        raise BadFile(f"{place}: no JSON ({error})") from None
 
 
-def _row(row: Any, number: int, name: str) -> Response:
+def _row(row: Any, number: int, place: str) -> Response:
+    """The chain of a row; ``number`` is its name if it has none, ``place`` is for errors."""
     if not isinstance(row, Mapping):
-        raise BadFile(f"{name}, chain {number}: a {type(row).__name__}, expected an object")
+        raise BadFile(f"{place}: a {type(row).__name__}, expected an object")
+    task_id = number if row.get("task_id") is None else row["task_id"]
     for key, whole in FIELDS.items():
         if isinstance(row.get(key), str):
-            return _response(str(row.get("task_id", number)), row[key], whole=whole)
+            return _response(str(task_id), row[key], whole=whole)
     wanted, found = ", ".join(FIELDS), ", ".join(map(str, row)) or "nothing"
-    raise BadFile(f"{name}, chain {number}: expected one of {wanted}; it has {found}")
+    raise BadFile(f"{place}: expected one of {wanted}; it has {found}")
 
 
 def _response(task_id: str, text: str, *, whole: bool) -> Response:

@@ -21,7 +21,7 @@ import pandas as pd
 
 from stllms import artifacts, claims, findings, published, published_tables
 from stllms.artifacts import BadFile
-from stllms.claims import Row
+from stllms.claims import Made, Row
 from stllms.config import RunConfig
 from stllms.effects import LayerEffects
 from stllms.records import STEERED
@@ -98,6 +98,15 @@ def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
     return found
 
 
+def _made(folder: Path) -> Made:
+    """How the run in a folder was made."""
+    path = folder / "run.json"
+    record = artifacts.read_json(path) if path.is_file() else {}
+    if not isinstance(record, dict):
+        raise BadFile(f"{path}: not written by stllms (not a JSON object)")
+    return Made.of(record)
+
+
 # -- comparison --------------------------------------------------------------------------
 
 
@@ -139,7 +148,8 @@ def _run_comparison(results: Path) -> Iterator[Row]:
     rows = rows[(rows["metric"] == "segment fraction") & (rows["source"] == "run")]
     for (thinking, instruct), pair in pairs.groupby(["thinking", "instruct"], sort=False):
         if {thinking, instruct} <= {*rows["model"]}:
-            yield findings.run_comparison(rows, pair, thinking, instruct)
+            made = _made(folder / findings.slug_of(thinking))
+            yield findings.run_comparison(rows, pair, thinking, instruct, made)
 
 
 # -- steering ----------------------------------------------------------------------------
@@ -147,6 +157,7 @@ def _run_comparison(results: Path) -> Iterator[Row]:
 
 def _steering(results: Path) -> Iterator[Row]:
     columns = ("behaviour", "direction", "coefficient", "metric", "value", "ci_low", "p_holm")
+    columns += ("null_low", "null_high")
     found = {
         path.parent.name: _table(path, columns)
         for path in sorted(results.glob("*/steering.csv"))
@@ -156,7 +167,7 @@ def _steering(results: Path) -> Iterator[Row]:
             yield claims.steered(slug, "not run here", claims.needs(slug))
     for slug, table in found.items():
         if table is not None:
-            yield findings.run_steering(slug, table)
+            yield findings.run_steering(slug, table, _made(results / slug))
 
 
 # -- layer effects -----------------------------------------------------------------------
@@ -179,7 +190,7 @@ def _effects(results: Path) -> Iterator[Row]:
     for slug, path in runs.items():
         measured = _peaks(slug, path)
         if measured:
-            yield findings.run_effects(slug, measured)
+            yield findings.run_effects(slug, measured, _made(results / slug))
 
 
 _PEAKS = ("peak", "peak_low", "peak_high", "late_peak", "late_peak_low", "late_peak_high")
@@ -216,7 +227,7 @@ def _heatmap(results: Path) -> Iterator[Row]:
     if (found is None or not len(found)) and claims.HEATMAP_MODEL not in runs:
         yield claims.distinct("not run here", claims.needs(claims.HEATMAP_MODEL))
     for slug, matrix in runs.items():
-        yield findings.run_heatmap(slug, matrix)
+        yield findings.run_heatmap(slug, matrix, _made(results / slug))
 
 
 def _embedding(results: Path) -> Iterator[Row]:
@@ -224,7 +235,7 @@ def _embedding(results: Path) -> Iterator[Row]:
     if not any(slug in claims.STEERING for slug in runs):
         yield claims.early("not run here", claims.needs(claims.HEATMAP_MODEL))
     for slug, table in runs.items():
-        yield findings.run_embedding(slug, table)
+        yield findings.run_embedding(slug, table, _made(results / slug))
 
 
 def _of_runs(results: Path, figure: str, columns: Sequence[str]) -> dict[str, pd.DataFrame]:

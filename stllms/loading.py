@@ -33,6 +33,7 @@ def read(
     place: torch.device,
     dtype: torch.dtype,
     quantization: str | None = None,
+    revision: str | None = None,
 ) -> tuple[nn.Module, Any]:
     """The causal language model of an entry, on its device, and its tokenizer.
 
@@ -43,6 +44,10 @@ def read(
     if quantization is not None:
         options |= _quantization(quantization, place, dtype)
     source, more = source_of(entry)
+    if revision is not None:
+        if entry.source != "hub":
+            raise ModelError(f"{entry.name} is no model of the hub: it has no revision")
+        more = more | {"revision": revision}
     # The reader of GGUF files draws a bar of its own that no switch of transformers stops.
     bars = contextlib.redirect_stderr(io.StringIO()) if entry.source == "gguf" else quiet()
     with quiet(), bars:

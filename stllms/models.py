@@ -275,6 +275,7 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     quantization: str | None = None,
+    revision: str | None = None,
 ) -> Model:
     """Load a model by hub id, local folder or registry name, and check it.
 
@@ -283,6 +284,7 @@ def load(
         device: ``"auto"`` is CUDA, else Apple's MPS, else the CPU.
         dtype: ``"auto"`` is bfloat16 on CUDA, float32 elsewhere; or a torch type or its name.
         quantization: ``"8bit"`` or ``"4bit"`` (bitsandbytes, CUDA only).
+        revision: commit, tag or branch of a model of the hub.
 
     Raises:
         UnknownModel: for a name that is nothing of these.
@@ -290,7 +292,7 @@ def load(
     """
     place = pick_device(device)
     entry = config.resolve(str(name))
-    hf, tokenizer = loading.read(entry, place, pick_dtype(dtype, place), quantization)
+    hf, tokenizer = loading.read(entry, place, pick_dtype(dtype, place), quantization, revision)
     model = wrap(hf, tokenizer, name=entry.name)
     model.self_check()
     return model
@@ -299,7 +301,11 @@ def load(
 def for_run(setup: config.RunConfig) -> Model:
     """The model of a run, on its device and in its type."""
     return load(
-        setup.model, device=setup.device, dtype=setup.dtype, quantization=setup.quantization
+        setup.model,
+        device=setup.device,
+        dtype=setup.dtype,
+        quantization=setup.quantization,
+        revision=setup.revision,
     )
 
 

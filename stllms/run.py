@@ -13,44 +13,53 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from stllms import pipeline, report
+from stllms import checks, pipeline, report
 from stllms.artifacts import LockedFolder
-from stllms.config import MODELS, PROFILES, RunConfig
+from stllms.config import MODELS, PROFILES, RunConfig, resolve
 from stllms.pipeline import STAGES, StageError, ensure, finish
+from stllms.registry import OTHERS
 
 __all__ = ["STAGES", "StageError", "ensure", "finish", "main"]
 
 EXAMPLES = """examples:
-  python -m stllms.run                                  the embedded model, offline
-  python -m stllms.run --profile smoke --to 02          a quick look, notebooks 01 and 02
-  python -m stllms.run --model smollm2 --profile smoke  a real model of 135 M parameters
-  python -m stllms.run --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \\
-      --profile paper --judge openai:gpt-4.1            the paper's run
-  python -m stllms.run --published DIR                  the paper's own files, no model
-  python -m stllms.run --option reader=published --option coefficients=-1,-0.5,0,0.5,1
+  {prog}                                  the embedded model, offline
+  {prog} --profile smoke --to 02          a quick look, notebooks 01 and 02
+  {prog} --model smollm2 --profile smoke  a real model of 135 M parameters
+  {prog} --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \\
+      --profile paper --judge openai:gpt-4.1   the paper's run
+  {prog} --published DIR                  the paper's own files, no model
+  {prog} --option reader=published --option coefficients=-1,-0.5,0,0.5,1
 """
 
-#: Options of the command line that are fields of ``RunConfig``: flag, type, help.
-SINGLE: tuple[tuple[str, type, str], ...] = (
-    ("--judge", str, "annotator: grammar, lexical, offline, openai:MODEL, replay:FOLDER"),
-    ("--results", str, "folder for the runs (default: results/, or STLLMS_RESULTS)"),
-    ("--seed", int, "seed of all sampling"),
-    ("--n-samples", int, "tasks that the directions are built from"),
-    ("--n-evaluate", int, "tasks that steering is evaluated on"),
-    ("--max-tokens", int, "limit of new tokens, for the comparison as well"),
-    ("--temperature", float, "0 is greedy"),
-    ("--batch-size", int, "rows decoded at once"),
-    ("--device", str, "auto, cpu, mps, cuda, cuda:N"),
-    ("--dtype", str, "auto, float32, bfloat16, float16"),
-    ("--quantization", str, "8bit or 4bit"),
-    ("--revision", str, "revision of the model on the hub"),
-    ("--tasks", str, "grammar, messages, checkable, gym:NAME, or a JSONL file"),
-    ("--base-url", str, "OpenAI-compatible server of a judge or an API model"),
-    ("--max-cost", float, "stop before spending more than this, in US dollars"),
-    ("--published", str, "folder of the files released with the paper; alone: draws them"),
+#: What the command is called where its caller does not say.
+PROG = "python -m stllms.run"
+
+#: Options of the command line that are fields of ``RunConfig``: flag, type, metavar, help.
+SINGLE: tuple[tuple[str, type, str, str], ...] = (
+    ("--judge", str, "WHO", "grammar, lexical, offline, openai:MODEL or replay:FOLDER"),
+    ("--results", str, "DIR", "folder for the runs (default: results/, or STLLMS_RESULTS)"),
+    ("--seed", int, "N", "seed of all sampling"),
+    ("--n-samples", int, "N", "tasks that the directions are built from"),
+    ("--n-evaluate", int, "N", "tasks that steering is evaluated on"),
+    ("--max-tokens", int, "N", "limit of new tokens, for the comparison as well"),
+    ("--temperature", float, "NUMBER", "0 is greedy"),
+    ("--batch-size", int, "N", "rows decoded at once"),
+    ("--device", str, "DEVICE", "auto, cpu, mps, cuda, cuda:N"),
+    ("--dtype", str, "DTYPE", "auto, float32, bfloat16, float16"),
+    ("--quantization", str, "BITS", "8bit or 4bit (CUDA and bitsandbytes)"),
+    ("--revision", str, "COMMIT", "revision of the model on the hub"),
+    ("--tasks", str, "SET", "grammar, messages, checkable, gym:NAME, or a JSONL file"),
+    ("--base-url", str, "URL", "OpenAI-compatible server of a judge or an API model"),
+    ("--max-cost", float, "USD", "bound in US dollars of each judge and each API model"),
+    ("--published", str, "DIR", "folder of the paper's released files; alone: draws them"),
 )
+
+
+#: Stages with their configurations, in the order in which they run.
+Chosen = list[tuple[str, RunConfig]]
 
 
 class UsageError(ValueError):
@@ -62,12 +71,12 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The command line of a command called ``prog``."""
     made = _Parser(
-        prog="python -m stllms.run",
+        prog=prog,
         description=__doc__.splitlines()[0],
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.format(prog=prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -75,11 +84,11 @@ def parser() -> argparse.ArgumentParser:
         "--model",
         action="append",
         metavar="NAME",
-        help="registry name, hub id or local folder; may be repeated (default: tiny-thinker)",
+        help=f"registry name, {OTHERS}; may be repeated (default: tiny-thinker)",
     )
     made.add_argument("--profile", metavar="NAME", help=" | ".join(PROFILES))
-    for flag, kind, text in SINGLE:
-        made.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+    for flag, kind, word, text in SINGLE:
+        made.add_argument(flag, type=kind, metavar=word, help=text)
     made.add_argument(
         "--option",
         action="append",
@@ -96,25 +105,29 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for; returns the exit status and raises nothing."""
+def main(argv: Sequence[str] | None = None, *, prog: str = PROG) -> int:
+    """Runs what the command line asks for; returns the exit status and raises nothing.
+
+    ``prog`` is what the command is called in its help and in its errors.
+    """
+    called = "stllms.run" if prog == PROG else prog
     try:
-        return _main(sys.argv[1:] if argv is None else list(argv))
+        return _main(sys.argv[1:] if argv is None else list(argv), prog)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except StageError as error:
-        print(f"stllms.run: {error}", file=sys.stderr)
+        print(f"{called}: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError, LockedFolder) as error:
-        print(f"stllms.run: {error}", file=sys.stderr)
+        print(f"{called}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stllms.run: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"{called}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
 
 
-def _main(argv: list[str]) -> int:
-    known = parser()
+def _main(argv: list[str], prog: str) -> int:
+    known = parser(prog)
     given, unknown = known.parse_known_args(argv)
     if unknown:
         raise UsageError(_unknown(unknown[0], known))
@@ -126,6 +139,7 @@ def _main(argv: list[str]) -> int:
     configs = configurations(given)
     stages = _selected(given.first, given.last)
     chosen = _jobs(configs, stages)
+    _check_inputs(chosen if given.fresh else _pending(chosen))
     if given.fresh:
         _delete(chosen)
     for stage, config in chosen:
@@ -136,14 +150,26 @@ def _main(argv: list[str]) -> int:
         print(f"nothing to do: {', '.join(labels)} complete (--fresh starts again)")
     else:
         _announce(chosen, todo)
-        from stllms import execute  # papermill takes two seconds
-
-        execute.execute([execute.Job(*job) for job in todo], quiet=given.quiet)
-        for label in dict.fromkeys(pipeline.folder_of(*job).label for job in chosen):
-            print(f"done: {label}")
+        _execute(chosen, todo, quiet=given.quiet)
     if not given.configuration:  # a notebook that runs earlier ones shows no report
         _report(chosen)
     return 0
+
+
+def _execute(chosen: Chosen, todo: Chosen, *, quiet: bool) -> None:
+    """Runs the notebooks; then those whose directions changed because chains that had failed
+    are now labelled. Says what failed in the end."""
+    from stllms import execute  # papermill takes two seconds
+
+    execute.execute([execute.Job(*job) for job in todo], quiet=quiet)
+    late = _pending(chosen, again=False)
+    if late:
+        execute.execute([execute.Job(*job) for job in late], quiet=quiet)
+    for label in dict.fromkeys(pipeline.folder_of(*job).label for job in chosen):
+        print(f"done: {label}")
+    for stage, config in dict.fromkeys([*chosen, *todo]):
+        if n := pipeline.failed(stage, config):
+            print(f"{stage}: {n} chains failed; the same command asks for them again")
 
 
 def _report(chosen: Chosen) -> None:
@@ -177,7 +203,7 @@ def configurations(given: argparse.Namespace) -> list[RunConfig]:
     if given.configuration:
         return [RunConfig.from_parameters(**json.loads(given.configuration))]
     values: dict[str, Any] = {}
-    for name in ("profile", *(flag.lstrip("-").replace("-", "_") for flag, _, _ in SINGLE)):
+    for name in ("profile", *(flag.lstrip("-").replace("-", "_") for flag, *_ in SINGLE)):
         if getattr(given, name) is not None:
             values[name] = getattr(given, name)
     for text in given.option:
@@ -215,9 +241,6 @@ def _selected(first: str | None, last: str | None) -> tuple[str, ...]:
     return STAGES[start : stop + 1]
 
 
-Chosen = list[tuple[str, RunConfig]]
-
-
 def _jobs(configs: list[RunConfig], stages: tuple[str, ...]) -> Chosen:
     """01-04 for each model, then 05 once. Raises for a model without any such stage."""
     chosen: Chosen = []
@@ -232,12 +255,68 @@ def _jobs(configs: list[RunConfig], stages: tuple[str, ...]) -> Chosen:
     return chosen
 
 
-def _pending(chosen: Chosen) -> Chosen:
-    """What is not done, each with the stages it needs, each once and in order."""
+def _pending(chosen: Chosen, *, again: bool = True) -> Chosen:
+    """What is not done, each with the stages it needs, each once and in order; with ``again``
+    what has run and waits for chains that failed counts as not done."""
     todo: Chosen = []
     for stage, config in chosen:
-        todo += [(name, config) for name in pipeline.pending([stage], config)]
+        todo += [(name, config) for name in pipeline.pending([stage], config, again=again)]
     return list({(name, config.to_json()): (name, config) for name, config in todo}.values())
+
+
+def _check_inputs(todo: Chosen) -> None:
+    """Refuses, before any notebook starts, what would stop one of them: a device that is not
+    there, tasks that are wrong or too few, released files that cannot be read."""
+    stages: dict[str, tuple[RunConfig, list[str]]] = {}
+    for stage, config in todo:
+        stages.setdefault(config.to_json(), (config, []))[1].append(stage)
+    for config, own in stages.values():
+        models = config.models if STAGES[-1] in own else [config.model]
+        entries = [resolve(name) for name in models]
+        if any(entry.source != "api" for entry in entries):
+            checks.hardware(config.device, config.quantization)
+        if any(entry.source == "api" for entry in entries):
+            from stllms import remote  # it brings the client
+
+            for entry in entries:
+                remote.check_limit(entry, config.settings.max_tokens_compare)
+        if config.task_set != "grammar":
+            _check_tasks(config, own)
+        if config.published is not None:
+            _check_released(config.published)
+
+
+def _check_tasks(config: RunConfig, stages: Sequence[str]) -> None:
+    from stllms import tasks
+
+    wanted = config.settings
+    parts = {"build": STAGES[0], "evaluate": STAGES[3], "compare": STAGES[4]}
+    if not checks.has_name(config.task_set):
+        tasks.from_file(Path(config.task_set).expanduser())
+    for part, stage in parts.items():
+        if stage in stages:
+            try:
+                tasks.for_run(config, part)
+            except ValueError as error:
+                raise UsageError(
+                    f"{error}; the run builds directions from {wanted.n_build} tasks"
+                    f" (--n-samples N), steers {wanted.n_evaluate} others (--n-evaluate N) and"
+                    f" compares models on {wanted.n_compare} (--option n_compare=N)"
+                ) from None
+
+
+def _check_released(folder: str) -> None:
+    from stllms import published  # it brings torch
+    from stllms import published_tables as released
+
+    readers = {
+        "vectors": released.read_vectors,
+        "effects": released.read_effects,
+        "comparison": released.read_counts,
+    }
+    for kind, paths in published.find(folder).items():
+        for path in paths:
+            readers[kind](path)
 
 
 def _delete(chosen: Chosen) -> None:
@@ -270,10 +349,11 @@ def listing() -> str:
         where = entry.hub_id or (f"api: {entry.api_id}" if entry.api_id else entry.source)
         rows.append((entry.name, entry.kind, where, entry.pair or "-"))
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return "\n".join(
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
-    )
+    ]
+    return "\n".join([*lines, f"or {OTHERS}"])
 
 
 if __name__ == "__main__":

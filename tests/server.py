@@ -62,6 +62,7 @@ MODELS = {
     "cut": "an API model: reasoning that did not finish",
     "cut-inline": "an API model: <think> that is never closed",
     "instruct": "an API model without reasoning",
+    "anthropic/claude-3.7-sonnet": "reasoning if the request asks for it, at temperature 1",
 }
 #: If not ``None``, the only key that is let in.
 KEY = "sk-test-0123456789abcdef"
@@ -187,11 +188,23 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, "<html>login please</html>")
         elif model == "no-schema" and "response_format" in request:
             self.error(400, "response_format is not supported here", "unsupported_parameter")
+        elif model.startswith("anthropic/"):
+            self.claude(request, text)
         elif model == "hangs":
             self.state.closing.wait(20)
             self.close_connection = True
         else:
             self.complete(model, text)
+
+    def claude(self, request: dict[str, Any], text: str) -> None:
+        """Think only if told to, and then refuse what the provider refuses."""
+        thinks = "reasoning" in request
+        if thinks and request.get("temperature", 1) != 1:
+            self.error(400, "temperature may only be set to 1 when thinking", "invalid")
+        elif thinks and request["max_tokens"] <= 1024:
+            self.error(400, "max_tokens must be greater than thinking.budget_tokens", "invalid")
+        else:
+            self.complete("router" if thinks else "instruct", text)
 
     def complete(self, model: str, text: str) -> None:
         """Answer with a chat completion."""

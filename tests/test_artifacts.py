@@ -353,6 +353,7 @@ CHAIN = dict.fromkeys(released.COMPARISON_KEYS, "")
         ("{}", "expected a list"),
         ('[{"response": ""}]', "chain 0 lacks thinking_process"),
         ("[1]", "chain 0 lacks"),
+        (json.dumps([{**CHAIN, "annotated_response": None}]), "chain 0: annotated_response is"),
         ("hello", "not JSON"),
         (b"\x80\x81", "not a text file"),
     ],

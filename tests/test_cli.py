@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from stllms import cli, inputs, run
+from stllms import annotate, cli, inputs, run, spans
+from stllms.annotate import lexical
 from stllms.records import BEHAVIOURS, to_row
 
 CHAIN = "Okay, I need to find 2+2. Wait, maybe I should check. So 2+2 is 4."
-QUESTION = "Is wood a solid, Leo asks?"
+QUESTION = cli.EXAMPLE.question
 STEER = ["steer", QUESTION, "--behaviour", "backtracking", "--max-tokens", "24"]
 
 
@@ -57,6 +60,10 @@ def test_the_module_is_the_command():
         (["steer", " ", "--behaviour", "backtracking"], "the question is empty"),
         ([*STEER, "--coefficient", "much"], "invalid float value: 'much'"),
         (["steer", "what?", "--behaviour", "backtracking", "--model", "nope"], "unknown model"),
+        ([*STEER, "--model", "typo"], "(stllms run --list-models)"),
+        ([*STEER, "--model", "gpt-4o"], "'gpt-4o' is reached through an API"),
+        ([*STEER, "--base-url", "http://x"], "--base-url is for a judge openai:MODEL"),
+        ([*STEER, "--max-cost", "1", "--judge", "lexical"], "not for lexical"),
         (["steer", "what?", "--behaviour", "anger"], "expected one of initializing"),
         ([*STEER, "--layer", "6"], "layers 0 to 5"),
         ([*STEER, "--temperature", "-1"], "temperature: -1.0"),
@@ -65,6 +72,9 @@ def test_the_module_is_the_command():
         (["steer", "why? " * 500, *STEER[2:]], "exceed the context of tiny-thinker"),
         (["annotate", "nowhere.txt"], "nowhere.txt: there is no such file"),
         (["annotate", "x", "--max-cost", "2"], "--max-cost is for a judge openai:MODEL"),
+        (["annotate", "x", "--out", "."], "--out . is a folder"),
+        (["annotate", "x", "--out", "nowhere/b"], "there is no folder nowhere; make it first"),
+        (["annotate", "x", "--out", "./x"], "--out ./x is the file that is read"),
     ],
 )
 def test_a_command_that_makes_no_sense_is_one_line_and_status_2(capsys, argv, words):
@@ -82,11 +92,34 @@ def test_no_command_shows_the_help(capsys):
 
 
 def test_run_hands_its_arguments_on(capsys, monkeypatch):
-    monkeypatch.setattr(run, "main", lambda argv: print(argv) or 7)
+    monkeypatch.setattr(run, "main", lambda argv, *, prog: print(prog, argv) or 7)
     assert told(capsys, "run", "--profile", "smoke", "--help")[:2] == (
         7,
-        "['--profile', 'smoke', '--help']\n",
+        "stllms run ['--profile', 'smoke', '--help']\n",
     )
+
+
+def test_run_is_called_stllms_run_in_its_help_and_errors(capsys):
+    _, out, _ = told(capsys, "run", "--help")
+    assert out.startswith("usage: stllms run ")
+    assert "stllms.run" not in out
+    status, _, err = told(capsys, "run", "--model", "typo")
+    assert (status, err.split(":")[0]) == (2, "stllms run")
+
+
+def test_the_first_example_of_the_help_shows_the_behaviour_rise(capsys):
+    for command in ((), ("steer",)):
+        _, out, _ = told(capsys, *command, "--help")
+        words = shlex.split(out.split("examples:")[1].replace("\\\n", " "))
+        assert words[1 : len(cli.EXAMPLE.words) + 1] == cli.EXAMPLE.words
+    assert cli.EXAMPLE[1:3] == ("backtracking", 1.0)
+    status, out, err = told(capsys, *cli.EXAMPLE.words, "--json")
+    assert status == 0
+    plain, steered = (one["shares"]["backtracking"] for one in json.loads(out)["chains"])
+    assert steered - plain >= 0.2
+    assert err.startswith("tiny-thinker is a fixture")
+    assert cli.EXAMPLE.question in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -165,7 +198,7 @@ def test_a_text_from_standard_input_is_labelled_where_it_says(capsys, monkeypatc
     assert {row["label"] for row in rows} >= {"initializing", "backtracking"}
     assert all(CHAIN[row["start"] : row["end"]] == row["text"] for row in rows)
     assert err == f"lexical: 1 chains, {len(rows)} segments, 100.0% of the text labelled, " + (
-        "none failed\n"
+        "no chain without labels\n"
     )
 
 
@@ -178,14 +211,46 @@ def test_segments_are_written_to_a_file(capsys, tmp_path):
     assert {row["annotator"] for row in rows} == {"offline"}
 
 
-def test_a_chain_without_labels_is_status_1_and_named(capsys, tmp_path):
-    source = tmp_path / "a.jsonl"
-    rows = [{"task_id": "good", "thinking": CHAIN}, {"task_id": "bad", "thinking": ""}]
+def test_a_chain_without_labels_is_status_1_and_named(capsys, tmp_path, monkeypatch):
+    source, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    texts = {"good": CHAIN, "nothing": "", "unknown": "zzz", "broken": CHAIN}
+    rows = [{"task_id": name, "thinking": text} for name, text in texts.items()]
     source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    store = tmp_path / "replies"
-    status, _, err = told(capsys, "annotate", str(source), "--judge", f"replay:{store}")
-    assert status == 2, "there is no such folder"
-    assert "holds no stored replies" in err
+
+    class Partly:
+        name = "partly"
+
+        def annotate(self, chains):
+            made = lexical.Lexical().annotate(chains)
+            made[2] = spans.annotation(spans.place([], "zzz"), "unknown", self.name)
+            made[3] = replace(made[2], task_id="broken", failed="no stored reply")
+            return made
+
+    monkeypatch.setattr(annotate, "annotator", lambda *_: Partly())
+    status, _, err = told(capsys, "annotate", str(source), "--out", str(out))
+    assert status == 1
+    assert err.endswith(
+        ", 3 without labels: nothing (empty), unknown (nothing found), "
+        "broken (no stored reply)\n"
+    )
+    assert {row["task_id"] for row in lines(out.read_text(encoding="utf-8"))} == {"good"}
+
+
+def test_an_empty_chain_is_no_text_and_no_success(capsys, tmp_path):
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(f'{{"text": "", "task_id": "t{n}"}}\n' for n in range(7)))
+    status, out, err = told(capsys, "annotate", str(source))
+    assert (status, out) == (1, "")
+    assert "0 segments, no text, 7 without labels: t0 (empty)" in err
+    assert err.endswith("t4 (empty), 2 more\n")
+    assert "100" not in err
+
+
+def test_a_folder_without_replies_makes_no_sense(capsys, tmp_path):
+    source = tmp_path / "a.txt"
+    source.write_text(CHAIN, encoding="utf-8")
+    status, _, err = told(capsys, "annotate", str(source), "--judge", f"replay:{tmp_path}")
+    assert (status, "holds no stored replies" in err) == (2, True)
 
 
 def test_released_chains_are_read(capsys, published, tmp_path):
@@ -235,6 +300,12 @@ def test_the_content_says_what_a_file_is(tmp_path, name, content, thinking):
         ("a.json", b"{}", "expected a list of chains"),
         ("a.json", b"[1]", "chain 1: a int, expected an object"),
         ("a.jsonl", b'{"text": "a"}\n{"text', "line 2: no JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "a", "task_id": 7}\n\n{"text": "b", "task_id": "7"}',
+            "a.jsonl, line 3: task_id '7' again, it is that of line 1",
+        ),
+        ("a.json", b'[{"text": "a", "task_id": "2"}, {"text": "b"}]', "chain 2: task_id '2'"),
         ("a.jsonl", b'{"label": "b"}', "expected one of thinking"),
     ],
 )

@@ -83,7 +83,7 @@ def test_an_error_is_one_line():
 def test_a_pair_shows_both_chains_with_what_was_added():
     def steered(coefficient, text):
         direction = "backtracking" if coefficient else "none"
-        response = Response("t1", "", "", (), (), text, "", 0, "", closed=True, finished=True)
+        response = Response("t1", "", "", (), (), text, text, 0, "", closed=True, finished=True)
         return Steered(
             "t1", direction, 4, coefficient, "add", response, Annotation("t1", "x", ())
         )

@@ -131,7 +131,7 @@ def test_profiles_are_those_of_the_design():
     }
     assert rows == {
         "smoke": (16, 8, 96, 0.65, 2),
-        "default": (200, 60, 256, 0.65, 4),
+        "default": (200, 60, 256, 0.65, 10),
         "full": (1000, 400, 256, 0.65, 20),
         "paper": (500, 50, 1000, 0.0, 10),
     }

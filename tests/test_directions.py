@@ -6,10 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
-from stllms import artifacts, pairs, pipeline, registry
+from stllms import pairs, registry
 from stllms.config import RunConfig
 from stllms.organism import directions
-from stllms.pairs import Ask
 from stllms.vectors import SteeringVectors
 
 BEHAVIOUR = "adding-knowledge"
@@ -81,23 +80,3 @@ def test_directions_of_another_model_are_refused(tmp_path):
     SteeringVectors((BEHAVIOUR,), one, one, overall, torch.tensor([10])).save(path)
     with pytest.raises(ValueError, match="of another model than tiny-thinker"):
         pairs.bench(RunConfig(device="cpu"), path)
-
-
-def test_another_model_takes_directions_and_layers_of_its_results(
-    monkeypatch, tmp_path, save_tiny_model
-):
-    name = str(save_tiny_model(tmp_path / "model", "llama"))
-    config = RunConfig(name, results=str(tmp_path / "results"), max_tokens=8, device="cpu")
-    folder = artifacts.Folder(config).open()
-    vectors = torch.randn(1, 4, 32), torch.randn(1, 4, 32), torch.randn(4, 32)
-    SteeringVectors((BEHAVIOUR,), *vectors, torch.tensor([10])).save(folder.vectors)
-    asked = []
-    monkeypatch.setattr(pipeline, "ensure", lambda *job: asked.append(job) or folder)
-    first = pairs.bench(config)
-    assert asked == [("03_attribute_layers", config)], "notebooks 01 and 02 come before it"
-    assert set(first.layers.values()) == {2}, "the middle layer"
-    artifacts.write_json(folder / "steering_layers.json", {BEHAVIOUR: 1})
-    second = pairs.bench(config)
-    assert pairs.layer_of(second, BEHAVIOUR) == 1
-    pair = pairs.write(second, Ask(pairs.task("Why?"), BEHAVIOUR, 0.0))
-    assert pair[0].response.text == pair[1].response.text

@@ -78,13 +78,13 @@ def test_support_is_the_share_of_bootstrap_samples_brute_force():
 
 
 def test_fewer_than_four_responses_choose_no_layer():
-    values = np.vstack([np.ones((3, 2)), np.full((9, 2), NAN)])
+    values = np.vstack([np.ones((3, 3)), np.full((9, 3), NAN)])
     with pytest.raises(ValueError, match="backtracking: 3 responses"):
         effects.best_layer(values, "backtracking")
-    both = np.stack([values, np.tile([1.0, 2.0], (12, 1))], axis=1)
+    both = np.stack([values, np.tile([1.0, 2.0, 9.0], (12, 1))], axis=1)
     found = effects.best_layers(measured(kl_own=both), "kl/own", ["other", *NAMES])
     assert found["behaviour"].tolist() == ["deduction"]
-    assert found["layer"].tolist() == [1]
+    assert found["layer"].tolist() == [1], "the last layer is no candidate"
 
 
 def test_no_best_layer_leaves_a_table_with_its_columns():

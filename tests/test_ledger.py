@@ -11,7 +11,7 @@ import torch
 
 from stllms import artifacts, claims, evaluation, findings, ledger
 from stllms.artifacts import BadFile
-from stllms.config import MODELS
+from stllms.config import MODELS, PROFILES, RunConfig
 from stllms.effects import LayerEffects
 from stllms.records import BEHAVIOURS, HEATMAP, STEERED
 
@@ -56,6 +56,15 @@ def save_effects(path: Path, peak: int, layers: int = 28) -> None:
         {"published/others": values, "kl/own": exact}, tuple("abcdef"), STEERED, "somebody"
     )
     made.save(path)
+
+
+def record(folder: Path, *, profile: str = "paper", **changed) -> None:
+    """A ``run.json`` of a run with a profile, ``changed`` in what makes its identity."""
+    names = ("n_build", "n_evaluate", "max_tokens", "temperature")
+    own = {name: getattr(PROFILES[profile], name) for name in names}
+    own |= {"annotator": "openai:gpt-4.1", "tasks": "messages", **changed}
+    content = {"identity": own, "configuration": {"profile": profile}}
+    artifacts.write_json(folder / "run.json", content)
 
 
 def make_run(results: Path, slug: str, *, works: bool = True, peak: int = 14) -> Path:
@@ -187,9 +196,10 @@ def test_a_behaviour_without_a_direction_is_not_available_and_not_shown(tmp_path
 
 
 def test_the_papers_own_model_speaks_about_the_paper(tmp_path):
-    make_run(tmp_path, "r1-distill-qwen-1.5b")
+    record(make_run(tmp_path, "r1-distill-qwen-1.5b"))
     name = MODELS["r1-distill-qwen-1.5b"].display
     make_comparison(tmp_path, name, "Qwen2.5-1.5B-Instruct", p_holm=0.001)
+    record(tmp_path / "comparison" / "r1-distill-qwen-1.5b")
     found = ledger.ledger(tmp_path)
     for claim in range(5):
         row = of(found, claim, name)
@@ -197,6 +207,98 @@ def test_the_papers_own_model_speaks_about_the_paper(tmp_path):
     assert "backtracking 7.9 / 35.7 / 0.2" in of(found, 1, name)["published"].item()
     assert of(found, 1, "not run here")["where"].str.contains("Qwen-1.5B").sum() == 0
     assert not len(of(found, 0, "not run here"))
+
+
+@pytest.mark.parametrize(
+    ("made", "profile"),
+    [
+        (None, "an unknown profile"),
+        ({"profile": "smoke"}, "profile smoke"),
+        (
+            {"n_build": 16, "temperature": 0.65},
+            "profile paper but n_build 16, temperature 0.65",
+        ),
+    ],
+)
+def test_the_papers_model_in_another_profile_is_not_the_papers_run(tmp_path, made, profile):
+    slug = "r1-distill-qwen-1.5b"
+    folder, name = make_run(tmp_path, slug), MODELS[slug].display
+    make_comparison(tmp_path, name, "Qwen2.5-1.5B-Instruct", p_holm=0.001)
+    if made is not None:
+        record(folder, **made)
+        record(tmp_path / "comparison" / slug, **made)
+    found = ledger.ledger(tmp_path)
+    for claim in range(5):
+        verdict = of(found, claim, name)["verdict"].item()
+        assert verdict == f"shown on {name} with {profile}, not the paper's run"
+
+
+def test_a_row_says_how_its_run_was_made(tmp_path):
+    record(make_run(tmp_path, "smollm2"), profile="smoke", annotator="offline")
+    name = MODELS["smollm2"].display
+    found = ledger.ledger(tmp_path)
+    for claim in range(1, 5):
+        said = of(found, claim, name)["on"].item()
+        assert said.endswith(", annotator offline, tasks messages, profile smoke")
+
+
+def test_the_record_of_a_run_gives_its_profile(tmp_path):
+    config = RunConfig(
+        results=str(tmp_path), profile="paper", judge="offline", tasks="messages"
+    )
+    made = claims.Made.of(artifacts.Folder(config).open().record())
+    assert made == claims.Made("offline", "messages", "profile paper")
+    assert made.as_paper
+    other = artifacts.Folder.comparison(RunConfig(results=str(tmp_path), n_compare=9))
+    made = claims.Made.of(other.member("tiny-instruct").open().record())
+    assert made.profile == "profile default but n_compare 9"
+
+
+def test_where_says_what_the_row_is_about(tmp_path):
+    make_run(tmp_path, "tiny-thinker")
+    make_run(tmp_path, "r1-distill-qwen-1.5b")
+    make_comparison(tmp_path, "tiny-thinker", "tiny-instruct", p_holm=0.001)
+    found = ledger.ledger(tmp_path)
+    for claim in range(5):
+        where = of(found, claim, "tiny-thinker")["where"].item()
+        ours, _, papers = where.partition("; published: ")
+        assert "tiny-thinker" in ours
+        for words in ("R1-Distill", "released", "ten models", "100 tasks"):
+            assert words not in ours
+        assert ("ten models" in papers) == (claim == 0)
+        assert ("R1-Distill-Qwen-1.5B, released" in papers) == (claim == 3)
+    name = MODELS["r1-distill-qwen-1.5b"].display
+    assert of(found, 2, name)["where"].item().endswith("; published: released values")
+
+
+# -- random directions ---------------------------------------------------------------------
+
+
+def test_a_change_that_a_random_direction_makes_too_is_not_shown(tmp_path):
+    folder = make_run(tmp_path, "tiny-thinker")
+    table = steering_table()
+    first, second = table["behaviour"] == STEERED[0], table["behaviour"] == STEERED[1]
+    table.loc[first, "null_high"] = 0.5  # where + takes it
+    table.loc[second, "null_low"] = 0.05  # below where - takes it
+    artifacts.save_table(folder / "steering.csv", table)
+    row = of(ledger.ledger(tmp_path), 1, "tiny-thinker")
+    assert row["verdict"].item() == f"shown in part {FIXTURE}"
+    shown, _, inside = row["note"].item().partition("; ")
+    assert "and outside the range of random directions: backtracking -, uncer" in shown
+    assert inside == (
+        "with Holm p < .05 but inside that range: backtracking +, uncertainty-estimation -"
+    )
+
+
+def test_without_random_directions_the_note_says_so(tmp_path):
+    folder = make_run(tmp_path, "tiny-thinker")
+    table = steering_table().assign(null_low=np.nan, null_high=np.nan)
+    artifacts.save_table(folder / "steering.csv", table)
+    row = of(ledger.ledger(tmp_path), 1, "tiny-thinker")
+    assert row["verdict"].item() == f"shown {FIXTURE}"
+    note = row["note"].item()
+    assert note.endswith("; no random directions to compare with")
+    assert "outside" not in note
 
 
 def test_a_model_of_a_persons_own_goes_by_its_folder(tmp_path):

@@ -16,6 +16,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from stllms import detokenize, loading, models
+from stllms.config import RunConfig
 from stllms.records import Response
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
@@ -65,6 +66,21 @@ def test_unknown_and_api_names_are_refused():
         models.load("tiny-thinkr")
     with pytest.raises(models.ModelError, match="reached through an API"):
         models.load("gpt-4o")
+
+
+def test_a_revision_is_asked_of_the_hub_and_of_nothing_else(monkeypatch):
+    asked = []
+
+    def refuse(source, **options):
+        asked.append((source, options["revision"]))
+        raise OSError("no hub here")
+
+    monkeypatch.setattr(loading.transformers.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(OSError, match="no hub"):
+        models.for_run(RunConfig("owner/name", revision="abc", device="cpu"))
+    assert asked == [("owner/name", "abc")]
+    with pytest.raises(models.ModelError, match="tiny-thinker is no model of the hub"):
+        models.load("tiny-thinker", revision="abc")
 
 
 def test_missing_extra_is_named(monkeypatch):

@@ -26,10 +26,9 @@ def ask(server: Server, model: str, folder: Path, tasks=TASKS, **options) -> lis
     return remote.responses(
         model,
         tasks,
-        max_new_tokens=50,
         folder=folder,
         base_url=server.url,
-        **{"kind": "thinking", **quick, **options},
+        **{"kind": "thinking", "max_new_tokens": 50, **quick, **options},
     )
 
 
@@ -139,8 +138,50 @@ def test_the_cost_that_a_provider_reports_is_taken(server, tmp_path):
     assert Store(tmp_path).load().spent == 0.75
 
 
-def test_registry_names_and_api_ids_are_known():
-    for name in ("deepseek-r1", "deepseek/deepseek-r1", "deepseek-reasoner"):
-        assert remote.known(name).kind == "thinking"
-    assert remote.known("gpt-4o").kind == "instruct"
-    assert remote.known("somebody/new-model") is None
+@pytest.mark.parametrize(
+    ("name", "sent", "kind"),
+    [
+        ("deepseek-r1", "deepseek-reasoner", "thinking"),
+        ("deepseek-reasoner", "deepseek-reasoner", "thinking"),
+        ("deepseek/deepseek-r1", "deepseek/deepseek-r1", "thinking"),
+        ("api:deepseek-r1", "deepseek-r1", "thinking"),  # of a server of one's own
+        ("gpt-4o", "gpt-4o", "instruct"),
+        ("somebody/new-model", "somebody/new-model", "unknown"),
+    ],
+)
+def test_registry_names_and_api_ids_are_known(name, sent, kind):
+    entry = remote.entry_of(name)
+    assert (entry.api_id, entry.kind) == (sent, kind)
+
+
+def test_a_switch_for_thinking_is_sent_and_part_of_what_was_asked(server, tmp_path, capsys):
+    made = ask(server, "claude-3.7-sonnet", tmp_path, temperature=0.0, max_new_tokens=2000)
+    assert [one.thinking for one in made] == [f"I think about: {t.content}" for t in TASKS]
+    assert "without reasoning" not in capsys.readouterr().out
+    (row,) = Store(tmp_path).load().rows[next(iter(Store(tmp_path).load().rows))]
+    assert row["identity"]["reasoning"] == {"effort": "high"}
+    assert row["identity"]["temperature"] == 1
+
+
+def test_reasoning_that_is_kept_back_is_counted_in_one_line(server, tmp_path, capsys):
+    made = ask(server, "instruct", tmp_path, kind="thinking")
+    assert all(remote.withheld(one, "thinking") for one in made)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("instruct: 3 of 3 chains of a thinking model came without reasoning")
+    ask(server, "instruct", tmp_path, kind="instruct")
+    ask(server, "inline", tmp_path, kind="thinking")
+    assert "without reasoning" not in capsys.readouterr().out
+
+
+def test_an_empty_pair_of_tags_is_an_empty_thinking_and_not_withheld():
+    message = {"role": "assistant", "content": "<think>\n\n</think>\n\n7"}
+    body = {"choices": [{"message": message, "finish_reason": "stop"}]}
+    one = remote.to_response(TASKS[0], "q", remote.Reply({"body": body}), "thinking")
+    assert one.thinking == ""
+    assert not remote.withheld(one, "thinking")
+
+
+def test_a_limit_below_the_providers_is_refused_before_any_call(server, tmp_path):
+    with pytest.raises(ValueError, match=r"max_tokens_compare: 50, .*no less than 1025"):
+        ask(server, "claude-3.7-sonnet", tmp_path)
+    assert server.total == 0
