@@ -108,8 +108,25 @@ def absolute(name: str, value: Any) -> Any:
     """A value of a field, paths made absolute: kernels have a working folder of their own."""
     if value is None or (name == "tasks" and has_name(value)):
         return value
+    if name == "folders":
+        return [str(Path(one).expanduser().resolve()) for one in value]
     if name in ("tasks", "published"):
         return str(Path(value).expanduser().resolve())
     if name == "judge" and value.startswith("replay:"):
         return f"replay:{Path(value.removeprefix('replay:')).expanduser().resolve()}"
     return value
+
+
+def run_folders(value: Any) -> tuple[str, ...]:
+    """``folders``: a list of folders of runs, as texts; each must hold what a run leaves."""
+    if isinstance(value, str | Path):
+        raise ValueError(f"folders: {str(value)!r}, expected a list of folders")
+    found = tuple(str(one) for one in value)
+    for one in found:
+        for needed in ("run.json", "annotations.jsonl"):
+            if not (Path(one).expanduser() / needed).is_file():
+                raise ValueError(
+                    f"folders: {one} has no {needed}: expected the folder of a run that got "
+                    "as far as notebook 02"
+                )
+    return found

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stllms import comparison, generate, models, released, remote, tasks
 from stllms.annotate import read, stage
-from stllms.artifacts import Folder
+from stllms.artifacts import Folder, Rows, read_json
 from stllms.comparison import Member
 from stllms.config import MODELS, ModelEntry, RunConfig, resolve
 from stllms.records import Annotation, Response, Task
@@ -26,12 +26,14 @@ READERS = {"published": "published-counts", "apart": "tolerant"}
 def members(config: RunConfig, folder: Folder) -> list[Member]:
     """The compared models in their stable order, with the chains they lack made now.
 
-    The models of ``config.models``, then the released files of ``config.published``. Raises
-    ``ValueError`` before any chain is made where an API takes no limit as small as the run's.
+    The models of ``config.models``, then the runs of ``config.folders`` and the released files
+    of ``config.published``. Raises ``ValueError`` before any chain is made where an API takes
+    no limit as small as the run's.
     """
     for name in config.models:
         remote.check_limit(resolve(name), config.settings.max_tokens_compare)
     found = [of_model(config.for_model(name), folder.member(name)) for name in config.models]
+    found += [_apart(of_run(Path(one).expanduser()), found) for one in config.folders]
     if config.published is not None:
         paths = sorted(Path(config.published).glob("reasoning_comparison_*.json"))
         released_ones = [of_released(path, READERS[config.empty_chains]) for path in paths]
@@ -51,9 +53,9 @@ def _distinct(found: Sequence[Member]) -> list[Member]:
 
 
 def _apart(one: Member, others: Sequence[Member]) -> Member:
-    """The member of a released file, by a name of its own where the run has the model too."""
+    """A member from elsewhere, by a name of its own where the comparison has the model too."""
     taken = one.display in {other.display for other in others}
-    return replace(one, display=f"{one.display} (released)") if taken else one
+    return replace(one, display=f"{one.display} ({one.source})") if taken else one
 
 
 def of_model(config: RunConfig, folder: Folder) -> Member:
@@ -121,6 +123,20 @@ def _lacking(
         for task in asked
         if task.id not in have
     ]
+
+
+def of_run(path: Path) -> Member:
+    """The model of a run's folder: the chains of notebook 01 with the labels of notebook 02.
+
+    Raises ``ValueError`` for a folder without chains that the run's annotator labelled.
+    """
+    own = RunConfig.from_dict({**read_json(path / "run.json")["configuration"], "folders": []})
+    labelled = stage.load(Rows(path / "annotations.jsonl", stage.KEY), own.annotator)
+    if not labelled:
+        raise ValueError(f"{path}: no annotations by {own.annotator}, the run's annotator")
+    return comparison.member(
+        own.entry, labelled, source="folder", tasks=own.task_set, annotator=own.annotator
+    )
 
 
 def of_released(path: Path, reader: str) -> Member:

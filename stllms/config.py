@@ -85,10 +85,11 @@ class RunConfig:
     ``model`` is normalised to its entry's name. ``n_samples`` is the number of tasks the
     directions are built from. ``tasks`` is ``None`` (the grammar for an embedded model, else
     ``messages``), one of these two names, ``gym:NAME`` for a dataset of reasoning-gym, or the
-    path of a JSONL file. ``compare`` names the other models of notebook 05. ``max_cost`` bounds
-    each folder of replies: what a model's judge costs, and what an API model costs. Raises
-    ``ValueError`` that says which field is wrong, what it was and what is expected;
-    :class:`UnknownModel` for a model.
+    path of a JSONL file. ``compare`` names the other models of notebook 05, ``folders`` the
+    folders of runs whose chains it takes as they are. ``max_cost`` bounds each folder of
+    replies: what a model's judge costs, and what an API model costs. Raises ``ValueError`` that
+    says which field is wrong, what it was and what is expected; :class:`UnknownModel` for a
+    model.
     """
 
     model: str = "tiny-thinker"
@@ -115,6 +116,7 @@ class RunConfig:
     published: str | None = None
     revision: str | None = None
     compare: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
     reader: str = "tolerant"
     prompts: str = "sound"
     objective: str = "kl"
@@ -149,6 +151,7 @@ class RunConfig:
         self._check_judge()
         self._check_texts()
         self._set("compare", self._compare())
+        self._set("folders", checks.run_folders(self.folders))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -316,6 +319,7 @@ class RunConfig:
             },
             "05": {
                 "models": list(self.models),
+                "folders": list(self.folders),
                 "n_compare": self.settings.n_compare,
                 "max_tokens_compare": self.settings.max_tokens_compare,
                 "empty_chains": self.empty_chains,

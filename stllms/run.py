@@ -218,7 +218,7 @@ def configurations(given: argparse.Namespace) -> list[RunConfig]:
 
 def _value(name: str, text: str) -> Any:
     """Numbers and JSON as they are, lists with commas, else text."""
-    if name in ("coefficients", "compare") and not text.startswith("["):
+    if name in ("coefficients", "compare", "folders") and not text.startswith("["):
         return [_value("", item) for item in text.split(",")]
     try:
         return json.loads(text)

@@ -10,11 +10,12 @@ from server import Server
 
 from stllms import compare, comparison, prompts, registry, remote
 from stllms import tasks as questions
-from stllms.artifacts import Folder
+from stllms.artifacts import Folder, read_json
 from stllms.comparison import Member
 from stllms.config import RunConfig
 from stllms.registry import UnknownModel
 
+REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 QUESTIONS = (
     "How many legs do three spiders have?",
     "Is an unlucky number prime?",
@@ -228,3 +229,25 @@ def test_a_kernel_gets_the_same_model():
     setup = RunConfig(model="api:deepseek/deepseek-r1", compare=("api:x:1",))
     assert RunConfig.from_parameters(**setup.parameters()).models == setup.models
     assert setup.models == ("api:deepseek/deepseek-r1", "api:x:1")
+
+
+def test_a_finished_run_joins_with_the_chains_it_has():
+    path = REFERENCE / "tiny-thinker"
+    one = compare.of_run(path)
+    stored = read_json(path / "run.json")["configuration"]
+    assert (one.name, one.source, one.tasks) == ("tiny-thinker", "folder", "grammar")
+    assert len(one.task_ids) + one.unavailable == 200, f"the default profile, {stored}"
+    assert one.counts.sum() > 600
+    again = compare._apart(one, [one])
+    assert again.display == "tiny-thinker (folder)"
+
+
+def test_a_run_without_labels_of_its_annotator_is_refused_by_name(tmp_path):
+    for name in ("run.json", "annotations.jsonl"):
+        (tmp_path / name).write_bytes((REFERENCE / "tiny-thinker" / name).read_bytes())
+    content = (
+        (tmp_path / "run.json").read_text().replace('"judge": "auto"', '"judge": "lexical"')
+    )
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match="no annotations by lexical, the run's annotator"):
+        compare.of_run(tmp_path)

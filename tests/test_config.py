@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import pytest
@@ -236,6 +237,8 @@ def test_where_results_go(monkeypatch, tmp_path):
         ({"tasks": "no/such.jsonl"}, ["tasks", "no/such.jsonl"]),
         ({"results": " "}, ["results"]),
         ({"compare": "smollm2"}, ["compare", "list"]),
+        ({"folders": "results/x"}, ["folders", "list"]),
+        ({"folders": ["results"]}, ["folders: results has no run.json", "notebook 02"]),
         *(({name: "x"}, [name, *values]) for name, values in CHOICES.items()),
     ],
 )
@@ -306,6 +309,7 @@ def test_from_json_refuses_what_is_no_configuration():
 
 # -- identity ----------------------------------------------------------------------------
 
+REFERENCE = pathlib.Path(__file__).parents[1] / "results" / "reference" / "tiny-thinker"
 SAME = {
     "device": "cpu",
     "batch_size": 3,
@@ -316,6 +320,7 @@ SAME = {
     "random_directions": 1,
     "objective": "published",
     "compare": ("smollm2",),
+    "folders": (str(REFERENCE),),
     "results": "elsewhere",
 }
 OTHER = {
