@@ -220,15 +220,18 @@ def test_memory_that_runs_out_halves_the_batch_and_says_so(tiny_llama, monkeypat
         (Row((1,) * 600, "long"), "long: 600 prompt tokens and 14 new ones exceed"),
         (Row((1,), "a", (Intervention(torch.ones(32), 4, 1.0),)), "layers 0 to 3"),
         (Row((1,), "a", (Intervention(torch.ones(31), 1, 1.0),)), "width 31, .* has 32"),
-        (
-            Row((1,), "a", (Intervention(torch.ones(32), 1, 1.0, where="thinking"),)),
-            "no token </think>",
-        ),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(tiny_llama, row, message):
     with pytest.raises(ValueError, match=message):
         run(tiny_llama, [row])
+
+
+def test_thinking_alone_is_steered_only_where_it_has_an_end(tiny_llama, monkeypatch):
+    edit = Intervention(torch.ones(32), 1, 1.0, where="thinking")
+    monkeypatch.setattr(decode, "think_end", lambda model: -1)
+    with pytest.raises(ValueError, match="no token </think>: where='thinking' would be"):
+        run(tiny_llama, [Row((1,), "a", (edit,))])
 
 
 @pytest.mark.parametrize(
