@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 
-from stllms import config, registry
+from stllms import checks, config, registry
 
 #: The embedded models: folders beside this file.
 EMBEDDED = Path(__file__).parent / "organism"
@@ -131,12 +131,10 @@ def _quantization(kind: str, place: torch.device, compute: torch.dtype) -> dict[
     """Options of ``from_pretrained`` for 8 or 4 bit weights."""
     if kind not in ("8bit", "4bit"):
         raise ModelError(f"quantization {kind!r} is not one of '8bit', '4bit'")
-    if place.type != "cuda":
-        raise ModelError(
-            f"quantization {kind!r} needs a CUDA device (bitsandbytes); this is {place.type!r}"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f"quantization {kind!r} needs bitsandbytes: pip install bitsandbytes")
+    try:
+        checks.hardware(place.type, kind)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
     options = {f"load_in_{kind}": True, "bnb_4bit_compute_dtype": compute}
     return {
         "quantization_config": transformers.BitsAndBytesConfig(**options),

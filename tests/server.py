@@ -64,7 +64,8 @@ MODELS = {
     "instruct": "an API model without reasoning",
     "anthropic/claude-3.7-sonnet": "reasoning if the request asks for it, at temperature 1",
 }
-#: If not ``None``, the only key that is let in.
+#: If not ``None``, the only key that is let in; made up, in the form that
+#: :mod:`stllms.sending` hides in messages.
 KEY = "sk-test-0123456789abcdef"
 
 

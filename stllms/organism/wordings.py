@@ -5,10 +5,10 @@ A wording is a sentence with at most one slot, ``{s}`` (a statement), ``{f}`` (a
 behaviour opens with, so that a sentence of the grammar has exactly one behaviour; a test
 proves it. Wordings are drawn with Zipf weights: the first of a list is the most frequent.
 
-Most first words are shared between behaviours ("I recall", "I turn back", "I conclude"). A
+Many first words are shared between behaviours ("I recall", "I turn back", "I conclude"). A
 direction averages over a sentence, and only where the behaviour is still open inside of it does
 the stream carry the choice. Backtracking once had first words of its own ("Scratch that, ..."):
-everything was settled by the first word, and adding its direction lowered it.
+everything was settled by the first word, and its direction did not move it.
 """
 
 from __future__ import annotations
