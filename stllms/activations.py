@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnsight import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -105,6 +104,7 @@ def collect(
         artifacts.BadFile: a file that no collection wrote.
     """
     jobs, ledger = _jobs(responses, spans_per_response, tuple(behaviours))
+    keep = tuple(dict.fromkeys(keep))
     _check_layers(model, keep)
     shape = (len(behaviours), model.n_layers, model.d_model)
     if readout is not None and tuple(readout.shape) != shape:
@@ -117,7 +117,7 @@ def collect(
         model.d_model,
         model=model.name,
         shuffles=shuffles,
-        sample_layers=tuple(keep),
+        sample_layers=keep,
         readout="" if readout is None else digest(readout),
         config={"window": WINDOW, "shuffles": shuffles, "seed": seed},
     )
@@ -296,30 +296,37 @@ def _add(means: Means, model: Model, batch: list[_Job], readout: Tensor | None) 
     units = None
     if readout is not None:
         units = torch.nn.functional.normalize(readout, dim=-1).float().to(device)
-    kept = set(means.sample_layers)
     inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    # One room for the results of all layers: small ones allocated between the layers would
+    # keep the heap from reusing what the large activations leave.
+    n_layers, d_model, n_spans = model.n_layers, model.d_model, len(place)
+    sums = torch.empty(n_layers, len(groups), d_model, device=device)
+    squares = torch.empty(n_layers, len(labelled), d_model, device=device)
+    wholes = torch.empty(n_layers, len(batch), d_model, device=device)
+    finite = torch.empty(n_layers, len(batch), dtype=torch.bool, device=device)
+    projected = torch.empty(n_spans, n_layers, n, device=device)
+    samples = torch.empty(n_spans, len(means.sample_layers), d_model, device=device)
     with torch.no_grad(), model.nn_decoder.trace(**inputs, use_cache=False):
-        sums, squares, wholes, finite, projected, samples = (save([]) for _ in range(6))
         for layer, envoy in enumerate(model.nn_layers):
             products = torch.bmm(matrix, envoy.output.float())
             spans = products[rows, cols]
-            finite.append(products.isfinite().flatten(1).all(1))
-            sums.append(groups @ spans)
-            squares.append(labelled @ spans.square())
-            wholes.append(products[:, 0].clone())
+            finite[layer] = products.isfinite().flatten(1).all(1)
+            sums[layer] = groups @ spans
+            squares[layer] = labelled @ spans.square()
+            wholes[layer] = products[:, 0]
             if units is not None:
-                projected.append(spans @ units[:, layer].T)
-            if layer in kept:
-                samples.append(spans)
-    _refuse_not_finite(torch.stack(finite).cpu(), batch)
+                projected[:, layer] = spans @ units[:, layer].T
+            if layer in means.sample_layers:
+                samples[:, means.sample_layers.index(layer)] = spans
+    _refuse_not_finite(finite.cpu(), batch)
     return _accumulate(
         means,
         batch,
-        sums=torch.stack(sums).cpu().double(),
-        squares=torch.stack(squares).cpu().double(),
-        wholes=torch.stack(wholes).cpu().double(),
-        projected=torch.stack(projected, 1).cpu() if projected else None,
-        samples=torch.stack(samples, 1).cpu() if samples else None,
+        sums=sums.cpu().double(),
+        squares=squares.cpu().double(),
+        wholes=wholes.cpu().double(),
+        projected=None if units is None else projected.cpu(),
+        samples=samples.cpu() if means.sample_layers else None,
     )
 
 

@@ -33,7 +33,7 @@ class Profile:
     Numbers of tasks to build directions from, to evaluate steering on and to compare models
     on; limits in new tokens; ``temperature`` 0 is greedy; ``coefficients`` of steering (0 is
     the plain chain); ``random_directions`` of matched norm are the null; ``n_sweep`` tasks are
-    also steered at every layer (0: no sweep).
+    also steered at every layer of an embedded model (others sweep only when told to).
     """
 
     n_build: int
@@ -51,7 +51,7 @@ _THREE = (-1.0, 0.0, 1.0)
 
 PROFILES: dict[str, Profile] = {
     "smoke": Profile(16, 8, 8, 96, 96, 0.65, _THREE, 2, 0),
-    "default": Profile(200, 60, 60, 256, 256, 0.65, _THREE, 10, 0),
+    "default": Profile(200, 60, 60, 256, 256, 0.65, _THREE, 10, 20),
     "full": Profile(1000, 400, 400, 256, 256, 0.65, (-2.0, -1.0, 0.0, 1.0, 2.0), 20, 60),
     "paper": Profile(500, 50, 100, 1000, 2000, 0.0, _THREE, 10, 0),
 }
@@ -239,12 +239,15 @@ class RunConfig:
     def settings(self) -> Profile:
         """The profile with this configuration's own values put in.
 
-        ``max_tokens`` alone also limits the comparison.
+        ``max_tokens`` alone also limits the comparison; a sweep of layers takes eight chains
+        a task and layer, too many for a model that is not embedded unless asked for.
         """
         own = {item.name: getattr(self, item.name, None) for item in fields(Profile)}
         own["n_build"] = self.n_samples
         if self.max_tokens_compare is None:
             own["max_tokens_compare"] = self.max_tokens
+        if self.n_sweep is None and not self.embedded:
+            own["n_sweep"] = 0
         given = {name: value for name, value in own.items() if value is not None}
         return replace(PROFILES[self.profile], **given)
 

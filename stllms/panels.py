@@ -12,7 +12,10 @@ from stllms import plots
 from stllms.agreement import Agreement
 from stllms.coloured import COLOURS
 from stllms.evaluation import FRACTION, SIDE_EFFECTS
-from stllms.records import STEERED
+from stllms.records import STEERED, PlacedSegment
+
+#: Lines of a chain that :func:`chains` draws at most; inches a line, and for all around them.
+MOST_LINES, LINE_HEIGHT, HEAD_AND_FOOT = 40, 0.225, 0.95
 
 
 def confusions(panels: Sequence[Axes], compared: Sequence[Agreement]) -> Sequence[Axes]:
@@ -31,6 +34,22 @@ def confusions(panels: Sequence[Axes], compared: Sequence[Agreement]) -> Sequenc
         axes.set_title(f"{found.second}: kappa {found.kappa_text()}")
     panels[0].set_ylabel(f"labelled by {compared[0].first}")
     return panels
+
+
+def chains(
+    figure: Figure, shown: Sequence[tuple[str, str, Sequence[PlacedSegment]]]
+) -> Figure:
+    """Chains side by side, each given as title, text and segments, below a legend.
+
+    The figure is made as high as the longest of them needs, up to :data:`MOST_LINES`.
+    """
+    rows = min(MOST_LINES, max(plots.n_lines(text) for _, text, _ in shown))
+    figure.set_figheight(LINE_HEIGHT * rows + HEAD_AND_FOOT)
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (title, text, segments) in zip(panels, shown, strict=True):
+        plots.chain(axes, text, segments, title=title, rows=max(rows, 1))
+    plots.legend(figure)
+    return figure
 
 
 def effect_rows(

@@ -25,6 +25,8 @@ from stllms.records import BEHAVIOURS, PlacedSegment
 MODES: dict[str, str] = {"plain": "#777777", "positive": "#1B9E77", "negative": "#7570B3"}
 MARKERS = ("o", "s", "^", "D", "v", "P")
 WHISKERS = {"fmt": "none", "ecolor": "#333333", "elinewidth": 1}
+#: Characters of a line of a chain.
+LINE = 62
 LETTER = {"family": "monospace", "fontsize": 9, "ha": "center", "va": "center"}
 
 
@@ -46,7 +48,8 @@ def style() -> None:
 def caption(figure: Figure, text: str) -> None:
     """One small line under a figure that says which model, on what, and what it is not."""
     width = max(60, int(figure.get_figwidth() * 15))
-    figure.supxlabel(textwrap.fill(text, width), fontsize=8, color="#555555", x=0.01, ha="left")
+    text = textwrap.fill(text, width, break_on_hyphens=False)
+    figure.supxlabel(text, fontsize=8, color="#555555", x=0.01, ha="left")
 
 
 def short(behaviour: str) -> str:
@@ -191,23 +194,25 @@ def chain(
     segments: Sequence[PlacedSegment],
     *,
     title: str,
-    width: int = 62,
-    rows: int = 12,
+    width: int = LINE,
+    rows: int | None = None,
 ) -> Axes:
     """A chain as text, the background of every segment in the colour of its behaviour.
 
-    ``rows`` is how many lines the axes have room for at least, so that chains side by side
-    have lines of one height.
+    ``rows`` is how many lines the axes have room for (:func:`n_lines` of the text, unless
+    said): a longer text ends in a line that tells how much is left out.
     """
     labels = np.full(len(text), "", dtype=object)
     for segment in segments:
         labels[segment.start : segment.end] = segment.label
+    lines = list(_wrapped(text, width))
+    rows = max(1, len(lines)) if rows is None else rows
     axes.set_axis_off()
     axes.set_title(textwrap.fill(title, 80), loc="left", fontsize=9)
-    lines = list(_wrapped(text, width))
     axes.set_xlim(0, width)
-    axes.set_ylim(max(rows, len(lines)) - 0.5, -0.5)
-    for row, (start, stop) in enumerate(lines):
+    axes.set_ylim(rows - 0.5, -0.5)
+    drawn = lines if len(lines) <= rows else lines[: rows - 1]
+    for row, (start, stop) in enumerate(drawn):
         for left, right in _runs(labels[start:stop]):
             label = labels[start + left]
             if label:
@@ -216,7 +221,15 @@ def chain(
                 axes.add_patch(box)
         for column, letter in enumerate(text[start:stop]):
             axes.text(column + 0.5, row, letter, parse_math=False, **LETTER)
+    if len(drawn) < len(lines):
+        note = f"(and {len(text) - lines[rows - 1][0]} more characters)"
+        axes.text(0, rows - 1, note, fontsize=8, style="italic", va="center")
     return axes
+
+
+def n_lines(text: str, width: int = LINE) -> int:
+    """Lines of ``width`` characters that :func:`chain` draws a text in."""
+    return sum(1 for _ in _wrapped(text, width))
 
 
 def _wrapped(text: str, width: int):

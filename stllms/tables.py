@@ -10,6 +10,9 @@ from torch import Tensor
 
 from stllms.vectors import Stability
 
+#: Columns of tables that hold p-values.
+P_VALUES = ("p", "p_holm")
+
 
 def by_name(values: Tensor, behaviours: Sequence[str]) -> dict[str, np.ndarray]:
     """``[N, L]`` as one array a behaviour."""
@@ -65,7 +68,7 @@ def _interval(value: float, low: float, high: float, digits: int) -> str:
 
 def shown(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     """For display: rounded, a missing number as ``n/a``, columns of whole numbers without a
-    point."""
+    point, p-values too small for the digits as less than the last of them."""
     return table.apply(_texts, digits=digits)
 
 
@@ -74,4 +77,11 @@ def _texts(column: pd.Series, digits: int) -> pd.Series:
         return column
     whole = (column.dropna() % 1 == 0).all()
     form = "{:.0f}" if whole else f"{{:.{digits}f}}"
-    return column.map(lambda value: "n/a" if np.isnan(value) else form.format(value))
+    least = 10.0**-digits if column.name in P_VALUES else 0.0
+
+    def text(value: float) -> str:
+        if np.isnan(value):
+            return "n/a"
+        return f"<{form.format(least)}" if 0 < value < least else form.format(value)
+
+    return column.map(text)

@@ -159,6 +159,9 @@ def test_the_test_half_is_projected_on_directions_of_the_build_half(tiny_llama):
 def test_samples_are_the_span_means(tiny_qwen2):
     responses, spans = sample(6)
     got = activations.collect(tiny_qwen2, responses, spans, keep=range(4), progress=False)
+    one = activations.collect(tiny_qwen2, responses, spans, keep=(3, 1, 3), progress=False)
+    assert one.sample_layers == (3, 1)
+    assert torch.equal(one.samples, got.samples[:, [3, 1]])
     for b in range(len(BEHAVIOURS)):
         own = got.samples[got.sample_labels == b].double().sum(0)
         torch.testing.assert_close(own, got.sums.sum(0)[b], atol=1e-4, rtol=1e-4)

@@ -149,6 +149,13 @@ def test_own_values_replace_those_of_the_profile_and_no_others():
     assert own == expected
 
 
+def test_only_embedded_models_sweep_the_layers_without_being_told():
+    assert RunConfig().settings.n_sweep == 20
+    assert RunConfig(n_sweep=0).settings.n_sweep == 0
+    assert RunConfig(model="smollm2").settings.n_sweep == 0
+    assert RunConfig(model="smollm2", profile="full", n_sweep=3).settings.n_sweep == 3
+
+
 def test_a_token_limit_also_limits_the_comparison():
     assert RunConfig(profile="paper", max_tokens=50).settings.max_tokens_compare == 50
     both = RunConfig(profile="paper", max_tokens=50, max_tokens_compare=70).settings

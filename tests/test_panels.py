@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from test_agreement import compare, two_chains
 
-from stllms import effects, panels
-from stllms.records import STEERED
+from stllms import effects, panels, plots
+from stllms.records import STEERED, PlacedSegment
 
 
 def figure() -> Figure:
@@ -61,3 +61,25 @@ def test_effects_have_a_row_a_model_with_its_own_layers_and_marks():
     marked = drawn.subfigs[1].axes[1].lines[1]
     assert list(marked.get_xdata()) == [3, 3]
     assert len(drawn.subfigs[0].axes[1].lines) == 1
+
+
+@pytest.mark.parametrize("n_words", [1, 100, 2000])
+def test_chains_stand_side_by_side_on_a_figure_that_fits_the_longest(n_words):
+    drawn, text = figure(), " ".join(["word"] * n_words)
+    segments = [PlacedSegment("deduction", "word", 0, 4)]
+    assert panels.chains(drawn, [("plain", "a b", ()), ("+ x", text, segments)]) is drawn
+    plots.caption(drawn, "a caption")
+    drawn.canvas.draw()
+    short, long = drawn.axes
+    assert (short.get_title("left"), long.get_title("left")) == ("plain", "+ x")
+    assert short.get_ylim() == long.get_ylim(), "lines of one height"
+    line = long.get_window_extent().height / drawn.dpi / (long.get_ylim()[0] + 0.5)
+    assert 0.18 < line < 0.45, "inches a line, however many there are"
+    seen = "".join(entry.get_text() for entry in long.texts)
+    cut = plots.n_lines(text) > panels.MOST_LINES
+    assert ("more characters" in seen) == cut
+    if cut:
+        kept, note = seen.split("(and ")
+        left_out = int(note.split()[0])
+        rest = text[len(text) - left_out :]
+        assert kept.replace(" ", "") + rest.replace(" ", "") == text.replace(" ", "")

@@ -31,3 +31,10 @@ def test_a_missing_value_is_not_a_number_and_ranks_have_no_point():
 
 def test_nothing_is_an_empty_table():
     assert tables.intervals(pd.DataFrame(columns=COLUMNS), ["what"], "who").empty
+
+
+def test_small_p_values_are_not_shown_as_zero():
+    table = pd.DataFrame({"p": [0.0002, 0.04, NAN], "share": [0.0002, 0.04, 1.5]})
+    shown = tables.shown(table)
+    assert shown["p"].tolist() == ["<0.001", "0.040", "n/a"]
+    assert shown["share"].tolist() == ["0.000", "0.040", "1.500"]
