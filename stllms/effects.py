@@ -29,7 +29,8 @@ class LayerEffects:
     """Per-response effects: ``effects["<objective>/<own or others>"]`` is ``[R, N, L]``.
 
     NaN where a response has no position of that kind. ``directions`` is a hash of those that
-    were measured.
+    were measured. Keys are sorted, as a file has them: a run that was stopped and one that was
+    not make the same tables.
     """
 
     effects: dict[str, Tensor]
@@ -37,6 +38,9 @@ class LayerEffects:
     behaviours: tuple[str, ...]
     model: str
     directions: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "effects", dict(sorted(self.effects.items())))
 
     def plus(self, response_id: str, found: dict[str, Tensor]) -> LayerEffects:
         """With one more response."""

@@ -244,6 +244,7 @@ def test_a_stopped_collection_is_taken_up_and_ends_the_same(
     assert {len(ids) for ids in asked} == {25}, "only b was measured again"
     for again in (resumed, LayerEffects.load(path)):
         assert again.response_ids == whole.response_ids
+        assert list(again.effects) == list(whole.effects), "tables of one order"
         for key, tensor in whole.effects.items():
             assert np.array_equal(again.of(key), tensor.numpy(), equal_nan=True)
 
