@@ -36,9 +36,7 @@ def confusions(panels: Sequence[Axes], compared: Sequence[Agreement]) -> Sequenc
     return panels
 
 
-def chains(
-    figure: Figure, shown: Sequence[tuple[str, str, Sequence[PlacedSegment]]]
-) -> Figure:
+def chains(figure: Figure, shown: Sequence[tuple[str, str, Sequence[PlacedSegment]]]) -> Figure:
     """Chains side by side, each given as title, text and segments, below a legend.
 
     The figure is made as high as the longest of them needs, up to :data:`MOST_LINES`.

@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from stllms import __version__
+from stllms import __version__, waiting
 from stllms.artifacts import Folder, now
 from stllms.config import PACKAGE, RunConfig, repository
 from stllms.files import Rows, read_json
@@ -46,12 +46,6 @@ ARTEFACTS: dict[str, tuple[str, ...]] = {
     "03_attribute_layers": ("layer_effects.safetensors",),
     "04_steer": ("steered.jsonl", "steering.csv"),
     "05_compare": (),
-}
-
-#: Files of a run that hold annotations, by stage.
-_LABELLED = {
-    "02_train_vectors": ("annotations.jsonl",),
-    "04_steer": ("steered.jsonl", "sweep.jsonl"),
 }
 
 #: Files whose rows belong to directions: those of steered chains.
@@ -235,14 +229,14 @@ def finish(stage: str, config: RunConfig) -> None:
     begun = _begun.get((stage, folder.path))
     names = folder.kept | set(ARTEFACTS[stage])
     written = sorted(name for name in names if (folder / name).is_file())
-    labelled, waiting = _counted(stage, config)
+    labelled, asked_again = waiting.counted(stage, folder, config)
     folder.mark(
         stage,
         {
             "key": key_of(stage, config),
             "files": written,
             "labelled": labelled,
-            "failed": waiting,
+            "failed": asked_again,
             "made_from": _labelled_before(stage, folder),
             "finished": now(),
             "seconds": None if begun is None else round(time.monotonic() - begun, 1),
@@ -250,13 +244,13 @@ def finish(stage: str, config: RunConfig) -> None:
     )
     following = STAGES[STAGES.index(stage) + 1 :][:1]
     print(f"{folder.label}: {_listed(written)}")
-    if waiting:
-        print(f"failed: {waiting} chains, asked again by the next run")
+    if asked_again:
+        print(f"failed: {asked_again} chains, asked again by the next run")
     if following:
         print(f"next: {following[0]}")
 
 
-# -- chains that failed ------------------------------------------------------------------
+# -- directions of fewer chains -----------------------------------------------------------
 
 
 def _labelled_before(stage: str, folder: Folder) -> dict[str, int]:
@@ -281,70 +275,6 @@ def _keep_what_fits(folder: Folder) -> None:
                 print(f"{len(found) - len(kept)} rows of {name} are made again:", end=" ")
                 print(f"the directions come from {n} labelled chains, no longer {before}")
     folder.note(labelled=n)
-
-
-def _counted(stage: str, config: RunConfig) -> tuple[int, int]:
-    """(chains labelled, chains that the next run asks for again) among a stage's rows."""
-    folder = folder_of(stage, config)
-    if stage != "05_compare":
-        files = [folder / name for name in _LABELLED.get(stage, ())]
-        return _of_annotations(files, config)
-    labelled = waiting = 0
-    for model in config.models:
-        member = folder.member(model)
-        counts = _of_annotations([member.annotations], member.config)
-        labelled, waiting = labelled + counts[0], waiting + counts[1]
-        if member.config.entry.source == "api":
-            waiting += _lacking(member.path / "api", member.config.entry.api_id)
-    return labelled, waiting
-
-
-def _of_annotations(files: Sequence[Path], setup: RunConfig) -> tuple[int, int]:
-    """:func:`_counted` for files of annotations, or of steered chains that carry one.
-
-    Not asked again: a chain without a text, one of a replay, one answered as often as the
-    client asks.
-    """
-    rows = []
-    for path in files:
-        key = ("task_id", "annotator") if path.name == "annotations.jsonl" else STEERED_KEY
-        rows += [row.get("annotation", row) for row in Rows(path, key).load()]
-    mine = [row for row in rows if row and row.get("annotator") == setup.annotator]
-    bad = [row for row in mine if row.get("failed") is not None]
-    if not bad or setup.annotator.startswith("replay:"):
-        return len(mine) - len(bad), 0
-    from stllms.annotate.protocols import EMPTY  # not before it is needed
-
-    model = setup.annotator.removeprefix("openai:").partition("#")[0]
-    _, waits, ended = _requests(setup.folder / "judge", model)
-    final = ended - waits
-    return len(mine) - len(bad), sum(
-        row["failed"] != EMPTY and row["task_id"] not in final for row in bad
-    )
-
-
-def _lacking(folder: Path, model: str | None) -> int:
-    """The tasks that an API model will be asked again, of its folder of replies."""
-    good, waits, _ = _requests(folder, model)
-    return len(waits - good)
-
-
-def _requests(folder: Path, model: str | None) -> tuple[set[str], set[str], set[str]]:
-    """Names of the stored requests to a model: with a good reply, to be sent again, not."""
-    from stllms.replies import Store
-    from stllms.sending import Limits  # it brings the client
-
-    good, waits, ended = set(), set(), set()
-    for tries in Store(folder).load().rows.values():
-        if tries[-1].get("model") != model:
-            continue
-        answers = [row["status"] for row in tries if row["status"] != "failed"]
-        usable = answers[-1:] == ["answered"]
-        again = not usable and len(answers) < Limits().asks
-        (waits if again else ended).add(tries[-1]["name"])
-        if usable:
-            good.add(tries[-1]["name"])
-    return good, waits, ended
 
 
 # -- for people and for other processes --------------------------------------------------

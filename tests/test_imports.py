@@ -86,6 +86,7 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "released_effects",
                 "report",
                 "run",
+                "waiting",
             }
         ),
     ),
