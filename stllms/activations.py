@@ -19,6 +19,8 @@ the number of responses in them, and shards that were read apart add up (``Means
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -51,7 +53,7 @@ LEDGER = (
 
 @dataclass(frozen=True)
 class _Job:
-    """One response: ids up to the end of its last span, windows, labels and their shuffles."""
+    """One response: ids up to the end of its last span, windows and labels."""
 
     task_id: str
     part: int
@@ -59,7 +61,6 @@ class _Job:
     windows: tuple[tuple[int, int], ...]
     whole: tuple[int, int]
     labels: tuple[int, ...]
-    shuffled: tuple[tuple[int, ...], ...] = ()
 
 
 def collect(
@@ -69,8 +70,6 @@ def collect(
     *,
     batch_size: int = 8,
     behaviours: Sequence[str] = BEHAVIOURS,
-    shuffles: int = 0,
-    seed: int = 0,
     keep: Sequence[int] = (),
     readout: Tensor | None = None,
     path: Path | None = None,
@@ -84,10 +83,10 @@ def collect(
 
     Args:
         spans_per_response: the token spans of each response, as its annotation has them.
-        batch_size: responses a forward; the result does not depend on it.
+        batch_size: responses a forward; the result does not depend on it. If the device runs
+            out of memory it is halved with a warning, the failed batch is read again, and later
+            work of this model stays at what fitted.
         behaviours: labels to keep apart; spans of other labels are counted, not used.
-        shuffles: how many shuffles of the labels over all spans to sum as well (the null).
-        seed: seed of those shuffles.
         keep: layers whose span means are kept one by one (``Means.samples``, for the probe);
             memory then grows with the number of spans.
         readout: ``[N, L, D]`` directions to project the test half on, instead of those of the
@@ -98,35 +97,35 @@ def collect(
             removed at the end. :meth:`stllms.means.Means.save` keeps a result.
 
     Raises:
-        ValueError: a span that is empty or outside its response, lists of different length,
-            or activations that are not finite (each names response and layer); a file of a
-            collection of other responses, spans, options or of another model (naming which).
+        ValueError: a response given twice, a span that is empty or outside its response, lists
+            of different length, a readout or activations that are not finite (naming where); a
+            file of a collection of other responses, spans, options or of another model (naming
+            which).
         artifacts.BadFile: a file that no collection wrote.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size should be at least 1, it is {batch_size}")
     jobs, ledger = _jobs(responses, spans_per_response, tuple(behaviours))
     keep = tuple(dict.fromkeys(keep))
     _check_layers(model, keep)
-    shape = (len(behaviours), model.n_layers, model.d_model)
-    if readout is not None and tuple(readout.shape) != shape:
-        given = tuple(readout.shape)
-        raise ValueError(f"readout has shape {given}, expected [N, L, D] {shape}")
-    jobs = _with_shuffles(jobs, shuffles, seed)
+    _check_readout(readout, behaviours, model)
     means = Means.zeros(
         tuple(behaviours),
         model.n_layers,
         model.d_model,
         model=model.name,
-        shuffles=shuffles,
         sample_layers=keep,
         readout="" if readout is None else digest(readout),
-        config={"window": WINDOW, "shuffles": shuffles, "seed": seed},
+        config={"window": WINDOW},
     )
-    means = replace(means, ledger=ledger)
+    task_ids = tuple(sorted(one.task_id for one in responses))
+    means = replace(means, ledger=ledger, task_ids=task_ids)
     build = _ordered(job for job in jobs if is_build(job.task_id))
     test = _ordered(job for job in jobs if not is_build(job.task_id))
     identity = _identity(model, means, [*build, *test])
     means, done = _resume(path, means, identity)
     left = build[done:], test[max(0, done - len(build)) :]
+    size = min(batch_size, model.fits)
     with tqdm(
         total=len(jobs),
         initial=done,
@@ -138,8 +137,18 @@ def collect(
             if held_out and readout is None and build:
                 own = slice(PARTS // 2)
                 readout = means.mean(own) - means.overall(own)
-            for batch in _batches(half, batch_size):
-                means = _add(means, model, batch, readout if held_out else None)
+            while half:
+                batch = half[:size]
+                try:
+                    means = _add(means, model, batch, readout if held_out else None)
+                except torch.OutOfMemoryError:
+                    if len(batch) == 1:
+                        raise
+                    size = model.fits = len(batch) // 2
+                    note = f"out of memory: going on with batches of {size} responses"
+                    warnings.warn(note, stacklevel=2)
+                    continue
+                half = half[len(batch) :]
                 before, done = done, done + len(batch)
                 bar.update(len(batch))
                 if path is not None and done // SAVE_EVERY > before // SAVE_EVERY:
@@ -154,7 +163,7 @@ def _identity(model: Model, means: Means, jobs: list[_Job]) -> dict[str, Any]:
     responses, spans = sha256(), sha256()
     for job in jobs:
         responses.update(repr((job.task_id, job.ids)).encode())
-        spans.update(repr((job.whole, job.windows, job.labels, job.shuffled)).encode())
+        spans.update(repr((job.whole, job.windows, job.labels)).encode())
     return {
         "model": f"{model.name}, {model.n_layers} layers of {model.d_model}, {model.dtype}",
         "responses": f"{len(jobs)}, {responses.hexdigest()[:12]}",
@@ -201,6 +210,18 @@ def _check_layers(model: Model, layers: Sequence[int]) -> None:
         )
 
 
+def _check_readout(readout: Tensor | None, behaviours: Sequence[str], model: Model) -> None:
+    if readout is None:
+        return
+    given, shape = tuple(readout.shape), (len(behaviours), model.n_layers, model.d_model)
+    if given != shape:
+        raise ValueError(f"readout has shape {given}, expected [N, L, D] {shape}")
+    broken = (~readout.isfinite()).any(-1).nonzero().tolist()
+    if broken:
+        row, layer = broken[0]
+        raise ValueError(f"readout is not finite: {behaviours[row]} at layer {layer}")
+
+
 def _jobs(
     responses: Sequence[Response],
     spans_per_response: Sequence[Sequence[TokenSpan]],
@@ -211,6 +232,13 @@ def _jobs(
         raise ValueError(
             f"{len(responses)} responses but spans of {len(spans_per_response)} of them"
         )
+    times = Counter(response.task_id for response in responses)
+    for task_id, n in times.most_common(1):
+        if n > 1:
+            raise ValueError(
+                f"response {task_id!r} is given {n} times and its spans would count {n} times: "
+                "give each response once"
+            )
     ledger = dict.fromkeys(LEDGER, 0)
     jobs = []
     for response, spans in zip(responses, spans_per_response, strict=True):
@@ -242,31 +270,9 @@ def _jobs(
     return jobs, ledger
 
 
-def _with_shuffles(jobs: list[_Job], shuffles: int, seed: int) -> list[_Job]:
-    """Every job with ``shuffles`` other labels for its spans: permutations over all spans."""
-    labels = torch.tensor([label for job in jobs for label in job.labels], dtype=torch.long)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [
-        labels[torch.randperm(len(labels), generator=generator)].tolist()
-        for _ in range(shuffles)
-    ]
-    done, at = [], 0
-    for job in jobs:
-        end = at + len(job.labels)
-        done.append(replace(job, shuffled=tuple(tuple(row[at:end]) for row in drawn)))
-        at = end
-    return done
-
-
 def _ordered(jobs: Iterable[_Job]) -> list[_Job]:
     """Jobs of similar length together, the longest first."""
     return sorted(jobs, key=lambda job: (-len(job.ids), job.task_id))
-
-
-def _batches(jobs: list[_Job], size: int) -> list[list[_Job]]:
-    if size < 1:
-        raise ValueError(f"batch_size should be at least 1, it is {size}")
-    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
 
 
 def _averaging(batch: list[_Job], width: int) -> Tensor:
@@ -287,35 +293,36 @@ def _add(means: Means, model: Model, batch: list[_Job], readout: Tensor | None) 
     for row, job in enumerate(batch):
         ids[row, : len(job.ids)] = torch.tensor(job.ids)
     matrix = _averaging(batch, width).to(device)
-    place = [(row, k) for row, job in enumerate(batch) for k in range(len(job.labels))]
-    rows = torch.tensor([row for row, _ in place], dtype=torch.long, device=device)
-    cols = torch.tensor([k + 1 for _, k in place], dtype=torch.long, device=device)
+    place = [
+        row * matrix.shape[1] + 1 + k
+        for row, job in enumerate(batch)
+        for k in range(len(job.labels))
+    ]
+    place = torch.tensor(place, dtype=torch.long, device=device)
     n = len(means.behaviours)
     groups = _groups(batch, n).to(device)
-    labelled = groups[: PARTS * n]
-    units = None
+    units = [None] * model.n_layers
     if readout is not None:
-        units = torch.nn.functional.normalize(readout, dim=-1).float().to(device)
+        units = torch.nn.functional.normalize(readout, dim=-1).float().to(device).unbind(1)
     inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
     # One room for the results of all layers: small ones allocated between the layers would
     # keep the heap from reusing what the large activations leave.
     n_layers, d_model, n_spans = model.n_layers, model.d_model, len(place)
     sums = torch.empty(n_layers, len(groups), d_model, device=device)
-    squares = torch.empty(n_layers, len(labelled), d_model, device=device)
+    squares = torch.empty(n_layers, len(groups), d_model, device=device)
     wholes = torch.empty(n_layers, len(batch), d_model, device=device)
     finite = torch.empty(n_layers, len(batch), dtype=torch.bool, device=device)
     projected = torch.empty(n_spans, n_layers, n, device=device)
     samples = torch.empty(n_spans, len(means.sample_layers), d_model, device=device)
     with torch.no_grad(), model.nn_decoder.trace(**inputs, use_cache=False):
         for layer, envoy in enumerate(model.nn_layers):
-            products = torch.bmm(matrix, envoy.output.float())
-            spans = products[rows, cols]
+            products, spans, sums[layer], squares[layer], along = _of_layer(
+                envoy.output, matrix, place, groups, units[layer]
+            )
             finite[layer] = products.isfinite().flatten(1).all(1)
-            sums[layer] = groups @ spans
-            squares[layer] = labelled @ spans.square()
             wholes[layer] = products[:, 0]
-            if units is not None:
-                projected[:, layer] = spans @ units[:, layer].T
+            if along is not None:
+                projected[:, layer] = along
             if layer in means.sample_layers:
                 samples[:, means.sample_layers.index(layer)] = spans
     _refuse_not_finite(finite.cpu(), batch)
@@ -325,20 +332,30 @@ def _add(means: Means, model: Model, batch: list[_Job], readout: Tensor | None) 
         sums=sums.cpu().double(),
         squares=squares.cpu().double(),
         wholes=wholes.cpu().double(),
-        projected=None if units is None else projected.cpu(),
+        projected=None if readout is None else projected.cpu(),
         samples=samples.cpu() if means.sample_layers else None,
     )
 
 
+def _of_layer(
+    h: Tensor, matrix: Tensor, place: Tensor, groups: Tensor, units: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """What is read of a layer's output ``h [B, T, D]``, on the device where that is: a model
+    may lie on several. Products ``A @ h``, the span means at rows ``place [S]`` of all these,
+    sums of span means and of their squares by group, projections on ``units [N, D]``."""
+    matrix, place, groups = (x.to(h.device) for x in (matrix, place, groups))
+    products = torch.bmm(matrix, h.float())
+    spans = products.flatten(0, 1).index_select(0, place)
+    projected = None if units is None else spans @ units.to(h.device).T
+    return products, spans, groups @ spans, groups @ spans.square(), projected
+
+
 def _groups(batch: list[_Job], n: int) -> Tensor:
-    """``[(H + K) * N, S]``, zeros and ones: which spans belong to which behaviour, as labelled
-    in each of the ``H`` parts, then as labelled by each of the ``K`` shuffles."""
-    spans = [(job, k) for job in batch for k in range(len(job.labels))]
-    rows = torch.zeros((PARTS + len(batch[0].shuffled)) * n, len(spans))
-    for column, (job, k) in enumerate(spans):
-        rows[job.part * n + job.labels[k], column] = 1.0
-        for shuffle, labels in enumerate(job.shuffled):
-            rows[(PARTS + shuffle) * n + labels[k], column] = 1.0
+    """``[H * N, S]``, zeros and ones: the spans of each behaviour in each of ``H`` parts."""
+    spans = [(job.part, label) for job in batch for label in job.labels]
+    rows = torch.zeros(PARTS * n, len(spans))
+    for column, (part, label) in enumerate(spans):
+        rows[part * n + label, column] = 1.0
     return rows
 
 
@@ -361,14 +378,12 @@ def _accumulate(
     projected: Tensor | None,
     samples: Tensor | None,
 ) -> Means:
-    """Add one batch in place: ``sums [L, (H+K)*N, D]``, ``squares [L, H*N, D]``,
-    ``wholes [L, B, D]``, ``projected [S, L, N]``, ``samples [S, K, D]``. Returns the
-    record with its lists of kept spans extended."""
+    """Add one batch in place: ``sums`` and ``squares`` ``[L, H*N, D]``, ``wholes [L, B, D]``,
+    ``projected [S, L, N]``, ``samples [S, K, D]``. Returns the record with its lists of kept
+    spans extended."""
     n = len(means.behaviours)
     labels = torch.tensor([x for job in batch for x in job.labels], dtype=torch.long)
-    sums = sums.transpose(0, 1).unflatten(0, (-1, n))
-    means.sums.add_(sums[:PARTS])
-    means.shuffled.add_(sums[PARTS:])
+    means.sums.add_(sums.transpose(0, 1).unflatten(0, (PARTS, n)))
     means.squares.add_(squares.transpose(0, 1).unflatten(0, (PARTS, n)))
     for row, job in enumerate(batch):
         means.counts[job.part] += torch.bincount(torch.tensor(job.labels).long(), minlength=n)

@@ -17,6 +17,13 @@ TASK_SETS = ("grammar", "messages", "checkable")
 GYM = "gym:"
 
 
+#: How many tasks the sets of ``messages/`` have for a part of a run, by the profile's number.
+SIZES = {
+    "messages": {"n_build": 500, "n_evaluate": 50},
+    "checkable": {"n_build": 500, "n_evaluate": 100},
+}
+
+
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Refuses a value that is not among ``allowed``."""
     if value not in allowed:

@@ -195,7 +195,7 @@ def group_intervals(
 ) -> pd.DataFrame:
     """The average over the models of a group, with 95 % intervals over tasks.
 
-    A group are the models of one kind that were asked the same tasks and labelled by the same
+    A group is all models of one kind that were asked the same tasks and labelled by the same
     annotator: numbers on another footing are not averaged. The models are taken as given, and
     each draw takes the same tasks for all models of a group.
     """
@@ -203,7 +203,7 @@ def group_intervals(
     for place in dict.fromkeys((one.kind, one.tasks, one.annotator) for one in compared):
         group = [one for one in compared if (one.kind, one.tasks, one.annotator) == place]
         values = np.mean([_means(one, empty, draws, seed) for one in group], axis=0)
-        low, high = np.nanquantile(values[1:], [0.025, 0.975], axis=0)
+        low, high = pd.DataFrame(values[1:]).quantile([0.025, 0.975]).to_numpy()
         for column, (metric, behaviour) in enumerate(_COLUMNS):
             found = values[0, column], low[column], high[column]
             rows.append((*place, metric, behaviour, *found, len(group)))

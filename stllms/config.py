@@ -239,17 +239,17 @@ class RunConfig:
     def settings(self) -> Profile:
         """The profile with this configuration's own values put in.
 
-        ``max_tokens`` alone also limits the comparison; a sweep of layers takes eight chains
-        a task and layer, too many for a model that is not embedded unless asked for.
+        A profile asks for no more tasks than ``messages/`` has. ``max_tokens`` alone also
+        limits the comparison. Only embedded models sweep their layers without being told.
         """
         own = {item.name: getattr(self, item.name, None) for item in fields(Profile)}
         own["n_build"] = self.n_samples
-        if self.max_tokens_compare is None:
-            own["max_tokens_compare"] = self.max_tokens
-        if self.n_sweep is None and not self.embedded:
-            own["n_sweep"] = 0
+        own["max_tokens_compare"] = self.max_tokens_compare or self.max_tokens
+        own["n_sweep"] = 0 if self.n_sweep is None and not self.embedded else self.n_sweep
         given = {name: value for name, value in own.items() if value is not None}
-        return replace(PROFILES[self.profile], **given)
+        profile, sizes = PROFILES[self.profile], checks.SIZES.get(self.task_set, {})
+        there = {name: min(n, getattr(profile, name)) for name, n in sizes.items()}
+        return replace(profile, **(there | given))
 
     @property
     def results_folder(self) -> Path:

@@ -46,7 +46,7 @@ def table(
     Args:
         means: collected with ``keep=`` the layers asked for.
         layers: behaviour -> layer. Behaviours with fewer than ``min_spans`` spans in either
-            half are left out.
+            half are left out, and so are directions that have no other spans to compare with.
         draws: shuffles, and random directions; ``value`` is then their mean, ``low`` and
             ``high`` their central 95 %. Missing elsewhere.
         seed: of both.
@@ -66,7 +66,7 @@ def table(
         made = {e: vectors.differences(build, e, [layer])[:, 0] for e in vectors.ESTIMATORS}
         for name in names:
             b = means.behaviours.index(name)
-            candidates = {estimator: raw[b, None] for estimator, raw in made.items()}
+            candidates = {e: raw[b, None] for e, raw in made.items() if raw[b].any()}
             candidates["shuffled labels"] = _shuffled(build, b, layer, draws, generator)
             candidates["random"] = torch.randn(
                 draws, means.width, generator=generator, dtype=torch.float64

@@ -52,13 +52,12 @@ class Means:
 
     ``counts [H, N]`` spans, ``sums [H, N, L, D]`` of span means, ``squares [H, N, L, D]`` of
     their elementwise squares, ``overall_sums [H, L, D]`` of the responses' averages, and
-    ``overall_counts [H]`` responses: all float64 or int64. ``shuffled [K, N, L, D]`` are sums
-    under ``K`` shuffles of the labels. ``projections [S, L, N]`` are projections of each span
-    of the test half on unit directions, ``projection_labels [S]`` the behaviours of those
-    spans; ``readout`` is :func:`digest` of directions that were given, ``""`` for those of the
-    record's own build half. ``samples [S, K, D]`` are the span means themselves at
-    ``sample_layers``, those of the build half first, empty unless asked for. ``ledger`` counts
-    what was used and what not.
+    ``overall_counts [H]`` responses: all float64 or int64. ``projections [S, L, N]`` are
+    projections of each span of the test half on unit directions, ``projection_labels [S]`` the
+    behaviours of those spans; ``readout`` is :func:`digest` of directions that were given,
+    ``""`` for those of the record's own build half. ``samples [S, K, D]`` are the span means
+    themselves at ``sample_layers``, those of the build half first, empty unless asked for.
+    ``ledger`` counts what was used and what not; ``task_ids``, sorted, are of the responses.
     """
 
     behaviours: tuple[str, ...]
@@ -68,13 +67,13 @@ class Means:
     squares: Tensor
     overall_sums: Tensor
     overall_counts: Tensor
-    shuffled: Tensor
     projections: Tensor
     projection_labels: Tensor
     samples: Tensor
     sample_labels: Tensor
     sample_layers: tuple[int, ...] = ()
     readout: str = ""
+    task_ids: tuple[str, ...] = ()
     ledger: dict[str, int] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -86,7 +85,6 @@ class Means:
         width: int,
         *,
         model: str = "",
-        shuffles: int = 0,
         sample_layers: tuple[int, ...] = (),
         readout: str = "",
         config: Mapping[str, Any] | None = None,
@@ -102,7 +100,6 @@ class Means:
             squares=torch.zeros(PARTS, n, *shape, dtype=real),
             overall_sums=torch.zeros(PARTS, *shape, dtype=real),
             overall_counts=torch.zeros(PARTS, dtype=whole),
-            shuffled=torch.zeros(shuffles, n, *shape, dtype=real),
             projections=torch.zeros(0, n_layers, n),
             projection_labels=torch.zeros(0, dtype=whole),
             samples=torch.zeros(0, len(sample_layers), width),
@@ -163,10 +160,11 @@ class Means:
         return n
 
     def only(self, keep: Tensor) -> Means:
-        """Counts, sums and squares of the parts where ``keep [H]`` is one; the rest of the
-        record, which is not kept by parts, is left as it is."""
+        """Counts, sums, squares and tasks of the parts where ``keep [H]`` is one; the rest of
+        the record, which is not kept by parts, is left as it is."""
         return replace(
             self,
+            task_ids=tuple(one for one in self.task_ids if keep[part_of(one)]),
             counts=self.counts * keep[:, None],
             sums=self.sums * keep[:, None, None, None],
             squares=self.squares * keep[:, None, None, None],
@@ -184,17 +182,23 @@ class Means:
         the record. Everything else does not depend on them.
 
         Raises:
-            ValueError: naming the field in which the two cannot belong together.
+            ValueError: naming the field in which the two cannot belong together, or a response
+                that is in both.
         """
         for name in ("behaviours", "model", "sample_layers"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise ValueError(f"cannot merge means: {name} is {mine!r} and {theirs!r}")
-        for name in ("sums", "shuffled"):
-            mine, theirs = tuple(getattr(self, name).shape), tuple(getattr(other, name).shape)
-            if mine != theirs:
-                raise ValueError(f"cannot merge means: {name} has shape {mine} and {theirs}")
-        added = ("counts", "sums", "squares", "overall_sums", "overall_counts", "shuffled")
+        mine, theirs = tuple(self.sums.shape), tuple(other.sums.shape)
+        if mine != theirs:
+            raise ValueError(f"cannot merge means: sums has shape {mine} and {theirs}")
+        twice = sorted({*self.task_ids} & {*other.task_ids})
+        if twice:
+            raise ValueError(
+                f"cannot merge means: response {twice[0]!r} is in both, one of {len(twice)}; "
+                "collect each in one shard only"
+            )
+        added = ("counts", "sums", "squares", "overall_sums", "overall_counts")
         projected, readout = self._projections_with(other)
         halves = [m.half(which) for which in ("build", "test") for m in (self, other)]
         return replace(
@@ -206,6 +210,7 @@ class Means:
                 for name in ("samples", "sample_labels")
             },
             readout=readout,
+            task_ids=tuple(sorted([*self.task_ids, *other.task_ids])),
             ledger=self._ledger_with(other, len(projected["projections"])),
         )
 
@@ -236,27 +241,28 @@ class Means:
 
     def save(self, path: str | Path) -> None:
         """Write everything as safetensors."""
-        metadata = {
-            name: getattr(self, name)
-            for name in ("behaviours", "model", "sample_layers", "readout", "ledger", "config")
-        }
+        metadata = {name: getattr(self, name) for name in METADATA}
         artifacts.save_tensors(path, {name: getattr(self, name) for name in TENSORS}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Means:
         """The inverse of :meth:`save`, bit for bit; ``BadFile`` for a file of other tensors."""
         tensors, metadata = artifacts.load_tensors(path)
-        if set(tensors) != set(TENSORS) or tensors["squares"].shape != tensors["sums"].shape:
+        known = set(tensors) == set(TENSORS) and set(metadata) == set(METADATA)
+        if not known or tensors["squares"].shape != tensors["sums"].shape:
             found = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
             raise artifacts.BadFile(f"{path}: no span means of this version, but {found}")
-        metadata["behaviours"] = tuple(metadata["behaviours"])
-        metadata["sample_layers"] = tuple(metadata["sample_layers"])
+        for name in ("behaviours", "sample_layers", "task_ids"):
+            metadata[name] = tuple(metadata[name])
         return cls(**tensors, **metadata)
 
 
 TENSORS: tuple[str, ...] = (
-    "counts", "sums", "squares", "overall_sums", "overall_counts", "shuffled",
+    "counts", "sums", "squares", "overall_sums", "overall_counts",
     "projections", "projection_labels", "samples", "sample_labels",
+)  # fmt: skip
+METADATA: tuple[str, ...] = (
+    "behaviours", "model", "sample_layers", "readout", "task_ids", "ledger", "config",
 )  # fmt: skip
 
 

@@ -24,6 +24,8 @@ from stllms.records import BEHAVIOURS, PlacedSegment
 #: Plain, positive and negative steering.
 MODES: dict[str, str] = {"plain": "#777777", "positive": "#1B9E77", "negative": "#7570B3"}
 MARKERS = ("o", "s", "^", "D", "v", "P")
+#: The range of random directions.
+HATCH = {"facecolor": "none", "edgecolor": "#222222", "hatch": "////", "lw": 0.6, "alpha": 0.5}
 WHISKERS = {"fmt": "none", "ecolor": "#333333", "elinewidth": 1}
 #: Characters of a line of a chain.
 LINE = 62
@@ -291,6 +293,7 @@ def totals(axes: Axes, rows: pd.DataFrame, *, palette: Mapping[str, str]) -> Axe
         axes.text(0.0, spot, " n/a", va="center", fontsize=7)
     axes.set_yticks(place, chosen["model"])
     axes.set_ylim(len(chosen) - 0.5, -0.5)
+    axes.set_xlim(left=0)
     axes.set_xlabel("segments a chain")
     axes.grid(axis="y", visible=False)
     return axes
@@ -331,7 +334,8 @@ def effect_panels(
     """A panel a behaviour from :func:`stllms.effects.table`: the mean line and its band.
 
     ``band`` is ``"interval"`` (bootstrap) or ``"sd"`` (one standard deviation, as published);
-    ``mark`` is a layer a behaviour, drawn as a dotted line.
+    ``mark`` is a layer a behaviour, drawn as a dotted line; the range of random directions is
+    hatched where the table has it (:func:`stllms.effects.beside_nulls`).
     """
     panels = list(panels)
     for axes, name in zip(panels, names, strict=True):
@@ -346,6 +350,9 @@ def effect_panels(
         if band == "interval":
             edges = (rows["low"].to_numpy(), rows["high"].to_numpy())
         curves(axes, {name: line}, label=label, bands={name: edges}, mark=mark)
+        if "null_low" in rows:
+            null = rows["null_low"].to_numpy(), rows["null_high"].to_numpy()
+            axes.fill_between(rows["layer"], *null, **HATCH)
     for axes in panels:
         axes.label_outer()
     return panels
@@ -368,11 +375,7 @@ def steering_bars(axes: Axes, table: pd.DataFrame) -> Axes:
             (high - low)[known],
             width * 0.92,
             bottom=low[known],
-            color="none",
-            edgecolor="#222222",
-            hatch="////",
-            linewidth=0.6,
-            alpha=0.5,
+            **HATCH,
             label=None if named else "random directions",
         )
         named = True

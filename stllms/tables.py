@@ -74,7 +74,7 @@ def shown(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
 
 def _texts(column: pd.Series, digits: int) -> pd.Series:
     if not pd.api.types.is_numeric_dtype(column):
-        return column
+        return column.where(column.notna(), "n/a")
     whole = (column.dropna() % 1 == 0).all()
     form = "{:.0f}" if whole else f"{{:.{digits}f}}"
     least = 10.0**-digits if column.name in P_VALUES else 0.0

@@ -28,6 +28,8 @@ from stllms.probes import logistic_directions
 from stllms.records import BEHAVIOURS, STEERED
 
 ESTIMATORS: tuple[str, ...] = ("difference-of-means", "difference-from-others", "probe")
+#: Those that need enough spans of other behaviours, too.
+CONTRASTS: tuple[str, ...] = ("difference-from-others", "probe")
 #: What may vary independently of what, for :func:`relative_error`.
 UNITS: tuple[str, ...] = ("span", "part")
 
@@ -37,8 +39,8 @@ class SteeringVectors:
     """Directions of ``N`` behaviours at ``L`` layers.
 
     ``directions`` and ``means`` ``[N, L, D]``, ``overall [L, D]``, float32; ``counts [N]``
-    spans; ``unavailable``: behaviours with too few spans, and how many they had; ``left_out``:
-    labels of a released file that are no behaviours, and their spans.
+    spans; ``unavailable``: behaviours with too few spans, and how many (on the rarer side of a
+    contrast); ``left_out``: labels of a released file that are no behaviours, and their spans.
     """
 
     behaviours: tuple[str, ...]
@@ -52,16 +54,18 @@ class SteeringVectors:
     left_out: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        n = len(self.behaviours)
-        layers, width = self.overall.shape
-        for name, shape in {"directions": (n, layers, width), "counts": (n,)}.items():
+        if self.overall.ndim != 2:
+            found = tuple(self.overall.shape)
+            raise ValueError(f"overall should have shape [L, D], it has {found}")
+        whole = (len(self.behaviours), *self.overall.shape)
+        for name, shape in {"directions": whole, "means": whole, "counts": whole[:1]}.items():
             found = tuple(getattr(self, name).shape)
             if found != shape:
                 raise ValueError(f"{name} should have shape {shape}, it has {found}")
-        if not torch.isfinite(self.directions).all():
-            bad = (~torch.isfinite(self.directions)).flatten(1).any(1)
-            names = [b for b, is_bad in zip(self.behaviours, bad, strict=True) if is_bad]
-            raise ValueError(f"directions are not finite: {', '.join(names)}")
+        rows = zip(self.behaviours, self.directions, strict=True)
+        broken = [name for name, row in rows if not row.isfinite().all()]
+        if broken:
+            raise ValueError(f"directions are not finite: {', '.join(broken)}")
 
     @property
     def n_layers(self) -> int:
@@ -76,9 +80,10 @@ class SteeringVectors:
         if behaviour in self.behaviours:
             return self.behaviours.index(behaviour)
         if behaviour in self.unavailable:
+            sides = " on either side" if self.config.get("estimator") in CONTRASTS else ""
             raise KeyError(
                 f"{behaviour!r} is unavailable: {self.unavailable[behaviour]} spans, "
-                f"at least {self.config.get('min_spans', MIN_SPANS)} are needed"
+                f"at least {self.config.get('min_spans', MIN_SPANS)} are needed{sides}"
             )
         raise KeyError(f"no direction of {behaviour!r}; there are {', '.join(self.behaviours)}")
 
@@ -104,9 +109,8 @@ class SteeringVectors:
         """The inverse of :meth:`save`, bit for bit; ``BadFile`` for a file of other tensors."""
         tensors, metadata = artifacts.load_tensors(path)
         if "behaviours" not in metadata or "directions" not in tensors:
-            raise artifacts.BadFile(
-                f"{path}: no directions of behaviours, but {', '.join(sorted(tensors))}"
-            )
+            found = ", ".join(sorted(tensors))
+            raise artifacts.BadFile(f"{path}: no directions of behaviours, but {found}")
         metadata["behaviours"] = tuple(metadata["behaviours"])
         return cls(**tensors, **metadata)
 
@@ -119,7 +123,8 @@ def difference_of_means(means: Means, *, min_spans: int = MIN_SPANS) -> Steering
 def estimate(
     means: Means, estimator: str = "difference-of-means", *, min_spans: int = MIN_SPANS
 ) -> SteeringVectors:
-    """Directions by a named estimator; all are rescaled to ``||overall[l]||``.
+    """Directions by a named estimator, all rescaled to ``||overall[l]||``. The last two need
+    ``min_spans`` spans of other behaviours as well.
 
     * ``"difference-of-means"``: ``mean[b] - overall`` (the paper, METHOD section 6).
     * ``"difference-from-others"``: ``mean[b] - mean of the spans of all other behaviours``, as
@@ -129,27 +134,32 @@ def estimate(
       ``activations.collect(..., keep=range(n_layers))``.
 
     Raises:
-        ValueError: unknown estimator, no spans at all, or nothing kept for the probe.
+        ValueError: unknown estimator, no spans at all, nothing kept for the probe, or a
+            direction of length zero.
     """
     counts = means.counts.sum(0)
-    rows = [b for b in range(len(means.behaviours)) if int(counts[b]) >= min_spans]
+    others = counts.sum() - counts
+    fewest = torch.minimum(counts, others) if estimator in CONTRASTS else counts
+    rows = [b for b in range(len(means.behaviours)) if int(fewest[b]) >= min_spans]
     mean, overall = means.mean(), means.overall()
     raw = differences(means, estimator, range(means.n_layers))
     names = means.behaviours
+    available = tuple(names[b] for b in rows)
     return SteeringVectors(
-        behaviours=tuple(names[b] for b in rows),
-        directions=rescale(raw[rows], overall).float(),
+        behaviours=available,
+        directions=rescale(raw[rows], overall, available).float(),
         means=mean[rows].float(),
         overall=overall.float(),
         counts=counts[rows],
         model=means.model,
         config={**means.config, "estimator": estimator, "min_spans": min_spans},
-        unavailable={names[b]: int(counts[b]) for b in range(len(names)) if b not in rows},
+        unavailable={names[b]: int(fewest[b]) for b in range(len(names)) if b not in rows},
     )
 
 
 def differences(means: Means, estimator: str, layers: Sequence[int]) -> Tensor:
-    """What :func:`estimate` rescales, ``[N, len(layers), D]`` float64; its errors, too."""
+    """What :func:`estimate` rescales, ``[N, len(layers), D]`` float64; zero where there are no
+    other spans to compare with. Its errors, too."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
     layers = list(layers)
@@ -159,26 +169,29 @@ def differences(means: Means, estimator: str, layers: Sequence[int]) -> Tensor:
     if estimator == "difference-of-means":
         return mean - means.overall()[layers]
     counts = means.counts.sum(0)
-    others = (counts.sum() - counts).clamp(min=1)[:, None, None]
+    others = (counts.sum() - counts)[:, None, None]
     sums = means.sums[:, :, layers]
-    return mean - (sums.sum((0, 1)) - sums.sum(0)) / others
+    rest = (sums.sum((0, 1)) - sums.sum(0)) / others.clamp(min=1)
+    return torch.where(others > 0, mean - rest, 0.0)
 
 
-def rescale(raw: Tensor, overall: Tensor) -> Tensor:
-    """``raw * ||overall|| / ||raw||`` over the last dimension; ``[..., L, D]``, ``[L, D]``."""
-    lengths = raw.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(raw.dtype).tiny)
+def rescale(raw: Tensor, overall: Tensor, names: Sequence[Any]) -> Tensor:
+    """``raw * ||overall|| / ||raw||`` over the last dimension; ``[N, L, D]``, ``[L, D]``.
+    ``ValueError`` for a direction of length zero, by its name (``names [N]``) and layer."""
+    lengths = raw.norm(dim=-1, keepdim=True)
+    for row, layer, _ in (lengths == 0).nonzero().tolist():
+        raise ValueError(f"direction of {names[row]} at layer {layer} has length zero")
     return raw * (overall.norm(dim=-1, keepdim=True) / lengths)
 
 
 def load_published(path: str | Path, *, min_spans: int = MIN_SPANS) -> SteeringVectors:
     """Directions from a released ``mean_vectors_*.pt``: label -> ``{"mean": [L, D], "count"}``.
 
-    Read with ``weights_only=True``: a file with code in it is refused. Labels that are no
-    behaviour are left out and reported in ``.left_out``; means are used as they are, the rest
-    is the formula above.
+    Read with ``weights_only=True``: a file with code in it is refused. Means are used as they
+    are; labels that are no behaviour are reported in ``.left_out``.
 
     Raises:
-        artifacts.BadFile: missing, unsafe or of another structure.
+        artifacts.BadFile: missing, unsafe, of another structure, not finite or of length zero.
     """
     content = artifacts.load_torch(path)
     if not isinstance(content, Mapping) or not all(_is_entry(e) for e in content.values()):
@@ -189,16 +202,22 @@ def load_published(path: str | Path, *, min_spans: int = MIN_SPANS) -> SteeringV
     found = {label: int(entry["count"]) for label, entry in content.items()}
     known = [b for b in BEHAVIOURS if b in content]
     names = [b for b in known if found[b] >= min_spans]
-    for b in names:
+    for b in ("overall", *names):
         found_shape, shape = (tuple(content[x]["mean"].shape) for x in (b, "overall"))
         if found_shape != shape:
             raise artifacts.BadFile(
                 f"{path}: the mean of {b} has shape {found_shape}, that of 'overall' {shape}"
             )
+        if not content[b]["mean"].float().isfinite().all():
+            raise artifacts.BadFile(f"{path}: the mean of {b} is not finite")
     mean = torch.stack([overall, *(content[b]["mean"].double() for b in names)])[1:]
+    try:
+        directions = rescale(mean - overall, overall, names)
+    except ValueError as error:
+        raise artifacts.BadFile(f"{path}: {error}") from None
     return SteeringVectors(
         behaviours=tuple(names),
-        directions=rescale(mean - overall, overall).float(),
+        directions=directions.float(),
         means=mean.float(),
         overall=overall.float(),
         counts=torch.tensor([found[b] for b in names]),
@@ -254,11 +273,9 @@ def max_cosine(directions: Tensor, matrix: Tensor, *, chunk: int = 16384) -> Ten
     ``directions [N, L, D]``, ``matrix [V, D]`` -> ``[N, L]``; ``chunk`` rows of the matrix at a
     time. Rows of zeros (padding of the vocabulary) count as cosine 0.
     """
-    if directions.shape[-1] != matrix.shape[-1]:
-        raise ValueError(
-            f"directions {tuple(directions.shape)} and matrix {tuple(matrix.shape)} "
-            "differ in their last dimension"
-        )
+    mine, other = tuple(directions.shape), tuple(matrix.shape)
+    if mine[-1] != other[-1]:
+        raise ValueError(f"directions {mine} and matrix {other} differ in their last dimension")
     units = torch.nn.functional.normalize(directions.float(), dim=-1)
     best = torch.full(units.shape[:-1], -1.0)
     for rows in matrix.split(chunk):
@@ -272,17 +289,7 @@ def random_directions(steering_vectors: SteeringVectors, n: int, seed: int) -> T
     steering and of layer effects: uniform on the sphere, from a generator seeded here."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(n, *steering_vectors.overall.shape, generator=generator)
-    return rescale(noise.double(), steering_vectors.overall.double()).float()
-
-
-def shuffled_directions(means: Means) -> Tensor:
-    """Directions from shuffled labels, ``[K, N, L, D]``: what the estimator finds where there
-    is nothing to find. ``K`` shuffles come from ``activations.collect(..., shuffles=K)``."""
-    if not len(means.shuffled):
-        raise ValueError("no shuffles were collected: activations.collect(..., shuffles=K)")
-    counts = means.counts.sum(0).clamp(min=1)[:, None, None]
-    overall = means.overall()
-    return rescale(means.shuffled / counts - overall, overall).float()
+    return rescale(noise.double(), steering_vectors.overall.double(), range(n)).float()
 
 
 @dataclass(frozen=True)
@@ -301,24 +308,22 @@ def stability(means: Means, *, min_spans: int = MIN_SPANS) -> Stability:
 
     Shares 1/8, 1/4 and 1/2 of all responses: the last is the split-half cosine, the growth
     shows whether more responses would help. Behaviours with fewer than ``min_spans`` spans in
-    either half are left out; a share without spans of one has cosine 0 and count 0.
+    either half are left out; so is a share with fewer spans of one: its cosine is NaN.
     """
     half = PARTS // 2
     enough = torch.minimum(means.counts[:half].sum(0), means.counts[half:].sum(0)) >= min_spans
     rows = enough.nonzero().flatten().tolist()
     held_out = _units(means, slice(half, None), rows)
-    sizes = [size for size in (half // 4, half // 2, half) if size]
-    values, counts = [], []
-    for size in sizes:
-        part = slice(0, size)
-        counts.append(means.counts[part].sum(0)[rows])
-        seen = counts[-1][:, None] > 0
-        values.append((_units(means, part, rows) * held_out).sum(-1) * seen)
+    sizes = (half // 4, half // 2, half)
+    counts = torch.stack([means.counts[:size].sum(0)[rows] for size in sizes])
+    units = torch.stack([_units(means, slice(size), rows) for size in sizes])
+    cosines = (units * held_out).sum(-1)
+    cosines[counts < min_spans] = torch.nan
     return Stability(
         tuple(means.behaviours[b] for b in rows),
         tuple(size / PARTS for size in sizes),
-        torch.stack(counts),
-        torch.stack(values).float(),
+        counts,
+        cosines.float(),
     )
 
 
@@ -369,10 +374,9 @@ def _jackknife(means: Means) -> Tensor:
 def expected_cosine(error: Tensor) -> Tensor:
     """Cosine with the direction of unlimited data to expect at a relative error ``e``.
 
-    The estimate is ``x = d + noise``. Noise over many dimensions is about orthogonal to ``d``,
-    so ``<x, d> = ||d||^2`` and ``||x||^2 = ||d||^2 + ||noise||^2``, where ``||noise||^2`` is
-    about ``e^2 ||x||^2``: ``cos(x, d) = ||d|| / ||x|| = sqrt(1 - e^2)``. Zero where ``e > 1``:
-    noise alone would be longer than the estimate.
+    Noise over many dimensions is about orthogonal to ``d``: the estimate ``x = d + noise`` has
+    ``||x||^2 = ||d||^2 + ||noise||^2``, where ``||noise||^2`` is about ``e^2 ||x||^2``. So
+    ``cos(x, d) = ||d|| / ||x|| = sqrt(1 - e^2)``; zero where ``e > 1``: noise alone is longer.
     """
     return (1 - error.square()).clamp(min=0).sqrt()
 

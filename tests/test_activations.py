@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stllms import activations, artifacts, means, vectors
+from stllms import activations, means, vectors
 from stllms.records import BEHAVIOURS, Response, TokenSpan
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
@@ -99,12 +100,12 @@ def test_means_equal_the_naive_loop(tiny_model, kind):
 
 def test_batched_is_unbatched(tiny_llama):
     responses, spans = sample()
-    options = {"shuffles": 2, "keep": (1, 3), "progress": False}
+    options = {"keep": (1, 3), "progress": False}
     alone = activations.collect(tiny_llama, responses, spans, batch_size=1, **options)
     for size in (2, 7, 64):
         batched = activations.collect(tiny_llama, responses, spans, batch_size=size, **options)
         assert torch.equal(batched.counts, alone.counts)
-        for name in ("sums", "squares", "overall_sums", "shuffled"):
+        for name in ("sums", "squares", "overall_sums"):
             torch.testing.assert_close(
                 getattr(batched, name), getattr(alone, name), atol=2e-5, rtol=1e-4
             )
@@ -122,6 +123,7 @@ def test_order_and_shards_do_not_matter(tiny_llama):
         torch.testing.assert_close(other.sums, whole.sums, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(other.squares, whole.squares, atol=1e-4, rtol=1e-4)
         assert {name: other.ledger[name] for name in whole.ledger} == whole.ledger
+        assert other.task_ids == whole.task_ids == tuple(sorted(r.task_id for r in responses))
 
 
 def test_parts_follow_the_task_alone_and_halves_add_up(tiny_llama):
@@ -134,7 +136,8 @@ def test_parts_follow_the_task_alone_and_halves_add_up(tiny_llama):
     build, test = got.half("build"), got.half("test")
     assert torch.equal(build.counts + test.counts, got.counts)
     n_build = sum(means.is_build(one.task_id) for one in responses)
-    assert int(build.overall_counts.sum()) == n_build
+    assert int(build.overall_counts.sum()) == n_build == len(build.task_ids)
+    assert {*build.task_ids, *test.task_ids} == {one.task_id for one in responses}
 
 
 def test_the_test_half_is_projected_on_directions_of_the_build_half(tiny_llama):
@@ -166,15 +169,6 @@ def test_samples_are_the_span_means(tiny_qwen2):
         own = got.samples[got.sample_labels == b].double().sum(0)
         torch.testing.assert_close(own, got.sums.sum(0)[b], atol=1e-4, rtol=1e-4)
     assert vectors.estimate(got, "probe", min_spans=1).directions.shape == (6, 4, 32)
-
-
-def test_shuffles_keep_the_counts_and_the_total(tiny_llama):
-    responses, spans = sample()
-    got = activations.collect(tiny_llama, responses, spans, shuffles=3, progress=False)
-    total = got.sums.sum((0, 1))
-    for k in range(3):
-        torch.testing.assert_close(got.shuffled[k].sum(0), total, atol=1e-3, rtol=1e-4)
-        assert not torch.allclose(got.shuffled[k], got.sums.sum(0), atol=0.1)
 
 
 def test_text_after_the_last_span_is_not_read(tiny_llama):
@@ -242,6 +236,13 @@ def test_bad_arguments_are_named(tiny_llama):
         activations.collect(
             tiny_llama, [one], spans, readout=torch.zeros(4, 32), progress=False
         )
+    broken = torch.ones(6, 4, 32)
+    broken[2, 3, 7] = float("nan")
+    message = f"readout is not finite: {BEHAVIOURS[2]} at layer 3"
+    with pytest.raises(ValueError, match=message):
+        activations.collect(tiny_llama, [one], spans, readout=broken, progress=False)
+    with pytest.raises(ValueError, match=r"'task-3' is given 2 times.*each response once"):
+        activations.collect(tiny_llama, [one, one], spans * 2, progress=False)
     with pytest.raises(ValueError, match="batch_size should be at least 1"):
         activations.collect(tiny_llama, [one], spans, batch_size=0, progress=False)
 
@@ -260,103 +261,40 @@ def test_activations_that_are_not_finite_are_named_by_layer_and_response():
         activations.collect(model, [bad], spans, progress=False)
 
 
-def test_bfloat16_models_are_summed_in_float64():
+def test_bfloat16_models_are_averaged_in_float32_and_summed_in_float64():
+    """Against float64 averages of the very activations that were read, response by response."""
     model = tiny.model("llama", initializer_range=0.1)
-    responses, spans = sample(6)
-    exact = activations.collect(model, responses, spans, progress=False)
     model.hf.to(torch.bfloat16)
-    rounded = activations.collect(model, responses, spans, progress=False)
-    assert rounded.sums.dtype == torch.float64
-    assert (rounded.sums - exact.sums).norm() / exact.sums.norm() < 0.03
+    responses, spans = sample(6)
+    read = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _m, _i, output: read.append(output[0].double()))
+    got = activations.collect(model, responses, spans, batch_size=1, keep=[2], progress=False)
+    order = sorted(
+        range(6), key=lambda i: (not means.is_build(f"task-{i}"), -max(s.end for s in spans[i]))
+    )
+    want, overall = [], 0.0
+    for turn, i in enumerate(order):
+        h = torch.stack(read[4 * turn : 4 * turn + 4])
+        used = [s for s in spans[i] if s.start]
+        want += [h[:, s.start - 1 : min(s.end - 1, s.start + 10)].mean(1) for s in used]
+        overall = overall + h[:, min(s.start for s in spans[i]) :].mean(1) / 6
+    want = torch.stack(want)
+    assert got.sums.dtype == got.squares.dtype == got.overall_sums.dtype == torch.float64
+    torch.testing.assert_close(got.samples[:, 0].double(), want[:, 2], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got.sums.sum((0, 1)), want.sum(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.overall(), overall, atol=1e-6, rtol=1e-5)
 
 
-def everything(got: means.Means) -> dict[str, torch.Tensor]:
-    return {name: getattr(got, name) for name in means.TENSORS}
-
-
-def stopped(monkeypatch, after: int, *given, **options) -> None:
-    """Collects until ``after`` batches were read, then stops as a keyboard interrupt does."""
-    read, seen = activations._add, []
-
-    def add(*arguments):
-        if len(seen) == after:
-            raise KeyboardInterrupt
-        seen.append(arguments)
-        return read(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(activations, "SAVE_EVERY", 4)
-        patch.setattr(activations, "_add", add)
-        with pytest.raises(KeyboardInterrupt):
-            activations.collect(*given, **options)
-
-
-@pytest.mark.parametrize(
-    ("after", "half"), [(2, "build"), (4, "build"), (5, "test"), (8, "test")]
-)
-def test_a_stopped_collection_goes_on_bit_for_bit(
-    tiny_llama, tmp_path, monkeypatch, after, half
-):
-    work = (tiny_llama, *sample())
-    build = sum(means.is_build(one.task_id) for one in work[1])
-    options = {"batch_size": 3, "shuffles": 2, "keep": (1, 3), "progress": False}
-    whole = activations.collect(*work, **options)
-    path = tmp_path / "collecting.safetensors"
-    stopped(monkeypatch, after, *work, path=path, **options)
-    saved = artifacts.load_tensors(path)[1]["done"]
-    assert 0 < saved < len(work[1])
-    assert (saved > build) == (half == "test")
-    seen, read = [], activations._add
-    monkeypatch.setattr(activations, "_add", lambda *a: seen.extend(a[2]) or read(*a))
-    resumed = activations.collect(*work, path=path, **options)
-    assert len(seen) == len(work[1]) - saved
-    for name, tensor in everything(whole).items():
-        assert torch.equal(getattr(resumed, name), tensor), name
-    assert (resumed.ledger, resumed.config) == (whole.ledger, whole.config)
-    assert not path.exists()
-
-
-def test_a_stopped_collection_goes_on_in_other_batches(tiny_llama, tmp_path, monkeypatch):
-    work = (tiny_llama, *sample())
-    path = tmp_path / "collecting.safetensors"
-    stopped(monkeypatch, 4, *work, path=path, batch_size=4, progress=False)
-    resumed = activations.collect(*work, path=path, batch_size=1, progress=False)
-    whole = activations.collect(*work, batch_size=4, progress=False)
-    assert torch.equal(resumed.counts, whole.counts)
-    for name in ("sums", "squares", "overall_sums", "projections"):
-        got, want = getattr(resumed, name), getattr(whole, name)
-        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-
-
-def test_a_collection_of_something_else_is_refused_by_name(tiny_model, tmp_path, monkeypatch):
-    model = tiny_model("llama")
-    responses, spans = sample()
-    path = tmp_path / "collecting.safetensors"
-    options = {"batch_size": 4, "path": path, "progress": False}
-    stopped(monkeypatch, 3, model, responses, spans, **options)
-    kept = path.read_bytes()
-
-    def refused(message, model=model, responses=responses, spans=spans, **changes):
-        with pytest.raises(ValueError, match=rf"something else: {message}.*; delete it"):
-            activations.collect(model, responses, spans, **{**options, **changes})
-
-    refused("model was 'tiny-random-llama.* now 'tiny-random-qwen2", tiny_model("qwen2"))
-    refused("responses was '24, .* now '23, ", responses=responses[1:], spans=spans[1:])
-    other = [replace(responses[0], prompt_ids=(7,) * 5), *responses[1:]]
-    refused("responses was '24, .* now '24, ", responses=other)
-    *others, last = spans[0]
-    label = next(name for name in BEHAVIOURS if name != last.label)
-    refused("spans was ", spans=[[*others, replace(last, label=label)], *spans[1:]])
-    refused("spans was ", spans=[[*others, replace(last, start=last.end - 1)], *spans[1:]])
-    refused(r"spans was .*behaviours was \['initializing'", behaviours=BEHAVIOURS[1:])
-    refused(r"keep was \[\] and is now \[2\]", keep=[2])
-    refused("readout was '' and is now ", readout=torch.ones(6, 4, 32))
-    refused("seed was 0 and is now 1", seed=1)
-    refused("spans was .*shuffles was 0 and is now 1", shuffles=1)
-    assert path.read_bytes() == kept
-    artifacts.save_tensors(path, {"kl/own": torch.zeros(1)}, {})
-    with pytest.raises(artifacts.BadFile, match="no unfinished collection, but kl/own"):
-        activations.collect(model, responses, spans, **options)
+def test_a_layer_is_read_on_the_device_of_its_output():
+    """Fake tensors refuse to meet across devices, as those of a model on several do."""
+    with FakeTensorMode():
+        h = torch.empty(2, 9, 4, device="cuda:1", dtype=torch.bfloat16)
+        matrix, groups, units = torch.empty(2, 4, 9), torch.empty(3, 5), torch.empty(6, 4)
+        place = torch.zeros(5, dtype=torch.long)
+        found = activations._of_layer(h, matrix, place, groups, units)
+        assert {str(x.device) for x in found} == {"cuda:1"}
+        assert [tuple(x.shape) for x in found] == [(2, 4, 4), (5, 4), (3, 4), (3, 4), (5, 6)]
 
 
 def test_shards_on_one_readout_separate_as_the_whole_does(tiny_llama):

@@ -116,6 +116,23 @@ def test_results_do_not_depend_on_the_chunk_size(tiny_gemma2, objective, rows):
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=1e-4)
 
 
+def test_short_passes_have_at_most_max_rows(tiny_gemma2):
+    rows = []
+    handle = tiny_gemma2.final_norm.register_forward_pre_hook(
+        lambda _module, inputs: rows.append(inputs[0].shape[1])
+    )
+    vectors = directions(tiny_gemma2)
+    try:
+        attribution.layer_effects(tiny_gemma2, ids(), POSITIONS, vectors, max_rows=7)
+    finally:
+        handle.remove()
+    response, *passes = rows
+    assert response == max(POSITIONS), "the response, once"
+    assert max(passes) == 7
+    clean, patched = len(POSITIONS), len(POSITIONS) * 2 * tiny_gemma2.n_layers
+    assert sum(passes) == clean + patched
+
+
 def test_positions_are_independent_of_each_other_and_keep_their_order(tiny_qwen2):
     vectors = directions(tiny_qwen2)
     together = attribution.layer_effects(tiny_qwen2, ids(), [20, 3, 3], vectors)
@@ -164,6 +181,15 @@ def test_bfloat16_agrees_with_float32_and_stays_finite():
         assert got.dtype == torch.float32
         assert torch.isfinite(got).all()
         assert (got - want).norm() / want.norm() < 0.1
+
+
+def test_the_published_objective_is_taken_in_float32_whatever_the_logits_are():
+    model = tiny.model("llama")
+    model.hf.lm_head.register_forward_hook(lambda _m, _i, logits: logits.bfloat16())
+    vectors = directions(model)
+    fast = attribution.layer_effects(model, ids(), POSITIONS, vectors, objective="published")
+    slow = naive_published(model, ids(), POSITIONS, vectors)
+    assert (fast - slow).norm() / slow.norm() < 1e-3
 
 
 def test_nothing_is_left_on_the_model(tiny_llama):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -138,6 +139,15 @@ def test_group_averages_weigh_models_equally():
     both = found.loc[("instruct", "segment fraction", "initializing")]
     assert both["models"] == 2
     assert both["value"] == pytest.approx(((1 / 4 + 1 / 2) / 2 + 1) / 2)
+
+
+def test_a_group_without_any_segment_has_no_fractions_and_says_so_silently():
+    none = member("m", np.zeros((4, 6)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found = comparison.group_intervals([none], empty="apart", draws=20)
+    fractions = found[found["metric"] == "segment fraction"]
+    assert fractions[["value", "low", "high"]].isna().to_numpy().all()
 
 
 def test_models_on_another_footing_are_not_averaged():

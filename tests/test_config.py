@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from stllms import config
+from stllms import checks, config, tasks
 from stllms.config import CHOICES, MODELS, PROFILES, RunConfig, UnknownModel, resolve, slug
 from stllms.records import STEERED
 
@@ -147,6 +147,19 @@ def test_own_values_replace_those_of_the_profile_and_no_others():
         PROFILES["paper"], n_build=3, temperature=0.5, coefficients=(-1.0, 2.0)
     )
     assert own == expected
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("task_set", checks.SIZES)
+def test_every_profile_finds_its_tasks_in_messages(profile, task_set):
+    setup = RunConfig(model="smollm2", profile=profile, tasks=task_set)
+    asked = {part: len(tasks.for_run(setup, part)) for part in ("build", "evaluate", "compare")}
+    full = len(tasks.load("evaluate" if task_set == "messages" else "checkable"))
+    assert checks.SIZES[task_set] == {"n_build": len(tasks.load("train")), "n_evaluate": full}
+    assert asked["evaluate"] == min(PROFILES[profile].n_evaluate, full)
+    assert asked["build"] == min(PROFILES[profile].n_build, 500)
+    with pytest.raises(ValueError, match="can be had"):
+        tasks.for_run(dataclasses.replace(setup, n_evaluate=full + 1), "evaluate")
 
 
 def test_only_embedded_models_sweep_the_layers_without_being_told():

@@ -93,6 +93,18 @@ def test_the_seed_gives_the_draws_and_few_spans_leave_a_behaviour_out():
     assert controls.table(fewer, {"backtracking": 0}, draws=2).empty
 
 
+def test_a_behaviour_alone_has_no_contrast_with_others():
+    made, _ = some_means(spans=10)
+    made.counts[:, 1:] = 0
+    made.sums[:, 1:] = 0
+    kept = made.sample_labels == 0
+    made = replace(made, samples=made.samples[kept], sample_labels=made.sample_labels[kept])
+    found = controls.table(made, LAYERS, draws=3)
+    assert set(found["direction"]) == {"difference-of-means", *controls.MEANINGLESS}
+    assert found.loc[found["quantity"] == "AUC", "value"].isna().all()
+    assert found.loc[found["quantity"] != "AUC", "value"].notna().all()
+
+
 def test_layers_that_were_not_kept_are_named():
     made, _ = some_means(spans=10)
     only = replace(made, sample_layers=(0,), samples=made.samples[:, :1])

@@ -47,7 +47,7 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
             }
         ),
     ),
-    ("models", frozenset({"kvcache", "loading", "models", "prompts"})),
+    ("models", frozenset({"kvcache", "loading", "models", "prompts", "rows"})),
     ("decode and api", frozenset({"api", "decode", "providers", "replies", "sending"})),
     (
         "stages",
@@ -68,6 +68,8 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
         frozenset(
             {
                 "__main__",
+                "arguments",
+                "bench",
                 "cli",
                 "colab",
                 "compare",
@@ -75,6 +77,7 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "execute",
                 "inputs",
                 "ledger",
+                "options",
                 "organism.card",
                 "organism.directions",
                 "organism.train",
@@ -83,10 +86,12 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "pipeline",
                 "published",
                 "published_tables",
+                "questions",
                 "released_effects",
                 "report",
                 "run",
                 "waiting",
+                "widgets",
             }
         ),
     ),

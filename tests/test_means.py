@@ -63,6 +63,16 @@ def test_merging_adds_and_refuses_strangers():
         a.half("third")
 
 
+def test_a_response_is_in_one_shard_only():
+    a, b = (replace(some_means()[0], task_ids=ids) for ids in (("x", "z"), ("v", "y")))
+    assert a.merge(b).task_ids == b.merge(a).task_ids == ("v", "x", "y", "z")
+    with pytest.raises(ValueError, match="response 'x' is in both, one of 2; collect each in"):
+        a.merge(b).merge(a)
+    build, test = a.half("build"), a.half("test")
+    assert [means.is_build(one) for one in build.task_ids] == [True] * len(build.task_ids)
+    assert build.merge(test).task_ids == a.task_ids
+
+
 def test_squares_follow_their_parts():
     a, b = (some_means(spans=5, seed=seed)[0] for seed in (0, 1))
     build, test = a.half("build"), a.half("test")
@@ -150,6 +160,16 @@ def test_a_record_without_its_projections_does_not_separate():
     assert means.separability(made, min_spans=13).behaviours == ()
 
 
+@pytest.mark.parametrize(("others", "names"), [(0, ()), (9, ()), (10, NAMES[:1])])
+def test_a_behaviour_needs_enough_others_to_be_told_from(others, names):
+    made = shard(12, 12 + others)
+    made.counts[-1, :2] = torch.tensor([12, others])
+    made.projection_labels[12:] = 1
+    found = means.separability(made)
+    assert found.behaviours == names
+    assert found.auc.isfinite().all()
+
+
 def test_a_digest_is_that_of_the_values():
     x = torch.randn(N, L, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert means.digest(x) == means.digest(x.float()) == means.digest(x.mT.contiguous().mT)
@@ -163,6 +183,10 @@ def test_files_keep_the_readout_and_others_are_refused(tmp_path):
     assert again.readout == "a"
     assert again.projections.eq(2).all()
     tensors, metadata = artifacts.load_tensors(path)
+    older = {name: value for name, value in metadata.items() if name != "task_ids"}
+    artifacts.save_tensors(path, tensors, older)
+    with pytest.raises(artifacts.BadFile, match="no span means of this version"):
+        means.Means.load(path)
     tensors["squares"] = tensors["squares"].sum(0)
     artifacts.save_tensors(path, tensors, metadata)
     with pytest.raises(artifacts.BadFile, match=r"no span means .* squares \[3, 2, 16\]"):

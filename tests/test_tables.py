@@ -38,3 +38,10 @@ def test_small_p_values_are_not_shown_as_zero():
     shown = tables.shown(table)
     assert shown["p"].tolist() == ["<0.001", "0.040", "n/a"]
     assert shown["share"].tolist() == ["0.000", "0.040", "1.500"]
+
+
+def test_a_missing_answer_is_written_as_a_missing_number_is():
+    table = pd.DataFrame({"outside": [True, None, NAN], "value": [1.0, 2.0, NAN]})
+    shown = tables.shown(table)
+    assert shown["outside"].tolist() == [True, "n/a", "n/a"]
+    assert shown["value"].tolist() == ["1", "2", "n/a"]

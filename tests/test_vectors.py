@@ -8,15 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
-from stllms import artifacts, means, probes, vectors
+from stllms import artifacts, means, plots, probes, tables, vectors
 from stllms.records import BEHAVIOURS, HEATMAP
 
 N, L, D = 3, 2, 16
 NAMES = BEHAVIOURS[:N]
 
 
-def some_means(*, spans: int = 40, signal: float = 3.0, seed: int = 0, shuffles: int = 0):
+def some_means(*, spans: int = 40, signal: float = 3.0, seed: int = 0):
     """Means of ``spans`` random spans a behaviour and part, with a known direction each."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -25,7 +26,7 @@ def some_means(*, spans: int = 40, signal: float = 3.0, seed: int = 0, shuffles:
 
     truth = torch.nn.functional.normalize(draw(N, L, D), dim=-1)
     centre = 5 * draw(L, D)
-    made = means.Means.zeros(NAMES, L, D, model="m", shuffles=shuffles, sample_layers=(0, 1))
+    made = means.Means.zeros(NAMES, L, D, model="m", sample_layers=(0, 1))
     samples, labels = [], []
     for part in range(means.PARTS):
         for b in range(N):
@@ -37,7 +38,6 @@ def some_means(*, spans: int = 40, signal: float = 3.0, seed: int = 0, shuffles:
             labels += [b] * spans
         made.overall_sums[part] = made.sums[part].sum(0) / (N * spans)
         made.overall_counts[part] = 1
-    made.shuffled.copy_(draw(shuffles, N, L, D) + centre * spans * means.PARTS)
     kept = replace(made, samples=torch.cat(samples).float(), sample_labels=torch.tensor(labels))
     return kept, truth
 
@@ -112,8 +112,6 @@ def test_bad_requests_are_refused_by_name():
     empty = means.Means.zeros(NAMES, L, D)
     with pytest.raises(ValueError, match="no response with spans"):
         vectors.difference_of_means(empty)
-    with pytest.raises(ValueError, match="no shuffles"):
-        vectors.shuffled_directions(made)
 
 
 def test_an_estimator_at_some_layers_is_the_estimator_there():
@@ -155,10 +153,58 @@ def test_broken_directions_are_named():
         replace(sv, directions=broken)
     with pytest.raises(ValueError, match=r"shape \(3, 2, 16\), it has \(2, 2, 16\)"):
         replace(sv, directions=sv.directions[:2])
+    with pytest.raises(ValueError, match=r"means should .* \(3, 2, 16\), it has \(2, 16\)"):
+        replace(sv, means=sv.overall)
+    with pytest.raises(ValueError, match=r"overall should .* \[L, D\], it has \(16,\)"):
+        replace(sv, overall=sv.overall[0])
+
+
+def alone(made: means.Means, *, others: int = 0) -> means.Means:
+    """One behaviour, beside ``others`` spans of the next."""
+    keep = torch.zeros(N, dtype=torch.int64)
+    keep[0] = 1
+    few = replace(made, counts=made.counts * keep, sums=made.sums * keep[:, None, None])
+    few.counts[0, 1], few.sums[0, 1] = others, others * made.mean()[1]
+    rows = (made.sample_labels == 1).cumsum(0).le(others) & (made.sample_labels == 1)
+    rows |= made.sample_labels == 0
+    return replace(few, samples=made.samples[rows], sample_labels=made.sample_labels[rows])
+
+
+@pytest.mark.parametrize("estimator", vectors.CONTRASTS)
+@pytest.mark.parametrize("others", [0, 9])
+def test_a_contrast_with_too_few_others_is_unavailable(estimator, others):
+    made = alone(some_means()[0], others=others)
+    sv = vectors.estimate(made, estimator)
+    assert sv.behaviours == ()
+    assert sv.unavailable == {NAMES[0]: others, NAMES[1]: others, NAMES[2]: 0}
+    message = (
+        f"{NAMES[0]}' is unavailable: {others} spans, at least 10 are needed on either side"
+    )
+    with pytest.raises(KeyError, match=message):
+        sv.direction(NAMES[0], 0)
+    assert vectors.difference_of_means(made).behaviours == (NAMES[0],)
+    if not others:
+        assert not vectors.differences(made, estimator, [1])[0].any()
+
+
+@pytest.mark.parametrize("estimator", vectors.CONTRASTS)
+def test_a_contrast_with_enough_others_has_a_direction(estimator):
+    assert (
+        vectors.estimate(alone(some_means()[0], others=10), estimator).behaviours == NAMES[:2]
+    )
+
+
+def test_a_direction_of_length_zero_is_named_and_never_nan():
+    made, _ = some_means()
+    made.sums[:, 2, 1] = made.counts[:, 2, None]
+    made.overall_sums[:, 1] = 1
+    with pytest.raises(ValueError, match=f"direction of {NAMES[2]} at layer 1 has length zero"):
+        vectors.difference_of_means(made)
 
 
 def test_saving_and_loading_is_bit_exact(tmp_path):
-    made, _ = some_means(shuffles=2)
+    made, _ = some_means()
+    made = replace(made, task_ids=("a", "b"))
     sv = vectors.difference_of_means(made)
     sv.save(tmp_path / "vectors.safetensors")
     again = vectors.SteeringVectors.load(tmp_path / "vectors.safetensors")
@@ -168,7 +214,7 @@ def test_saving_and_loading_is_bit_exact(tmp_path):
     made.save(tmp_path / "means.safetensors")
     back = means.Means.load(tmp_path / "means.safetensors")
     assert all(torch.equal(getattr(made, name), getattr(back, name)) for name in means.TENSORS)
-    assert back.behaviours == made.behaviours
+    assert all(getattr(back, name) == getattr(made, name) for name in means.METADATA)
 
 
 def test_cosines_take_each_direction_at_its_layer():
@@ -230,6 +276,26 @@ def test_released_means_of_another_shape_are_named_with_both(tmp_path):
         vectors.load_published(path)
 
 
+@pytest.mark.parametrize(
+    ("label", "value", "message"),
+    [
+        ("overall", float("nan"), "mean of overall is not finite"),
+        ("deduction", float("inf"), "mean of deduction is not finite"),
+        ("deduction", None, "direction of deduction at layer 1 has length zero"),
+    ],
+)
+def test_released_means_without_a_direction_are_named_with_the_file(
+    tmp_path, label, value, message
+):
+    path = tmp_path / "mean_vectors_x.pt"
+    content = {b: {"mean": torch.randn(2, 3), "count": 12} for b in ("overall", "deduction")}
+    last = content["overall"]["mean"][1].clone() if value is None else value
+    content[label]["mean"][1] = last
+    torch.save(content, path)
+    with pytest.raises(artifacts.BadFile, match=rf"mean_vectors_x.pt: .*{message}"):
+        vectors.load_published(path)
+
+
 def test_a_released_file_without_enough_spans_has_no_direction(tmp_path):
     path = tmp_path / "mean_vectors_x.pt"
     entry = {"mean": torch.randn(2, 3), "count": 3}
@@ -273,14 +339,6 @@ def test_random_directions_have_the_length_of_the_real_ones():
     assert not torch.equal(drawn, vectors.random_directions(sv, 5, seed=2))
 
 
-def test_shuffled_directions_are_rescaled_too():
-    made, _ = some_means(shuffles=2)
-    drawn = vectors.shuffled_directions(made)
-    assert drawn.shape == (2, N, L, D)
-    lengths = made.overall().norm(dim=-1).float().expand(2, N, L)
-    torch.testing.assert_close(drawn.norm(dim=-1), lengths)
-
-
 def test_stability_grows_with_the_share_and_with_the_signal():
     strong = vectors.stability(some_means(spans=6, signal=3.0)[0], min_spans=1)
     assert strong.shares == (0.125, 0.25, 0.5)
@@ -290,6 +348,21 @@ def test_stability_grows_with_the_share_and_with_the_signal():
     weak = vectors.stability(some_means(spans=6, signal=0.1)[0], min_spans=1)
     assert weak.cosines[-1].mean() < strong.cosines[-1].mean() - 0.3
     assert vectors.stability(some_means(spans=6)[0], min_spans=1000).behaviours == ()
+
+
+def test_a_share_with_too_few_spans_has_no_cosine():
+    made, _ = some_means(spans=6)
+    made.counts[0, 1], made.counts[1, 1] = 0, 9
+    result = vectors.stability(made)
+    assert result.counts[:, :2].tolist() == [[6, 0], [12, 9], [24, 21]]
+    missing = result.cosines.isnan()
+    assert missing.all(2).tolist() == missing.any(2).tolist()
+    assert missing.all(2).tolist() == [[True] * 3, [False, True, False], [False] * 3]
+    assert tables.growth(result, 1)["cosine"].isna().sum() == 4
+    _, axes = plt.subplots()
+    plots.growth(axes, tables.growth(result, 1))
+    assert len(axes.lines) == N
+    axes.figure.canvas.draw()
 
 
 def test_stability_is_the_cosine_of_the_halves():

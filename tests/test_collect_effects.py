@@ -1,0 +1,316 @@
+"""Layer effects of responses: what is collected, and the file it is cached in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from stllms import artifacts, attribution, effects
+from stllms.effects import LayerEffects
+from stllms.records import Annotation, Response, TokenSpan
+from stllms.vectors import SteeringVectors, random_directions
+
+NAMES = ("backtracking", "deduction")
+
+
+def response(task: str, n: int = 30) -> Response:
+    ids = torch.randint(0, 200, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+    return Response(task, "c", "", tuple(ids[:4]), tuple(ids[4:]), "", "", 0, "", True, True)
+
+
+def annotation(task: str, *spans: tuple[str, int, int]) -> Annotation:
+    return Annotation(task, "hand", spans=tuple(TokenSpan(*span) for span in spans))
+
+
+@pytest.fixture
+def vectors(tiny_llama) -> SteeringVectors:
+    shape = (2, tiny_llama.n_layers, tiny_llama.d_model)
+    directions = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    return SteeringVectors(NAMES, directions, directions, directions[0], torch.tensor([9, 9]))
+
+
+@pytest.fixture
+def chains() -> tuple[list[Response], list[Annotation]]:
+    made = [response("a"), response("b", 25), response("c", 28), response("d", 20)]
+    spans = [
+        annotation("a", ("deduction", 5, 8), ("backtracking", 8, 12), ("deduction", 12, 20)),
+        annotation("b", ("initializing", 5, 9), ("backtracking", 9, 11)),
+        annotation("c"),
+        annotation("d", ("deduction", 0, 4), ("deduction", 1, 5)),
+    ]
+    return made, spans
+
+
+def test_collected_effects_are_the_means_over_own_and_other_positions(
+    tiny_llama, vectors, chains
+):
+    found = attribution.collect(tiny_llama, *chains, vectors, progress=False)
+    assert found.response_ids == ("a", "b"), "c has no span, d none with a prefix"
+    assert set(found.effects) == {f"{o}/{s}" for o in ("kl", "published") for s in effects.SETS}
+    ids = {r.task_id: [*r.prompt_ids, *r.output_ids] for r in chains[0]}
+    # (response, behaviour, set) -> the positions, from METHOD section 7 by hand.
+    positions = {
+        (0, 0, "own"): [7],
+        (0, 0, "others"): [4, 11],
+        (0, 1, "own"): [4, 11],
+        (0, 1, "others"): [7],
+        (1, 0, "own"): [8],
+        (1, 0, "others"): [4],
+        (1, 1, "others"): [4, 8],
+    }
+    for objective in attribution.OBJECTIVES:
+        for (row, place, which), where in positions.items():
+            alone = attribution.layer_effects(
+                tiny_llama,
+                ids[found.response_ids[row]],
+                where,
+                vectors.directions[place : place + 1],
+                objective=objective,
+            )
+            got = found.effects[f"{objective}/{which}"][row, place]
+            torch.testing.assert_close(got, alone[0].mean(-1), atol=1e-6, rtol=1e-4)
+        assert found.effects[f"{objective}/own"][1, 1].isnan().all(), "b has no deduction"
+
+
+def test_random_directions_are_measured_at_the_positions_of_every_behaviour(
+    tiny_llama, vectors, chains
+):
+    nulls = random_directions(vectors, 2, seed=1)
+    plain = attribution.collect(tiny_llama, *chains, vectors, progress=False)
+    found = attribution.collect(tiny_llama, *chains, vectors, nulls=nulls, progress=False)
+    assert set(found.effects) - set(plain.effects) == {effects.null_key(k) for k in (0, 1)}
+    for key in plain.effects:
+        torch.testing.assert_close(
+            found.effects[key], plain.effects[key], atol=1e-6, rtol=1e-4, equal_nan=True
+        )
+    for k in (0, 1):
+        stand_in = replace(vectors, directions=nulls[k].expand_as(vectors.directions))
+        want = attribution.collect(
+            tiny_llama, *chains, stand_in, objectives=["kl"], progress=False
+        )
+        torch.testing.assert_close(
+            found.effects[effects.null_key(k)],
+            want.effects["kl/own"],
+            atol=1e-6,
+            rtol=1e-4,
+            equal_nan=True,
+        )
+    assert not attribution.collect(
+        tiny_llama, *chains, vectors, nulls=nulls, objectives=["published"], progress=False
+    ).effects.keys() & {effects.null_key(0)}, "the null is of the exact effect"
+
+
+def test_other_random_directions_are_measured_anew(collect, vectors, chains, tmp_path):
+    path = tmp_path / "e.safetensors"
+    for seed in (1, 2):
+        nulls = random_directions(vectors, 1, seed)
+        fresh = collect(*chains, nulls=nulls)
+        assert same(collect(*chains, nulls=nulls, path=path), fresh)
+
+
+def same(found: LayerEffects, want: LayerEffects) -> bool:
+    """Bit for bit, fields and tables in one order."""
+    keys = list(want.effects)
+    return replace(found, effects={}) == replace(want, effects={}) and all(
+        [list(found.effects) == keys]
+        + [np.array_equal(found.of(k), want.of(k), equal_nan=True) for k in keys]
+    )
+
+
+@pytest.fixture
+def collect(tiny_llama, vectors):
+    """``collect(responses, annotations)`` with everything else as in the other tests."""
+
+    def run(responses, annotations, vectors=vectors, model=tiny_llama, **options):
+        options = {"progress": False, **options}
+        return attribution.collect(model, responses, annotations, vectors, **options)
+
+    return run
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[int]:
+    """The length of every response that is measured from here on, once an objective."""
+    lengths = []
+    real = attribution.layer_effects
+
+    def spy(model, ids, *args, **options):
+        lengths.append(len(ids))
+        return real(model, ids, *args, **options)
+
+    monkeypatch.setattr(attribution, "layer_effects", spy)
+    return lengths
+
+
+def test_a_shorter_list_is_taken_up_and_ends_the_same(collect, chains, tmp_path, asked):
+    made, spans = chains
+    path = tmp_path / "layer_effects.safetensors"
+    whole = collect(made, spans)
+    collect(made[:1], spans[:1], path=path)
+    asked.clear()
+    resumed = collect(made, spans, path=path)
+    assert set(asked) == {25}, "only b was measured again"
+    assert same(resumed, whole)
+    assert same(LayerEffects.load(path), whole)
+
+
+def test_what_was_measured_before_a_stop_is_saved(collect, tmp_path, monkeypatch):
+    monkeypatch.setattr(attribution, "SAVE_EVERY", 2)
+    made = [response(f"r{n}", n) for n in (20, 21, 22, 23)]
+    spans = [annotation(r.task_id, ("deduction", 5, 8)) for r in made]
+    path = tmp_path / "e.safetensors"
+    whole = collect(made, spans)
+    broken = [*spans[:3], annotation("r23", ("deduction", 5, 99))]
+    with pytest.raises(ValueError, match="r23"):
+        collect(made, broken, path=path)
+    assert LayerEffects.load(path).response_ids == ("r20", "r21")
+    assert same(collect(made, spans, path=path), whole)
+    assert same(LayerEffects.load(path), whole)
+
+
+def test_a_file_with_more_responses_gives_its_first_ones_and_stays(
+    collect, chains, tmp_path, asked
+):
+    made, spans = chains
+    path = tmp_path / "e.safetensors"
+    want = collect(made[:1], spans[:1])
+    collect(made, spans, path=path)
+    before = path.read_bytes()
+    asked.clear()
+    assert same(collect(made[:1], spans[:1], path=path), want)
+    assert not asked
+    assert path.read_bytes() == before
+
+
+def other_work(case, made, spans, vectors):
+    """Arguments of another collection with the same response ids."""
+    first = made[0]
+    ids = ((first.output_ids[0] + 1) % 200, *first.output_ids[1:])
+    labels = [replace(span, label="backtracking") for span in spans[0].spans]
+    changes = {
+        "spans": {"annotations": [annotation("a", ("deduction", 9, 12)), *spans[1:]]},
+        "labels": {"annotations": [replace(spans[0], spans=tuple(labels)), *spans[1:]]},
+        "ids": {"responses": [replace(first, output_ids=ids), *made[1:]]},
+        "order": {"responses": made[::-1], "annotations": spans[::-1]},
+        "directions": {"vectors": replace(vectors, directions=2 * vectors.directions)},
+        "behaviours": {"vectors": replace(vectors, behaviours=NAMES[::-1])},
+        "objectives": {"objectives": ("kl",)},
+    }
+    return {"responses": made, "annotations": spans, **changes[case]}
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["spans", "labels", "ids", "order", "directions", "behaviours", "objectives"],
+)
+def test_a_file_of_other_work_is_replaced(collect, vectors, chains, tmp_path, case):
+    path = tmp_path / "e.safetensors"
+    collect(*chains, path=path)
+    given = other_work(case, *chains, vectors)
+    want = collect(**given)
+    assert same(collect(**given, path=path), want)
+    assert same(LayerEffects.load(path), want)
+
+
+def test_a_file_of_another_model_or_dtype_is_replaced(collect, chains, tmp_path):
+    path = tmp_path / "e.safetensors"
+    collect(*chains, path=path)
+    other = tiny.model("llama", seed=1)
+    other.name = "other"
+    want = collect(*chains, model=other)
+    assert same(collect(*chains, model=other, path=path), want)
+    other.hf.to(torch.bfloat16)
+    want = collect(*chains, model=other)
+    assert want.dtype == "torch.bfloat16"
+    assert same(collect(*chains, model=other, path=path), want)
+
+
+def test_a_file_of_an_earlier_version_is_replaced(collect, chains, tmp_path):
+    path = tmp_path / "e.safetensors"
+    want = collect(*chains)
+    old = {name: getattr(want, name) for name in ("response_ids", "behaviours", "model")}
+    zeros = {key: torch.zeros_like(values) for key, values in want.effects.items()}
+    artifacts.save_tensors(path, zeros, {**old, "directions": want.directions})
+    assert same(collect(*chains, path=path), want)
+
+
+def test_a_file_that_holds_no_layer_effects_is_refused_and_stays(
+    collect, vectors, chains, tmp_path
+):
+    path = tmp_path / "vectors.safetensors"
+    vectors.save(path)
+    before = path.read_bytes()
+    with pytest.raises(artifacts.BadFile, match=r"vectors.safetensors: no layer effects, but"):
+        collect(*chains, path=path)
+    assert path.read_bytes() == before
+
+
+def test_the_ledger_counts_what_is_not_measured(collect, chains, tmp_path):
+    made, spans = chains
+    path = tmp_path / "e.safetensors"
+    assert collect(made[:1], spans[:1], path=path).ledger == {
+        "responses": 1,
+        "responses without a usable span": 0,
+        "spans": 3,
+        "spans at the first two tokens": 0,
+    }
+    found = collect(made, spans, path=path)
+    assert found.ledger == LayerEffects.load(path).ledger
+    assert found.ledger == {
+        "responses": 2,
+        "responses without a usable span": 2,
+        "spans": 5,
+        "spans at the first two tokens": 2,
+    }
+
+
+def test_passes_have_at_most_max_rows(collect, tiny_llama, chains):
+    made, spans = chains
+    rows = []
+    handle = tiny_llama.final_norm.register_forward_pre_hook(
+        lambda _module, inputs: rows.append(inputs[0].shape[1])
+    )
+    try:
+        collect(made[:1], spans[:1], max_rows=2)
+    finally:
+        handle.remove()
+    assert sorted(rows)[-2:] == [11, 11], "the response itself, once an objective"
+    assert max(sorted(rows)[:-2]) == 2
+
+
+def test_a_task_twice_is_refused(collect, chains):
+    made, spans = chains
+    with pytest.raises(ValueError, match="2 responses have task id b: give each task once"):
+        collect([*made, made[1]], [*spans, spans[1]])
+
+
+@pytest.mark.parametrize("objective", attribution.OBJECTIVES)
+def test_effects_that_are_not_finite_name_their_response(collect, chains, objective):
+    broken = tiny.model("llama")
+    broken.hf.lm_head.weight.data[7] = float("nan")
+    with pytest.raises(ValueError, match=f"^a: {objective} effects are not finite"):
+        collect(*chains, model=broken, objectives=(objective,))
+
+
+def test_lists_that_do_not_belong_together_are_refused(collect, chains):
+    made, spans = chains
+    with pytest.raises(ValueError, match="4 responses but 3 annotations"):
+        collect(made, spans[:3])
+    with pytest.raises(ValueError, match="annotation of b stands at the response of a"):
+        collect(made[:2], spans[1::-1])
+
+
+def test_a_run_without_any_usable_span_has_effects_of_no_response(
+    tiny_llama, collect, chains, tmp_path
+):
+    made, spans = chains
+    path = tmp_path / "e.safetensors"
+    found = collect(made[2:], spans[2:], path=path)
+    assert found.response_ids == ()
+    assert found.of("kl/own").shape == (0, 2, tiny_llama.n_layers)
+    assert LayerEffects.load(path).response_ids == ()
+    assert effects.table({"kl/own": found.of("kl/own")}, NAMES)["mean"].isna().all()
