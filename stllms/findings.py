@@ -5,8 +5,9 @@ Each row begins as a claim of :mod:`stllms.claims`; the docstrings say what coun
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -198,14 +199,27 @@ def _middle(peaks: pd.DataFrame) -> str:
 
 
 def released_effects(slug: str, peaks: pd.DataFrame) -> Iterator[Row]:
-    """Peaks of the released values, and ranks of the steering layer where METHOD has them."""
+    """Peaks of the released values, and ranks of the steering layer where METHOD has them.
+
+    A file without some of the behaviours reproduces a part at most.
+    """
     on = f"released file, {int(peaks['n'].min())} responses"
-    found = peaks.set_index("behaviour").loc[list(STEERED)]
-    equal = tuple(found["peak"].astype(int)) == claims.PEAKS[slug]
+    found = peaks.set_index("behaviour").reindex(
+        [b for b in STEERED if b in {*peaks["behaviour"]}]
+    )
+    places, whole = [STEERED.index(b) for b in found.index], len(found) == len(STEERED)
+
+    def verdict(**numbers: Sequence[int]) -> str:
+        equal = all(
+            found[name].tolist() == [theirs[place] for place in places]
+            for name, theirs in numbers.items()
+        )
+        return claims.PART if equal and not whole else _released(equal)
+
     first = claims.peaked(
         slug,
         on,
-        _released(equal),
+        verdict(peak=claims.PEAKS[slug]),
         ours=claims.listed(_layers(peaks, "peak")),
         note=_middle(peaks),
     )
@@ -213,10 +227,8 @@ def released_effects(slug: str, peaks: pd.DataFrame) -> Iterator[Row]:
     if slug not in claims.LATE:
         return
     ranks, late = claims.LATE[slug]
-    equal = tuple(found["rank"].astype(int)) == ranks
-    equal &= tuple(found["late_peak"].astype(int)) == late
     mine = {
-        b: f"{_layers(peaks, 'rank')[b]}, {_layers(peaks, 'late_peak')[b]}" for b in STEERED
+        b: f"{_layers(peaks, 'rank')[b]}, {_layers(peaks, 'late_peak')[b]}" for b in found.index
     }
     theirs = {b: f"{r}, {p}" for b, r, p in zip(STEERED, ranks, late, strict=True)}
     yield replace(
@@ -224,7 +236,7 @@ def released_effects(slug: str, peaks: pd.DataFrame) -> Iterator[Row]:
         where=f"{first.where.partition(';')[0]}; rank of the steering layer, and the peak "
         "without layers 0-4",
         published=claims.listed(theirs),
-        verdict=_released(equal),
+        verdict=verdict(rank=ranks, late_peak=late),
         ours=claims.listed(mine),
         note="",
     )
@@ -261,14 +273,21 @@ def _upper(matrix: pd.DataFrame) -> tuple[np.ndarray, int]:
 
 
 def released_heatmap(matrix: pd.DataFrame) -> Row:
-    """The cosines of the released vectors, to two decimals."""
+    """The cosines of the released vectors, to two decimals; a part where labels are absent."""
     cosines, n = _upper(matrix)
-    equal = np.round(cosines, 2).tolist() == list(claims.TRIANGLE)
+    theirs = [
+        value
+        for pair, value in zip(combinations(HEATMAP, 2), claims.TRIANGLE, strict=True)
+        if {*pair} <= {*matrix.index}
+    ]
+    equal = np.round(cosines, 2).tolist() == theirs
+    absent = [name for name in HEATMAP if name not in matrix.index]
+    without = f"; without {', '.join(absent)}" if absent else ""
     return claims.distinct(
         "released file",
-        _released(equal),
+        claims.PART if equal and absent else _released(equal),
         ours=claims.triangle(cosines, n),
-        note="no interval: the file holds means only",
+        note=f"no interval: the file holds means only{without}",
     )
 
 

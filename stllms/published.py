@@ -2,7 +2,8 @@
 
 :func:`run` reads a folder of released files and writes figures and tables to
 ``<results>/published/``. Everything is read before anything is drawn, so that a bad file leaves
-nothing half done; it raises ``BadFile``, one line that names it.
+nothing half done; it raises ``BadFile``, one line that names it. A label that a file lacks is
+left out of its figures, printed on standard error and listed in ``left_out.csv``.
 
 ==============================  ==========================================================
 released file                   figures (METHOD, section 10)
@@ -19,20 +20,32 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from stllms import __version__, artifacts, compare, comparison, effects, plots, tables, vectors
+from stllms import (
+    __version__,
+    artifacts,
+    compare,
+    comparison,
+    effects,
+    panels,
+    plots,
+    tables,
+    vectors,
+)
 from stllms import published_tables as released
 from stllms.artifacts import BadFile
+from stllms.comparison import Member
 from stllms.config import ModelEntry
-from stllms.records import HEATMAP, STEERED
+from stllms.published_tables import Released
+from stllms.records import HEATMAP
 from stllms.vectors import SteeringVectors
 
 #: What is read: kind -> the names of its files.
@@ -41,6 +54,12 @@ PATTERNS: dict[str, str] = {
     "effects": "layer_effects_*.pt",
     "comparison": "reasoning_comparison_*.json",
 }
+#: What :func:`run` writes below its folder, deleted before it draws again.
+MADE: tuple[str, ...] = (
+    *("files.csv", "left_out.csv", "heatmap.csv", "vectors.csv"),
+    *("layer_effects*.csv", "comparison*.csv"),
+    *("figures/cosine_heatmap_*", "figures/layer_effects_*", "figures/comparison_*"),
+)
 #: The objective and the positions of the released layer effects (METHOD, section 7).
 SET = "published/others"
 #: ``empty_chains`` -> how the figures of a treatment are called, and what it is.
@@ -59,6 +78,8 @@ TREATMENTS: dict[str, tuple[str, str]] = {
 def run(folder: str | Path, results: str | Path) -> list[Path]:
     """Draw what ``folder`` holds into ``<results>/published/``; returns what was written.
 
+    What an earlier call drew there, perhaps from other files, is deleted first.
+
     Raises:
         BadFile: the folder is missing or holds none of :data:`PATTERNS`; or the first file
             that is empty, cut off, unsafe or not what its name says.
@@ -68,6 +89,7 @@ def run(folder: str | Path, results: str | Path) -> list[Path]:
     measured = {path: released.read_effects(path) for path in paths["effects"]}
     chains = {path: released.read_counts(path) for path in paths["comparison"]}
     write = _Writer(Path(results) / "published")
+    write.clear()
     with mpl.rc_context():
         plots.style()
         if directions:
@@ -76,8 +98,31 @@ def run(folder: str | Path, results: str | Path) -> list[Path]:
             _draw_effects(write, measured)
         if chains:
             _draw_comparison(write, chains)
+    _list_left_out(
+        write,
+        {path: released.left_out(found) for path, found in directions.items()}
+        | {path: found.left_out for path, found in measured.items()},
+    )
     write.table("files", listing(folder))
     return write.paths
+
+
+def _list_left_out(write: _Writer, left_out: Mapping[Path, Mapping[str, str]]) -> None:
+    rows = [
+        (path.name, label, why)
+        for path, labels in left_out.items()
+        for label, why in labels.items()
+    ]
+    for name, label, why in rows:
+        print(f"{name}: {label} left out ({why})", file=sys.stderr)
+    if rows:
+        write.table("left_out", pd.DataFrame(rows, columns=["file", "label", "why"]))
+
+
+def _without(left_out: Mapping[str, str]) -> str:
+    """For captions: ``Labels left out: deduction (why); ...``."""
+    said = "; ".join(f"{label} ({why})" for label, why in left_out.items())
+    return f"Labels left out: {said or 'none'}."
 
 
 def ensure(folder: str | Path, results: str | Path) -> None:
@@ -90,9 +135,14 @@ def ensure(folder: str | Path, results: str | Path) -> None:
 def find(folder: str | Path) -> dict[str, list[Path]]:
     """The released files of a folder by kind; :class:`BadFile` without any."""
     folder = Path(folder).expanduser()
+    if folder.is_file():
+        raise BadFile(f"{folder}: a file, expected the folder that it is in")
     if not folder.is_dir():
         raise BadFile(f"{folder}: there is no such folder")
-    found = {kind: sorted(folder.glob(pattern)) for kind, pattern in PATTERNS.items()}
+    found = {
+        kind: sorted(path for path in folder.glob(pattern) if not path.is_dir())
+        for kind, pattern in PATTERNS.items()
+    }
     if not any(found.values()):
         raise BadFile(f"{folder}: no released file, expected {' or '.join(PATTERNS.values())}")
     return found
@@ -124,6 +174,9 @@ def _draw_vectors(write: _Writer, directions: Mapping[Path, SteeringVectors]) ->
         layers = vectors.heatmap_layers(
             found, vectors.steering_layers(entry.steering_layers, found.n_layers), HEATMAP
         )
+        labels.append(released.labels(entry, found))
+        if not layers:
+            continue
         matrix = vectors.cosines(found, layers).numpy()
         figure = _figure(6.6, 5.4)
         plots.heatmap(figure.subplots(), matrix, list(layers))
@@ -132,57 +185,59 @@ def _draw_vectors(write: _Writer, directions: Mapping[Path, SteeringVectors]) ->
         write.figure(f"cosine_heatmap_{_tag(path)}", figure, data)
         long = data.melt("behaviour", var_name="other", value_name="cosine")
         cells.append(long.assign(model=entry.display, layer=long["behaviour"].map(layers)))
-        labels.append(released.labels(entry, found))
     columns = ["model", "behaviour", "layer", "other", "cosine"]
-    write.table("heatmap", pd.concat(cells, ignore_index=True)[columns])
+    if cells:
+        write.table("heatmap", pd.concat(cells, ignore_index=True)[columns])
     write.table("vectors", pd.concat(labels, ignore_index=True))
 
 
-def _about_vectors(entry: ModelEntry, found: SteeringVectors, layers: Mapping) -> str:
+def _about_vectors(entry: ModelEntry, found: SteeringVectors, layers: Mapping[str, int]) -> str:
     which = "middle layer"
     if entry.steering_layers:
         which = "published steering layers (that of backtracking for labels without one)"
-    extra = ", ".join(f"{name} (spans: {n})" for name, n in found.left_out.items())
     return (
         f"{entry.display}, released vectors; {which}: {tables.layer_text(layers)}. "
-        f"Labels left out: {extra or 'none'}."
+        f"{_without(released.left_out(found))}"
     )
 
 
 # -- layer effects -----------------------------------------------------------------------
 
 
-def _draw_effects(write: _Writer, measured: Mapping[Path, dict[str, np.ndarray]]) -> None:
+def _draw_effects(write: _Writer, measured: Mapping[Path, Released]) -> None:
     curves, found = [], []
-    for path, values in measured.items():
-        entry = compare.entry_of(path)
+    for path, read in measured.items():
+        entry, values = compare.entry_of(path), read.effects
+        if not values:
+            continue
         rows = pd.concat(
-            [effects.curve(values[name]).assign(behaviour=name) for name in STEERED],
+            [effects.curve(values[name]).assign(behaviour=name) for name in values],
             ignore_index=True,
         ).assign(model=entry.display, set=SET)
         curves.append(rows[["model", "set", "behaviour", *rows.columns[:6]]])
         found.append(released.peaks(values, entry.steering_layers).assign(model=entry.display))
         about = (
             f"{entry.display}, released values: published objective, before the spans of the"
-            f" other behaviours; mean over {len(values[STEERED[0]])} responses"
+            f" other behaviours; mean over {released.n_responses(rows)} responses"
         )
         known = " Dotted: published steering layer." if entry.steering_layers else ""
+        absent = f" {_without(read.left_out)}" if read.left_out else ""
         for name, size, grid, band, words in (
             ("row", (14, 3.3), (1, 4), "interval", "95% bootstrap interval over responses."),
             ("grid", (9, 6.2), (2, 2), "sd", "one standard deviation, as published."),
         ):
             figure = _figure(*size)
-            panels = figure.subplots(*grid, sharex=True, sharey=True)
-            plots.effect_panels(
-                panels.flat,
+            panels.released_effects(
+                figure.subplots(*grid, sharex=True, sharey=True).ravel(),
                 curves[-1],
-                STEERED,
                 label="surrogate gradient",
                 band=band,
                 mark=entry.steering_layers,
             )
-            plots.caption(figure, f"{about}, {words}{known}")
+            plots.caption(figure, f"{about}; band: {words}{known}{absent}")
             write.figure(f"layer_effects_{name}_{_tag(path)}", figure, curves[-1])
+    if not curves:
+        return
     write.table("layer_effects", pd.concat(curves, ignore_index=True))
     made = pd.concat(found, ignore_index=True)
     write.table("layer_effects_peaks", made[["model", *made.columns[:-1]]])
@@ -209,7 +264,13 @@ def _draw_comparison(write: _Writer, chains: Mapping[Path, list[dict[str, int]]]
     write.table("comparison_changes", released.changes(*found.values(), stored))
 
 
-def _comparison_figures(write, compared, table, groups, treatment) -> None:
+def _comparison_figures(
+    write: _Writer,
+    compared: Sequence[Member],
+    table: pd.DataFrame,
+    groups: pd.DataFrame,
+    treatment: str,
+) -> None:
     """The four comparison figures of METHOD section 10 for one treatment."""
     name, words = TREATMENTS[treatment]
     palette = comparison.colours(compared)
@@ -246,6 +307,11 @@ class _Writer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.paths: list[Path] = []
+
+    def clear(self) -> None:
+        """Deletes what is left of :data:`MADE`, so that no table of other files stays."""
+        for path in [path for pattern in MADE for path in self.folder.glob(pattern)]:
+            path.unlink()
 
     def table(self, name: str, table: pd.DataFrame) -> None:
         self.paths.append(self.folder / f"{name}.csv")

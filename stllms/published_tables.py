@@ -1,11 +1,14 @@
 """Released files -> arrays and tables, each file checked and named in every complaint.
 
-What :mod:`stllms.published` draws and :mod:`stllms.ledger` cites is computed here.
+What :mod:`stllms.published` draws and :mod:`stllms.ledger` cites is computed here. A label that
+a file lacks, or has too little of, is left out and listed with the reason; a file that cannot
+be read, or is not what its name says, raises ``BadFile``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from stllms import artifacts, compare, comparison, vectors
 from stllms.artifacts import BadFile
 from stllms.comparison import Member
 from stllms.config import ModelEntry
-from stllms.records import BEHAVIOURS, HEATMAP, STEERED
+from stllms.records import BEHAVIOURS, STEERED
 from stllms.vectors import SteeringVectors
 
 #: Layers 0-4, left out where the ledger asks for the peak behind the first layers.
@@ -33,9 +36,6 @@ def read_vectors(path: Path) -> SteeringVectors:
         raise
     except (RuntimeError, ValueError) as error:  # shapes that differ, values that are NaN
         raise BadFile(f"{path}: {str(error).splitlines()[0]}") from None
-    lacking = [label for label in HEATMAP if label not in found.behaviours]
-    if lacking:
-        raise BadFile(f"{path}: no direction of {', '.join(lacking)}")
     _check_layers(path, found.n_layers)
     return found
 
@@ -44,6 +44,13 @@ def _check_layers(path: Path, n_layers: int) -> None:
     last = max((compare.entry_of(path).steering_layers or {"": 0}).values())
     if last >= n_layers:
         raise BadFile(f"{path}: {n_layers} layers, but the model is steered at layer {last}")
+
+
+def left_out(found: SteeringVectors) -> dict[str, str]:
+    """The labels of a file that have no direction here -> why."""
+    least = found.config["min_spans"]
+    few = {b: f"spans: {n}, at least {least} needed" for b, n in found.unavailable.items()}
+    return few | {name: f"spans: {n}, no behaviour" for name, n in found.left_out.items()}
 
 
 def labels(entry: ModelEntry, found: SteeringVectors) -> pd.DataFrame:
@@ -66,25 +73,41 @@ def labels(entry: ModelEntry, found: SteeringVectors) -> pd.DataFrame:
 # -- layer effects -----------------------------------------------------------------------
 
 
-def read_effects(path: Path) -> dict[str, np.ndarray]:
-    """Released layer effects ``[responses, L]`` of the four steered behaviours."""
-    content = artifacts.load_layer_effects(path)
-    lacking = [name for name in STEERED if name not in content]
-    if lacking:
-        raise BadFile(f"{path}: no layer effects of {', '.join(lacking)}")
-    found = {name: content[name].numpy() for name in STEERED}
-    shapes = {values.shape[1] for values in found.values()}
-    if len(shapes) > 1:
-        raise BadFile(f"{path}: behaviours differ in their number of layers {sorted(shapes)}")
-    for name, values in found.items():
-        if not len(_known(values)):
-            raise BadFile(f"{path}: {name!r} has no response without NaN")
-    _check_layers(path, shapes.pop())
-    return found
+@dataclass(frozen=True)
+class Released:
+    """Released layer effects: steered behaviour -> ``[responses, L]``; label -> why not."""
+
+    effects: dict[str, np.ndarray]
+    left_out: dict[str, str]
+
+
+def read_effects(path: Path) -> Released:
+    """The layer effects of the four steered behaviours, as far as the file has them."""
+    content = {b: v.numpy() for b, v in artifacts.load_layer_effects(path).items()}
+    content = {b: np.where(np.isfinite(v), v, np.nan) for b, v in content.items()}
+    why = {name: "not in the file" for name in STEERED if name not in content}
+    for name, values in content.items():
+        if name not in STEERED:
+            why[name] = "not steered"
+        elif not len(_known(values)):
+            why[name] = f"responses: {len(values)}, none without NaN"
+    found = {name: content[name] for name in STEERED if name not in why}
+    sizes = sorted({values.shape[1] for values in found.values()})
+    if len(sizes) > 1:
+        raise BadFile(f"{path}: behaviours differ in their number of layers {sizes}")
+    for n_layers in sizes:
+        _check_layers(path, n_layers)
+    return Released(found, why)
 
 
 def _known(values: np.ndarray) -> np.ndarray:
     return values[np.isfinite(values).all(1)]
+
+
+def n_responses(curves: pd.DataFrame) -> str:
+    """``45``, or ``40 to 45`` where behaviours or layers differ; from ``effects.curve``."""
+    low, high = int(curves["n"].min()), int(curves["n"].max())
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def peaks(

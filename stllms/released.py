@@ -54,9 +54,10 @@ def load_comparison(path: str | Path) -> list[dict[str, Any]]:
 
 
 def load_layer_effects(path: str | Path) -> dict[str, torch.Tensor]:
-    """The released layer effects: behaviour -> ``[responses, L]``, float32.
+    """The released layer effects: label -> ``[responses, L]``, float32.
 
-    The file holds a dictionary of lists of lists. Raises :class:`BadFile` for anything else.
+    The file holds a dictionary of lists of lists; a label with an empty list is ``[0, 0]``.
+    Raises :class:`BadFile` for anything else.
     """
     import torch
 
@@ -66,11 +67,15 @@ def load_layer_effects(path: str | Path) -> dict[str, torch.Tensor]:
     effects: dict[str, torch.Tensor] = {}
     for label, responses in content.items():
         try:
-            effects[str(label)] = torch.as_tensor(responses, dtype=torch.float32)
-        except (TypeError, ValueError) as error:
-            raise BadFile(f"{path}: {label!r} is no table of numbers ({error})") from None
-    if {tensor.ndim for tensor in effects.values()} != {2}:
-        raise BadFile(f"{path}: expected behaviour -> responses -> layers")
+            values = torch.as_tensor(responses, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise BadFile(f"{path}: {label!r} is no table of numbers ({reason})") from None
+        if values.shape == (0,):
+            values = values.reshape(0, 0)
+        if values.ndim != 2:
+            raise BadFile(f"{path}: expected behaviour -> responses -> layers at {label!r}")
+        effects[str(label)] = values
     return effects
 
 
@@ -80,6 +85,7 @@ def load_torch(path: str | Path) -> Any:
     Raises :class:`BadFile`, one line with the name, if missing, empty, cut off or unsafe.
     """
     import pickle
+    import warnings
 
     import torch
 
@@ -89,7 +95,8 @@ def load_torch(path: str | Path) -> Any:
     if not path.stat().st_size:
         raise BadFile(f"{path}: the file is empty")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about foreign pickles, refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise BadFile(
             f"{path}: refused, it holds something other than tensors or is damaged "

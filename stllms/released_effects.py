@@ -9,8 +9,9 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from stllms import artifacts, panels, plots, published, tables
+from stllms import artifacts, panels, plots, published, published_tables, tables
 from stllms.config import RunConfig
+from stllms.records import STEERED
 
 HOW = (
     "No released files: with a folder of the authors' layer_effects_*.pt, "
@@ -29,7 +30,7 @@ def views(setup: RunConfig) -> list[Figure | pd.DataFrame]:
     """What notebook 03 displays: the figure and the table of ranks.
 
     Without ``setup.published``, or with no layer effects in that folder, nothing but one
-    printed line that says how to get them.
+    printed line that says so.
 
     Raises:
         artifacts.BadFile: a file of the folder cannot be read.
@@ -42,13 +43,17 @@ def views(setup: RunConfig) -> list[Figure | pd.DataFrame]:
         return []
     published.ensure(setup.published, setup.results_folder)
     folder = setup.results_folder / "published"
+    if not (folder / "layer_effects.csv").is_file():
+        print(f"{setup.published}: no layer effects of {', '.join(STEERED)} in its files.")
+        return []
     curves = artifacts.load_table(folder / "layer_effects.csv")
     peaks = artifacts.load_table(folder / "layer_effects_peaks.csv")
     return [draw(curves, peaks), ranks(peaks)]
 
 
 def draw(curves: pd.DataFrame, peaks: pd.DataFrame) -> Figure:
-    """A row of panels a model, with bootstrap intervals and the published steering layers."""
+    """A row of panels a model, with bootstrap intervals and the published steering layers;
+    the caption says over how many responses each model's mean is."""
     known = peaks.dropna(subset="steering_layer")
     marks = {
         model: dict(zip(rows["behaviour"], rows["steering_layer"].astype(int), strict=True))
@@ -56,10 +61,14 @@ def draw(curves: pd.DataFrame, peaks: pd.DataFrame) -> Figure:
     }
     figure = Figure(figsize=(14, 0.4 + 2.8 * peaks["model"].nunique()), layout="constrained")
     panels.effect_rows(figure, curves, marks)
+    responses = ", ".join(
+        f"{model} {published_tables.n_responses(rows)}"
+        for model, rows in curves.groupby("model", sort=False)
+    )
     plots.caption(
         figure,
-        f"Released values, mean over {int(peaks['n'].max())} responses, 95% interval; "
-        "dotted: published steering layer.",
+        f"Released values, mean over the responses ({responses}), 95% bootstrap interval over "
+        f"them{'; dotted: published steering layer' if marks else ''}.",
     )
     return figure
 

@@ -1,4 +1,4 @@
-"""The released files drawn without a model: METHOD's numbers, exact counts, bad files."""
+"""The released files drawn without a model: METHOD's numbers, exact counts, part of a file."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-
-from stllms import (
-    artifacts,
-    compare,
-    comparison,
-    effects,
-    files,
-    published,
-    published_tables,
-    run,
+from released_files import (
+    MODEL,
+    NAMES,
+    PLACES,
+    chains,
+    lacking,
+    layer_effects,
+    mean_vectors,
+    write_comparison,
+    write_folder,
 )
+
+from stllms import artifacts, compare, files, published, run
 from stllms.artifacts import BadFile
-from stllms.config import MODELS
 from stllms.records import BEHAVIOURS, HEATMAP, STEERED
 
 QWEN, LLAMA = "R1-Distill-Qwen-1.5B", "R1-Distill-Llama-8B"
@@ -146,60 +147,9 @@ def test_twenty_chains_are_lost_to_numbered_tags(drawn):
 # -- files of the same form, written here --------------------------------------------------
 
 
-def mean_vectors(layers: int = 28, width: int = 8, **counts: int) -> dict:
-    rng = torch.Generator().manual_seed(0)
-    names = {"overall": 500, **dict.fromkeys(BEHAVIOURS, 40), **counts}
-    return {
-        name: {"mean": torch.randn(layers, width, generator=rng), "count": n}
-        for name, n in names.items()
-    }
-
-
-def layer_effects(layers: int = 28, responses: int = 9) -> dict:
-    rng = np.random.default_rng(0)
-    return {b: rng.uniform(size=(responses, layers)).tolist() for b in STEERED}
-
-
-def chains(n: int = 6, seed: int = 0) -> list[dict]:
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(n):
-        counts = {b: int(k) for b, k in zip(BEHAVIOURS, rng.integers(0, 4, 6), strict=True)}
-        markup = "".join(f'["{b}"] text ["end-section"]' * k for b, k in counts.items())
-        rows.append(
-            {
-                "response": "text",
-                "thinking_process": "text",
-                "label_counts": {b: k for b, k in counts.items() if k},
-                "annotated_response": markup,
-            }
-        )
-    return rows
-
-
-def write_comparison(folder: Path, model: str, rows: list[dict]) -> Path:
-    path = folder / f"reasoning_comparison_{model}.json"
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return path
-
-
-NAMES = [
-    entry.hub_id.split("/")[-1].lower()
-    for entry in MODELS.values()
-    if entry.hub_id and entry.kind != "unknown"
-]
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """One file of every kind."""
-    made = tmp_path / "released"
-    made.mkdir()
-    name = "deepseek-r1-distill-qwen-1.5b"
-    torch.save(mean_vectors(summarizing=1), made / f"mean_vectors_{name}.pt")
-    torch.save(layer_effects(), made / f"layer_effects_{name}.pt")
-    write_comparison(made, name, chains())
-    return made
+    return write_folder(tmp_path / "released")
 
 
 @pytest.fixture
@@ -258,189 +208,111 @@ def test_nothing_is_drawn_again_until_a_file_changes(folder, tmp_path):
     before = figure.stat().st_mtime_ns
     published.ensure(folder, tmp_path)
     assert figure.stat().st_mtime_ns == before
-    write_comparison(folder, "deepseek-r1-distill-qwen-1.5b", chains(seed=5))
+    write_comparison(folder, MODEL, chains(seed=5))
     published.ensure(folder, tmp_path)
     assert figure.stat().st_mtime_ns > before
-
-
-def test_peaks_equal_a_loop_over_resamples():
-    rng = np.random.default_rng(1)
-    values = rng.uniform(size=(7, 9)) + np.linspace(0, 0.3, 9)
-    values[3, 2] = np.nan
-    found = published_tables.peaks({"backtracking": values}, {"backtracking": 6}).iloc[0]
-    known = np.delete(values, 3, axis=0)
-    rng, peaks, ranks, late = np.random.default_rng(0), [], [], []
-    for sample in rng.integers(6, size=(2000, 6)):
-        mean = known[sample].mean(0)
-        peaks.append(int(mean.argmax()))
-        ranks.append(sorted(mean, reverse=True).index(mean[6]) + 1)
-        late.append(5 + int(mean[5:].argmax()))
-    for name, drawn, value in (
-        ("peak", peaks, known.mean(0).argmax()),
-        ("rank", ranks, effects.rank(known.mean(0), 6)),
-        ("late_peak", late, 5 + known.mean(0)[5:].argmax()),
-    ):
-        low, high = np.quantile(drawn, [0.025, 0.975], method="nearest")
-        assert found[[name, f"{name}_low", f"{name}_high"]].tolist() == [value, low, high]
-    assert found["n"] == 6
-
-
-def test_group_intervals_equal_a_loop_over_tasks(tmp_path):
-    paths = [write_comparison(tmp_path, NAMES[i], chains(12, i)) for i in (0, 2)]
-    compared = published_tables.members(paths, "apart")
-    compared[0].counts[3] = 0  # set apart: no fractions
-    found = comparison.group_intervals(compared, empty="apart", draws=400, seed=3)
-    plain = comparison.table(compared, empty="apart")
-    keys = ["kind", "metric", "behaviour"]
-    plain = plain.groupby(keys)["value"].mean().rename("value_plain").reset_index()
-    both = found.merge(plain, on=keys)
-    known = both[both["value_plain"].notna()]
-    assert len(known) > 6
-    assert known["value"].tolist() == pytest.approx(known["value_plain"].tolist())
-    drawn = np.random.default_rng(3).multinomial(12, np.full(12, 1 / 12), size=400)
-    means = []
-    for times in drawn:
-        tasks = np.repeat(np.arange(12), times)
-        rows = [
-            one.counts[tasks, 1] / np.clip(one.counts[tasks].sum(1), 1, None)
-            for one in compared
-        ]
-        rows[0][tasks == 3] = np.nan
-        means.append(np.mean([np.nanmean(row) for row in rows]))
-    row = found[(found["metric"] == "segment fraction") & (found["behaviour"] == BEHAVIOURS[1])]
-    assert row[["low", "high"]].to_numpy().ravel() == pytest.approx(
-        np.quantile(means, [0.025, 0.975])
-    )
-
-
-# -- what is refused -----------------------------------------------------------------------
-
-
-def cut(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
-
-def refused(folder: Path, results: Path, capsys) -> str:
-    """The one line of ``--published`` with exit status 2; nothing was drawn."""
-    assert run.main(["--published", str(folder), "--results", str(results)]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert not (results / "published").exists()
-    return lines[0]
-
-
-PLACES = {
-    "mean_vectors": "mean_vectors_deepseek-r1-distill-qwen-1.5b.pt",
-    "layer_effects": "layer_effects_deepseek-r1-distill-qwen-1.5b.pt",
-    "comparison": "reasoning_comparison_deepseek-r1-distill-qwen-1.5b.json",
-}
-
-
-@pytest.mark.parametrize("kind", PLACES)
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda path: path.write_bytes(b""), "the file is empty"),
-        (cut, ""),
-        (lambda path: path.write_text("<html>not found</html>"), ""),
-        (lambda path: path.write_bytes(bytes(range(256)) * 9), ""),
-    ],
-    ids=["empty", "truncated", "html", "noise"],
-)
-def test_a_damaged_file_is_named(folder, tmp_path, capsys, kind, damage, words):
-    path = folder / PLACES[kind]
-    damage(path)
-    line = refused(folder, tmp_path / "results", capsys)
-    assert str(path) in line
-    assert words in line
-
-
-def lacking(made: dict, name: str) -> dict:
-    return {key: value for key, value in made.items() if key != name}
-
-
-@pytest.mark.parametrize(
-    ("kind", "content", "words"),
-    [
-        ("mean_vectors", {"a": 1}, "expected label"),
-        ("mean_vectors", lacking(mean_vectors(), "overall"), "no 'overall'"),
-        ("mean_vectors", lacking(mean_vectors(), "deduction"), "no direction of deduction"),
-        ("mean_vectors", mean_vectors(deduction=3), "no direction of deduction"),
-        ("mean_vectors", mean_vectors(layers=5), "5 layers, but the model is steered at layer"),
-        (
-            "mean_vectors",
-            {**mean_vectors(), "deduction": mean_vectors(layers=3)["deduction"]},
-            "",
-        ),
-        (
-            "mean_vectors",
-            {
-                **mean_vectors(),
-                "deduction": {"mean": torch.full((28, 8), torch.nan), "count": 9},
-            },
-            "deduction",
-        ),
-        ("layer_effects", [1, 2], "expected behaviour"),
-        ("layer_effects", {b: [1.0, 2.0] for b in STEERED}, "expected behaviour"),
-        ("layer_effects", lacking(layer_effects(), "backtracking"), "backtracking"),
-        (
-            "layer_effects",
-            {**layer_effects(), "backtracking": [[1.0], [1.0, 2.0]]},
-            "backtracking",
-        ),
-        ("layer_effects", {**layer_effects(), "backtracking": [[0.0] * 27]}, "[27, 28]"),
-        (
-            "layer_effects",
-            {**layer_effects(), "backtracking": [[torch.nan] * 28]},
-            "backtracking",
-        ),
-        ("layer_effects", layer_effects(layers=5), "5 layers"),
-    ],
-)
-def test_a_foreign_tensor_file_is_named(folder, tmp_path, capsys, kind, content, words):
-    path = folder / PLACES[kind]
-    torch.save(content, path)
-    line = refused(folder, tmp_path / "results", capsys)
-    assert str(path) in line
-    assert words in line
-
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        ([], "an empty list"),
-        ({"a": 1}, "a dict"),
-        ([1], "chain 0 lacks"),
-        ([*chains(2), {"response": "x"}], "chain 2 lacks"),
-        ([{**chains(1)[0], "annotated_response": None}], "annotated_response is no text"),
-        ([{**chains(1)[0], "label_counts": ["deduction"]}], "label_counts"),
-        ([{**chains(1)[0], "label_counts": {"deduction": "3"}}], "label_counts"),
-    ],
-)
-def test_a_foreign_comparison_file_is_named(folder, tmp_path, capsys, rows, words):
-    path = write_comparison(folder, "deepseek-r1-distill-qwen-1.5b", rows)
-    line = refused(folder, tmp_path / "results", capsys)
-    assert str(path) in line
-    assert words in line
-
-
-def test_a_missing_or_empty_folder_is_named(tmp_path, capsys):
-    assert "there is no such folder" in refused(tmp_path / "nowhere", tmp_path, capsys)
-    (tmp_path / "empty").mkdir()
-    line = refused(tmp_path / "empty", tmp_path, capsys)
-    assert str(tmp_path / "empty") in line
-    assert "mean_vectors_*.pt" in line
 
 
 @pytest.mark.usefixtures("tables_only")
 def test_counts_that_differ_from_the_stored_ones_are_counted(folder, tmp_path):
     rows = chains(4)
     rows[1]["label_counts"] = {"deduction": 77}
-    write_comparison(folder, "deepseek-r1-distill-qwen-1.5b", rows)
+    write_comparison(folder, MODEL, rows)
     published.run(folder, tmp_path)
     changes = files.load_table(tmp_path / "published" / "comparison_changes.csv")
     assert changes[["chains", "equal_stored"]].to_numpy().tolist() == [[4, 3]]
+
+
+# -- part of what there could be -----------------------------------------------------------
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, by name, and not written."""
+    made = {}
+    monkeypatch.setattr(
+        artifacts, "save_figure", lambda _, name, drawn, __: made.update({name: drawn})
+    )
+    return made
+
+
+def test_a_label_that_is_missing_leaves_the_rest(folder, tmp_path, capsys, figures):
+    torch.save(mean_vectors(deduction=3), folder / PLACES["mean_vectors"])
+    part = {**lacking(layer_effects(), "backtracking"), "summarizing": []}
+    torch.save(part, folder / PLACES["layer_effects"])
+    published.run(folder, tmp_path)
+    assert len(figures) == 3 + 8
+    left_out = files.load_table(tmp_path / "published" / "left_out.csv")
+    assert left_out.to_numpy().tolist() == [
+        [PLACES["mean_vectors"], "deduction", "spans: 3, at least 10 needed"],
+        [PLACES["layer_effects"], "backtracking", "not in the file"],
+        [PLACES["layer_effects"], "summarizing", "not steered"],
+    ]
+    printed = capsys.readouterr().err.splitlines()
+    assert printed == [
+        f"{name}: {label} left out ({why})" for name, label, why in left_out.to_numpy()
+    ]
+    heatmap = files.load_table(tmp_path / "published" / "heatmap.csv")
+    assert heatmap["behaviour"].unique().tolist() == list(HEATMAP[:-1])
+    peaks = files.load_table(tmp_path / "published" / "layer_effects_peaks.csv")
+    assert peaks["behaviour"].tolist() == [name for name in STEERED if name != "backtracking"]
+    for name in ("row", "grid"):
+        drawn = figures[f"layer_effects_{name}_r1-distill-qwen-1.5b"]
+        empty, *others = drawn.axes
+        assert empty.get_title() == "backtracking"
+        assert empty.texts[0].get_text() == "left out:\nno released values"
+        assert not any(axes.texts for axes in others)
+        assert "backtracking (not in the file)" in drawn._supxlabel.get_text().replace(
+            "\n", " "
+        )
+    caption = figures["cosine_heatmap_r1-distill-qwen-1.5b"]._supxlabel.get_text()
+    assert "deduction (spans: 3, at least 10 needed)" in caption.replace("\n", " ")
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_folder_with_one_kind_of_file_gives_its_figures_alone(
+    folder, tmp_path, figures, kind
+):
+    for other in {*PLACES} - {kind}:
+        (folder / PLACES[other]).unlink()
+    results = tmp_path / "results"
+    assert run.main(["--published", str(folder), "--results", str(results)]) == 0
+    begins = {"mean_vectors": "cosine_heatmap"}.get(kind, kind)
+    assert figures
+    assert all(name.startswith(begins) for name in figures)
+
+
+def test_files_without_any_known_label_draw_nothing_and_say_so(
+    folder, tmp_path, capsys, figures
+):
+    torch.save({"overall": mean_vectors()["overall"]}, folder / PLACES["mean_vectors"])
+    torch.save({"other": [[0.0] * 28]}, folder / PLACES["layer_effects"])
+    results = tmp_path / "results"
+    assert run.main(["--published", str(folder), "--results", str(results)]) == 0
+    assert len(capsys.readouterr().err.splitlines()) == len(BEHAVIOURS) + len(STEERED) + 1
+    assert all(name.startswith("comparison") for name in figures)
+    assert not (results / "published" / "heatmap.csv").exists()
+    assert not (results / "published" / "layer_effects.csv").exists()
+
+
+@pytest.mark.usefixtures("tables_only")
+def test_what_other_files_gave_before_is_gone(folder, tmp_path):
+    published.run(folder, tmp_path)
+    made = tmp_path / "published"
+    (made / "notes.csv").write_text("mine")
+    (folder / PLACES["layer_effects"]).unlink()
+    paths = published.run(folder, tmp_path)
+    assert not list(made.rglob("layer_effects*"))
+    assert {*paths, made / "notes.csv"} == {path for path in made.rglob("*") if path.is_file()}
+
+
+def test_the_mean_is_over_the_responses_that_have_a_value(folder, tmp_path, figures):
+    values = layer_effects()
+    values["backtracking"][0] = [np.nan] * 28
+    torch.save(values, folder / PLACES["layer_effects"])
+    published.run(folder, tmp_path)
+    caption = figures["layer_effects_row_r1-distill-qwen-1.5b"]._supxlabel.get_text()
+    assert "mean over 8 to 9 responses" in caption
 
 
 # -- the command line ----------------------------------------------------------------------

@@ -37,6 +37,23 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         released_effects.views(setup(tmp_path / "nowhere", tmp_path))
 
 
+def test_files_without_a_steered_behaviour_say_so(tmp_path, capsys):
+    torch.save({"other": [[0.1, 0.2]]}, tmp_path / "layer_effects_x.pt")
+    assert released_effects.views(setup(tmp_path, tmp_path)) == []
+    assert f"{tmp_path}: no layer effects of backtracking" in capsys.readouterr().out
+
+
+def test_a_behaviour_that_a_file_lacks_leaves_the_others(tmp_path):
+    values = {name: [[0.1, 0.3, 0.2]] * 3 for name in STEERED[1:]}
+    torch.save(values, tmp_path / "layer_effects_x.pt")
+    figure, table = released_effects.views(setup(tmp_path, tmp_path))
+    assert table["behaviour"].tolist() == list(STEERED[1:])
+    panels = figure.subfigs[0].axes
+    assert [axes.get_title() for axes in panels] == list(STEERED)
+    assert panels[0].texts[0].get_text().startswith("left out")
+    assert [len(axes.lines) for axes in panels] == [0, 1, 1, 1]
+
+
 def test_ranks_and_peaks_are_those_of_method_section_12(published, tmp_path):
     folder = tmp_path / "released"
     folder.mkdir()
@@ -56,6 +73,9 @@ def test_ranks_and_peaks_are_those_of_method_section_12(published, tmp_path):
     assert column(llama, "rank without layers 0-4") == [1, 1, 1, 1]
     assert table.loc[(llama, STEERED[0]), "steering_layer"] == "12"
     assert " to " in table.loc[(qwen, STEERED[0]), "peak layer"]
+    caption = figure._supxlabel.get_text()
+    assert f"{llama} 45, {qwen} 46" in caption
+    assert "dotted: published steering layer" in caption
     marked = figure.subfigs[0].axes[0].lines[-1]
     assert list(marked.get_xdata()) == [12, 12]
 
@@ -71,3 +91,5 @@ def test_a_model_without_published_layers_has_no_rank():
     curves = effects.table({"s": stacked}, STEERED).assign(model="own")
     figure = released_effects.draw(curves, peaks)
     assert len(figure.subfigs[0].axes[0].lines) == 1, "nothing is marked"
+    assert "own 3)" in figure._supxlabel.get_text()
+    assert "dotted" not in figure._supxlabel.get_text()
