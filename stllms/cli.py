@@ -1,7 +1,8 @@
 """The command ``stllms``: run the notebooks, steer one question, annotate a file.
 
 Exit status: 0 done, 1 failed, 2 the command does not make sense (one line on stderr says
-why), 130 interrupted. Nothing heavy is imported before it is needed.
+why), 130 interrupted. Nothing heavy is imported before it is needed; the words of the command
+line are in :mod:`stllms.options`.
 """
 
 from __future__ import annotations
@@ -14,141 +15,19 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from stllms import __version__
+from stllms.options import EXAMPLE, UsageError, parser
 
 if TYPE_CHECKING:
     from stllms.config import RunConfig
     from stllms.pairs import Ask, Bench
     from stllms.records import Annotation, Steered
 
-
-class Example(NamedTuple):
-    """A question to tiny-thinker on which a push shows."""
-
-    question: str
-    behaviour: str
-    coefficient: float
-    seed: int
-
-    @property
-    def words(self) -> list[str]:
-        """The arguments of ``stllms`` that ask it."""
-        options = f"--behaviour {self.behaviour} --coefficient {self.coefficient:g}"
-        return ["steer", self.question, *f"{options} --seed {self.seed}".split()]
-
-    def __str__(self) -> str:
-        options = " ".join(self.words[2:])
-        return f'  stllms steer "{self.question}" \\\n      {options}'
-
-
-#: What the help shows first. Hand-picked: on many questions it shows less (notebook 04).
-EXAMPLE = Example(
-    "Ben has 4 coins and gets 3 more. How many coins does Ben have?", "backtracking", 1.0, 5
-)
-
-EXAMPLES = f"""examples:
-{EXAMPLE}
-  stllms annotate chain.txt
-  stllms run --profile smoke
-
-stllms COMMAND --help says more about each. exit status: 0 done, 1 failed, 2 wrong command."""
-
-STEER = f"""examples:
-{EXAMPLE}
-{EXAMPLE} --json
-  stllms steer "What is 17 * 23?" --behaviour backtracking --coefficient -1 \\
-      --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --vectors mean_vectors.pt
-
-tiny-thinker knows only the questions of its grammar; its directions ship with the package.
-Those of another model are of the run in its folder of results, whatever its options were;
-notebooks 01 to 03 make one first where there is none (this may take long)."""
-
-ANNOTATE = """examples:
-  stllms annotate chain.txt                              one chain, the offline classifier
-  stllms annotate - --judge lexical < chain.txt          from standard input
-  stllms annotate responses.jsonl --out segments.jsonl   rows of notebook 01
-  stllms annotate reasoning_comparison_MODEL.json        a released file
-  stllms annotate responses.jsonl --judge openai:gpt-4.1 --max-cost 2
-
-One JSON object a segment (task_id, annotator, label, text, start, end: characters of the
-thinking), then a line on stderr about what was labelled. Status 1 if a chain has no labels:
-that line names it, and what the others have is written."""
-
-JUDGES = "grammar, lexical, offline, openai:MODEL, replay:FOLDER"
 #: Chains without labels that are named, at most.
 NAMED = 5
-#: The names of records.STEERED, for the help; anything else is refused with what there is.
-BEHAVIOURS = "backtracking, uncertainty-estimation, example-testing, adding-knowledge, ..."
-
-
-class UsageError(ValueError):
-    """The command line does not make sense; the message is one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        options |= {"formatter_class": argparse.RawDescriptionHelpFormatter}
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = _Parser(prog="stllms", description=_TITLE, epilog=EXAMPLES)
-    made.add_argument("--version", action="version", version=f"stllms {__version__}")
-    commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    text = "run the notebooks for one or more models (what run_all.sh calls)"
-    commands.add_parser("run", help=text, add_help=False)
-    text = "answer a question plain and with a behaviour added or removed"
-    _steer_options(commands.add_parser("steer", help=text, description=text, epilog=STEER))
-    text = "label the behaviours in chains of a file"
-    options = {"help": text, "description": text, "epilog": ANNOTATE}
-    _annotate_options(commands.add_parser("annotate", **options))
-    return made
-
-
-_TITLE = "Steering vectors for the reasoning behaviours of thinking language models."
-
-
-def _steer_options(made: argparse.ArgumentParser) -> None:
-    add = made.add_argument
-    add("question", help="what the model is asked")
-    add("--behaviour", required=True, metavar="NAME", help=BEHAVIOURS)
-    add("--coefficient", type=float, default=1.0, help="negative removes (default: 1)")
-    add("--model", default="tiny-thinker", help="registry name, hub id or local folder")
-    add("--layer", type=int, help="0-based (default: the behaviour's own)")
-    add("--vectors", metavar="FILE", help="directions: a vectors.safetensors, a released .pt")
-    add("--operation", default="add", help="add (default) or ablate")
-    add("--where", default="all", help="all (default), generated or thinking")
-    add("--temperature", type=float, help="0 is greedy (default: the run's)")
-    add("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    add("--max-tokens", type=int, help="limit of new tokens (default: the run's)")
-    add("--profile", default="default", help="smoke, default, full, paper: where a run is made")
-    add("--judge", default="auto", help=f"who labels: {JUDGES} (default: a free one)")
-    _judge_options(made)
-    add("--results", metavar="DIR", help="folder of the runs (default: results/)")
-    add("--device", default="auto", help="auto, cpu, mps, cuda, cuda:N")
-    switch = argparse.BooleanOptionalAction
-    add("--plain", action=switch, default=True, help="show the plain chain too")
-    add("--json", action="store_true", help="one JSON object instead of text")
-
-
-def _annotate_options(made: argparse.ArgumentParser) -> None:
-    add = made.add_argument
-    add("file", help="text, JSONL, JSON, or - for standard input")
-    add("--judge", default="offline", help=f"who labels: {JUDGES} (default: offline)")
-    _judge_options(made)
-    add("--out", metavar="FILE", help="write the segments here instead of printing them")
-
-
-def _judge_options(made: argparse.ArgumentParser) -> None:
-    add = made.add_argument
-    add("--base-url", metavar="URL", help="server of an openai: judge")
-    add("--max-cost", type=float, metavar="USD", help="bound on what an openai: judge costs")
+#: What a model may be that can be steered and is not in the registry.
+WEIGHTS = "a hub id owner/name, or an existing folder with a config.json"
 
 
 def _of_the_judge(given: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (ValueError, OSError) as error:
         return _complain(error, 2)
-    except RuntimeError as error:  # models, servers, stages, memory
+    except (RuntimeError, MemoryError) as error:  # models, servers, stages, memory
         return _complain(error, 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
@@ -215,6 +94,8 @@ def _steer(given: argparse.Namespace) -> int:
         bench = pairs.bench(config, given.vectors)
     pair = pairs.write(bench, ask)
     chains = pair if given.plain else pair[1:]
+    if remark := pairs.remark(pair):
+        print(f"stllms: {remark}", file=sys.stderr)
     if config.embedded:
         print(
             f"{config.model} is a fixture, built to be steerable: it knows only questions of "
@@ -230,6 +111,7 @@ def _steer(given: argparse.Namespace) -> int:
 
 def _configuration(given: argparse.Namespace) -> RunConfig:
     """The run that the options of ``steer`` name."""
+    from stllms import registry
     from stllms.config import RunConfig, UnknownModel
 
     names = ("model", "profile", "judge", "results", "device")
@@ -238,7 +120,7 @@ def _configuration(given: argparse.Namespace) -> RunConfig:
         return RunConfig(**values, **_of_the_judge(given))
     except UnknownModel as error:
         there = str(error).replace("(--list-models)", "(stllms run --list-models)")
-        raise UsageError(there) from None
+        raise UsageError(there.replace(registry.OTHERS, WEIGHTS)) from None
 
 
 def has_colour() -> bool:
@@ -317,9 +199,14 @@ def _annotate(given: argparse.Namespace) -> int:
     counted = spans.summarise(made)
     bare = [one for one in made if not one.segments]
     labelled = f"{counted.coverage:.1%} of the text labelled" if counted.total else "no text"
-    said = f"{annotator.name}: {counted.chains} chains, {counted.placed} segments, {labelled}"
-    print(f"{said}, {_without_labels(bare)}", file=sys.stderr)
+    found = f"{_count(counted.chains, 'chain')}, {_count(counted.placed, 'segment')}"
+    said = f"{annotator.name}: {found}, {labelled}, {_without_labels(bare)}"
+    print(said, file=sys.stderr)
     return 1 if bare else 0
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _check_out(source: str, out: str) -> None:

@@ -88,7 +88,10 @@ def _rows(text: str, name: str, suffix: str) -> list[tuple[str, Any]] | None:
 def _line(line: str, place: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except json.JSONDecodeError as error:  # its own line is of this one line
+        place = f"{place}, character {error.pos + 1}"
+        raise BadFile(f"{place}: no JSON ({error.msg.removesuffix(' at')})") from None
+    except ValueError as error:  # a number of thousands of digits
         raise BadFile(f"{place}: no JSON ({error})") from None
 
 

@@ -9,62 +9,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from stllms import (
-    annotate,
-    artifacts,
-    checks,
-    decode,
-    generate,
-    metrics,
-    models,
-    pipeline,
-    registry,
-    steering,
-    vectors,
-)
+from stllms import checks, decode, generate, metrics, steering
 from stllms.annotate import Annotator, stage
-from stllms.artifacts import BadFile, ChangedConfiguration, Folder
-from stllms.config import RunConfig
+from stllms.bench import Bench, bench
 from stllms.decode import Intervention
-from stllms.models import Model
-from stllms.organism import directions
 from stllms.records import BEHAVIOURS, Response, Steered, Task
-from stllms.vectors import SteeringVectors
+
+__all__ = ["Ask", "Bench", "Pair", "bench", "task", "write", "write_all"]
 
 #: The task id of a question that somebody typed, and so the key of its noise.
 TYPED = "question"
 #: A cell may write while the demo's thread does: nnsight traces one at a time.
 _ONE = threading.Lock()
-#: The stage whose needs are directions and layers: notebooks 01 to 03.
-STEERS = "04_steer"
-#: Fields of a run that its directions, or how it writes chains, depend on.
-OF_THE_RUN = (
-    "profile", "seed", "n_samples", "n_evaluate", "max_tokens", "temperature", "prompts",
-    "quantization", "revision", "tasks",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A model with all that steering it takes.
-
-    ``layers`` is the layer of each behaviour; ``origin`` says where the directions are from;
-    ``preview`` labels for free while a chain is written, ``annotator`` at the end.
-    """
-
-    config: RunConfig
-    model: Model
-    directions: SteeringVectors
-    layers: dict[str, int]
-    origin: str
-    annotator: Annotator
-    preview: Annotator
+#: The largest absolute coefficient; beyond it nothing but noise is left of any model.
+MOST = 1000.0
+#: A chain of which less than this share is labelled is mostly unlabelled.
+LABELLED = 0.5
 
 
 @dataclass(frozen=True)
@@ -90,102 +55,27 @@ Pair = tuple[Steered, Steered]
 
 
 def task(question: str) -> Task:
-    """A task of a typed question; ``ValueError`` for an empty one."""
+    """A task of a typed question; ``ValueError`` for an empty one, and for one whose bytes
+    were no UTF-8 (a terminal hands them on as lone surrogates)."""
     if not question.strip():
         raise ValueError("the question is empty: type one, or choose one")
-    return Task(TYPED, TYPED, question.strip())
-
-
-def bench(config: RunConfig, vectors_file: str | Path | None = None) -> Bench:
-    """Loads a model and its directions.
-
-    The directions are those of ``vectors_file`` (of notebook 02, or a released ``.pt``), else
-    those that ship with an embedded model, else those of the run in ``results/<slug>/``, which
-    notebooks 01 to 03 make first where there is none. **A run that is there is taken as it
-    is**, whoever labelled it: what ``config`` leaves at its default (profile, temperature,
-    limit of new tokens, ...) is the run's. Who labels is ``config.judge``, ``auto`` being the
-    free preview. Raises ``ValueError`` for a model that cannot be steered here, and the errors
-    of these steps.
-    """
-    if config.entry.source == "api":
-        raise ValueError(
-            f"model: {config.model!r} is reached through an API, where nothing can be added to "
-            "its activations; expected a model with weights"
-        )
-    shipped = vectors_file is None and directions.shipped(config.model)
-    of_run = vectors_file is None and not shipped
-    if of_run and Folder(config).vectors.is_file():
-        config = _as_the_run(config)
-    checks.hardware(config.device, config.quantization)
-    if vectors_file is not None:
-        path = Path(vectors_file).expanduser()
-        read = vectors.load_published if path.suffix == ".pt" else SteeringVectors.load
-        found, layers, origin = read(path), config.entry.steering_layers, path.name
-    elif shipped:
-        found, origin = directions.load(config.model), "shipped with the package"
-        layers = config.entry.steering_layers
-    else:
-        found, layers, origin = _of_run(config)
-    model = models.for_run(config)
-    steering.check(found, model, origin)
-    default = vectors.steering_layers(None, found.n_layers)
-    labels = stage.for_run(config)
-    free = labels if labels.name == config.preview else annotate.annotator(config.preview)
-    return Bench(config, model, found, {**default, **(layers or {})}, origin, labels, free)
-
-
-def _as_the_run(config: RunConfig) -> RunConfig:
-    """``config`` with the values of the run in its folder where it sets none of its own.
-
-    Raises ``ValueError`` for directions that other weights of the model gave.
-    """
-    folder = Folder(config)
-    record = folder.record()
-    stored, identity = record.get("configuration"), record.get("identity")
-    if not isinstance(stored, dict) or not isinstance(identity, dict):
-        raise BadFile(
-            f"{folder.label} holds directions but no run.json to say whose: name the file "
-            f"itself (--vectors {folder.vectors})"
-        )
-    default = {one.name: one.default for one in fields(RunConfig)}
-    free = [name for name in OF_THE_RUN if getattr(config, name) == default[name]]
-    taken = {name: stored[name] for name in free if name in stored}
     try:
-        replace(config, tasks=taken.get("tasks"))
-    except ValueError:  # the file has gone; only the demo's list of questions is of it
-        del taken["tasks"]
-    made = replace(config, **taken)
-    now = made.revision or registry.revision_of(made.entry)
-    if now != identity.get("revision"):
+        question.encode()
+    except UnicodeEncodeError as error:
         raise ValueError(
-            f"{folder.label}: its directions are of revision {identity.get('revision')} of the "
-            f"model, which is now {now}: make them again (stllms run --fresh), or name a file "
-            "(--vectors)"
-        )
-    return made
-
-
-def _of_run(config: RunConfig) -> tuple[SteeringVectors, dict[str, int] | None, str]:
-    """Directions, layers and name of the model's run, which is made if it is not there."""
-    folder = Folder(config)
-    if not folder.vectors.is_file():
-        try:
-            folder = pipeline.ensure(STEERS, config)
-        except ChangedConfiguration as error:
-            raise ValueError(
-                f"{error}. It has no directions yet: finish it (stllms run, with its own "
-                "options), or name a file of directions (--vectors)"
-            ) from None
-    layers, chosen = config.entry.steering_layers, folder / "steering_layers.json"
-    if chosen.is_file():
-        layers = artifacts.read_json(chosen)
-    return SteeringVectors.load(folder.vectors), layers, folder.label
+            f"question: character {error.start + 1} is no UTF-8; type it in a UTF-8 terminal"
+        ) from None
+    return Task(TYPED, TYPED, question.strip())
 
 
 def check(ask: Ask) -> None:
     """Refuses, without a bench, what no bench can do; ``ValueError`` names the field."""
     checks.one_of("behaviour", ask.behaviour, BEHAVIOURS)
-    checks.real("coefficient", ask.coefficient)
+    coefficient = checks.real("coefficient", ask.coefficient)
+    if coefficient is None or abs(coefficient) > MOST:
+        raise ValueError(
+            f"coefficient: {coefficient!r}, expected a number from {-MOST:g} to {MOST:g}"
+        )
     checks.one_of("operation", ask.operation, tuple(decode.OPERATIONS))
     checks.one_of("where", ask.where, decode.WHERE)
     _own(ask)
@@ -204,6 +94,11 @@ def _own(ask: Ask) -> dict[str, Any]:
 def layer_of(bench: Bench, behaviour: str) -> int:
     """The layer a behaviour is steered at: one without its own takes that of backtracking."""
     return bench.layers.get(behaviour, bench.layers["backtracking"])
+
+
+def coefficient_of(bench: Bench, behaviour: str) -> float:
+    """The coefficient that is suggested for adding a behaviour; 1 where none is known."""
+    return bench.coefficients.get(behaviour, 1.0)
 
 
 def intervention(bench: Bench, ask: Ask) -> Intervention:
@@ -295,3 +190,33 @@ def note(chain: Steered) -> str:
     failed = f"no labels ({label.failed})"
     parts.append(failed if label.failed else f"{label.ledger['coverage']:.0%} labelled")
     return "; ".join(parts)
+
+
+def same(pair: Pair) -> bool:
+    """Whether the push changed no token."""
+    plain, steered = (chain.response.output_ids for chain in pair)
+    return plain == steered
+
+
+def broke(pair: Pair) -> list[str]:
+    """What is wrong with the steered chain and not with the plain one."""
+    plain, steered = map(_wrong, pair)
+    return [what for what in steered if what not in plain]
+
+
+def remark(pair: Pair) -> str:
+    """What a reader of a pair should know: that nothing changed, or that the text broke."""
+    if pair[1].coefficient == 0:
+        return ""
+    if same(pair):
+        return "the push changed no token: try another seed or a larger coefficient"
+    if wrong := broke(pair):
+        return f"the push broke the text ({', '.join(wrong)}): try a smaller coefficient"
+    return ""
+
+
+def _wrong(chain: Steered) -> list[str]:
+    label = chain.annotation
+    found = [] if chain.response.finished else ["not finished"]
+    bare = label.failed is None and label.ledger["coverage"] < LABELLED
+    return [*found, *(["mostly unlabelled"] if bare else [])]

@@ -15,11 +15,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from stllms import __version__, waiting
 from stllms.artifacts import Folder, now
@@ -53,6 +54,9 @@ _STEERED = ("steered.jsonl", "sweep.jsonl", "likelihood.jsonl")
 
 #: A line that begins like this says what an API would cost; the runner shows it at once.
 ESTIMATE = re.compile(r"\S.*: \d+ calls to send, \d+ replies stored; about .*")
+
+#: Seconds between two looks at how far the child of :func:`ensure` has come.
+LOOK = 0.5
 
 #: Set by the runner for its kernels: inside one, :func:`ensure` runs nothing again.
 INSIDE = "STLLMS_RUNNER"
@@ -289,7 +293,10 @@ def _listed(written: Sequence[str]) -> str:
 
 
 def _run_headless(stages: Sequence[str], config: RunConfig) -> None:
-    """The runner as a child process: a kernel has an event loop of its own already."""
+    """The runner as a child process: a kernel has an event loop of its own already.
+
+    A line says which stage begins. Raises :class:`StageError` with what the child said.
+    """
     command = [
         sys.executable,
         "-m",
@@ -305,13 +312,33 @@ def _run_headless(stages: Sequence[str], config: RunConfig) -> None:
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         with child:
-            for line in child.stdout:
-                if ESTIMATE.match(line):
-                    print(line, end="", flush=True)
+            reader = threading.Thread(target=_show_estimates, args=(child.stdout,))
+            reader.start()
+            _show_stages(stages, config, child)
+            reader.join()
         if child.returncode:
             errors.seek(0)
             said = errors.read().strip()
             raise StageError(said or f"{' '.join(stages)}: exit {child.returncode}")
+
+
+def _show_estimates(output: IO[str]) -> None:
+    for line in output:
+        if ESTIMATE.match(line):
+            print(line, end="", flush=True)
+
+
+def _show_stages(
+    stages: Sequence[str], config: RunConfig, child: subprocess.Popen[str]
+) -> None:
+    """A line a stage when it begins, until the child has ended."""
+    for number, stage in enumerate(stages, 1):
+        if child.poll() is not None:
+            return
+        tasks = f"{config.settings.n_build} tasks"
+        print(f"{number} of {len(stages)}: {stage}, {config.model}, {tasks} ...", flush=True)
+        while child.poll() is None and not has_run(stage, config):
+            time.sleep(LOOK)
 
 
 def _digest(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from stllms import cli, demo, files, models, pairs, pipeline
 from stllms.artifacts import Folder
 from stllms.config import RunConfig
+from stllms.loading import ModelError
 from stllms.vectors import SteeringVectors
 
 BEHAVIOUR = "backtracking"
@@ -51,6 +53,96 @@ def no_notebooks(monkeypatch):
         raise AssertionError(f"ran the notebooks for {job}")
 
     monkeypatch.setattr(pipeline, "_run_headless", refuse)
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        ("*.safetensors", "has no weights (*.safetensors, *.bin)"),
+        ("*token*", "has no tokenizer"),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_refused_before_notebooks_are_run(
+    tmp_path, save_tiny_model, results, capsys, gone, words
+):
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    for path in folder.glob(gone):
+        path.unlink()
+    words_of = ["steer", "Why?", "--behaviour", BEHAVIOUR, "--results", results, "--model"]
+    assert cli.main([*words_of, str(folder)]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("stllms: model: the folder ")
+    assert words in line
+
+
+def test_weights_that_cannot_be_read_are_one_sentence(tmp_path, save_tiny_model, results):
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    next(folder.glob("*.safetensors")).write_bytes(b"no weights")
+    with pytest.raises(ModelError, match=r"cannot be loaded; expected config\.json") as found:
+        pairs.bench(RunConfig(str(folder), results=results, device="cpu"))
+    assert "\n" not in str(found.value)
+
+
+def test_a_hub_that_is_not_reached_is_told_at_once(results, monkeypatch):
+    monkeypatch.setattr(models, "for_run", lambda config: 1 / 0)
+    with pytest.raises(ModelError, match="the hub does not give it"):
+        pairs.bench(RunConfig("someowner/somemodel", results=results, device="cpu"))
+
+
+def test_a_judge_without_a_key_is_refused_before_the_model_is_loaded(
+    model, results, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("STLLMS_API_KEY", raising=False)
+    monkeypatch.setattr(models, "for_run", lambda config: 1 / 0)
+    words = ["steer", "Why?", "--behaviour", BEHAVIOUR, "--judge", "openai:gpt-4.1"]
+    assert cli.main(words) == 1
+    assert "OPENAI_API_KEY" in capsys.readouterr().err
+
+
+def test_a_failing_notebook_is_its_cell_and_the_last_line_of_its_error(
+    model, results, monkeypatch, capsys
+):
+    said = "01_generate llama failed in cell 4 of 9:\n    x = 1\nwith\n    Traceback\n"
+    said += "    OSError: the disk is full\nas executed: results/x/notebooks/01.failed.ipynb"
+
+    def fail(*_):
+        raise pipeline.StageError(said)
+
+    monkeypatch.setattr(pipeline, "_run_headless", fail)
+    words = ["steer", "Why?", "--behaviour", BEHAVIOUR, "--model", model, "--results", results]
+    assert cli.main([*words, "--device", "cpu"]) == 1
+    err = capsys.readouterr().err
+    assert err.endswith(
+        "stllms: 01_generate llama failed in cell 4 of 9: OSError: the disk is full "
+        "(as executed: results/x/notebooks/01.failed.ipynb)\n"
+    )
+    assert (
+        "notebooks 01 to 03 make them first, from 200 tasks. Quicker: the profile smoke" in err
+    )
+
+
+def test_a_line_says_which_notebook_is_running(model, results, monkeypatch, capsys, no_child):
+    config = RunConfig(model, results=results, n_samples=7)
+    no_child(pipeline.STAGES[:2], config)
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in out] == [
+        "1 of 2: 01_generate",
+        "2 of 2: 02_train_vectors",
+    ]
+    assert out[0].endswith(", 7 tasks ...")
+
+
+@pytest.fixture
+def no_child(monkeypatch):
+    """What shows the stages, with a child that lives until both have run."""
+    looks = iter([None] * 4)
+    child = SimpleNamespace(poll=lambda: next(looks, 0))
+    ran = iter([False, True, True])
+    monkeypatch.setattr(pipeline, "has_run", lambda *_: next(ran))
+    monkeypatch.setattr(pipeline, "LOOK", 0.0)
+    return lambda stages, config: pipeline._show_stages(stages, config, child)
 
 
 def test_another_judge_profile_and_seed_are_no_reason_to_refuse_a_run(run, model, results):
@@ -105,6 +197,15 @@ def test_a_run_whose_tasks_have_gone_is_still_steered(model, results, tmp_path):
     assert pairs.bench(RunConfig(model, results=results)).config.task_set == str(tasks)
     tasks.unlink()
     assert pairs.bench(RunConfig(model, results=results)).config.task_set == "messages"
+
+
+def test_the_coefficients_of_a_run_are_those_that_notebook_04_suggests(run, model, results):
+    assert pairs.bench(RunConfig(model, results=results)).coefficients == {}
+    rows = f"behaviour,sign,coefficient\n{BEHAVIOUR},+,0.5\n{BEHAVIOUR},-,-2\n"
+    (Folder(run) / "steering_suggested.csv").write_text(f"{rows}adding-knowledge,+,\n")
+    made = pairs.bench(RunConfig(model, results=results))
+    assert made.coefficients == {BEHAVIOUR: 0.5}
+    assert pairs.coefficient_of(made, "adding-knowledge") == 1.0
 
 
 def test_a_run_without_layers_is_steered_in_the_middle(run, model, results):

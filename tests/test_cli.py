@@ -13,7 +13,8 @@ import pytest
 
 from stllms import annotate, cli, inputs, run, spans
 from stllms.annotate import lexical
-from stllms.records import BEHAVIOURS, to_row
+from stllms.config import PROFILES
+from stllms.records import BEHAVIOURS, STEERED, to_row
 
 CHAIN = "Okay, I need to find 2+2. Wait, maybe I should check. So 2+2 is 4."
 QUESTION = cli.EXAMPLE.question
@@ -66,6 +67,8 @@ def test_the_module_is_the_command():
         ([*STEER, "--max-cost", "1", "--judge", "lexical"], "not for lexical"),
         (["steer", "what?", "--behaviour", "anger"], "expected one of initializing"),
         ([*STEER, "--layer", "6"], "layers 0 to 5"),
+        ([*STEER, "--coefficient", "1e39"], "expected a number from -1000 to 1000"),
+        (["steer", "caf\udce9", *STEER[2:]], "question: character 4 is no UTF-8"),
         ([*STEER, "--temperature", "-1"], "temperature: -1.0"),
         ([*STEER, "--where", "nowhere"], "all, generated, thinking"),
         ([*STEER, "--vectors", "nowhere.safetensors"], "nowhere.safetensors"),
@@ -165,6 +168,37 @@ def test_steer_prints_labels_without_a_terminal_and_colours_with_one(capsys, mon
     assert "plain" not in out
 
 
+def test_a_push_that_changes_no_token_is_one_more_line(capsys):
+    _, out, err = told(capsys, *STEER, "--coefficient", "0.01", "--json")
+    plain, steered = (chain["thinking"] for chain in json.loads(out)["chains"])
+    assert plain == steered
+    assert "stllms: the push changed no token: try another seed" in err
+    assert "the push" not in told(capsys, *STEER, "--coefficient", "0")[2]
+
+
+def test_a_push_that_breaks_the_text_is_one_more_line(capsys):
+    words = [*STEER[:-2], "--coefficient", "900", "--max-tokens", "64"]
+    status, _, err = told(capsys, *words)
+    assert status == 0
+    assert "stllms: the push broke the text (" in err
+
+
+def test_the_help_of_steer_names_behaviours_profiles_and_words(capsys):
+    _, out, _ = told(capsys, "steer", "--help")
+    assert all(name in out for name in STEERED)
+    assert "--coefficient X" in out
+    for name, profile in PROFILES.items():
+        (line,) = [line for line in out.splitlines() if line.split()[:1] == [name]]
+        assert f"{profile.n_build} tasks, " in line
+    assert max(map(len, out.splitlines())) <= 92
+
+
+def test_an_unknown_model_is_not_offered_what_steer_refuses(capsys):
+    _, _, err = told(capsys, *STEER, "--model", "typo")
+    assert "a hub id owner/name, or an existing folder with a config.json" in err
+    assert "api:ID" not in err
+
+
 @pytest.mark.parametrize(
     ("tty", "no_colour", "term", "expected"),
     [
@@ -197,7 +231,7 @@ def test_a_text_from_standard_input_is_labelled_where_it_says(capsys, monkeypatc
     assert status == 0
     assert {row["label"] for row in rows} >= {"initializing", "backtracking"}
     assert all(CHAIN[row["start"] : row["end"]] == row["text"] for row in rows)
-    assert err == f"lexical: 1 chains, {len(rows)} segments, 100.0% of the text labelled, " + (
+    assert err == f"lexical: 1 chain, {len(rows)} segments, 100.0% of the text labelled, " + (
         "no chain without labels\n"
     )
 
@@ -299,7 +333,11 @@ def test_the_content_says_what_a_file_is(tmp_path, name, content, thinking):
         ("a.json", b"[1, 2", "no whole JSON"),
         ("a.json", b"{}", "expected a list of chains"),
         ("a.json", b"[1]", "chain 1: a int, expected an object"),
-        ("a.jsonl", b'{"text": "a"}\n{"text', "line 2: no JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text',
+            "line 2, character 2: no JSON (Unterminated string starting)",
+        ),
         (
             "a.jsonl",
             b'{"text": "a", "task_id": 7}\n\n{"text": "b", "task_id": "7"}',

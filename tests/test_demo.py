@@ -1,5 +1,5 @@
-"""The demo: twins at coefficient 0, streamed text that ends as the final one, widgets that
-survive whatever is done to them, and one example where there are none."""
+"""The demo: twins at coefficient 0, streamed text that ends as the final one, questions on
+which the push shows, and one example where there are no widgets."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
-from stllms import decode, demo, pairs, pipeline, tasks
+from stllms import decode, demo, pairs, pipeline, questions, registry, steering, tasks
+from stllms.artifacts import Folder
 from stllms.config import MODELS, RunConfig
 from stllms.pairs import Ask
-from stllms.records import BEHAVIOURS
+from stllms.records import BEHAVIOURS, STEERED, to_row
 from stllms.vectors import SteeringVectors
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "00_demo.ipynb"
@@ -33,7 +35,7 @@ def bench():
 
 @pytest.fixture(scope="module")
 def ask(bench):
-    return Ask(demo.choices(bench, 1)[0], BEHAVIOUR, 1.5)
+    return Ask(questions.choices(bench, 1)[0], BEHAVIOUR, 1.5)
 
 
 def texts(pair) -> list[str]:
@@ -128,6 +130,9 @@ def test_shares_are_those_of_the_labelled_tokens(bench, ask):
         ({"layer": 6}, "has layers 0 to 5"),
         ({"layer": -1}, "has layers 0 to 5"),
         ({"coefficient": float("nan")}, "coefficient"),
+        ({"coefficient": 1e39}, "coefficient: 1e+39, expected a number from -1000 to 1000"),
+        ({"coefficient": -1001.0}, "from -1000 to 1000"),
+        ({"task": tasks.Task("t", "c", "caf\udce9?")}, "character 4 is no UTF-8"),
         ({"temperature": -0.1}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"operation": "multiply"}, "add, ablate"),
@@ -159,17 +164,106 @@ def test_a_behaviour_without_a_direction_is_refused_with_its_spans(bench, ask):
 def test_the_example_is_plain_html_and_says_how_it_was_picked(bench):
     made = demo.show(bench, None, BEHAVIOUR, 1.0, widgets=False).data
     assert "<script" not in made
-    assert "Picked: of 10 questions" in made
+    assert f"Picked: of {questions.LISTED} questions" in made
     assert f"+1 {BEHAVIOUR}, layer {LAYER}" in made
     own = demo.show(bench, "Is wood a solid, Leo asks?", widgets=False).data
     assert "Is wood a solid, Leo asks?" in own
     assert "Picked" not in own
 
 
+def test_a_push_that_changes_nothing_or_breaks_the_text_is_remarked(bench, ask):
+    plain, steered = pairs.write(bench, ask)
+    assert pairs.remark((plain, steered)) == ""
+    twin = replace(steered, response=plain.response, annotation=plain.annotation)
+    assert pairs.remark((plain, twin)).startswith("the push changed no token: try another seed")
+    assert pairs.remark((plain, replace(twin, coefficient=0.0))) == ""
+    whole = replace(plain, response=replace(plain.response, finished=True))
+    endless = replace(steered, response=replace(steered.response, finished=False))
+    assert "broke the text (not finished)" in pairs.remark((whole, endless))
+    assert pairs.remark((replace(plain, response=endless.response), twin)) == ""
+    bare = {**steered.annotation.ledger, "coverage": 0.2}
+    noise = replace(steered, annotation=replace(steered.annotation, ledger=bare))
+    assert "broke the text (mostly unlabelled)" in pairs.remark((plain, noise))
+    twins = replace(ask, coefficient=0.01)
+    assert "changed no token" in demo.example(bench, twins).data
+
+
+# --- which questions -----------------------------------------------------------------------
+
+
 def test_choices_differ_and_begin_with_every_category(bench):
-    chosen = demo.choices(bench)
-    assert len({task.id for task in chosen}) == len(chosen) == demo.TASKS
-    assert len({task.category for task in chosen}) == 10
+    chosen = questions.choices(bench)
+    assert len({task.id for task in chosen}) == len(chosen) == questions.LISTED
+    assert len({task.category for task in chosen[:10]}) == 10
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The bench of the notebook: chains are as long as they will be."""
+    return pairs.bench(RunConfig(device="cpu"))
+
+
+def moved(pair, ask) -> float:
+    place = BEHAVIOURS.index(ask.behaviour)
+    plain, steered = (pairs.shares(chain)[place] for chain in pair)
+    return (steered - plain) * (1 if ask.coefficient > 0 else -1)
+
+
+@pytest.mark.parametrize("behaviour", STEERED)
+def test_the_list_begins_where_the_suggested_push_shows(whole, behaviour):
+    coefficient = pairs.coefficient_of(whole, behaviour)
+    ask, listed = demo.opening(whole, behaviour, coefficient)
+    assert {task.id for task in listed.tasks} == {t.id for t in questions.choices(whole)}
+    found = [moved(pair, ask) for pair in pairs.write_all(whole, ask, listed.tasks[:6])]
+    assert found == sorted(found, reverse=True)
+    assert min(found) > 0.05, "six questions on which something is to be seen"
+    assert moved(pairs.write(whole, ask), ask) == found[0]
+    assert listed.said.startswith("Not every chain changes: of 30 questions")
+
+
+def test_taking_away_begins_where_the_share_falls_most(whole):
+    ask, listed = demo.opening(whole, "backtracking", -2.0)
+    assert moved(pairs.write(whole, ask), ask) > 0.05
+    assert "lowered its share" in listed.said
+
+
+def test_the_suggested_coefficients_are_those_of_the_reference(whole):
+    place = "results/reference/full/tiny-thinker/steering_suggested.csv"
+    rows = pd.read_csv(NOTEBOOK.parent.parent / place)
+    rows = rows[rows["sign"] == "+"]
+    expected = dict(zip(rows["behaviour"], rows["coefficient"], strict=True))
+    assert registry.TINY_THINKER_COEFFICIENTS == whole.coefficients == expected
+
+
+def test_a_run_with_steered_chains_orders_the_questions_without_writing(
+    bench, ask, tmp_path, monkeypatch
+):
+    config = RunConfig(max_tokens=32, device="cpu", results=str(tmp_path))
+    folder = Folder(config).open()
+    ran = replace(bench, config=config, origin=folder.label)
+    asked = questions.choices(ran, 6)
+    made = pairs.write_all(ran, ask, asked)
+    folder.steered.write_text(
+        "".join(json.dumps(to_row(chain)) + "\n" for pair in made for chain in pair)
+    )
+    monkeypatch.setattr(steering, "generate", lambda *_, **__: 1 / 0)
+    found = questions.listing(ran, ask)
+    gain = {task.id: moved(pair, ask) for task, pair in zip(asked, made, strict=True)}
+    assert found.ordered
+    assert "of 6 questions" in found.said
+    assert found.tasks[0].id == max(gain, key=gain.get)
+    assert len(found.tasks) == questions.LISTED
+
+
+def test_without_steered_chains_the_order_of_the_run_stays_and_says_so(bench, ask, monkeypatch):
+    monkeypatch.setattr(steering, "generate", lambda *_, **__: 1 / 0)
+    config = replace(bench.config, model="smollm2")  # 60 of 50 messages
+    found = questions.listing(replace(bench, config=config), ask)
+    assert (found.ordered, found.said) == (False, questions.NO_CHAINS)
+    assert list(found.tasks) == questions.choices(replace(bench, config=config))
+
+
+# --- where there are widgets ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -206,124 +300,6 @@ def test_nbconvert_shows_the_example(tmp_path):
     where = {"cwd": NOTEBOOK.parent, "env": {**os.environ, "JUPYTER_PLATFORM_DIRS": "1"}}
     subprocess.run([*command, "--output-dir", tmp_path, NOTEBOOK.name], check=True, **where)
     made = (tmp_path / NOTEBOOK.name).read_text(encoding="utf-8")
-    assert "Picked: of 10 questions" in made
+    assert f"Picked: of {questions.LISTED} questions" in made
     assert "widget-view" not in made
     assert "<script" not in made
-
-
-# --- with widgets --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def player(bench, ask):
-    made = demo.Demo(bench, ask).request()
-    made.wait()
-    assert "tokens in" in made.status.value
-    return made
-
-
-def test_moving_the_slider_changes_the_steered_chain(player):
-    before = player.view.value
-    player.controls["coefficient"].value = -2.0
-    player.wait()
-    assert player.view.value != before
-    assert f"-2 {BEHAVIOUR}, layer {LAYER}" in player.view.value
-    expected = demo.render(pairs.write(player.bench, player.ask()))
-    assert player.view.value == expected, "what was streamed ends as the final pair"
-
-
-def test_a_behaviour_brings_its_layer_and_another_seed_other_chains(player, monkeypatch):
-    monkeypatch.setitem(player.bench.layers, "deduction", 1)
-    player.controls["behaviour"].value = "deduction"
-    player.wait()
-    assert "deduction, layer 1" in player.view.value
-    before = player.view.value
-    player.controls["another"].click()
-    player.wait()
-    assert player.ask().seed == 1
-    assert player.view.value != before
-
-
-def test_question_and_list_follow_each_other(player):
-    second = player.controls["task"].options[1][1]
-    player.controls["task"].value = second
-    assert player.controls["question"].value == second.content
-    assert player.ask().task is second
-    player.controls["question"].value = "Is ice a solid?"
-    assert player.controls["task"].value == demo.OWN
-    assert player.ask().task == pairs.task("Is ice a solid?")
-    player.controls["question"].value = second.content
-    assert player.ask().task is second
-    player.wait()
-
-
-@pytest.mark.parametrize(
-    ("question", "words"),
-    [("  ", "the question is empty"), ("why? " * 500, "exceed the context")],
-)
-def test_a_question_that_cannot_be_asked_is_one_line_and_can_be_mended(player, question, words):
-    player.controls["question"].value = question
-    player.wait()
-    assert "<b>error:</b>" in player.status.value
-    assert words in player.status.value
-    assert "\n" not in player.status.value
-    player.controls["task"].index = 2
-    player.wait()
-    assert "tokens in" in player.status.value
-
-
-def test_an_error_of_any_kind_is_shown_by_name_in_one_line(player, monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("the device\nis gone")
-
-    monkeypatch.setattr(pairs, "write", fail)
-    player.controls["coefficient"].value = 0.5
-    player.wait()
-    assert "RuntimeError: the device is gone" in player.status.value
-
-
-def test_a_change_cancels_the_chain_under_way_and_only_the_newest_is_written(
-    player, monkeypatch
-):
-    began, asked, write = threading.Event(), [], pairs.write
-
-    def endless(bench, ask, *, watch):
-        asked.append(ask.coefficient)
-        if ask.coefficient != 0.5:
-            return write(bench, ask, watch=watch)
-        made = [chain.response for chain in write(bench, ask)]
-        began.set()
-        while True:
-            watch(made)
-
-    monkeypatch.setattr(pairs, "write", endless)
-    player.controls["coefficient"].value = 0.5
-    assert began.wait(60)
-    thread = player._thread
-    for coefficient in (0.75, 1.0, -1.0):
-        player.controls["coefficient"].value = coefficient
-    player.wait()
-    assert not thread.is_alive()
-    assert asked[0] == 0.5
-    assert asked[-1] == -1.0
-    assert f"-1 {BEHAVIOUR}" in player.view.value
-    assert "tokens in" in player.status.value
-
-
-def test_stop_leaves_what_is_there(player, monkeypatch):
-    began = threading.Event()
-
-    def endless(bench, ask, *, watch):
-        began.set()
-        while True:
-            watch([])
-
-    monkeypatch.setattr(pairs, "write", endless)
-    monkeypatch.setattr(pairs, "label", lambda *_: [()])
-    monkeypatch.setattr(demo, "render", lambda pair, **_: "half a chain")
-    player.controls["coefficient"].value = 0.5
-    assert began.wait(60)
-    player.controls["stop"].click()
-    player.wait()
-    assert "stopped" in player.status.value
-    assert player._thread is None

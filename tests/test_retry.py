@@ -212,4 +212,4 @@ def test_the_estimate_of_costs_reaches_the_terminal(place, capsys):
     write_notebook(place / "notebooks", "01_generate", work=work)
     run.ensure(LABELS, RunConfig())  # notebook -> runner -> the process that asked for it
     out = capsys.readouterr().out
-    assert out.splitlines()[1:] == [said]
+    assert out.splitlines()[1:] == ["1 of 1: 01_generate, tiny-thinker, 200 tasks ...", said]
