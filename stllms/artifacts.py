@@ -124,15 +124,17 @@ class Folder:
     def open(self) -> Folder:
         """Makes the folder and ``run.json``; raises :class:`ChangedConfiguration`.
 
+        Options outside of the identity may change: ``run.json`` has those of the latest call.
         A folder with artefacts but without ``run.json`` is refused too.
         """
         self.check()
+        configuration = {**self.config.to_dict(), "results": None}
         if not self.run.is_file():
             write_json(
                 self.run,
                 {
                     "identity": self.identity,
-                    "configuration": {**self.config.to_dict(), "results": None},
+                    "configuration": configuration,
                     "seed": self.config.seed,
                     "versions": versions(),
                     "commit": commit(),
@@ -142,6 +144,8 @@ class Folder:
                     "files": [],
                 },
             )
+        elif (record := self.record()).get("configuration") != configuration:
+            write_json(self.run, {**record, "configuration": configuration})
         return self
 
     def check(self) -> None:

@@ -76,6 +76,12 @@ class _Estimates:
         """Every whole line is shown as it comes."""
 
 
+def shown(path: Path) -> str:
+    """A path for people in a terminal: from the working directory where it is below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 def execute(jobs: Sequence[Job], *, quiet: bool = False) -> None:
     """Runs the notebooks one after the other and stops at the first failure.
 
@@ -172,14 +178,14 @@ def _report(job: Job, index: int, source: str, trace: str) -> str:
         source = "".join(cells[index]["source"])
     plain = re.sub(r"\x1b\[[0-9;]*m", "", trace)
     lines = [line for line in plain.splitlines() if line.strip()]
-    folder = pipeline.folder_of(job.stage, job.config)
+    copy = pipeline.folder_of(job.stage, job.config).notebooks / f"{job.stage}.failed.ipynb"
     return "\n".join(
         [
             f"{job.title} failed in cell {index + 1} of {len(cells)}:",
             *(f"    {line}" for line in source.splitlines()[:HEAD]),
             "with",
             *(f"    {line}" for line in lines[-TAIL:]),
-            f"as executed: {folder.label}/notebooks/{job.stage}.failed.ipynb",
+            f"as executed: {shown(copy)}",
         ]
     )
 

@@ -38,6 +38,10 @@ _ACTIVE = re.compile(
 )
 #: The folder of the runs as papermill hands it to a notebook: only its name is shown.
 _RESULTS = re.compile(r"(?m)^(results = \")[^\"]*?([^/\\\"]+\")$")
+#: The tag of text that reads the committed figures and fits no other run.
+COMMITTED = "committed"
+#: How the code of a cell ends that shows versions; the report prints them once.
+VERSIONS = "artifacts.versions()"
 _SAVED = re.compile(r"save_figure\(\s*\"([^\"]+)\"")
 
 
@@ -99,9 +103,10 @@ class _Prose(mistune.HTMLRenderer):
         return str(escape(text))
 
 
-def book(path: Path, figures: Path) -> Book:
+def book(path: Path, figures: Path, *, readings: bool = False) -> Book:
     """An executed notebook. A figure that a cell saves is taken from ``figures``, where it
-    has more dots than the output. Raises ``BadFile`` for a file that is no notebook."""
+    has more dots than the output. Text with the tag :data:`COMMITTED` is left out but with
+    ``readings``, versions always. Raises ``BadFile`` for a file that is no notebook."""
     made = Book()
     render = mistune.create_markdown(
         renderer=_Prose(path.stem, made.headings), plugins=["table", "strikethrough"]
@@ -109,6 +114,8 @@ def book(path: Path, figures: Path) -> Book:
     for cell in read_json(path)["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
+            if COMMITTED in cell["metadata"].get("tags", ()) and not readings:
+                continue
             made.cells.append(Cell(prose=Markup(render(colab.unbadged(source)))))
         elif cell["cell_type"] == "code" and source.strip():
             saved = [name for name in _SAVED.findall(source) if _png(figures, name).is_file()]
@@ -132,6 +139,8 @@ def _png(figures: Path, name: str) -> Path:
 
 def _code(source: str, outputs: Sequence[Any], figures: Path, saved: Sequence[str]) -> Cell:
     """A code cell; its pictures in order are those it saved, as long as there are any."""
+    if source.rstrip().endswith(VERSIONS):
+        outputs = [o for o in outputs if o["output_type"] != "execute_result"]
     waiting, shown = list(saved), []
     for output in filter(None, map(_output, outputs)):
         if output.kind == "picture" and waiting:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stllms import files, pipeline
+from stllms import claims, files, pipeline
 from stllms.artifacts import BadFile
 from stllms.config import MODELS, RunConfig
 
@@ -27,6 +27,8 @@ NAME = "report.html"
 COMPARISON = "comparison"
 #: The verdict of a claim that nothing speaks to yet begins like this.
 NEEDS = "needs the model"
+#: The figures of the summary, as far as they were made; the first one is large.
+FIRST = ("steering", "layer_effects_grid", "cosine_heatmap")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Section:
     seconds: float | None
     book: Book | None
     figures: tuple[Output, ...]
+
+    @property
+    def shown(self) -> list[str]:
+        """The names of the run's figures in this section."""
+        drawn = self.book.drawn if self.book else []
+        return [*drawn, *(figure.name for figure in self.figures)]
 
 
 def ensure(folder: str | Path) -> Path:
@@ -76,15 +84,18 @@ def write(folder: str | Path) -> Path:
     record = _record(folder)
     from stllms import page  # nbconvert and pandas take two seconds
 
-    sections = [section for place in _places(folder) for section in _sections(place)]
+    readings = _is_committed(record)
+    sections = [s for place in _places(folder) for s in _sections(place, readings)]
     text = page.render(
         title=_title(folder, record),
         fixture=_is_fixture(record),
-        facts=_facts(record),
+        sentence=_sentence(folder, record),
+        figures=[page.picture(path) for path in _first_figures(folder, sections)],
+        configuration=_configuration(folder, record),
         details=_details(record),
         sections=sections,
         tables=list(_tables(folder)),
-        ledger=_ledger(folder.parent),
+        ledger=_ledger(folder),
         style=page.style(),
     )
     with files.replacing(folder / NAME) as beside:
@@ -124,63 +135,126 @@ def _is_fixture(record: Mapping[str, Any]) -> bool:
     return entry is not None and entry.source == "embedded"
 
 
-def _facts(record: Mapping[str, Any]) -> dict[str, str]:
-    """The few things a reader wants to know first."""
-    identity, recorded = record.get("identity", {}), record.get("recorded", {})
-    facts = {
-        "profile": record["configuration"]["profile"],
-        "tasks": identity.get("tasks"),
-        "tasks for the directions": identity.get("n_build"),
-        "tasks for steering": identity.get("n_evaluate"),
-        "new tokens at most": identity.get("max_tokens"),
-        "temperature": identity.get("temperature"),
-        "annotator": identity.get("annotator"),
-        "device": recorded.get("device"),
+def _is_committed(record: Mapping[str, Any]) -> bool:
+    """Whether the run is the one that the committed notebooks show and their readings are
+    about: every option that could change a number is the default."""
+    default = RunConfig()
+    try:
+        config = RunConfig.from_dict(record["configuration"])
+        same = config.identity() == default.identity()
+    except (ValueError, OSError):  # of a model or of tasks that are no longer there
+        return False
+    stages = pipeline.STAGES
+    return same and all(config.stage_options(s) == default.stage_options(s) for s in stages)
+
+
+def _sentence(folder: Path, record: Mapping[str, Any]) -> str:
+    """What was run: model, profile, tasks, annotator; and what it was compared with."""
+    identity, compared = record.get("identity", {}), _compared(folder)
+    parts = {
+        "directions from the chains of {} tasks": identity.get("n_build"),
+        "steering tried on {} others": identity.get("n_evaluate"),
+        "task set {}": identity.get("tasks"),
+        "sentences labelled by the annotator {}": identity.get("annotator"),
+        "at most {} new tokens": identity.get("max_tokens"),
+        "temperature {}": identity.get("temperature"),
+        "on {}": record.get("recorded", {}).get("device"),
+        "compared with {}": " and ".join(compared) or None,
     }
-    return {name: str(value) for name, value in facts.items() if value is not None}
+    said = [text.format(value) for text, value in parts.items() if value is not None]
+    return f"Profile {record['configuration'].get('profile')}: {', '.join(said)}."
+
+
+def _compared(folder: Path) -> list[str]:
+    """The other models of notebook 05, by their rows in its table."""
+    path = folder.parent / COMPARISON / "comparison.csv"
+    if COMPARISON not in (place.name for place in _places(folder)) or not path.is_file():
+        return []
+    from stllms.findings import slug_of
+
+    models = files.load_table(path)["model"]
+    return [name for name in dict.fromkeys(models) if slug_of(name) != folder.name]
+
+
+def _first_figures(folder: Path, sections: Sequence[Section]) -> Iterator[Path]:
+    """Those of :data:`FIRST` that a section shows."""
+    shown = {name for section in sections for name in section.shown}
+    for name in FIRST:
+        path = folder / "figures" / f"{name}.png"
+        if name in shown and path.is_file():
+            yield path
+
+
+def _configuration(folder: Path, record: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
+    """Every field of the configuration with the value it came to, and whether it was given;
+    those given first. Of a model or of tasks that are gone: as recorded."""
+    given, default = record["configuration"], RunConfig().to_dict()
+    values = {**given, **_resolved(given)}
+    values["compare"] = _compared(folder) or given.get("compare", ())
+    rows = [
+        (name, _text(value), given.get(name) != default.get(name, given.get(name)))
+        for name, value in values.items()
+        if name != "results"
+    ]
+    return sorted(rows, key=lambda row: (not row[2], row[0]))
+
+
+def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the fields that were left to the profile or to the model came to."""
+    try:
+        config = RunConfig.from_dict(given)
+        values = vars(config.settings) | {
+            "n_samples": config.settings.n_build,
+            "judge": config.annotator,
+            "tasks": config.task_set,
+        }
+    except (ValueError, OSError):
+        return {}
+    return {name: value for name, value in values.items() if name in given}
 
 
 def _details(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Identity, changed options, versions and the rest of ``run.json`` but the stages."""
-    defaults = RunConfig().to_dict()
-    changed = {
-        name: value
-        for name, value in record["configuration"].items()
-        if value != defaults.get(name)
-    }
+    """Identity, versions and the rest of ``run.json`` but configuration and stages."""
     origin = {name: record.get(name) for name in ("commit", "seed", "started")}
     groups = {
         "What identifies the run": record.get("identity", {}),
-        "Options that are not the default": changed,
         "Versions": record.get("versions", {}),
         "Recorded": {**origin, **record.get("recorded", {})},
     }
     return {
-        title: {name: "none" if value is None else str(value) for name, value in group.items()}
+        title: {name: _text(value) for name, value in group.items()}
         for title, group in groups.items()
         if group
     }
 
 
+def _text(value: Any) -> str:
+    """A value for people: lists with commas, nothing as ``none``."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
 # -- the notebooks -------------------------------------------------------------------------
 
 
-def _sections(folder: Path) -> Iterator[Section]:
-    """The stages of a folder in order."""
+def _sections(folder: Path, readings: bool) -> Iterator[Section]:
+    """The stages of a folder in order; with ``readings`` of the committed figures or not."""
     record = _record(folder)
     last = pipeline.STAGES[-1:]
     for stage in last if folder.name == COMPARISON else pipeline.STAGES[:-1]:
-        yield _section(folder, stage, record.get("stages", {}).get(stage, {}))
+        yield _section(folder, stage, record.get("stages", {}).get(stage, {}), readings)
 
 
-def _section(folder: Path, stage: str, marker: Mapping[str, Any]) -> Section:
+def _section(folder: Path, stage: str, marker: Mapping[str, Any], readings: bool) -> Section:
     from stllms import page
 
     copy, failed = (folder / "notebooks" / f"{stage}{end}.ipynb" for end in ("", ".failed"))
-    book = page.book(copy, folder / "figures") if copy.is_file() else None
+    figures = folder / "figures"
+    book = page.book(copy, figures, readings=readings) if copy.is_file() else None
     drawn = book.drawn if book else []
-    figures = [folder / name for name in marker.get("files", []) if name.endswith(".png")]
-    rest = [path for path in figures if path.stem not in drawn and path.is_file()]
+    saved = [folder / name for name in marker.get("files", []) if name.endswith(".png")]
+    rest = [path for path in saved if path.stem not in drawn and path.is_file()]
     title = next((heading.title for heading in book.headings), stage) if book else stage
     return Section(
         stage=stage,
@@ -214,28 +288,41 @@ def _tables(folder: Path) -> Iterator[tuple[str, Any]]:
 # -- the ledger ----------------------------------------------------------------------------
 
 
-def _ledger(results: Path) -> dict[str, Any]:
-    """The claims that something here speaks to, and those that wait; or why there is none.
+def _ledger(folder: Path) -> dict[str, Any]:
+    """The claims that this run speaks to, those that anything here does, and those that wait;
+    or why there is none.
 
     The ledger looks at every run of the results folder: a broken file of another run is
     said here, and does not keep this run from its report.
     """
     from stllms import ledger, page
 
+    results = folder.parent
     try:
         found = ledger.ledger(results)
     except BadFile as error:
         said = str(error).replace(f"{results}/", "")
-        return {"problem": said, "measured": None, "waiting": None}
+        return {"problem": said, "own": None, "measured": None, "waiting": None}
     waits = found["verdict"].str.startswith(NEEDS)
     first = ["claim", "verdict", "where", "on"]
     columns = [*first, *(name for name in found.columns if name not in first)]
     measured, waiting = found.loc[~waits, columns], found.loc[waits, [*first[:3], "published"]]
+    own = measured.loc[[_speaks_of(folder, on) for on in measured["on"]], first[:3]]
+    own["where"] = own["where"].str.split("; ").str[0]
     return {
         "problem": None,
+        "own": page.table(own) if len(own) else None,
         "measured": page.table(measured) if len(measured) else None,
         "waiting": page.table(waiting) if len(waiting) else None,
     }
+
+
+def _speaks_of(folder: Path, on: str) -> bool:
+    """Whether a row of the ledger was measured on this run, alone or with another."""
+    names = on.split(", ")[0].split(" and ")
+    if folder.name == COMPARISON:
+        return len(names) > 1
+    return claims.display(folder.name) in names
 
 
 # -- command line --------------------------------------------------------------------------

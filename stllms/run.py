@@ -9,100 +9,22 @@ configuration in the same folder is refused, the first failure stops the run. Ex
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-from stllms import checks, pipeline, report
+from stllms import arguments, checks, execute, pipeline, report
+from stllms.arguments import PROG, UsageError, configurations, parser
 from stllms.artifacts import LockedFolder
-from stllms.config import MODELS, PROFILES, RunConfig, resolve
+from stllms.config import MODELS, RunConfig, resolve
 from stllms.pipeline import STAGES, StageError, ensure, finish
 from stllms.registry import OTHERS
 
-__all__ = ["STAGES", "StageError", "ensure", "finish", "main"]
-
-EXAMPLES = """examples:
-  {prog}                                  the embedded model, offline
-  {prog} --profile smoke --to 02          a quick look, notebooks 01 and 02
-  {prog} --model smollm2 --profile smoke  a real model of 135 M parameters
-  {prog} --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \\
-      --profile paper --judge openai:gpt-4.1   the paper's run
-  {prog} --published DIR                  the paper's own files, no model
-  {prog} --option reader=published --option coefficients=-1,-0.5,0,0.5,1
-"""
-
-#: What the command is called where its caller does not say.
-PROG = "python -m stllms.run"
-
-#: Options of the command line that are fields of ``RunConfig``: flag, type, metavar, help.
-SINGLE: tuple[tuple[str, type, str, str], ...] = (
-    ("--judge", str, "WHO", "grammar, lexical, offline, openai:MODEL or replay:FOLDER"),
-    ("--results", str, "DIR", "folder for the runs (default: results/, or STLLMS_RESULTS)"),
-    ("--seed", int, "N", "seed of all sampling"),
-    ("--n-samples", int, "N", "tasks that the directions are built from"),
-    ("--n-evaluate", int, "N", "tasks that steering is evaluated on"),
-    ("--max-tokens", int, "N", "limit of new tokens, for the comparison as well"),
-    ("--temperature", float, "NUMBER", "0 is greedy"),
-    ("--batch-size", int, "N", "rows decoded at once"),
-    ("--device", str, "DEVICE", "auto, cpu, mps, cuda, cuda:N"),
-    ("--dtype", str, "DTYPE", "auto, float32, bfloat16, float16"),
-    ("--quantization", str, "BITS", "8bit or 4bit (CUDA and bitsandbytes)"),
-    ("--revision", str, "COMMIT", "revision of the model on the hub"),
-    ("--tasks", str, "SET", "grammar, messages, checkable, gym:NAME, or a JSONL file"),
-    ("--base-url", str, "URL", "OpenAI-compatible server of a judge or an API model"),
-    ("--max-cost", float, "USD", "bound in US dollars of each judge and each API model"),
-    ("--published", str, "DIR", "folder of the paper's released files; alone: draws them"),
-)
-
+__all__ = ["STAGES", "StageError", "configurations", "ensure", "finish", "main", "parser"]
 
 #: Stages with their configurations, in the order in which they run.
 Chosen = list[tuple[str, RunConfig]]
-
-
-class UsageError(ValueError):
-    """The command line does not make sense; the message is one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    """The command line of a command called ``prog``."""
-    made = _Parser(
-        prog=prog,
-        description=__doc__.splitlines()[0],
-        epilog=EXAMPLES.format(prog=prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    made.add_argument(
-        "--model",
-        action="append",
-        metavar="NAME",
-        help=f"registry name, {OTHERS}; may be repeated (default: tiny-thinker)",
-    )
-    made.add_argument("--profile", metavar="NAME", help=" | ".join(PROFILES))
-    for flag, kind, word, text in SINGLE:
-        made.add_argument(flag, type=kind, metavar=word, help=text)
-    made.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="any other field of RunConfig, e.g. reader=published; may be repeated",
-    )
-    made.add_argument("--from", dest="first", metavar="NOTEBOOK", help="first one, 01 to 05")
-    made.add_argument("--to", dest="last", metavar="NOTEBOOK", help="last one, 01 to 05")
-    made.add_argument("--fresh", action="store_true", help="delete the run's files first")
-    made.add_argument("--quiet", action="store_true", help="no progress bar")
-    made.add_argument("--list-models", action="store_true", help="list the registry and stop")
-    made.add_argument("--configuration", help=argparse.SUPPRESS)
-    return made
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = PROG) -> int:
@@ -130,7 +52,7 @@ def _main(argv: list[str], prog: str) -> int:
     known = parser(prog)
     given, unknown = known.parse_known_args(argv)
     if unknown:
-        raise UsageError(_unknown(unknown[0], known))
+        raise UsageError(arguments.unknown(unknown[0], known))
     if given.list_models:
         print(listing())
         return 0
@@ -146,9 +68,9 @@ def _main(argv: list[str], prog: str) -> int:
         pipeline.check(stage, config)
     todo = _pending(chosen)
     if not todo:
-        labels = dict.fromkeys(pipeline.folder_of(*job).label for job in chosen)
-        print(f"nothing to do: {', '.join(labels)} complete (--fresh starts again)")
+        print(f"nothing to do: {', '.join(_places(chosen))} complete (--fresh starts again)")
     else:
+        _check_writable(pipeline.folder_of(*job).path for job in todo)
         _announce(chosen, todo)
         _execute(chosen, todo, quiet=given.quiet)
     if not given.configuration:  # a notebook that runs earlier ones shows no report
@@ -159,17 +81,21 @@ def _main(argv: list[str], prog: str) -> int:
 def _execute(chosen: Chosen, todo: Chosen, *, quiet: bool) -> None:
     """Runs the notebooks; then those whose directions changed because chains that had failed
     are now labelled. Says what failed in the end."""
-    from stllms import execute  # papermill takes two seconds
-
     execute.execute([execute.Job(*job) for job in todo], quiet=quiet)
     late = _pending(chosen, again=False)
     if late:
         execute.execute([execute.Job(*job) for job in late], quiet=quiet)
-    for label in dict.fromkeys(pipeline.folder_of(*job).label for job in chosen):
-        print(f"done: {label}")
+    for place in _places(chosen):
+        print(f"done: {place}")
     for stage, config in dict.fromkeys([*chosen, *todo]):
         if n := pipeline.failed(stage, config):
             print(f"{stage}: {n} chains failed; the same command asks for them again")
+
+
+def _places(chosen: Chosen) -> list[str]:
+    """The folders of a run as a person at the terminal would call them."""
+    paths = dict.fromkeys(pipeline.folder_of(*job).path for job in chosen)
+    return [execute.shown(path) for path in paths]
 
 
 def _report(chosen: Chosen) -> None:
@@ -191,46 +117,12 @@ def _released(given: argparse.Namespace, known: argparse.ArgumentParser) -> int:
     from stllms import ledger, published  # they bring torch
 
     results = RunConfig(results=given.results).results_folder
+    _check_writable([results])
     for path in published.run(given.published, results):
         print(path)
     ledger.write(results, given.published)
     print(results / "ledger.csv")
     return 0
-
-
-def configurations(given: argparse.Namespace) -> list[RunConfig]:
-    """One configuration a model; raises ``ValueError`` for a value that is wrong."""
-    if given.configuration:
-        return [RunConfig.from_parameters(**json.loads(given.configuration))]
-    values: dict[str, Any] = {}
-    for name in ("profile", *(flag.lstrip("-").replace("-", "_") for flag, *_ in SINGLE)):
-        if getattr(given, name) is not None:
-            values[name] = getattr(given, name)
-    for text in given.option:
-        name, _, value = text.partition("=")
-        if not name or not value:
-            raise UsageError(f"--option {text!r}, expected NAME=VALUE")
-        values[name.replace("-", "_")] = _value(name, value)
-    models = given.model or ["tiny-thinker"]
-    made = [RunConfig.from_dict({**values, "model": model}) for model in models]
-    return list({config.model: config for config in made}.values())
-
-
-def _value(name: str, text: str) -> Any:
-    """Numbers and JSON as they are, lists with commas, else text."""
-    if name in ("coefficients", "compare", "folders") and not text.startswith("["):
-        return [_value("", item) for item in text.split(",")]
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _unknown(flag: str, known: argparse.ArgumentParser) -> str:
-    flags = [option for action in known._actions for option in action.option_strings]
-    close = difflib.get_close_matches(flag.split("=")[0], flags, n=2)
-    hint = f"; close: {', '.join(close)}" if close else ""
-    return f"unknown option {flag!r}{hint} (--help lists them)"
 
 
 def _selected(first: str | None, last: str | None) -> tuple[str, ...]:
@@ -284,6 +176,20 @@ def _check_inputs(todo: Chosen) -> None:
             _check_tasks(config, own)
         if config.published is not None:
             _check_released(config.published)
+
+
+def _check_writable(folders: Iterable[Path]) -> None:
+    """Makes the folders of the runs; :class:`UsageError` for one that cannot be written to."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            reason = None if os.access(folder, os.W_OK) else "no permission to write"
+        except OSError as error:
+            reason = error.strerror
+        if reason:
+            raise UsageError(
+                f"cannot write runs to {folder} ({reason}): choose another --results"
+            )
 
 
 def _check_tasks(config: RunConfig, stages: Sequence[str]) -> None:

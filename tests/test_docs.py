@@ -1,12 +1,15 @@
 """Every command in README and docs: its words are understood, and (slow) it runs.
 
 A fence ``bash`` holds commands that run anywhere. More words say what they need: ``gpu``,
-``key``, ``extra`` (an optional package), ``long`` (more than minutes); those are only read.
+``key``, ``extra`` (an optional package), ``files`` (that are not here), ``install`` (a package
+index), ``long`` (many minutes). ``extra`` is run where the package is, the others are read.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import importlib
+import json
 import os
 import re
 import shlex
@@ -17,25 +20,47 @@ from pathlib import Path
 import pytest
 
 from stllms import cli, run
-from stllms.config import MODELS
+from stllms.config import MODELS, RunConfig
+from stllms.ledger import MARKS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = {"gpu", "key", "extra", "long"}
-FENCE = re.compile(r"^```bash *([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-INSTALLS = ("pip", ".venv/bin/pip", "conda", "git", "cd")
+NEEDS = {"gpu", "key", "extra", "files", "install", "long"}
+FENCE = re.compile(r"^```(\w+) *([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"`([^`\n]+)`")
+#: How a command begins that stands in a line of text.
+COMMAND = re.compile(r"(\./|\.venv/bin/|stllms |python |pip |jupyter |conda |source |git )")
+#: Commands of the docs that another test runs.
+ELSEWHERE = {
+    "./tests/run.sh": "the test suite is this one",
+    "jupyter": "test_jupyterlab.py",
+    "python -m stllms.colab": "test_colab.py",
+}
+#: What the reader of the docs runs first, and the later commands build on.
+SMOKE = "./run_all.sh --profile smoke --results results/smoke"
 
 
 def fences() -> list[tuple[str, frozenset[str], str]]:
     """(page, what it needs, command) of every command."""
     found = []
     for page in PAGES:
-        for words, body in FENCE.findall(page.read_text(encoding="utf-8")):
-            joined = re.sub(r"\\\n\s*", "", body)
+        for language, words, body in FENCE.findall(page.read_text(encoding="utf-8")):
+            joined = re.sub(r"\\\n\s*", "", body) if language == "bash" else ""
             for line in joined.splitlines():
                 command = line.split("  #")[0].strip()
                 if command:
                     found.append((page.name, frozenset(words.split()), command))
+    return found
+
+
+def inline() -> list[tuple[str, str]]:
+    """(page, code) of all code in lines of text; the ledger has its own tests."""
+    found = []
+    for page in PAGES:
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        before, _, rest = text.partition(MARKS[0])
+        text = before + rest.split(MARKS[1])[-1]
+        found += [(page.name, code) for code in INLINE.findall(text)]
     return found
 
 
@@ -46,58 +71,172 @@ def words_of(command: str) -> list[str]:
     return shlex.split(command, comments=True)
 
 
+# -- understood ------------------------------------------------------------------------------
+
+
 def test_there_are_commands_and_their_needs_have_a_name():
-    assert len(COMMANDS) >= 10
+    assert len(COMMANDS) >= 20
     for page, needs, command in COMMANDS:
         assert needs <= NEEDS, f"{page}: {command}: {sorted(needs - NEEDS)}"
+        assert ("install" in needs) == (words_of(command)[0] in ("pip", "conda")), command
 
 
 @pytest.mark.parametrize(("page", "needs", "command"), COMMANDS)
-def test_the_words_of_a_command_are_understood(page, needs, command):
+def test_the_words_of_a_command_are_understood(page, needs, command, monkeypatch):
     first, *rest = words_of(command)
     if first == "./run_all.sh":
         understood_by_the_runner(rest)
-    elif first in ("stllms", ".venv/bin/stllms"):
-        if rest[0] == "run":
-            understood_by_the_runner(rest[1:])
-        else:
-            cli.parser().parse_args(rest)
-    elif rest[:1] == ["-m"]:
-        assert importlib.util.find_spec(rest[1]) is not None, command
-    elif first in INSTALLS:
-        assert rest, f"{page}: {command}"
-    elif first.endswith("jupyter"):
+    elif first == "stllms" and rest[0] == "run":
+        understood_by_the_runner(rest[1:])
+    elif first == "stllms":
+        cli.parser().parse_args(rest)
+    elif first == "python":
+        assert rest[0] == "-m", command
+        understood_by_the_module(rest[1], rest[2:], monkeypatch)
+    elif first == "pip":
+        assert rest[0] == "install", command
+    elif first == "source":
+        assert rest == [".venv/bin/activate"]
+    elif first == "jupyter":
+        assert rest[0] == "lab", command
         assert (ROOT / rest[1]).exists(), command
     else:
         assert (ROOT / first).is_file(), f"{page}: no such command: {command}"
 
 
 def understood_by_the_runner(rest: list[str]) -> None:
-    if rest == ["--environment-only"]:  # the script's own
+    if rest in (["--environment-only"], ["--help"]):  # the former is the script's own
         return
     given, unknown = run.parser().parse_known_args(rest)
     assert not unknown
     for name in given.model or []:
-        assert name in MODELS or "/" in name, f"{name} is neither registered nor an id or path"
+        assert name in MODELS or "/" in name or name.startswith("api:"), name
+    if not (given.tasks or "").startswith("gym:"):  # the package tells which there are
+        run.configurations(given)
+
+
+class UnderstoodError(Exception):
+    """The arguments were parsed; nothing more is to be done."""
+
+
+def understood_by_the_module(name: str, rest: list[str], monkeypatch) -> None:
+    """Its own parser takes the arguments; a module without one takes none."""
+    module = importlib.import_module(name)
+    if not hasattr(module, "argparse"):
+        assert not rest, f"{name} takes no arguments"
+        return
+    parse = argparse.ArgumentParser.parse_args
+
+    def only_parse(parser, given=None, namespace=None):
+        parse(parser, given, namespace)
+        raise UnderstoodError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    monkeypatch.setattr(sys, "argv", [name, *rest])
+    with pytest.raises(UnderstoodError):
+        module.main()
+
+
+def test_options_of_a_module_are_looked_at(monkeypatch):
+    for wrong in (["results/tiny-thinker", "--outt", "x"], ["results/tiny-thinker"]):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            understood_by_the_module("stllms.export", wrong, patch)
+
+
+def test_a_command_in_a_line_of_text_is_one_of_the_fences():
+    commands = [command for _, _, command in COMMANDS]
+    for page, code in inline():
+        if COMMAND.match(code) and " " in code:
+            assert any(command.startswith(code) for command in commands), f"{page}: {code}"
+
+
+def test_an_option_in_a_line_of_text_is_one_of_the_runner():
+    flags = {flag for action in run.parser()._actions for flag in action.option_strings}
+    named = [(page, code) for page, code in inline() if code.startswith("--")]
+    assert len(named) > 10
+    for page, code in named:
+        flag, *value = words_of(code)
+        assert flag in flags, f"{page}: {code}"
+        if flag == "--option" and "NAME" not in value[0]:
+            assert value[0].partition("=")[0] in RunConfig().to_dict(), f"{page}: {code}"
+
+
+def test_what_needs_the_environment_comes_after_it_was_made_active():
+    commands = [command for page, _, command in COMMANDS if page == "README.md"]
+    active = commands.index("source .venv/bin/activate")
+    needing = [place for place, c in enumerate(commands) if not c.startswith("./")]
+    assert min(needing) == active
+
+
+# -- the figures -----------------------------------------------------------------------------
+
+
+def test_the_table_of_figures_names_what_the_notebooks_save():
+    rows = re.findall(
+        r"^\| (`[^|]+) \| (0\d) \|",
+        (ROOT / "docs" / "reading_the_figures.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    told = {(book, name) for names, book in rows for name in re.findall(r"`(\w+)`", names)}
+    saved = set()
+    for path in (ROOT / "notebooks").glob("0*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            found = re.findall(r"save_figure\(\s*\"(\w+)\"", "".join(cell["source"]))
+            saved |= {(path.name[:2], name) for name in found}
+    assert told == saved
+
+
+# -- run ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A folder like a clone with its environment, and a chain of the reader's own in a file."""
+    folder = tmp_path_factory.mktemp("clone")
+    for item in ROOT.iterdir():
+        if item.name not in (".venv", "results"):
+            (folder / item.name).symlink_to(item)
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "my_chain.txt").write_text(
+        "Let me think about the coins. Ben has 4 and gets 3 more, so he has 7. "
+        "Wait, I should check that again: 4 and 3 is 7."
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(clone) -> Path:
+    """The clone of a reader who has made the small run."""
+    called(SMOKE, clone)
+    return clone
+
+
+def called(command: str, clone: Path) -> None:
+    environment = os.environ | {
+        "STLLMS_RESULTS": str(clone / "results"),
+        "PATH": f"{clone / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(clone / ".venv"),
+    }
+    ask = {"cwd": clone, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(["bash", "-c", command], **ask)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", [c for _, needs, c in COMMANDS if not needs and words_of(c)[0] not in INSTALLS]
+    ("needs", "command"), [(n, c) for _, n, c in COMMANDS if n <= {"extra"}]
 )
-def test_a_command_runs(command, tmp_path):
-    """In the checkout, its runs in a folder of their own. Two are run elsewhere: the test suite
-    is this one, and JupyterLab has its own test (``test_jupyterlab.py``)."""
-    first = words_of(command)[0]
-    if first == "./tests/run.sh" or first.endswith("jupyter"):
-        pytest.skip("run elsewhere")
-    python = Path(sys.executable).parent
-    environment = os.environ | {
-        "STLLMS_RESULTS": str(tmp_path),
-        "PATH": f"{python}{os.pathsep}{os.environ['PATH']}",
-        "VIRTUAL_ENV": str(python.parent),
-    }
-    done = subprocess.run(
-        command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_a_command_runs(needs, command, clone, request):
+    """In a folder of its own; what builds on the small run after that."""
+    for start, where in ELSEWHERE.items():
+        if command.startswith(start):
+            pytest.skip(f"run elsewhere: {where}")
+    if "extra" in needs:
+        pytest.importorskip("gguf")
+    if "results/smoke" in command:
+        request.getfixturevalue("small")
+    called(command, clone)
+
+
+def test_the_small_run_is_in_the_docs():
+    assert SMOKE in [command for _, _, command in COMMANDS]

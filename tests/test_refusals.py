@@ -140,6 +140,35 @@ def test_an_annotation_that_is_no_text_is_named_with_its_row(tmp_path):
             read(path)
 
 
+# -- where the runs go -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ask", [(), ("--fresh",), ("--model", "smollm2")])
+def test_results_that_are_a_file_are_refused_with_the_cure(place, capsys, ask):
+    (place / "results").write_text("a file")
+    line = refused(capsys, "--to", "01", *ask)
+    assert f"cannot write runs to {place / 'results'}" in line
+    assert "(Not a directory): choose another --results" in line
+
+
+def test_results_where_no_folder_can_be_made_are_refused_with_the_cure(place, capsys):
+    line = refused(capsys, "--to", "01", "--results", "/proc/ro")
+    assert "cannot write runs to /proc/ro/tiny-thinker (No such file or directory)" in line
+    assert "choose another --results" in line
+
+
+def test_results_that_may_not_be_written_are_refused_with_the_cure(place, capsys, monkeypatch):
+    monkeypatch.setattr(run.os, "access", lambda *_: False)
+    line = refused(capsys, "--to", "01")
+    assert "(no permission to write): choose another --results" in line
+
+
+def test_released_files_need_a_place_for_what_is_drawn(place, capsys):
+    (place / "results").write_text("a file")
+    assert run.main(["--published", str(place)]) == 2
+    assert "choose another --results" in capsys.readouterr().err
+
+
 # -- devices -------------------------------------------------------------------------------
 
 
@@ -170,31 +199,3 @@ def test_a_model_behind_an_api_needs_no_device(place, monkeypatch):
 def test_a_limit_that_an_api_does_not_take_is_refused(place, capsys):
     ask = ["--model", "claude-3.7-sonnet", "--judge", "lexical", "--max-tokens", "10"]
     assert "max_tokens_compare: 10" in refused(capsys, *ask)
-
-
-# -- what the command is called ------------------------------------------------------------
-
-
-def test_the_caller_says_what_the_command_is_called(capsys):
-    assert run.main(["--help"], prog="stllms run") == 0
-    out = capsys.readouterr().out
-    assert out.startswith("usage: stllms run ")
-    assert "  stllms run --profile smoke --to 02" in out
-    assert "python -m" not in out
-    assert run.main(["--modle", "x"], prog="stllms run") == 2
-    assert capsys.readouterr().err.startswith("stllms run: unknown option '--modle'")
-
-
-def test_the_help_names_what_an_option_takes(capsys):
-    assert run.main(["--help"]) == 0
-    out = capsys.readouterr().out
-    for part in (
-        "--judge WHO",
-        "--results DIR",
-        "--seed N",
-        "--base-url URL",
-        "--max-cost USD",
-    ):
-        assert part in out
-    for word in (" STR", " INT", " FLOAT"):
-        assert word not in out

@@ -2,84 +2,25 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import zlib
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import browser
 import pandas as pd
 import pytest
+from reports import Page, code, made, png, prose, run_with, uri
 
-from stllms import artifacts, page, pipeline, report, run
+from stllms import artifacts, pipeline, report, run
 from stllms.artifacts import BadFile, Folder
 from stllms.config import RunConfig
 
 REFERENCE = Path(__file__).resolve().parent.parent / "results" / "reference"
-
-
-class Page(HTMLParser):
-    """The elements of a page: names, ids, addresses, and its visible text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
-
-    def all(self, tag: str, name: str) -> list[str]:
-        return [a[name] or "" for t, a in self.elements if t == tag and name in a]
-
-    @property
-    def ids(self) -> list[str]:
-        return [a["id"] or "" for _, a in self.elements if "id" in a]
-
-
-def png(grey: int = 0, width: int = 300) -> bytes:
-    """A picture of one colour, one row high."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = zlib.crc32(kind + data).to_bytes(4)
-        return len(data).to_bytes(4) + kind + data + check
-
-    size = width.to_bytes(4) + (1).to_bytes(4) + bytes([8, 0, 0, 0, 0])
-    row = zlib.compress(b"\0" + bytes([grey]) * width)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
-    )
-
-
-def uri(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode()
-
-
-def prose(text: str) -> dict:
-    return {"cell_type": "markdown", "metadata": {}, "source": text}
-
-
-def code(text: str, *outputs: dict) -> dict:
-    return {"cell_type": "code", "metadata": {}, "source": text, "outputs": list(outputs)}
-
-
-def shown(**data: str) -> dict:
-    names = {"png": "image/png", "html": "text/html", "plain": "text/plain"}
-    return {
-        "output_type": "display_data",
-        "data": {names.get(name, name.replace("__", "/")): text for name, text in data.items()},
-    }
 
 
 @pytest.fixture
@@ -87,21 +28,6 @@ def results(tmp_path, monkeypatch) -> Path:
     """An empty results folder, used by every configuration of the test."""
     monkeypatch.setenv("STLLMS_RESULTS", str(tmp_path / "results"))
     return tmp_path / "results"
-
-
-def run_with(stage: str, *cells: dict, done: bool = True, name: str | None = None) -> Path:
-    """The folder of a run that has one executed notebook."""
-    folder = Folder(RunConfig()).open()
-    folder.notebooks.mkdir(exist_ok=True)
-    path = folder.notebooks / f"{name or stage}.ipynb"
-    path.write_text(json.dumps({"cells": list(cells)}), encoding="utf-8")
-    if done:
-        folder.mark(stage, {"files": [], "seconds": 12.5})
-    return folder.path
-
-
-def made(folder: Path) -> Page:
-    return Page(report.write(folder).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +41,90 @@ def reference(tmp_path_factory) -> Path:
 # -- one file with everything ----------------------------------------------------------------
 
 
-def test_every_figure_of_the_run_and_of_the_comparison_is_embedded_once(reference):
+def test_every_figure_of_the_run_and_of_the_comparison_is_embedded(reference):
     pictures = Counter(Page(reference.read_text(encoding="utf-8")).all("img", "src"))
     folders = (reference.parent, reference.parent.parent / "comparison")
     figures = [path for folder in folders for path in folder.glob("figures/*.png")]
+    first = [reference.parent / "figures" / f"{name}.png" for name in report.FIRST]
     assert len(figures) >= 15
-    assert pictures == Counter(uri(path.read_bytes()) for path in figures)
+    assert pictures == Counter(uri(path.read_bytes()) for path in [*figures, *first])
+
+
+def test_the_result_comes_before_the_notebooks(reference):
+    text = reference.read_text(encoding="utf-8")
+    summary = Page(text.partition("<main>")[2].partition("<section>")[0])
+    for part in (
+        "Profile default: directions from the chains of 200 tasks, steering tried on 60 others",
+        "labelled by the annotator grammar",
+        "compared with tiny-instruct and SmolLM2-135M-Instruct.",
+        "effects peak in middle layers",
+        "not shown on a fixture, no evidence about the paper",
+    ):
+        assert part in summary.text
+    links = summary.all("a", "href")
+    assert [link for link in links if "figure" in link] == [
+        f"#figure-{name}" for name in report.FIRST
+    ]
+    assert {link[1:] for link in links if link.startswith("#")} <= set(Page(text).ids)
+    seconds = text.index("<th>seconds</th>")
+    assert seconds > text.index('id="configuration"'), "how long it took comes last"
+
+
+def test_a_figure_that_was_not_made_is_not_in_the_summary(results):
+    folder = run_with("02_train_vectors", code('folder.save_figure("cosine_heatmap", f, d)'))
+    (folder / "figures").mkdir()
+    for name in ("cosine_heatmap", "steering"):  # the latter of an earlier run
+        (folder / "figures" / f"{name}.png").write_bytes(png(4))
+    page = made(folder)
+    assert [link for link in page.all("a", "href") if "figure" in link] == [
+        "#figure-cosine_heatmap"
+    ]
+
+
+def test_only_verdicts_about_the_run_are_in_its_summary():
+    on = ["tiny-thinker, 60 tasks", "tiny-thinker and tiny-instruct, 60 tasks", "gpt-4o, 2"]
+    released = "released files, 3 thinking and 2 instruct models"
+    found = {
+        name: [report._speaks_of(Path(name), text) for text in (*on, released)]
+        for name in ("tiny-thinker", "tiny-instruct", "comparison")
+    }
+    assert found == {
+        "tiny-thinker": [True, True, False, False],
+        "tiny-instruct": [False, True, False, False],
+        "comparison": [False, True, False, False],
+    }
+
+
+def test_every_option_is_shown_with_the_value_it_came_to_and_those_given_first(results):
+    folder = run_with("01_generate", prose("# 01"), objective="published", n_compare=7)
+    text = report.write(folder).read_text(encoding="utf-8")
+    rows = re.findall(r"<div( class=\"given\")?><dt>(\w+)</dt><dd>(.*?)</dd></div>", text)
+    assert rows[:2] == [
+        (' class="given"', "n_compare", "7"),
+        (' class="given"', "objective", "published"),
+    ]
+    assert not any(given for given, *_ in rows[2:])
+    values = {name: value for _, name, value in rows}
+    assert values["coefficients"] == "-1.0, 0.0, 1.0"
+    assert (values["random_directions"], values["n_samples"]) == ("10", "200")
+    assert (values["positions"], values["judge"], values["tasks"]) == (
+        "own",
+        "grammar",
+        "grammar",
+    )
+    assert set(RunConfig().to_dict()) - {"results"} <= set(values)
+
+
+def test_a_run_whose_tasks_are_gone_keeps_its_report(results, tmp_path):
+    tasks = tmp_path / "own.jsonl"
+    tasks.write_text('{"id": "1", "content": "question"}')
+    folder = run_with(
+        "01_generate", prose("# 01"), prose("A reading.", "committed"), tasks=str(tasks)
+    )
+    tasks.unlink()
+    page = made(folder)
+    assert "coefficientsnone" in page.text, "as recorded"
+    assert "A reading." not in page.text
 
 
 def test_tables_ledger_configuration_and_versions_are_there(reference):
@@ -135,6 +139,7 @@ def test_tables_ledger_configuration_and_versions_are_there(reference):
         assert claim in page.text
     for name, version in record["versions"].items():
         assert f"{name}{version}" in page.text
+    assert "comparetiny-instruct, SmolLM2-135M-Instruct" in page.text
     for value in record["identity"].values():
         assert ("none" if value is None else str(value)) in page.text
     assert record["commit"] in page.text
@@ -178,98 +183,6 @@ def test_no_path_of_the_machine_is_shared(results):
     text = report.write(folder).read_text(encoding="utf-8")
     assert str(results.parent) not in text
     assert 'results = "results"' in Page(text).text, "its name stays"
-
-
-# -- executed notebooks ----------------------------------------------------------------------
-
-
-def test_code_is_folded_away_and_outputs_are_not(results):
-    cells = [
-        prose("# 01 · One"),
-        code("x = 1"),
-        code(
-            "print(x)", {"output_type": "stream", "name": "stdout", "text": "one & \x1b[1mtwo"}
-        ),
-        code(
-            "table",
-            shown(html="<table class='dataframe'><td>7</td></table>", plain="instead of it"),
-        ),
-        code("1 / 0", {"output_type": "error", "traceback": ["ZeroDivision: <no>"]}),
-    ]
-    text = report.write(run_with("01_generate", *cells)).read_text(encoding="utf-8")
-    page = Page(text)
-    assert page.all("details", "class").count("code") == 3, "silent code joins the next"
-    body = text.partition("<body>")[2]
-    visible = re.sub(r"<details class=\"code\">.*?</details>", "", body, flags=re.DOTALL)
-    assert "print" in body
-    assert "print" not in visible
-    assert "one &amp; " in visible
-    assert "<table class='dataframe'><td>7</td></table>" in visible
-    assert "instead of it" not in visible
-    assert '<pre class="error">ZeroDivision: &lt;no&gt;</pre>' in visible
-
-
-@pytest.mark.parametrize(
-    "html",
-    [
-        "<script>alert(1)</script>",
-        "<img src='https://elsewhere.example/x.png'>",
-        '<img src="x.png">',
-        "<p onclick = 'x()'>p</p>",
-        "<style>@import 'x.css';</style>",
-        "<div style='background: url(x.png)'>x</div>",
-        "<iframe></iframe>",
-        "<LINK rel=stylesheet href=x.css>",
-    ],
-)
-def test_an_output_that_runs_or_loads_something_is_replaced_by_its_text(results, html):
-    folder = run_with("01_generate", code("show()", shown(html=html, plain="the plain text")))
-    text = report.write(folder).read_text(encoding="utf-8")
-    assert html not in text
-    assert "the plain text" in text
-
-
-def test_words_that_only_look_like_markup_keep_their_colours(results):
-    html = "<span style='background:#99999959'>once = url(x) src=y &lt;script&gt;</span>"
-    folder = run_with("01_generate", code("show()", shown(html=html, plain="HTML object")))
-    assert html in report.write(folder).read_text(encoding="utf-8")
-
-
-def test_progress_bars_badges_and_pictures_from_elsewhere_are_left_out(results):
-    bar = {"application/vnd.jupyter.widget-view+json": "{}", "text/plain": "a bar"}
-    cells = [
-        prose(
-            "# 01\n\n[![Open in Colab](https://a.example/b.svg)](https://c.example/01.ipynb)"
-        ),
-        prose("![a drawing](https://elsewhere.example/d.png) <img src='https://e.example'>"),
-        code("go()", {"output_type": "display_data", "data": bar}),
-    ]
-    page = made(run_with("01_generate", *cells))
-    assert "a bar" not in page.text
-    assert "Open in Colab" not in page.text
-    assert "a drawing" in page.text
-    assert page.all("img", "src") == []
-
-
-def test_a_saved_figure_is_taken_from_the_run_where_it_has_more_dots(results):
-    save = 'folder.save_figure("good", figure, data)'
-    small = base64.b64encode(png(1, 80)).decode()
-    cells = [code(save, shown(png=small)), code("plt.plot()", shown(png=small))]
-    folder = run_with("01_generate", *cells)
-    (folder / "figures").mkdir()
-    (folder / "figures" / "good.png").write_bytes(png(2, 300))
-    page = made(folder)
-    assert page.all("img", "src") == [uri(png(2, 300)), uri(png(1, 80))]
-    assert page.all("img", "width") == ["192"], "300 dots at 150 an inch, 96 pixels an inch"
-    assert "figure-good" in page.ids
-
-
-def test_a_figure_that_no_cell_shows_is_there_all_the_same(results):
-    folder = run_with("01_generate", code("x"))
-    (folder / "figures").mkdir()
-    (folder / "figures" / "other.png").write_bytes(png(3))
-    Folder(RunConfig()).mark("01_generate", {"files": ["figures/other.png"]})
-    assert made(folder).all("img", "src") == [uri(png(3))]
 
 
 # -- what is missing -------------------------------------------------------------------------
@@ -337,20 +250,6 @@ def test_the_command_prints_the_path(results, capsys):
     folder = run_with("01_generate", prose("# 01"))
     assert report.main([str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
-
-
-# -- tables ----------------------------------------------------------------------------------
-
-
-def test_a_table_has_its_columns_at_every_cell_and_escapes_its_text():
-    values = pd.DataFrame(
-        {"a": [1.23456789, float("nan")], "b": ["<b>; two", None], "n": [3, 4]}
-    )
-    text = str(page.table(values))
-    assert '<td data-column="a">1.2346</td>' in text
-    assert '<td data-column="a"></td><td data-column="b"></td>' in text
-    assert "&lt;b&gt;<br>two" in text
-    assert '<td data-column="n">4</td>' in text
 
 
 # -- made by a run, only when something changed ------------------------------------------------

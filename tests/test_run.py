@@ -77,6 +77,17 @@ def call(*arguments: str) -> int:
     return run.main([*arguments, "--quiet"])
 
 
+def test_the_folder_is_called_as_a_person_in_the_working_directory_would(
+    place, capsys, monkeypatch
+):
+    assert call("--to", "01") == 0
+    path = place / "results" / "tiny-thinker"
+    assert f"done: {path}\n" in capsys.readouterr().out
+    monkeypatch.chdir(place)
+    assert call("--to", "01") == 0
+    assert "nothing to do: results/tiny-thinker complete" in capsys.readouterr().out
+
+
 # -- running, skipping, going on ---------------------------------------------------------
 
 
@@ -308,7 +319,7 @@ def test_a_failing_cell_is_reported_and_stops_the_run(place, capsys):
         "02_train_vectors tiny-thinker failed in cell 4 of 5",
         "value = 1",
         "KeyError: 'no such layer'",
-        "results/tiny-thinker/notebooks/02_train_vectors",
+        str(place / "results/tiny-thinker/notebooks/02_train_vectors.failed.ipynb"),
     ):
         assert part in report
     assert "\x1b" not in report
@@ -378,8 +389,3 @@ def test_the_runner_does_not_import_torch_or_papermill_to_look():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "r1-distill-qwen-1.5b" in done.stdout
-
-
-def test_help_shows_examples(capsys):
-    assert run.main(["--help"]) == 0
-    assert "examples:" in capsys.readouterr().out
