@@ -9,7 +9,7 @@ Peak memory is that of subprocesses that do one thing only, counted from when th
 loaded (reading a file takes more than it leaves): the resident set, on a GPU the device memory
 allocated. ``decoder`` and ``plain`` forward the same responses without and with the head, whose
 logits alone may outweigh everything else. A peak depends on the rows of a batch, not on how
-many batches follow: small batches are enough, and the pass is made with two batches' and four
+many batches follow: small batches are enough, and the pass is made with two batches' and eight
 batches' responses to show it. Peaks scatter by some MiB, for ``tiny-thinker`` as much as the
 forward takes. On a GPU: ``--model random-qwen2 --device cuda --dtype bfloat16 --batch-size 256
 --responses 512``.
@@ -137,7 +137,7 @@ def resident_peak() -> int:
 
 def memory(options, cuda: bool) -> dict:
     """Peaks of the subprocesses and their ratios."""
-    few, many = 2 * options.memory_batch, 4 * options.memory_batch
+    few, many = 2 * options.memory_batch, 8 * options.memory_batch
     given = []
     for name in ("model", "tokens", "layers", "vocabulary", "device", "dtype", "seed"):
         if getattr(options, name) is not None:

@@ -8,7 +8,7 @@ drops the styles. Nothing heavy is imported.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -137,6 +137,14 @@ def html_pair(plain: Steered, steered: Steered) -> str:
         for name, one in zip(names, (plain, steered), strict=True)
     ]
     return _beside(panels)
+
+
+def html_pairs(pairs: Mapping[str, tuple[Steered, Steered] | None]) -> str:
+    """A legend, and :func:`html_pair` of every name; a line where there is none to show."""
+    said = '<p style="font-size:12px;opacity:0.7">{}: not steered, or no chain rose</p>'
+    return html_legend() + "".join(
+        html_pair(*pair) if pair else said.format(escape(name)) for name, pair in pairs.items()
+    )
 
 
 def _beside(panels: Sequence[Panel]) -> str:

@@ -242,10 +242,10 @@ def differences(measured: pd.DataFrame, rows: pd.DataFrame, *, seed: int = 0) ->
 
 def showcase(
     chains: Sequence[Steered], measured: pd.DataFrame, behaviours: Sequence[str]
-) -> tuple[Steered, Steered]:
+) -> tuple[Steered, Steered] | None:
     """(plain, positive) of the finished chain whose own token fraction rose most, over all
     ``behaviours`` and their positive coefficients; the earlier behaviour where two rose alike.
-    Where nothing was steered, the first plain chain twice.
+    ``None`` where nothing was steered or nothing rose (the share of repeated 4-grams off it).
     """
     at = {one.key[:4]: one for one in chains}
     _, by_arm = _arms(measured)
@@ -259,11 +259,10 @@ def showcase(
         rank = (whole.max(), -behaviours.index(arm[0]))
         if best is None or rank > best[0]:
             best = rank, whole.idxmax(), arm
-    if best is not None:
-        _, task, arm = best
-        return at[task, *PLAIN], at[task, *arm]
-    first = next(one for one in chains if one.direction == PLAIN[0])
-    return first, first
+    if best is None or best[0][0] <= 0:
+        return None
+    _, task, arm = best
+    return at[task, *PLAIN], at[task, *arm]
 
 
 def texts(chains: Sequence[Steered]) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from stllms import plots
 from stllms.agreement import Agreement
 from stllms.coloured import COLOURS
 from stllms.evaluation import FRACTION, SIDE_EFFECTS
-from stllms.records import STEERED, PlacedSegment
+from stllms.records import STEERED, PlacedSegment, Steered
 
 #: Lines of a chain that :func:`chains` draws at most; inches a line, and for all around them.
 MOST_LINES, LINE_HEIGHT, HEAD_AND_FOOT = 40, 0.225, 0.95
@@ -50,6 +50,24 @@ def chains(figure: Figure, shown: Sequence[tuple[str, str, Sequence[PlacedSegmen
     return figure
 
 
+def twins(figure: Figure, pair: tuple[Steered, Steered] | None) -> Figure:
+    """:func:`chains` of a plain chain and its steered twin, or a line that there is none."""
+    if pair is None:
+        axes = figure.subplots()
+        plots.missing(axes, "nothing to show: nothing was steered, or no chain rose")
+        return figure
+    plain, steered = pair
+    added = f"{steered.coefficient:+g} {steered.direction}, layer {steered.layer}"
+    titles = f"plain, task {plain.task_id}", added
+    return chains(
+        figure,
+        [
+            (title, one.response.thinking, one.annotation.segments)
+            for title, one in zip(titles, pair, strict=True)
+        ],
+    )
+
+
 def effect_rows(
     figure: Figure, curves: pd.DataFrame, marks: Mapping[str, Mapping[str, int]]
 ) -> Figure:
@@ -61,8 +79,33 @@ def effect_rows(
     for part, (model, table) in zip(parts, groups, strict=True):
         axes = part.subplots(1, len(STEERED), sharex=True, sharey=True)
         label = f"{model}\nsurrogate gradient"
-        plots.effect_panels(axes, table, STEERED, label=label, mark=marks.get(str(model)))
+        released_effects(axes, table, label=label, mark=marks.get(str(model)))
     return figure
+
+
+def released_effects(
+    every: Sequence[Axes],
+    table: pd.DataFrame,
+    *,
+    label: str,
+    band: str = "interval",
+    mark: Mapping[str, int] | None = None,
+) -> None:
+    """:func:`plots.effect_panels` of the steered behaviours that ``table`` has; the panels of
+    the others say that they were left out. No vertical grid: dotted lines would be lost."""
+    known = {}
+    for axes, name in zip(every, STEERED, strict=True):
+        if name in set(table["behaviour"]):
+            known[name] = axes
+            continue
+        axes.set_title(name)
+        plots.missing(axes, "left out:\nno released values").set(xlabel="layer", ylabel=label)
+    plots.effect_panels(
+        list(known.values()), table, list(known), label=label, band=band, mark=mark
+    )
+    for axes in every:
+        axes.label_outer()
+        axes.grid(axis="x", visible=False)
 
 
 def doses(figure: Figure, table: pd.DataFrame) -> Figure:

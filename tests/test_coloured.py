@@ -93,3 +93,6 @@ def test_a_pair_shows_both_chains_with_what_was_added():
     assert "&lt;b&gt;back" in made
     assert "+1 backtracking, layer 4" in made
     assert made.count("<td") == 2
+    both = coloured.html_pairs({"backtracking": None, "deduction": None})
+    assert both.count("not steered, or no chain rose") == 2
+    assert coloured.html_pairs({}) == coloured.html_legend()

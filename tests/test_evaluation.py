@@ -293,8 +293,10 @@ def test_the_showcase_is_the_finished_chain_that_rose_most():
     measured = evaluation.measure(chains, ASKED)
     _, positive = evaluation.showcase(chains, measured, STEERED)
     assert positive.key[:2] == ("t0", "adding-knowledge"), "it rose more than backtracking did"
-    nothing = evaluation.showcase(chains, measured, ["deduction"])
-    assert [one.direction for one in nothing] == ["none", "none"], "nothing was steered"
+    assert evaluation.showcase(chains, measured, ["deduction"]) is None, "nothing was steered"
+    chains = [chain("t0"), chain("t0", arm, (9, 1), finished=False), chain("t1", arm, (0, 10))]
+    measured = evaluation.measure([*chains, chain("t1")], ASKED)
+    assert evaluation.showcase(chains, measured, STEERED) is None, "no finished chain rose"
 
 
 def test_texts_have_a_row_a_segment():

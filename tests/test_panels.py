@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,7 @@ from matplotlib.figure import Figure
 from test_agreement import compare, two_chains
 
 from stllms import effects, panels, plots
-from stllms.records import STEERED, PlacedSegment
+from stllms.records import STEERED, Annotation, PlacedSegment, Response, Steered
 
 
 def figure() -> Figure:
@@ -83,3 +85,16 @@ def test_chains_stand_side_by_side_on_a_figure_that_fits_the_longest(n_words):
         left_out = int(note.split()[0])
         rest = text[len(text) - left_out :]
         assert kept.replace(" ", "") + rest.replace(" ", "") == text.replace(" ", "")
+
+
+def test_twins_name_what_was_added_or_that_there_is_nothing():
+    drawn = figure()
+    panels.twins(drawn, None)
+    assert "nothing was steered" in drawn.axes[0].texts[0].get_text()
+    response = Response("t", "", "", (), (), "a b", "a b", 0, "", closed=True, finished=True)
+    plain = Steered("t", "none", -1, 0.0, "add", response, Annotation("t", "hand", ()))
+    pushed = replace(plain, direction="backtracking", layer=4, coefficient=2.0)
+    drawn = figure()
+    panels.twins(drawn, (plain, pushed))
+    titles = [axes.get_title("left") for axes in drawn.axes]
+    assert titles == ["plain, task t", "+2 backtracking, layer 4"]
