@@ -17,6 +17,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from stllms.coloured import COLOURS, OTHER
 from stllms.records import BEHAVIOURS, PlacedSegment
@@ -316,6 +317,9 @@ def growth(axes: Axes, table: pd.DataFrame) -> Axes:
         marker = MARKERS[rank % len(MARKERS)]
         axes.plot(rows["spans"], rows["cosine"], color=COLOURS[name], marker=marker, label=name)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(top=1.02)
     axes.set_xlabel("spans in the smaller half")
     axes.set_ylabel("cosine of disjoint halves")

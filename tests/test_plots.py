@@ -288,6 +288,11 @@ def test_growth_has_a_line_a_behaviour_and_says_when_there_is_none(axes):
     plots.growth(axes, table)
     assert axes.lines[0].get_ydata().tolist() == [0.5, 0.9]
     assert axes.get_xscale() == "log"
+    axes.figure.canvas.draw()
+    low, high = axes.get_xlim()
+    ticks = axes.get_xticklabels(which="both")
+    named = [t.get_text() for t in ticks if low <= t.get_position()[0] <= high and t.get_text()]
+    assert named == ["10", "20"], "plain numbers, and room between them"
     _, other = plt.subplots()
     plots.growth(other, table.iloc[:0])
     assert "too few spans" in words(other)[0]
