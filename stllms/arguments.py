@@ -16,7 +16,7 @@ TITLE = "Executes the notebooks for one or more models, and skips what is done."
 
 #: What a profile is for, and how long it takes for the embedded model on two cores.
 PURPOSES = {
-    "smoke": "does it run here? a minute",
+    "smoke": "does it run here? two or three minutes",
     "default": "the committed figures; four minutes",
     "full": "claims about the embedded model; much longer than default",
     "paper": "the numbers of the paper, greedy, long chains; wants a GPU",

@@ -16,8 +16,8 @@ position. A row patched at layer ``l`` equals the clean one below ``l``, so the 
 half the work.
 
 **Precision.** In float32 this equals the naive loops to rounding. In bfloat16 products of
-another size round otherwise: on smollm2 a coefficient of 0 gives up to 3.5e-3 nats instead of
-0, and another ``max_rows`` changes effects by 0.35 % in the median.
+another size round otherwise: a coefficient of 0 need not give 0 nats (smollm2 gave some
+thousandths), and effects depend a little on ``max_rows``. No benchmark keeps these numbers.
 
 Rows (:mod:`stllms.rows`) go in chunks of ``max_rows``, so no mask is larger than
 ``[max_rows, T + max_rows]``.
@@ -334,8 +334,8 @@ def _of_response(
 def _averaged(effects: Tensor, places: Sequence[Sequence[int]]) -> Tensor:
     """``[N, L, P]`` averaged over the positions of each of ``N`` behaviours: ``[N, L]``, NaN
     where there is none."""
-    means = torch.full(effects.shape[:2], float("nan"))
+    averages = torch.full(effects.shape[:2], float("nan"))
     for row, mine in enumerate(places):
         if mine:
-            means[row] = effects[row][:, mine].mean(-1)
-    return means
+            averages[row] = effects[row][:, mine].mean(-1)
+    return averages

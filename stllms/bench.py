@@ -126,7 +126,7 @@ def _model(config: RunConfig) -> Model:
     _ask_the_hub(config)
     try:
         return models.for_run(config)
-    except (ModelError, MemoryError):
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever transformers makes of the files of others
         said = textwrap.shorten(str(error) or type(error).__name__, SAID, placeholder=" ...")
