@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,24 +86,34 @@ def execute(jobs: Sequence[Job], *, quiet: bool = False) -> None:
     """Runs the notebooks one after the other and stops at the first failure.
 
     Executed copies go to ``notebooks/`` of the run's folder. All parameters are checked
-    first, and the folders are locked for the whole time. Raises ``ValueError`` for a
+    first; each stage is locked while it runs. Raises ``ValueError`` for a
     parameter a notebook does not have, ``LockedFolder``, and :class:`StageError` that names
     the notebook, the cell and the error.
     """
     cells = {job: _check_parameters(job) for job in jobs}
+    for job in jobs:
+        with _lock(job):
+            """Is it free? Refused before the first notebook, not in the middle of the run."""
     with ExitStack() as stack:
-        folders = [pipeline.folder_of(job.stage, job.config) for job in jobs]
-        for folder in {folder.path: folder for folder in folders}.values():
-            stack.enter_context(folder.lock())
         stack.enter_context(_own_kernel())
         bar = stack.enter_context(
             tqdm(total=sum(cells.values()), unit="cell", disable=quiet, file=sys.stderr)
         )
         for job in jobs:
             bar.set_description(job.title)
-            _execute(job, _Bar(bar))
+            with _lock(job):
+                pipeline.check(
+                    job.stage, job.config
+                )  # an earlier one may have changed its input
+                _execute(job, _Bar(bar))
             if not pipeline.has_run(job.stage, job.config):
                 raise StageError(f"{job.title}: the notebook does not end with run.finish")
+
+
+def _lock(job: Job) -> AbstractContextManager[None]:
+    """The lock of what a notebook writes, shared with others for what it reads."""
+    folder = pipeline.folder_of(job.stage, job.config)
+    return folder.lock(job.stage, reading=pipeline.REQUIRES[job.stage])
 
 
 def _check_parameters(job: Job) -> int:
