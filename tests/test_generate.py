@@ -83,8 +83,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny_llama, asked, tmp_path, mon
     content = whole.path.read_bytes()
     lines = content.splitlines(keepends=True)
     for kept, torn in [(0, b""), (1, b""), (3, lines[3][:20]), (5, lines[5][:-1])]:
-        cut = artifacts.Rows(tmp_path / f"cut-{kept}.jsonl")
-        cut.path.write_bytes(b"".join(lines[:kept]) + torn)
+        cut = tiny.killed(whole, f"cut-{kept}.jsonl", b"".join(lines[:kept]) + torn)
         generate.responses(tiny_llama, asked, store=cut, **OPTIONS)
         assert cut.path.read_bytes() == content
 
@@ -173,8 +172,7 @@ def test_a_grid_resumes_to_the_same_bytes(
     lines = content.splitlines(keepends=True)
     assert len(lines) == 16
     for kept in (0, 3, 8, 13):
-        cut = artifacts.Rows(tmp_path / f"cut-{kept}.jsonl", key)
-        cut.path.write_bytes(b"".join(lines[:kept]))
+        cut = tiny.killed(whole, f"cut-{kept}.jsonl", b"".join(lines[:kept]))
         assert steering.grid(tiny_llama, asked[:4], arms, store=cut, **OPTIONS) == grid
         assert cut.path.read_bytes() == content
     monkeypatch.setattr(steering.decode, "run", None)

@@ -123,9 +123,8 @@ def test_batches_and_a_restart_change_nothing(model, written, tmp_path, monkeypa
     whole = Rows(tmp_path / "whole.jsonl", STEERED_KEY)
     monkeypatch.setattr(likelihood, "CHUNK", 5)
     likelihood.scores(model, chains, steering.by_arm(every), store=whole, progress=False)
-    again = Rows(tmp_path / "again.jsonl", STEERED_KEY)
-    lines = whole.path.read_text().splitlines(keepends=True)
-    again.path.write_text("".join(lines[:7]) + lines[7][:20])
+    lines = whole.path.read_bytes().splitlines(keepends=True)
+    again = tiny.killed(whole, "again.jsonl", b"".join(lines[:7]) + lines[7][:20])
     likelihood.scores(model, chains, steering.by_arm(every), store=again, progress=False)
     assert again.path.read_text() == whole.path.read_text()
     monkeypatch.setattr(likelihood, "BUDGET", 1)  # every chain alone

