@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stllms import decode, prompts
+from stllms import decode, prompts, sampling
 from stllms.artifacts import Rows
 from stllms.config import RunConfig
 from stllms.models import Model
@@ -38,13 +38,14 @@ def responses(
         max_new_tokens: limit of a response; one that reaches it is not ``finished``.
         batch_size: rows at a time; ``None`` suits the device.
         temperature: 0 is greedy.
-        seed: of the sampling noise, with the task's id (:mod:`stllms.decode`).
+        seed: of the sampling noise, with the task's id (:mod:`stllms.sampling`).
         style: ``"sound"`` or ``"published"`` prompts (:func:`stllms.prompts.prompt`).
         store: rows by ``task_id``; what it holds is not made again, what is made is added
             chunk by chunk.
 
     Raises:
         ValueError: for a task id that occurs twice, or a prompt longer than the context.
+        SamplingError: if the audit of all of them fails (:meth:`stllms.sampling.Audit.check`).
     """
     twice = {task.id for task in tasks if sum(other.id == task.id for other in tasks) > 1}
     if twice:
@@ -67,13 +68,15 @@ def responses(
                 progress=bar.tick,
             )
             made = [
-                to_row(prompts.response(model, task, o, ids))
-                for task, o, ids in zip(chunk, opened, written, strict=True)
+                to_row(prompts.response(model, task, o, chain.ids, chain.audit))
+                for task, o, chain in zip(chunk, opened, written, strict=True)
             ]
             if store is not None:
                 store.append([row for row in made if row["task_id"] not in done])
             done |= {row["task_id"]: row for row in made if row["task_id"] not in done}
-    return [response_from_row(done[task.id]) for task in tasks]
+    found = [response_from_row(done[task.id]) for task in tasks]
+    sampling.audit(found).check()
+    return found
 
 
 def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
