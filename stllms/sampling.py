@@ -57,7 +57,7 @@ GREEDY = ("not_argmax",)
 COUNTS = ("rare", "not_argmax")
 
 #: Values of logits that are worked on at once: on a CPU they stay in its cache.
-_SLICE = {"cpu": 2**18}
+_SLICE = {"cpu": 2**20}
 _SLICE_ELSEWHERE = 2**25
 #: Stands for the logarithm of a probability that no float32 holds.
 _LOG_ZERO = -200.0
@@ -149,22 +149,25 @@ def _log_masses(logits: Tensor, temperature: float) -> Tensor:
     Each is a sum of its own terms, so that a block of ``1e-30`` beside one of almost 1 keeps
     its digits.
     """
+    whole = logits.shape[-1] // BLOCK
     found = []
-    for part in _slices(logits):
-        scaled = logits[part].float() / temperature
+    for part, (scaled,) in _slices(logits, 1):
+        torch.div(logits[part].float(), temperature, out=scaled)
         scaled.sub_(scaled.amax(-1, keepdim=True)).exp_()
-        whole, width = len(scaled), scaled.shape[-1]
-        blocks = scaled[:, : width // BLOCK * BLOCK].reshape(whole, width // BLOCK, BLOCK)
-        rest = scaled[:, width // BLOCK * BLOCK :]
-        found.append(torch.cat([blocks.sum(-1), rest.sum(-1, keepdim=True)], -1))
+        blocks = scaled[:, : whole * BLOCK].unflatten(-1, (whole, BLOCK)).sum(-1)
+        rest = scaled[:, whole * BLOCK :].sum(-1, keepdim=True)
+        found.append(torch.cat([blocks, rest], -1))
     return torch.cat(found).log_()
 
 
-def _slices(logits: Tensor) -> Iterator[slice]:
-    """Rows of ``logits`` to work on at once."""
-    most = _SLICE.get(logits.device.type, _SLICE_ELSEWHERE)
-    size = max(1, most // logits.shape[-1])
-    return (slice(start, start + size) for start in range(0, len(logits), size))
+def _slices(logits: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of ``logits`` to work on at once, with ``count`` float32 tensors of their shape to
+    work in: fresh memory for every slice would cost more than the arithmetic."""
+    size = max(1, _SLICE.get(logits.device.type, _SLICE_ELSEWHERE) // logits.shape[-1])
+    shape = (count, min(size, len(logits)), logits.shape[-1])
+    work = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    for start in range(0, len(logits), size):
+        yield slice(start, start + size), work[:, : len(logits) - start]
 
 
 # -- the audit -----------------------------------------------------------------------------
@@ -182,10 +185,7 @@ def measure(logits: Tensor, token: Tensor, temperature: float) -> Tensor:
         wrong = logits.gather(-1, token[:, None])[:, 0] < best
         return torch.where(best.isfinite(), wrong.float(), math.nan)[:, None]
     found = []
-    for part in _slices(logits):
-        if not found:  # fresh memory for every slice would cost more than the arithmetic
-            work = torch.empty(2, *logits[part].shape, device=logits.device)
-        log_p, p = work[:, : len(logits[part])]
+    for part, (log_p, p) in _slices(logits, 2):
         torch.div(logits[part].float(), temperature, out=log_p)
         found.append(_measure(log_p, p, token[part]))
     return torch.cat(found)
