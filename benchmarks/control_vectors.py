@@ -117,7 +117,7 @@ def ours(
     try:
         edits = () if intervention is None else (intervention,)
         row = decode.Row(prompt_ids, "greedy", edits)
-        written = decode.run(model, [row], max_new_tokens=limit)[0]
+        written = decode.run(model, [row], max_new_tokens=limit)[0].ids
     finally:
         hook.remove()
     return Chain(prompt_ids, written, np.stack(steps))

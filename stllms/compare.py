@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from stllms import comparison, generate, models, released, remote, tasks
+from stllms import comparison, generate, models, released, remote, sampling, tasks
 from stllms.annotate import read, stage
 from stllms.artifacts import Folder, Rows, read_json
 from stllms.comparison import Member
@@ -104,6 +104,7 @@ def _responses(
     model = models.for_run(config)
     folder.note(device=str(model.device), dtype=str(model.dtype))
     made = generate.responses(model, asked, store=folder.rows(folder.responses), **options)
+    folder.note(sampling_audit_responses=sampling.audit(made).recorded)
     return made, model, []
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stllms import decode, prompts
+from stllms import decode, prompts, sampling
 from stllms.config import RunConfig
 from stllms.files import Rows, resumed
 from stllms.models import Model
@@ -38,7 +38,7 @@ def responses(
         max_new_tokens: limit of a response; one that reaches it is not ``finished``.
         batch_size: rows at a time; ``None`` suits the device.
         temperature: 0 is greedy.
-        seed: of the sampling noise, with the task's id (:mod:`stllms.decode`).
+        seed: of the sampling noise, with the task's id (:mod:`stllms.sampling`).
         style: ``"sound"`` or ``"published"`` prompts (:func:`stllms.prompts.prompt`).
         store: rows by ``task_id``; what it holds is not made again, what is made is added
             chunk by chunk.
@@ -47,6 +47,7 @@ def responses(
         ValueError: for a task id that occurs twice, or a prompt longer than the context.
         StaleArtefact: where the rows of ``store`` were made by another model, with another
             prompt or other options, naming it.
+        SamplingError: if the audit of all of them fails (:meth:`stllms.sampling.Audit.check`).
     """
     twice = {task.id for task in tasks if sum(other.id == task.id for other in tasks) > 1}
     if twice:
@@ -66,14 +67,16 @@ def responses(
         rows = [decode.Row(o[1], task.id) for task, o in part]
         written = decode.run(model, rows, batch_size=batch_size, progress=bar.tick, **options)
         return [
-            to_row(prompts.response(model, task, o, ids))
-            for (task, o), ids in zip(part, written, strict=True)
+            to_row(prompts.response(model, task, o, chain.ids, chain.audit))
+            for (task, o), chain in zip(part, written, strict=True)
         ]
 
     with token_bar(len(tasks), "responses", enabled=progress) as bar:
         keys = [(task.id,) for task in tasks]
         rows = resumed(keys, make, size=CHUNK, store=store, skip=bar.skip)
-    return [response_from_row(row) for row in rows]
+    found = [response_from_row(row) for row in rows]
+    sampling.audit(found).check()
+    return found
 
 
 def summary(made: Sequence[Response]) -> dict[str, float]:

@@ -106,7 +106,11 @@ def as_used(model: Model, made: Sequence[Response], how: str) -> list[Response]:
 
 
 def response(
-    model: Model, task: Task, opened: tuple[str, Sequence[int]], output_ids: Sequence[int]
+    model: Model,
+    task: Task,
+    opened: tuple[str, Sequence[int]],
+    output_ids: Sequence[int],
+    audit: dict[str, float] | None = None,
 ) -> Response:
     """The record of what ``model`` wrote after the prompt ``opened`` (text, ids)."""
     prompt_text, prompt_ids = opened
@@ -126,4 +130,5 @@ def response(
         answer=answer,
         closed=closed and (finished or CLOSE in text),
         finished=finished,
+        audit=audit,
     )

@@ -70,6 +70,9 @@ class Response:
     ``thinking_start`` of ``text``. ``answer`` is what follows ``</think>`` (all of ``text``
     for a model that does not open a ``<think>``). ``closed`` says that the thinking ended
     before the token limit, ``finished`` that the model ended its turn before it.
+    ``audit`` holds the sums over its tokens that the sampling audit is made of
+    (:func:`stllms.sampling.entry`), and is no part of what was written: responses that differ
+    in it alone are equal. ``None`` for text from a file or an API, and in older files.
     """
 
     task_id: str
@@ -83,6 +86,7 @@ class Response:
     answer: str
     closed: bool
     finished: bool
+    audit: dict[str, float] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,9 @@ def to_row(record: Any) -> dict[str, Any]:
 
 def response_from_row(row: dict[str, Any]) -> Response:
     """The inverse of :func:`to_row` for a :class:`Response`; extra keys are ignored."""
-    names = Response.__dataclass_fields__
+    names = [name for name in Response.__dataclass_fields__ if name != "audit"]
     values = {name: row[name] for name in names}
+    values["audit"] = row.get("audit")
     values["prompt_ids"] = tuple(values["prompt_ids"])
     values["output_ids"] = tuple(values["output_ids"])
     return Response(**values)

@@ -27,6 +27,8 @@ NAME = "report.html"
 COMPARISON = "comparison"
 #: The verdict of a claim that nothing speaks to yet begins like this.
 NEEDS = "needs the model"
+#: How the values of ``run.json`` begin that hold a sampling audit.
+AUDIT = "sampling_audit_"
 #: The figures of the summary, as far as they were made; the first one is large.
 FIRST = ("steering", "layer_effects_grid", "cosine_heatmap")
 
@@ -93,6 +95,7 @@ def write(folder: str | Path) -> Path:
         figures=[page.picture(path) for path in _first_figures(folder, sections)],
         configuration=_configuration(folder, record),
         details=_details(record),
+        audits=_audits(record),
         sections=sections,
         tables=list(_tables(folder)),
         ledger=_ledger(folder),
@@ -219,13 +222,24 @@ def _details(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     groups = {
         "What identifies the run": record.get("identity", {}),
         "Versions": record.get("versions", {}),
-        "Recorded": {**origin, **record.get("recorded", {})},
+        "Recorded": {**origin, **_recorded(record, audits=False)},
     }
     return {
         title: {name: _text(value) for name, value in group.items()}
         for title, group in groups.items()
         if group
     }
+
+
+def _audits(record: Mapping[str, Any]) -> dict[str, str]:
+    """The line of every sampling audit, by the rows it is about."""
+    found = _recorded(record, audits=True)
+    return {name.removeprefix(AUDIT): _text(value["line"]) for name, value in found.items()}
+
+
+def _recorded(record: Mapping[str, Any], *, audits: bool) -> dict[str, Any]:
+    every = record.get("recorded", {})
+    return {name: every[name] for name in every if name.startswith(AUDIT) == audits}
 
 
 def _text(value: Any) -> str:

@@ -8,12 +8,12 @@ has its plain twin.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from stllms import decode, prompts
+from stllms import decode, prompts, sampling
 from stllms.decode import Intervention
 from stllms.files import Rows, resumed
 from stllms.models import Model
@@ -57,12 +57,12 @@ def generate(
     noise. Arguments are those of :func:`stllms.generate.responses`; ``watch`` is called with
     the responses so far after every token, and what it raises ends the run. Raises
     ``ValueError`` for lists of different lengths, and for a layer or width the model does
-    not have.
+    not have; ``SamplingError`` if the audit of the chains fails.
     """
     if len(tasks) != len(interventions):
         raise ValueError(f"{len(tasks)} tasks but {len(interventions)} interventions")
     with token_bar(len(tasks), "steered", enabled=progress) as bar:
-        return _chains(
+        made = _chains(
             model,
             tasks,
             [_several(item) for item in interventions],
@@ -74,6 +74,8 @@ def generate(
             progress=bar.tick,
             watch=watch,
         )
+    sampling.audit(made).check()
+    return made
 
 
 def _several(item: Intervention | Sequence[Intervention] | None) -> tuple[Intervention, ...]:
@@ -98,7 +100,11 @@ def _chains(
         ]
 
     follow = None if watch is None else (lambda written: watch(read(written)))
-    return read(decode.run(model, rows, watch=follow, **options))
+    made = decode.run(model, rows, watch=follow, **options)
+    return [
+        replace(one, audit=chain.audit)
+        for one, chain in zip(read([chain.ids for chain in made]), made, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,8 @@ def grid(
     All arms of a chunk of tasks share batches. ``store`` has the row key of
     :class:`~stllms.records.Steered`; a chunk of which a row is missing is decoded whole, and
     the missing rows are added. The key does not say where a row was steered, so ``ValueError``
-    is raised for a store and an arm that is not steered at all positions.
+    is raised for a store and an arm that is not steered at all positions, ``SamplingError``
+    if the audit of all chains fails.
     """
     every = list(every)
     cells = [(arm, task) for task in tasks for arm in every]
@@ -229,7 +236,9 @@ def grid(
         keys = [arm.key(task.id) for arm, task in cells]
         size = CHUNK * len(every)
         rows = resumed(keys, make, size=size, store=store, skip=bar.skip) if every else []
-    return [steered_from_row(row) for row in rows]
+    found = [steered_from_row(row) for row in rows]
+    sampling.audit(one.response for one in found).check()
+    return found
 
 
 def _check_storable(every: Sequence[Arm]) -> None:

@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "probes",
                 "progress",
                 "released",
+                "sampling",
                 "sentences",
                 "spans",
                 "tables",
