@@ -203,8 +203,7 @@ class Model:
             )
         ranges = np.full((len(prompt_ids) + len(output_ids), 2), -1, dtype=np.int64)
         first = len(prompt_ids)
-        ends = detokenize.character_ends(self._decode_all, kept, whole)
-        spans = detokenize.character_ranges(ends, len(whole)) - thinking_start
+        spans = detokenize.character_ranges(self._decode_all, kept, whole) - thinking_start
         spans = spans.clip(0, len(text))
         inside = spans[:, 1] > spans[:, 0]
         ranges[first : first + len(kept)][inside] = spans[inside]

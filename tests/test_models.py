@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -15,9 +16,9 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from stllms import detokenize, loading, models
+from stllms import detokenize, loading, models, spans
 from stllms.config import RunConfig
-from stllms.records import Response
+from stllms.records import PlacedSegment, Response
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
 
@@ -175,6 +176,28 @@ def test_offsets_of_a_character_in_several_tokens(tiny_llama):
     ids = tiny_llama.tokenizer("a🙂b", add_special_tokens=False)["input_ids"]
     offsets = tiny_llama.offsets([1, 2], ids, 0, "a🙂b")
     assert offsets.tolist() == [[-1, -1]] * 2 + [[0, 1]] + [[1, 2]] * 4 + [[2, 3]]
+
+
+def test_a_token_of_a_space_and_first_bytes_covers_the_character_too():
+    """Counted by hand: the bytes of " ñ" are 20 | C3 B1, its tokens are 20 C3 | B1."""
+    words = tiny.tokenizer()
+    wrapped = json.loads(words.backend_tokenizer.to_str())
+    vocabulary = wrapped["model"]["vocab"]
+    vocabulary["ĠÃ"] = vocabulary.pop("ÿ")  # a byte that UTF-8 never has
+    wrapped["model"]["merges"] = [["Ġ", "Ã"]]
+    inner = Tokenizer.from_str(json.dumps(wrapped))
+    model = models.wrap(
+        tiny.hf_model(), PreTrainedTokenizerFast(tokenizer_object=inner), name="a merge"
+    )
+    text = "a ñ b"
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert model.tokenizer.convert_ids_to_tokens(ids) == ["a", "ĠÃ", "±", "Ġ", "b"]
+    offsets = model.offsets([1, 2], ids, 0, text)
+    assert offsets[2:].tolist() == [[0, 1], [1, 3], [2, 3], [3, 4], [4, 5]]
+    placed = [PlacedSegment("deduction", "a", 0, 1), PlacedSegment("deduction", "ñ b", 2, 5)]
+    found = spans.token_spans(placed, offsets, text)
+    assert [(one.start, one.end) for one in found] == [(2, 3), (3, 7)]
+    assert model.pieces(ids) == ["a", " ", "ñ", " ", "b"]
 
 
 def test_offsets_lie_in_the_thinking(tiny_llama):
