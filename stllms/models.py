@@ -21,7 +21,7 @@ import torch
 from nnsight import TransformersModel
 from torch import Tensor, nn
 
-from stllms import config, detokenize, loading
+from stllms import artifacts, config, detokenize, loading, selfcheck
 from stllms.loading import ModelError, pick_device, pick_dtype, quiet
 from stllms.records import Response
 
@@ -51,6 +51,8 @@ NORM_NAMES: tuple[str, ...] = (
     "ln_f",
     "norm_f",
 )
+#: :attr:`Model.fits` where memory was never short.
+UNLIMITED = 2**31
 #: Tokens that end a turn in the chat formats of the models this package meets.
 CHAT_ENDS: tuple[str, ...] = (
     "<｜end▁of▁sentence｜>",
@@ -71,7 +73,8 @@ class Model:
     ``dtype``, ``layers`` and ``nn_layers`` (the ``L`` decoder layers), ``decoder`` and
     ``nn_decoder`` (the base model, without the head), ``final_norm``, ``eos_ids`` (every token
     that ends a turn), ``pad_id``, ``max_context`` (tokens), ``fits`` (rows a batch may
-    have, lowered when memory ran out).
+    have, lowered where memory is short). After :meth:`self_check`: ``norms`` (``L`` median
+    lengths of the residual stream) and ``remarks`` (what it let through, a line each).
     """
 
     def __init__(self, hf: nn.Module, tokenizer: Any, *, name: str) -> None:
@@ -91,12 +94,15 @@ class Model:
         pad = tokenizer.pad_token_id
         self.pad_id = int(pad if pad is not None else next(iter(self.eos_ids), 0))
         self.max_context = int(getattr(self.text_config, "max_position_embeddings", 2**31))
-        self.fits = 2**31
+        self.fits = UNLIMITED
+        self.norms: tuple[float, ...] = ()
+        self.remarks: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return (
             f"Model({self.name!r}, {type(self.hf).__name__}, layers={self.n_layers}, "
-            f"d_model={self.d_model}, {self.dtype}, {self.device})"
+            f"d_model={self.d_model}, {self.dtype}, {self.device}"
+            + (f"; see its {len(self.remarks)} .remarks)" if self.remarks else ")")
         )
 
     @property
@@ -108,6 +114,12 @@ class Model:
     def dtype(self) -> torch.dtype:
         """The type of the residual stream."""
         return self.hf.dtype
+
+    @property
+    def batch_limit(self) -> int | None:
+        """Rows a batch may have where memory was short, ``None`` where it was not; for
+        ``folder.note(batch_size=...)``, which :func:`for_run` reads back."""
+        return None if self.fits == UNLIMITED else self.fits
 
     @property
     def final_norm(self) -> nn.Module:
@@ -228,34 +240,16 @@ class Model:
         return texts + [""] * (len(ids) - len(kept))
 
     def self_check(self) -> None:
-        """Three tokens through the model: finite logits, and layers whose output is a tensor.
+        """Tokenizer and network put to the test (:mod:`stllms.selfcheck`): texts come back and
+        their tokens cover them; each layer's output is a finite tensor, and so are the logits.
+        Sets ``norms`` and ``remarks``.
 
         Raises:
-            ModelError: naming the layer or the value that is not as expected.
+            ModelError: naming the text, the layer or the value that is not as expected.
         """
-        shape = (1, 3, self.d_model)
-
-        def check(index: int) -> Any:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                if not isinstance(output, Tensor) or tuple(output.shape) != shape:
-                    found = tuple(output.shape) if isinstance(output, Tensor) else type(output)
-                    raise ModelError(
-                        f"{self.name}: the output of layer {index} should be one tensor of "
-                        f"shape {shape} (transformers 5), found {found}"
-                    )
-
-            return hook
-
-        hooks = [layer.register_forward_hook(check(i)) for i, layer in enumerate(self.layers)]
-        try:
-            ids = torch.arange(3, device=self.device)[None] % self.text_config.vocab_size
-            with torch.no_grad():
-                logits = self.hf(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not torch.isfinite(logits).all():
-            raise ModelError(f"{self.name}: a forward of three tokens gives logits not finite")
+        remarks = selfcheck.tokenizer(self)
+        self.norms = tuple(selfcheck.residual(self))
+        self.remarks = (*remarks, *selfcheck.extreme(self.norms, self.d_model))
 
     def _before_end(self, ids: Sequence[int]) -> list[int]:
         ids = [int(i) for i in ids]
@@ -281,7 +275,8 @@ def load(
     Args:
         name: ``"tiny-thinker"``, ``"smollm2"``, a hub id, or the folder of a saved model.
         device: ``"auto"`` is CUDA, else Apple's MPS, else the CPU.
-        dtype: ``"auto"`` is bfloat16 on CUDA, float32 elsewhere; or a torch type or its name.
+        dtype: ``"auto"`` is what a CUDA card computes in (:func:`stllms.loading.pick_dtype`),
+            float32 elsewhere; or a torch type or its name.
         quantization: ``"8bit"`` or ``"4bit"`` (bitsandbytes, CUDA only).
         revision: commit, tag or branch of a model of the hub.
 
@@ -298,14 +293,19 @@ def load(
 
 
 def for_run(setup: config.RunConfig) -> Model:
-    """The model of a run, on its device and in its type."""
-    return load(
+    """The model of a run, on its device and in its type. Where the run has noted that memory
+    limits its batches on this device, and nobody asks for a size, ``fits`` is what it noted."""
+    model = load(
         setup.model,
         device=setup.device,
         dtype=setup.dtype,
         quantization=setup.quantization,
         revision=setup.revision,
     )
+    noted = artifacts.Folder(setup).record().get("recorded", {})
+    if setup.batch_size is None and noted.get("device") == str(model.device):
+        model.fits = noted.get("batch_size") or UNLIMITED
+    return model
 
 
 def wrap(hf_model: nn.Module, tokenizer: Any, *, name: str) -> Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
@@ -48,10 +50,77 @@ def test_a_saved_folder_loads_bit_for_bit(save_tiny_model, tmp_path):
 def test_dtype_and_device_are_chosen_by_name(save_tiny_model, tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     assert models.load(folder, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
-    assert models.pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert models.pick_dtype("auto", torch.device("mps")) == torch.float32
     with pytest.raises(models.ModelError, match="dtype 'float33'"):
         models.load(folder, device="cpu", dtype="float33")
+
+
+@pytest.mark.parametrize(
+    ("card", "capability", "dtype"),
+    [
+        ("NVIDIA H100", (9, 0), torch.bfloat16),
+        ("NVIDIA A100", (8, 0), torch.bfloat16),
+        ("Tesla T4", (7, 5), torch.float16),
+        ("Tesla V100", (7, 0), torch.float16),
+        ("Tesla P100", (6, 0), torch.float32),
+    ],
+)
+def test_a_card_gets_the_type_that_it_computes_in(monkeypatch, card, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: card)
+    cuda = torch.device("cuda")
+    assert models.pick_dtype("auto", cuda) == dtype
+    assert models.pick_dtype("float32", cuda) == torch.float32
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert models.pick_dtype("bfloat16", cuda) == torch.bfloat16, "who asks for it gets it"
+        assert models.pick_dtype(torch.bfloat16, cuda) == torch.bfloat16
+    said = [str(one.message) for one in caught]
+    own = str(dtype).removeprefix("torch.")
+    line = f"{card} only emulates bfloat16, which is slow: dtype='auto' would be {own}"
+    assert said == ([] if capability >= (8, 0) else [line, line])
+
+
+def with_code(folder, name: str, mark) -> None:
+    """The folder's ``config.json`` or ``tokenizer_config.json`` asks for a file that marks."""
+    content = json.loads((folder / name).read_text())
+    if name == "config.json":
+        content |= {"model_type": "strange", "architectures": ["Strange"]}
+        content["auto_map"] = {
+            "AutoConfig": "strange.StrangeConfig",
+            "AutoModelForCausalLM": "strange.Strange",
+        }
+    else:
+        content |= {"tokenizer_class": "Strange"}
+        content["auto_map"] = {"AutoTokenizer": ["strange.Strange", None]}
+    (folder / name).write_text(json.dumps(content))
+    (folder / "strange.py").write_text(f"open({str(mark)!r}, 'w').write('executed')\n")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_model_is_never_executed_and_never_asked_for(
+    save_tiny_model, tmp_path, monkeypatch, capsys, name
+):
+    folder, mark = save_tiny_model(tmp_path / "model"), tmp_path / "executed"
+    with_code(folder, name, mark)
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    capsys.readouterr()
+    with pytest.raises(models.ModelError, match=f"{name} wants code of its own") as raised:
+        models.load(folder, device="cpu")
+    assert "\n" not in str(raised.value)
+    assert not mark.exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_weights_that_no_file_has_are_refused(save_tiny_model, tmp_path):
+    """transformers would draw them at random, with a warning."""
+    folder = save_tiny_model(tmp_path / "model")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(models.ModelError, match="lack 1 of the weights of LlamaForCausalLM"):
+        models.load(folder, device="cpu")
 
 
 def test_quantization_is_refused_without_cuda(save_tiny_model, tmp_path):
@@ -72,14 +141,20 @@ def test_unknown_and_api_names_are_refused():
 def test_a_revision_is_asked_of_the_hub_and_of_nothing_else(monkeypatch):
     asked = []
 
-    def refuse(source, **options):
+    def settings(source, **options):
         asked.append((source, options["revision"]))
+        return {}, {}
+
+    def refuse(source, **options):
+        asked.append((source, options["revision"], options["trust_remote_code"]))
         raise OSError("no hub here")
 
+    monkeypatch.setattr(loading.transformers.PreTrainedConfig, "get_config_dict", settings)
+    monkeypatch.setattr(loading, "get_tokenizer_config", lambda *a, **b: settings(*a, **b)[0])
     monkeypatch.setattr(loading.transformers.AutoTokenizer, "from_pretrained", refuse)
     with pytest.raises(OSError, match="no hub"):
         models.for_run(RunConfig("owner/name", revision="abc", device="cpu"))
-    assert asked == [("owner/name", "abc")]
+    assert asked == [("owner/name", "abc")] * 2 + [("owner/name", "abc", False)]
     with pytest.raises(models.ModelError, match="tiny-thinker is no model of the hub"):
         models.load("tiny-thinker", revision="abc")
 
