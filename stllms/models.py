@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from nnsight import TransformersModel
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from stllms import artifacts, config, detokenize, loading, selfcheck
 from stllms.loading import ModelError, pick_device, pick_dtype, quiet
@@ -138,6 +139,23 @@ class Model:
     def unembedding(self) -> Tensor:
         """Rows of the output head, ``[V, D]``, float32 on the CPU (the embedding if tied)."""
         return _matrix(self.hf.get_output_embeddings(), "output head")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` of decoder outputs ``[B, T, D]`` (behind the final norm).
+
+        The model's own forward makes them, with the decoder's part already done, so that what
+        a family does to its logits (soft-capping, scaling) is not said a second time here.
+        """
+        own = vars(self.decoder).get("forward")
+        done = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        done.router_logits = None  # mixtures of experts ask for them
+        self.decoder.forward = lambda *_args, **_options: done
+        try:
+            return self.hf(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            del self.decoder.forward
+            if own is not None:
+                self.decoder.forward = own
 
     def prompt_ids(
         self, messages: str | Sequence[dict[str, str]]

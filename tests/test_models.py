@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -187,6 +188,39 @@ def test_embeddings_are_float32_on_the_cpu(tiny_llama, tiny_qwen2):
     assert tiny_llama.embedding().shape == tiny_llama.unembedding().shape == (261, 32)
     assert not torch.equal(tiny_llama.embedding(), tiny_llama.unembedding())
     assert torch.equal(tiny_qwen2.embedding(), tiny_qwen2.unembedding()), "tied"
+
+
+NO_ENDS = {"bos_token_id": None, "eos_token_id": None}
+#: Families that scale their logits, or ask more of the decoder than its states.
+SCALED = {
+    "cohere": (transformers.CohereConfig, {"logit_scale": 0.3}),
+    "granite": (transformers.GraniteConfig, {"logits_scaling": 7.0}),
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 2}),
+    "gpt2": (transformers.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, **NO_ENDS}),
+}
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, *SCALED])
+def test_logits_of_decoder_outputs_are_those_of_the_model(tiny_model, kind):
+    if kind in SCALED:
+        config_class, options = SCALED[kind]
+        sizes = {} if kind == "gpt2" else tiny.SIZES
+        config = config_class(vocab_size=261, **sizes, **options)
+        hf = transformers.AutoModelForCausalLM.from_config(config)
+        model = models.wrap(hf, tiny.tokenizer(), name=kind)
+    else:
+        model = tiny_model(kind)
+    ids = torch.arange(5, 25).reshape(2, 10)
+    with torch.no_grad():
+        want = model.hf(input_ids=ids).logits
+        hidden = model.decoder(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(model.logits(hidden), want)
+        torch.testing.assert_close(model.logits(hidden[:, 4:6]), want[:, 4:6])
+        assert torch.equal(model.hf(input_ids=ids).logits, want), "the decoder is back"
+    with pytest.raises((RuntimeError, ValueError)):
+        model.logits(hidden[..., :7])
+    with torch.no_grad():
+        assert torch.equal(model.hf(input_ids=ids).logits, want), "after an error too"
 
 
 def test_prompts_follow_the_template_or_are_plain(tiny_llama):
