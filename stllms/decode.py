@@ -25,7 +25,7 @@ import torch
 from nnsight import save
 from torch import Tensor
 
-from stllms import sampling
+from stllms import memory, sampling
 from stllms.kvcache import BatchCache
 from stllms.models import Model
 from stllms.provenance import digest
@@ -168,9 +168,10 @@ def run(
     Args:
         rows: in any order; the result is in theirs.
         max_new_tokens: limit of a row.
-        batch_size: rows at a time (``None``: :func:`default_batch_size`). If the device runs
-            out of memory it is halved with a warning, the rows start again, and later runs of
-            this model stay at what fitted.
+        batch_size: rows at a time (``None``: :func:`default_batch_size`). If fewer fit into the
+            free memory (:mod:`stllms.memory`), that many, with a warning; if the device runs
+            out of memory all the same, half, and the rows start again. Later runs of this
+            model stay at what fitted.
         temperature: 0 is greedy.
         seed: of the noise.
         progress: called with (new tokens, rows that ended) after every step.
@@ -183,15 +184,28 @@ def run(
     """
     for row in rows:
         _check(model, row, max_new_tokens)
-    size = min(batch_size or default_batch_size(model), model.fits)
+    size = _fitting(model, rows, max_new_tokens, batch_size or default_batch_size(model))
     while True:
         try:
             return _run(model, rows, max_new_tokens, size, temperature, seed, progress, watch)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-            size = model.fits = max(1, size // 2)
+            size = model.fits = max(1, min(size, len(rows)) // 2)
             warnings.warn(f"out of memory: going on with batches of {size} rows", stacklevel=2)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _fitting(model: Model, rows: Sequence[Row], new: int, size: int) -> int:
+    """``size``, or as many of the longest rows as fit into the free memory."""
+    size = min(size, model.fits)
+    most, why = memory.rows(model, max((len(r.prompt_ids) for r in rows), default=0), new)
+    if most >= min(size, len(rows)):
+        return size
+    model.fits = max(1, most)
+    warnings.warn(f"batches of {model.fits} rows, not {size}: {why}", stacklevel=3)
+    return model.fits
 
 
 def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):

@@ -48,7 +48,10 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
             }
         ),
     ),
-    ("models", frozenset({"kvcache", "loading", "models", "prompts", "rows"})),
+    (
+        "models",
+        frozenset({"kvcache", "loading", "memory", "models", "prompts", "rows", "selfcheck"}),
+    ),
     ("decode and api", frozenset({"api", "decode", "providers", "replies", "sending"})),
     (
         "stages",
