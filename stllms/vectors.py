@@ -270,7 +270,12 @@ def heatmap_layers(
 def steering_layers(published: Mapping[str, int] | None, n_layers: int) -> dict[str, int]:
     """The layer each behaviour is steered at: the model's own (METHOD, section 8), else the
     middle layer for all, until layer effects choose one, and where they choose none."""
-    return dict(published) if published else dict.fromkeys(STEERED, n_layers // 2)
+    return dict(published) if published else dict.fromkeys(STEERED, default_layer(n_layers))
+
+
+def default_layer(n_layers: int) -> int:
+    """The layer to steer at where nothing speaks for another one: the middle one."""
+    return n_layers // 2
 
 
 def max_cosine(directions: Tensor, matrix: Tensor, *, chunk: int = 16384) -> Tensor:
