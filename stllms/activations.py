@@ -104,8 +104,8 @@ def collect(
         controls: how many control directions of each kind to sum up
             (:func:`stllms.vectors.controls`). The first ones do not depend on how many there
             are, nor on the order or the batches of the responses.
-        targets: the behaviours that shuffled controls imitate, control ``i`` target ``i mod n``;
-            by default the steered ones with at least :data:`~stllms.means.MIN_SPANS` spans.
+        targets: the behaviours that shuffled controls imitate, each control one in turn; by
+            default the steered ones with at least :data:`~stllms.means.MIN_SPANS` spans.
             Shards that are to be merged need the same ones.
         seed: of the permutations and signs.
         path: where to save what was read so far, about every :data:`SAVE_EVERY` responses. A
@@ -446,8 +446,8 @@ def _accumulate(
     samples: Tensor | None,
 ) -> Means:
     """Add one batch in place: ``sums`` and ``squares`` ``[L, H*N, D]``, ``wholes [L, B, D]``,
-    ``controls [2 * K, L, D]``, ``projected [S, L, N]``, ``samples [S, K, D]``. Returns the record with its lists of kept
-    spans extended."""
+    ``controls [2 * K, L, D]``, ``projected [S, L, N]``, ``samples [S, K, D]``. Returns the
+    record with its lists of kept spans extended."""
     n = len(means.behaviours)
     labels = torch.tensor([x for job in batch for x in job.labels], dtype=torch.long)
     means.sums.add_(sums.transpose(0, 1).unflatten(0, (PARTS, n)))

@@ -196,8 +196,8 @@ def _exact(
     max_rows: int,
     tick: Callable[[int], object] = lambda _rows: None,
 ) -> Tensor:
-    """``KL(p_clean || p_patched)`` at every layer of ``pairs`` of a row of ``vectors [N, L, D]``
-    and a row of ``positions [R]``: ``[pairs, L]``. ``tick`` is told of every pass' rows."""
+    """``KL(p_clean || p_patched)`` at every layer, ``[M, L]``, for ``M`` pairs of a row of
+    ``vectors [N, L, D]`` and one of ``positions [R]``. ``tick`` is told of every pass' rows."""
     model = rows.model
     n_layers = vectors.shape[1]
     with torch.no_grad(), model.nn.trace(**rows.inputs(positions)):

@@ -32,10 +32,10 @@ class Profile:
 
     Numbers of tasks to build directions from, to evaluate steering on and to compare models
     on; limits in new tokens; ``temperature`` 0 is greedy; ``coefficients`` of steering (0 is
-    the plain chain); ``random_directions`` control directions are the null; ``n_sweep`` tasks are
-    also steered at every layer of an embedded model (others sweep only when told to). Exact
-    layer effects are measured at ``n_positions`` positions a behaviour; with a judge, control
-    directions are added on ``n_control`` of the tasks (``None``: on all).
+    the plain chain); ``random_directions`` is how many control directions are the null;
+    ``n_sweep`` tasks are also steered at every layer of an embedded model (others sweep only
+    when told to). Exact layer effects are measured at ``n_positions`` positions a behaviour;
+    with a judge, control directions are added on ``n_control`` of the tasks (``None``: on all).
     """
 
     n_build: int

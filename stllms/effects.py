@@ -3,9 +3,9 @@
 Effects are per response, ``[R, N, L]`` (made by :func:`stllms.attribution.collect`), NaN where
 a response has no position for a behaviour. Nothing here touches a model.
 
-**Relative to the null.** Any vector of a direction's length changes the next token, and the more
-so the longer it is: the absolute curve grows with the layers. So the steering layer is chosen
-by ``mean effect / mean effect of the control directions``, both at the same positions.
+**Relative to the null.** Any vector of a direction's length changes the next token, the more so
+the longer it is: the absolute curve grows with the layers. So the steering layer is chosen by
+``mean effect / mean effect of the control directions``, both at the same positions.
 """
 
 from __future__ import annotations
@@ -290,8 +290,8 @@ def beside_nulls(rows: pd.DataFrame, measured: LayerEffects) -> pd.DataFrame:
 def relative(
     measured: LayerEffects, names: Sequence[str], *, draws: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """Per behaviour and layer the mean exact effect over the mean of the controls' mean effects,
-    at the positions where both were measured.
+    """Per behaviour and layer the mean exact effect over the mean of the controls' mean
+    effects, at the positions where both were measured.
 
     Columns of :func:`table`, and ``null_low, null_high``: the smallest and largest control on
     the same scale. The interval is over bootstrap samples of the responses, in which direction
@@ -360,8 +360,8 @@ class BestLayer:
     ``peak`` is the layer of the largest effect, relative to the controls where these were
     measured, on the responses from which directions are built (:func:`is_build`); ``relative``
     is its value there. The other half confirms it: ``held_out`` is the value there,
-    ``null_held_out`` that of the strongest control, ``rank_in_other_half`` the peak's rank (1 is
-    the largest). ``layer`` is the peak if it is confirmed, else the default; ``reason`` says
+    ``null_held_out`` that of the strongest control, ``rank_in_other_half`` the peak's rank (1
+    is the largest). ``layer`` is the peak if it is confirmed, else the default; ``reason`` says
     which in words. ``support`` is the share of bootstrap samples of all responses in which the
     peak is the largest, ``low`` and ``high`` the central 95 % of the largest layers in those
     samples, ``n`` the number of responses.
@@ -390,8 +390,8 @@ def best_layer(
     draws: int = 2000,
     seed: int = 0,
 ) -> BestLayer:
-    """:class:`BestLayer` from effects ``[R, L]`` of the responses ``response_ids``, and those of
-    ``K`` control directions ``null [K, R, L]`` at the same positions.
+    """:class:`BestLayer` from effects ``[R, L]`` of the responses ``response_ids``, and those
+    of ``K`` control directions ``null [K, R, L]`` at the same positions.
 
     With controls a layer stands out if the direction does more there than every one of them on
     the held-out half; a direction like the controls would do so in one of ``K + 1`` cases.
@@ -405,9 +405,7 @@ def best_layer(
         reason = f"default: {fewest}the other, at least {LEAST} needed in each"
         return BestLayer(behaviour, default, reason, *[np.nan] * 8, len(effects))
     flat = np.ones((1, *effects.shape)) if null is None else null[:, known]
-    chooses, confirms = (
-        _relative(effects[half], flat[:, half]) for half in (build, ~build)
-    )
+    chooses, confirms = (_relative(effects[half], flat[:, half]) for half in (build, ~build))
     peak = int(chooses[0].argmax())
     curve, controls = confirms[0], confirms[1][:, peak]
     peaks = _relative(effects, flat, _samples(len(effects), draws, seed))[0].argmax(-1)
@@ -420,8 +418,8 @@ def best_layer(
         reason = f"stands out: layer {peak} has {held}, above all {len(null)}"
         if beyond:
             reason = (
-                f"no layer stands out: the best, {peak}, has {held}, and {beyond} of {len(null)} "
-                f"controls do as much; default"
+                f"no layer stands out: the best, {peak}, has {held}, and {beyond} of "
+                f"{len(null)} controls do as much; default"
             )
     return BestLayer(
         behaviour=behaviour,

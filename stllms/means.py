@@ -62,12 +62,14 @@ class Means:
     behaviours of those spans; ``readout`` is :func:`digest` of directions that were given,
     ``""`` for those of the record's own build half. ``samples [S, K, D]`` are the span means
     themselves at ``sample_layers``, those of the build half first, empty unless asked for;
-    ``sample_responses [S]`` tells by :func:`mark` which response a span is of. Of the control
-    directions (METHOD, section 13) ``shuffled [K, L, D]`` are sums of the span means that carry
-    the label of target ``config["controls"]["targets"][i mod n]`` after a permutation of the labels within
-    each response, ``signed [K, L, D]`` are sums of all span means with random signs and
-    ``signs [K]`` sums of these signs. ``ledger`` counts what was used and what not;
-    ``task_ids``, sorted, are of the responses.
+    ``sample_responses [S]`` tells by :func:`mark` which response a span is of.
+
+    Of the control directions (METHOD, section 13) ``shuffled [K, L, D]`` are sums of the span
+    means that carry the label of the control's target after a permutation of the labels within
+    each response (``config["controls"]``: seed and targets in turn), ``signed [K, L, D]`` are
+    sums of all span means with random signs and ``signs [K]`` sums of these signs.
+
+    ``ledger`` counts what was used and what not; ``task_ids``, sorted, are of the responses.
     """
 
     behaviours: tuple[str, ...]
@@ -179,9 +181,9 @@ class Means:
         return n
 
     def only(self, keep: Tensor) -> Means:
-        """Counts, sums, squares and tasks of the parts where ``keep [H]`` is one. Sums of control
-        directions are of all parts and are left out; the rest of the record, which is not kept
-        by parts, is left as it is."""
+        """Counts, sums, squares and tasks of the parts where ``keep [H]`` is one. Sums of
+        control directions are of all parts and are left out; the rest of the record, which is
+        not kept by parts, is left as it is."""
         return replace(
             self,
             task_ids=tuple(one for one in self.task_ids if keep[part_of(one)]),

@@ -378,8 +378,8 @@ class Controls:
         (a run of an earlier version has none: its notebook 02 makes it)."""
         if not Path(path).is_file():
             raise artifacts.BadFile(
-                f"{path}: there are no control directions; make the run's directions again with "
-                "this version (notebook 02)"
+                f"{path}: there are no control directions, which notebook 02 makes in this "
+                "version: execute it again"
             )
         tensors, metadata = artifacts.load_tensors(path)
         names = tuple(metadata.get("controls", ()))

@@ -81,9 +81,7 @@ def some_controls(vectors: SteeringVectors, n: int, seed: int = 1) -> Controls:
     return Controls(names, isotropic(vectors.overall, n, seed))
 
 
-def test_controls_are_measured_at_the_positions_of_every_behaviour(
-    tiny_llama, vectors, chains
-):
+def test_controls_are_measured_at_the_positions_of_every_behaviour(tiny_llama, vectors, chains):
     controls = some_controls(vectors, 2)
     plain = attribution.collect(tiny_llama, *chains, vectors, progress=False)
     found = attribution.collect(tiny_llama, *chains, vectors, controls=controls, progress=False)
@@ -94,7 +92,9 @@ def test_controls_are_measured_at_the_positions_of_every_behaviour(
             found.effects[key], plain.effects[key], atol=1e-6, rtol=1e-4, equal_nan=True
         )
     for k, name in enumerate(controls.names):
-        stand_in = replace(vectors, directions=controls.directions[k].expand_as(vectors.directions))
+        stand_in = replace(
+            vectors, directions=controls.directions[k].expand_as(vectors.directions)
+        )
         want = attribution.collect(
             tiny_llama, *chains, stand_in, objectives=["kl"], progress=False
         )
@@ -122,14 +122,19 @@ def test_other_controls_are_measured_anew(collect, vectors, chains, tmp_path):
         fresh = collect(*chains, controls=controls)
         assert same(collect(*chains, controls=controls, path=path), fresh)
     renamed = replace(controls, names=("covariance:0",))
-    assert effects.null_key("covariance:0") in collect(*chains, controls=renamed, path=path).effects
+    assert (
+        effects.null_key("covariance:0")
+        in collect(*chains, controls=renamed, path=path).effects
+    )
 
 
 def many(n: int, spans: int) -> tuple[list[Response], list[Annotation]]:
     """Responses of different length, labels of both names in turn."""
     made = [response(f"r{i}", 30 + i) for i in range(n)]
     labels = [
-        annotation(f"r{i}", *((NAMES[k % 2], 5 + 3 * k, 8 + 3 * k) for k in range(2 + i % spans)))
+        annotation(
+            f"r{i}", *((NAMES[k % 2], 5 + 3 * k, 8 + 3 * k) for k in range(2 + i % spans))
+        )
         for i in range(n)
     ]
     return made, labels
@@ -149,7 +154,9 @@ def test_a_sample_has_as_many_positions_as_asked_for_and_a_quarter_of_them_for_c
         for which, n in (("own", 16), ("others", 16), ("controls", 4)):
             sizes = [len(one[which][name]) for one in chosen]
             assert sum(sizes) == n, (name, which)
-            there = [len(one[which if which != "controls" else "own"][name]) for one in everything]
+            there = [
+                len(one[which if which != "controls" else "own"][name]) for one in everything
+            ]
             # In turns: nobody has two more than one who had more to give.
             assert all(
                 few >= most - 1 or few == own
@@ -204,14 +211,14 @@ def test_effects_of_a_sample_are_means_over_its_positions(tiny_llama, vectors):
         tiny_llama, made, labels, vectors, objectives=["published"], progress=False
     )
     for key in everywhere.effects:
-        assert np.array_equal(found.of(key), everywhere.of(key), equal_nan=True), "all positions"
+        assert np.array_equal(found.of(key), everywhere.of(key), equal_nan=True), (
+            "all positions"
+        )
     assert found.ledger["positions a behaviour, own"] == 8
     assert found.ledger["positions a behaviour, controls"] == 2
 
 
-def test_another_sample_is_measured_anew_and_the_same_one_taken_up(
-    collect, tmp_path, asked
-):
+def test_another_sample_is_measured_anew_and_the_same_one_taken_up(collect, tmp_path, asked):
     made, labels = many(6, 6)
     path = tmp_path / "e.safetensors"
     collect(made, labels, n_positions=8, path=path)

@@ -89,9 +89,9 @@ def test_covariance_controls_are_signed_sums_of_centred_span_means(collected, ke
 
 
 def test_covariance_directions_vary_as_the_span_means_do(collected, kept):
-    """``E[d d']`` is the scatter of the span means (independent signs): along the unit direction
-    in which spans vary most, a covariance control has on average that direction's share of the
-    variance, an isotropic one ``1 / D``."""
+    """``E[d d']`` is the scatter of the span means (independent signs): along the unit
+    direction in which spans vary most, a covariance control has on average that direction's
+    share of the variance, an isotropic one ``1 / D``."""
     _, responses, spans = collected
     model = tiny.model("llama")
     made = activations.collect(model, responses, spans, controls=400, progress=False)
@@ -141,7 +141,9 @@ def test_matched_controls_lie_where_span_means_differ_and_isotropic_ones_hardly(
 
 def test_a_permutation_favours_no_span(tiny_llama):
     ids = list(range(60))
-    spans = [TokenSpan(("deduction", "backtracking")[k < 2], 5 * k + 1, 5 * k + 5) for k in range(8)]
+    spans = [
+        TokenSpan(("deduction", "backtracking")[k < 2], 5 * k + 1, 5 * k + 5) for k in range(8)
+    ]
     jobs, _ = activations._jobs([response(0, ids[:2], ids[2:])], [spans], BEHAVIOURS)
     job = activations._weighted(jobs[0], 3000, [BEHAVIOURS.index("backtracking")], 0)
     assert (job.weights[:3000].sum(1) == 2).all(), "as many spans as before"
@@ -180,7 +182,10 @@ def test_shards_add_up_and_refuse_other_draws(tiny_llama, collected):
     assert torch.equal(both.signs, made.signs)
     for kind in vectors.MATCHED:
         torch.testing.assert_close(
-            vectors.controls(kind, both, K), vectors.controls(kind, made, K), atol=1e-4, rtol=1e-3
+            vectors.controls(kind, both, K),
+            vectors.controls(kind, made, K),
+            atol=1e-4,
+            rtol=1e-3,
         )
     strange = activations.collect(
         tiny_llama, responses[15:], spans[15:], **{**options, "seed": 4}

@@ -55,9 +55,7 @@ def test_pure_noise_stands_out_nowhere():
     assert (auc - 0.5).abs().max(axis=None) < 0.15
     lengths = table[table["quantity"] == "length"].set_index(["behaviour", "direction"])
     for name in NAMES:
-        real, null = (
-            lengths.loc[(name, d)] for d in ("difference-of-means", "shuffled")
-        )
+        real, null = (lengths.loc[(name, d)] for d in ("difference-of-means", "shuffled"))
         assert 0.8 * null["low"] < real["value"] < 1.2 * null["high"]
 
 

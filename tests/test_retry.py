@@ -184,7 +184,7 @@ def test_chains_steered_by_directions_from_fewer_chains_are_made_again(place, ca
     folder = run.ensure("04_steer", config)
     rows = [
         {"task_id": "t", "direction": d, "layer": 1, "coefficient": 1.0, "operation": "add"}
-        for d in ("none", "backtracking", "random:0")
+        for d in ("none", "backtracking", "shuffled:0")
     ]
     for name in ("steered.jsonl", "likelihood.jsonl"):
         Rows(folder / name, STEERED_KEY).write(rows)
