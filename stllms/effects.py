@@ -242,6 +242,24 @@ def ledger_of(annotations: Sequence[Annotation]) -> dict[str, int]:
     }
 
 
+def said(measured: LayerEffects) -> str:
+    """How many responses and positions the exact effects are from, in a sentence."""
+    n, most, few = (
+        measured.ledger.get(name, 0)
+        for name in (
+            "responses",
+            "positions a behaviour, own",
+            "positions a behaviour, controls",
+        )
+    )
+    text = f"{n} responses, up to {most} positions a behaviour"
+    names = [key.rpartition("/")[2].partition(":")[0] for key in controls_of(measured)]
+    if not names:
+        return f"{text}."
+    kinds = " and ".join(f"{names.count(kind)} {kind}" for kind in dict.fromkeys(names))
+    return f"{text}; controls ({kinds}) at up to {few} of them."
+
+
 def curve(effects: np.ndarray, *, seed: int = 0) -> pd.DataFrame:
     """Per layer of one behaviour, from ``[R, L]``: mean, bootstrap interval, sd, responses.
 
@@ -535,3 +553,9 @@ def chosen_layers(best: pd.DataFrame, known: Mapping[str, int] | None) -> dict[s
     if known:
         return dict(known)
     return {row["behaviour"]: int(row["layer"]) for _, row in best.iterrows()}
+
+
+def reasons(best: pd.DataFrame) -> str:
+    """Why each behaviour is steered at its layer, a line a behaviour."""
+    lines = zip(best["behaviour"], best["layer"], best["reason"], strict=True)
+    return "\n".join(f"{name}: layer {layer} ({reason})" for name, layer, reason in lines)
