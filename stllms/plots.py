@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
 
 from stllms.coloured import COLOURS, OTHER
 from stllms.records import BEHAVIOURS, PlacedSegment
@@ -374,6 +374,9 @@ def _logarithmic(panels: Sequence[Axes], table: pd.DataFrame) -> None:
         if axes.lines and len(drawn):
             axes.set_yscale("log")
             axes.set_ylim(bottom=drawn.min() / 2)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def steering_bars(axes: Axes, table: pd.DataFrame) -> Axes:
