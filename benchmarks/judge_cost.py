@@ -2,9 +2,9 @@
 
     python benchmarks/judge_cost.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
 
-Nothing is sent and no model is loaded. The chains are made up, all as long as the profile's limit,
-which is the most that they can have; their number is that of the conditions which notebook 04
-would write, once with the controls on all tasks and once on the profile's ``n_control``.
+Nothing is sent and no model is loaded. The chains are made up, all as long as the profile's
+limit, which is the most that they can have; their number is that of the conditions which
+notebook 04 would write, once with the controls on all tasks and once on ``n_control``.
 """
 
 from __future__ import annotations
