@@ -53,6 +53,10 @@ class Profile:
 
 _THREE = (-1.0, 0.0, 1.0)
 
+# ``n_positions``: over positions, exact effects scatter about as much as their mean (sd / mean
+# 1.05 for deduction and .67 for adding-knowledge, median over the layers of smollm2), so that a
+# mean over 64, 200 or 400 of them has a standard error of about 13, 7 or 5 %.
+
 PROFILES: dict[str, Profile] = {
     "smoke": Profile(16, 8, 8, 96, 96, 0.65, _THREE, 2, 0, 64),
     "default": Profile(200, 60, 60, 256, 256, 0.65, _THREE, 10, 20, 200),
