@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
 
 from stllms.coloured import COLOURS, OTHER
 from stllms.records import BEHAVIOURS, PlacedSegment
@@ -25,7 +25,7 @@ from stllms.records import BEHAVIOURS, PlacedSegment
 #: Plain, positive and negative steering.
 MODES: dict[str, str] = {"plain": "#777777", "positive": "#1B9E77", "negative": "#7570B3"}
 MARKERS = ("o", "s", "^", "D", "v", "P")
-#: The range of random directions.
+#: The range of control directions.
 HATCH = {"facecolor": "none", "edgecolor": "#222222", "hatch": "////", "lw": 0.6, "alpha": 0.5}
 WHISKERS = {"fmt": "none", "ecolor": "#333333", "elinewidth": 1}
 #: Characters of a line of a chain.
@@ -334,12 +334,14 @@ def effect_panels(
     label: str,
     band: str = "interval",
     mark: Mapping[str, int] | None = None,
+    log: bool = False,
 ) -> Sequence[Axes]:
     """A panel a behaviour from :func:`stllms.effects.table`: the mean line and its band.
 
     ``band`` is ``"interval"`` (bootstrap) or ``"sd"`` (one standard deviation, as published);
-    ``mark`` is a layer a behaviour, drawn as a dotted line; the range of random directions is
-    hatched where the table has it (:func:`stllms.effects.beside_nulls`).
+    ``mark`` is a layer a behaviour, drawn as a dotted line; the range of control directions is
+    hatched where the table has it (:func:`stllms.effects.beside_nulls`). ``log`` draws values
+    on a logarithmic axis, where one layer that has far more than the others does not hide them.
     """
     panels = list(panels)
     for axes, name in zip(panels, names, strict=True):
@@ -357,9 +359,24 @@ def effect_panels(
         if "null_low" in rows:
             null = rows["null_low"].to_numpy(), rows["null_high"].to_numpy()
             axes.fill_between(rows["layer"], *null, **HATCH)
+    if log:
+        _logarithmic(panels, table[table["behaviour"].isin(names)])
     for axes in panels:
         axes.label_outer()
     return panels
+
+
+def _logarithmic(panels: Sequence[Axes], table: pd.DataFrame) -> None:
+    """One logarithmic scale, down to half of the smallest mean: a band below 0 ends there."""
+    drawn = table[[name for name in ("mean", "null_low") if name in table]].to_numpy(float)
+    drawn = drawn[drawn > 0]
+    for axes in panels:
+        if axes.lines and len(drawn):
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=drawn.min() / 2)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def steering_bars(axes: Axes, table: pd.DataFrame) -> Axes:
@@ -380,7 +397,7 @@ def steering_bars(axes: Axes, table: pd.DataFrame) -> Axes:
             width * 0.92,
             bottom=low[known],
             **HATCH,
-            label=None if named else "random directions",
+            label=None if named else "control directions",
         )
         named = True
     return axes

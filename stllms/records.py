@@ -27,6 +27,9 @@ STEERED: tuple[str, ...] = (
     "adding-knowledge",
 )
 
+#: Kinds of control directions (METHOD, section 13): a direction is called ``"shuffled:0"``.
+CONTROLS: tuple[str, ...] = ("shuffled", "covariance", "isotropic")
+
 #: The rows of the paper's cosine heatmap.
 HEATMAP: tuple[str, ...] = (
     "initializing",
@@ -49,6 +52,12 @@ CATEGORIES: tuple[str, ...] = (
     "creative problem solving",
     "scientific reasoning",
 )
+
+
+def is_control(direction: str) -> bool:
+    """Whether the name of a direction is that of a control."""
+    kind, colon, number = direction.partition(":")
+    return kind in CONTROLS and bool(colon) and number.isdigit()
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,8 @@ class Annotation:
 class Steered:
     """A chain written under an intervention, and its annotation once it has one.
 
-    ``direction`` is a behaviour, ``random:i`` or ``none`` (then layer -1, coefficient 0).
+    ``direction`` is a behaviour, a control such as ``shuffled:0``, or ``none`` (then layer -1,
+    coefficient 0).
     """
 
     task_id: str

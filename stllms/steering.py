@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from stllms import decode, prompts, sampling
 from stllms.decode import Intervention
 from stllms.files import Rows, resumed
@@ -27,11 +25,19 @@ from stllms.records import (
     steered_from_row,
     to_row,
 )
-from stllms.vectors import SteeringVectors
+from stllms.vectors import Controls, SteeringVectors
 
 __all__ = [
-    "STEERED_KEY", "Arm", "Intervention", "arms", "by_arm", "check", "generate", "grid",
-    "null_arms", "sweep_arms",
+    "STEERED_KEY",
+    "Arm",
+    "Intervention",
+    "arms",
+    "by_arm",
+    "check",
+    "control_arms",
+    "generate",
+    "grid",
+    "sweep_arms",
 ]  # fmt: skip
 
 #: Tasks in a chunk: with all their arms the unit of refill, flush and resume.
@@ -109,7 +115,8 @@ def _chains(
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to write every chain: ``direction`` is a behaviour, ``random:i`` or ``none``."""
+    """One way to write every chain: ``direction`` is a behaviour, ``none``, or a control such
+    as ``shuffled:0``."""
 
     direction: str
     layer: int
@@ -163,24 +170,29 @@ def plain() -> Arm:
     return Arm("none", -1, 0.0, None)
 
 
-def sweep_arms(vectors: SteeringVectors, coefficients: Sequence[float]) -> list[Arm]:
-    """The plain arm, and every steered behaviour at every layer with the largest coefficient
-    of each sign: an option of notebook 04, to see where a direction acts best."""
+def sweep_arms(
+    vectors: SteeringVectors, coefficients: Sequence[float], controls: Controls | None = None
+) -> list[Arm]:
+    """The plain arm, and every steered behaviour and control at every layer with the largest
+    coefficient of each sign: an option of notebook 04, to see where a direction acts best."""
     ends = sorted({c for c in (min(coefficients), max(coefficients)) if c != 0})
     layers = range(vectors.n_layers)
     names = [b for b in STEERED if b in vectors.behaviours]
     each = [arms(vectors, dict.fromkeys(names, layer), ends)[1:] for layer in layers]
+    if controls is not None:
+        each.append(control_arms(controls, {str(layer): layer for layer in layers}, ends))
     return [plain(), *(arm for some in each for arm in some)]
 
 
-def null_arms(
-    directions: Tensor, layers: dict[str, int], coefficients: Sequence[float]
+def control_arms(
+    controls: Controls, layers: dict[str, int], coefficients: Sequence[float]
 ) -> list[Arm]:
-    """Arms ``random:i`` of matched random directions ``[n, L, D]``, at every steering layer."""
+    """The arms of the control directions, at every steering layer. With a judge they may be for
+    some of the tasks only (:func:`stllms.tasks.for_controls`)."""
     return [
-        Arm(f"random:{i}", layer, float(c), Intervention(directions[i, layer], layer, c))
+        Arm(name, layer, float(c), Intervention(direction[layer], layer, c))
         for layer in sorted(set(layers.values()))
-        for i in range(len(directions))
+        for name, direction in zip(controls.names, controls.directions, strict=True)
         for c in coefficients
         if c != 0
     ]

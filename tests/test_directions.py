@@ -62,7 +62,7 @@ def test_the_best_layer_moves_both_ways_and_keeps_the_text():
         (1, 0.30, 0.10, 1.0),
         (2, 0.35, 0.08, 1.0),
         (3, 0.90, 0.00, 0.5),  # breaks the text
-        (4, 0.90, 0.00, 1.0),  # the last: an offset of the logits
+        (4, 0.90, 0.00, 1.0),  # the last: left out by choice
     ]
     swept = pd.DataFrame(
         [

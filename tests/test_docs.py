@@ -15,6 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,3 +241,25 @@ def test_a_command_runs(needs, command, clone, request):
 
 def test_the_small_run_is_in_the_docs():
     assert SMOKE in [command for _, _, command in COMMANDS]
+
+
+def test_the_chains_that_a_judge_is_paid_for_are_counted_as_the_page_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    judge_cost = importlib.import_module("judge_cost")
+    page = (ROOT / "docs" / "gpu_and_costs.md").read_text(encoding="utf-8")
+    for name, layers in (
+        ("DeepSeek-R1-Distill-Qwen-1.5B", 3),
+        ("DeepSeek-R1-Distill-Llama-8B", 1),
+    ):
+        setup = RunConfig(model=f"deepseek-ai/{name}", profile="paper", judge="openai:gpt-4.1")
+        # 500 to build from, 50 plain and with four behaviours up and down, ten controls up and
+        # down at every layer on ten tasks, or on all fifty.
+        before = 500 + 50 * (1 + 8) + 50 * 20 * layers
+        after = 500 + 50 * (1 + 8) + 10 * 20 * layers
+        assert sum(judge_cost.numbers(setup).values()) == after
+        assert sum(judge_cost.numbers(replace(setup, n_control=50)).values()) == before
+        row = next(
+            line for line in page.splitlines() if line.startswith(f"| {name[9:]} | {before}")
+        )
+        assert f"{before} chains" in row
+        assert f"{after} chains" in row

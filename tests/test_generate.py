@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ import torch
 
 from stllms import artifacts, generate, prompts, steering
 from stllms.records import Task, to_row
+from stllms.vectors import Controls
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "seed": 1, "progress": False}
 
@@ -152,13 +154,28 @@ def test_arms_name_what_exists(steering_vectors):
         steering.arms(steering_vectors, {"backtracking": 9}, (1,))
 
 
+def test_a_sweep_has_its_controls_at_every_layer(steering_vectors):
+    controls = Controls(("shuffled:0", "covariance:0"), 2 * steering_vectors.directions)
+    arms = steering.sweep_arms(steering_vectors, (-2, -1, 0, 1), controls)
+    bare = steering.sweep_arms(steering_vectors, (-2, -1, 0, 1))
+    added = [arm for arm in arms if arm.direction in controls.names]
+    keys = [arm.key("t") for arm in arms if arm.direction not in controls.names]
+    assert keys == [arm.key("t") for arm in bare]
+    places = [(arm.direction, arm.layer, arm.coefficient) for arm in added]
+    layers = range(steering_vectors.n_layers)
+    assert sorted(places) == sorted(product(controls.names, layers, (-2.0, 1.0)))
+    last = added[-1]
+    row = controls.names.index(last.direction)
+    assert torch.equal(last.intervention.direction, controls.directions[row, last.layer])
+
+
 def test_a_grid_resumes_to_the_same_bytes(
     tiny_llama, asked, steering_vectors, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(steering, "CHUNK", 2)
     arms = steering.arms(steering_vectors, {"backtracking": 2}, (-1, 0, 1))
-    nulls = steering_vectors.directions[:1]
-    arms += steering.null_arms(nulls, {"backtracking": 2}, (1,))
+    controls = Controls(("shuffled:0",), steering_vectors.directions[:1])
+    arms += steering.control_arms(controls, {"backtracking": 2}, (1,))
     key = steering.STEERED_KEY
     whole = artifacts.Rows(tmp_path / "whole.jsonl", key)
     grid = steering.grid(tiny_llama, asked[:4], arms, store=whole, **OPTIONS)
@@ -166,7 +183,7 @@ def test_a_grid_resumes_to_the_same_bytes(
         ("t0", "none"),
         ("t0", "backtracking"),
         ("t0", "backtracking"),
-        ("t0", "random:0"),
+        ("t0", "shuffled:0"),
     ]
     content = whole.path.read_bytes()
     lines = content.splitlines(keepends=True)

@@ -284,7 +284,7 @@ def test_a_change_that_a_random_direction_makes_too_is_not_shown(tmp_path):
     row = of(ledger.ledger(tmp_path), 1, "tiny-thinker")
     assert row["verdict"].item() == f"shown in part {FIXTURE}"
     shown, _, inside = row["note"].item().partition("; ")
-    assert "and outside the range of random directions: backtracking -, uncer" in shown
+    assert "and outside the range of control directions: backtracking -, uncer" in shown
     assert inside == (
         "with Holm p < .05 but inside that range: backtracking +, uncertainty-estimation -"
     )
@@ -297,7 +297,7 @@ def test_without_random_directions_the_note_says_so(tmp_path):
     row = of(ledger.ledger(tmp_path), 1, "tiny-thinker")
     assert row["verdict"].item() == f"shown {FIXTURE}"
     note = row["note"].item()
-    assert note.endswith("; no random directions to compare with")
+    assert note.endswith("; no control directions to compare with")
     assert "outside" not in note
 
 
