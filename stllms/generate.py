@@ -82,7 +82,8 @@ def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
 
 
 def summary(made: Sequence[Response]) -> dict[str, float]:
-    """Counts that a reader should see before any number: finished, closed, lengths."""
+    """Counts that a reader should see before any number: finished, closed, lengths, and the
+    responses that use the tags otherwise than once each (:func:`stllms.prompts.irregular`)."""
     count = len(made)
     tokens = [len(item.output_ids) for item in made]
     return {
@@ -91,6 +92,7 @@ def summary(made: Sequence[Response]) -> dict[str, float]:
         "truncated": sum(not item.finished for item in made),
         "thinking closed": sum(item.closed for item in made),
         "without thinking": sum(not item.thinking for item in made),
+        **prompts.irregular(made),
         "mean output tokens": round(sum(tokens) / max(1, count), 1),
         "longest output": max(tokens, default=0),
     }

@@ -109,9 +109,7 @@ def _row(row: Any, number: int, place: str) -> Response:
 
 def _response(task_id: str, text: str, *, whole: bool) -> Response:
     """A response with a text and no ids; ``whole`` says that the text is the thinking."""
-    opened = whole or (prompts.CLOSE in text and prompts.OPEN not in text)
-    thinking, start, answer, closed = (
-        (text, 0, "", True) if whole else prompts.split(text, opened=opened)
-    )
+    parts = (text, 0, "", True) if whole else prompts.split(text, opened=False)
+    thinking, start, answer, closed = parts
     made = (task_id, "", "", (), (), text, thinking, start, answer, closed, True)
     return Response(*made)

@@ -67,7 +67,8 @@ class Response:
 
     ``text`` is the decoded output up to the end-of-sequence token, tags included;
     ``thinking`` is the part between ``<think>`` and ``</think>`` and begins at character
-    ``thinking_start`` of ``text``. ``answer`` is what follows ``</think>`` (all of ``text``
+    ``thinking_start`` of ``text`` (:func:`stllms.prompts.split` says which, where a model
+    writes a tag twice). ``answer`` is what follows ``</think>`` (all of ``text``
     for a model that does not open a ``<think>``). ``closed`` says that the thinking ended
     before the token limit, ``finished`` that the model ended its turn before it.
     """
