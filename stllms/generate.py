@@ -14,7 +14,7 @@ from stllms.artifacts import Rows
 from stllms.config import RunConfig
 from stllms.models import Model
 from stllms.progress import token_bar
-from stllms.records import Response, Task, response_from_row, to_row
+from stllms.records import Response, Task, from_rows, response_from_row, to_row
 
 #: Tasks in a chunk.
 CHUNK = 100
@@ -111,4 +111,4 @@ def options(setup: RunConfig) -> dict[str, Any]:
 
 def read(store: Rows) -> list[Response]:
     """The stored responses, in the order of the file."""
-    return [response_from_row(row) for row in store.load()]
+    return from_rows(store.load(), response_from_row, store.path)

@@ -24,6 +24,7 @@ from stllms.records import (
     Response,
     Steered,
     Task,
+    from_rows,
     steered_from_row,
     to_row,
 )
@@ -203,7 +204,8 @@ def grid(
     every = list(every)
     if store is not None:
         _check_storable(every)
-    done = {} if store is None else {s.key: s for s in map(steered_from_row, store.load())}
+    rows = [] if store is None else from_rows(store.load(), steered_from_row, store.path)
+    done = {one.key: one for one in rows}
     with token_bar(len(tasks) * len(every), "steered", enabled=progress) as bar:
         for start in range(0, len(tasks), CHUNK):
             cells = [(arm, task) for task in tasks[start : start + CHUNK] for arm in every]

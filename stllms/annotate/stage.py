@@ -17,7 +17,14 @@ from stllms.annotate import Annotator, annotator
 from stllms.artifacts import Rows
 from stllms.config import RunConfig
 from stllms.models import Model
-from stllms.records import Annotation, Response, Steered, annotation_from_row, to_row
+from stllms.records import (
+    Annotation,
+    Response,
+    Steered,
+    annotation_from_row,
+    from_rows,
+    to_row,
+)
 
 KEY = ("task_id", "annotator")
 
@@ -55,7 +62,7 @@ def annotations(
         store: rows by ``task_id, annotator``. A chain it holds is not annotated again unless it
             failed; annotations of other annotators and of other chains stay in the file.
     """
-    stored = [] if store is None else [annotation_from_row(row) for row in store.load()]
+    stored = [] if store is None else from_rows(store.load(), annotation_from_row, store.path)
     mine = {a.task_id: a for a in stored if a.annotator == annotator.name and a.failed is None}
     todo = [response for response in responses if response.task_id not in mine]
     made = annotator.annotate(todo) if todo else []
@@ -108,7 +115,7 @@ def _in_tokens(annotation: Annotation, response: Response, model: Model | None) 
 
 def load(store: Rows, annotator: str) -> list[Annotation]:
     """The stored annotations of one annotator."""
-    found = [annotation_from_row(row) for row in store.load()]
+    found = from_rows(store.load(), annotation_from_row, store.path)
     return [annotation for annotation in found if annotation.annotator == annotator]
 
 
