@@ -147,7 +147,10 @@ def of_released(path: Path, reader: str) -> Member:
     """
     made = [
         Annotation(
-            str(place), reader, tuple(read(row["annotated_response"], reader=reader).segments)
+            str(place),
+            "released",
+            tuple(read(row["annotated_response"], reader=reader).segments),
+            ledger={"reader": reader},
         )
         for place, row in enumerate(released.load_comparison(path))
     ]

@@ -62,8 +62,17 @@ def _number(value: float, low: float, high: float, *, scale: float = 100) -> str
 def released_comparison(groups: pd.DataFrame, treatment: str, note: str) -> Iterator[Row]:
     """Fractions and segments a response of the released files, from their group averages.
 
-    The paper's averages are over all ten models: with fewer files nothing is reproduced.
+    The paper's averages are over all ten models: with fewer files nothing is reproduced, and
+    files of different questions are not averaged with each other.
     """
+    apart = groups.groupby("kind")["tasks"].nunique()
+    if (apart > 1).any():
+        on = "released files of different questions: " + "; ".join(
+            f"{row.kind} {row.tasks}, {row.models} models"
+            for row in groups.drop_duplicates(["kind", "tasks"]).itertuples()
+        )
+        yield claims.compared(on, claims.PART, treatment=treatment, note=note)
+        return
     cells = groups.set_index(["kind", "metric", "behaviour"]).sort_index()
     models = [int(cells.loc[kind, "models"].iloc[0]) for kind in KINDS]
     on = "released files, {} thinking and {} instruct models of {} each".format(

@@ -14,7 +14,7 @@ from stllms.config import RunConfig
 from stllms.files import Rows, resumed
 from stllms.models import Model
 from stllms.progress import token_bar
-from stllms.records import Response, Task, response_from_row, to_row
+from stllms.records import Response, Task, from_rows, response_from_row, to_row
 
 #: Tasks in a chunk.
 CHUNK = 100
@@ -60,7 +60,8 @@ def responses(
     }
     if store is not None:
         store.bind({**model.identity, **options})
-        prompts.same(store, {task.id: o[1] for task, o in zip(tasks, opened, strict=True)})
+        ids = {task.id: o[1] for task, o in zip(tasks, opened, strict=True)}
+        prompts.same(store.path, read(store), ids)
 
     def make(start: int, stop: int) -> list[dict[str, Any]]:
         part = list(zip(tasks[start:stop], opened[start:stop], strict=True))
@@ -80,7 +81,8 @@ def responses(
 
 
 def summary(made: Sequence[Response]) -> dict[str, float]:
-    """Counts that a reader should see before any number: finished, closed, lengths."""
+    """Counts that a reader should see before any number: finished, closed, lengths, and the
+    responses that use the tags otherwise than once each (:func:`stllms.prompts.irregular`)."""
     count = len(made)
     tokens = [len(item.output_ids) for item in made]
     return {
@@ -89,6 +91,7 @@ def summary(made: Sequence[Response]) -> dict[str, float]:
         "truncated": sum(not item.finished for item in made),
         "thinking closed": sum(item.closed for item in made),
         "without thinking": sum(not item.thinking for item in made),
+        **prompts.irregular(made),
         "mean output tokens": round(sum(tokens) / max(1, count), 1),
         "longest output": max(tokens, default=0),
     }
@@ -107,4 +110,4 @@ def options(setup: RunConfig) -> dict[str, Any]:
 
 def read(store: Rows) -> list[Response]:
     """The stored responses, in the order of the file."""
-    return [response_from_row(row) for row in store.load()]
+    return from_rows(store.load(), response_from_row, store.path)

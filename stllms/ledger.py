@@ -116,7 +116,8 @@ def _comparison(results: Path) -> Iterator[Row]:
 
 
 def _released_comparison(results: Path) -> Iterator[Row]:
-    columns = ("treatment", "kind", "metric", "behaviour", "value", "low", "high", "models")
+    columns = ("treatment", "kind", "tasks", "metric", "behaviour", "models")
+    columns += ("value", "low", "high")
     groups = _table(results / "published" / "comparison_groups.csv", columns)
     changes = _table(
         results / "published" / "comparison_changes.csv",

@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 
 #: The key for a server that is none of :data:`PROVIDERS`.
 KEY = "STLLMS_API_KEY"
+#: What is sent to a local server that needs no key: no secret.
+NO_KEY = "no-key-needed"
 #: A file in the shape of ``prices.json`` whose entries go before ours.
 PRICES = "STLLMS_PRICES"
 
@@ -107,12 +109,63 @@ def api_key(url: str) -> str:
         if key:
             return key
     if is_local(url):
-        return "no-key-needed"
+        return NO_KEY
     raise MissingKey(
         f"no API key for {urlsplit(url).hostname}: set {' or '.join(names)} in the environment "
         f"or in a .env file (a line {names[0]}=...) here or in a parent folder; keys are never "
         "stored"
     )
+
+
+#: Keys shorter than this are words that a text may hold inside a longer one.
+_LONG = 16
+
+
+def redacted(value: Any, key: str) -> tuple[Any, int]:
+    """A value of JSON with ``***`` for the key, and how often it was there.
+
+    Looks into every text and every name of a field, however deep (but not deeper than
+    :data:`stllms.foreign.DEEPEST`). The key is found as it is, and however often it was escaped
+    by JSON or in a URL: an error is often the answer of another server, in quotes. A key of
+    fewer than 16 characters counts only where it stands alone: ``test`` in ``latest`` is none.
+    """
+    if not key or key == NO_KEY:
+        return value, 0
+    found = 0
+    form = _forms(key)
+
+    def strike(text: str) -> str:
+        nonlocal found
+        text, times = form.subn("***", text)
+        found += times
+        return text
+
+    def walk(one: Any) -> Any:
+        if isinstance(one, str):
+            return strike(one)
+        if isinstance(one, list):
+            return [walk(item) for item in one]
+        if isinstance(one, dict):
+            return {strike(name): walk(item) for name, item in one.items()}
+        return one
+
+    return walk(value), found
+
+
+def _forms(key: str) -> re.Pattern[str]:
+    """The key as it is, JSON-escaped (once or often), or percent-encoded, by character."""
+
+    def of(character: str) -> str:
+        units = character.encode("utf-16-be", "surrogatepass").hex()
+        codes = "".join(rf"\\{{1,8}}u{units[i : i + 4]}" for i in range(0, len(units), 4))
+        percent = "".join(f"%{byte:02x}" for byte in character.encode("utf-8", "surrogatepass"))
+        return rf"(?:\\{{0,8}}{re.escape(character)}|(?i:{codes}|{percent}))"
+
+    pattern = "".join(map(of, key))
+    if len(key) < _LONG:
+        # An escaped line break before the key ends in a letter that is not of a word.
+        pattern = rf"(?:(?<![\w-])|(?<=\\[nrt])){pattern}(?![\w-])"
+    return re.compile(pattern)
 
 
 # --- .env ---------------------------------------------------------------------------------

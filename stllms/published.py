@@ -275,7 +275,10 @@ def _comparison_figures(
     name, words = TREATMENTS[treatment]
     palette = comparison.colours(compared)
     totals = groups[(groups["behaviour"] == "all") & (groups["metric"] == "segment count")]
-    means = ", ".join(f"{row.kind} {row.value:.1f}" for row in totals.itertuples())
+    named = totals["kind"].where(
+        ~totals["kind"].duplicated(keep=False), totals["kind"] + " (" + totals["tasks"] + ")"
+    )
+    means = ", ".join(f"{n} {v:.1f}" for n, v in zip(named, totals["value"], strict=True))
     about = f"Released chains: {comparison.caption(compared)} {words} 95% intervals over tasks."
     width = comparison.width(compared)
     for figure_name, shown in (
@@ -292,7 +295,7 @@ def _comparison_figures(
             axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
         for panel, metric in zip(axes, shown, strict=False):
             plots.compare(panel, table, metric=metric, palette=palette)
-        plots.models_legend(figure, palette)
+        plots.models_legend(figure, palette, table)
         groups_too = f" Segments a chain, group averages: {means}."
         plots.caption(figure, about + groups_too * (figure_name in ("counts", "totals")))
         write.figure(f"comparison_{figure_name}_{name}", figure, table)

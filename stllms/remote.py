@@ -140,7 +140,7 @@ def to_response(task: Task, prompt_text: str, reply: Reply, kind: str) -> Respon
         text += f"\n{prompts.CLOSE}\n\n{answer}" if closed else ""
     else:
         inline = prompts.OPEN in text or prompts.CLOSE in text
-        thinking, begin, answer, closed = prompts.split(text, opened=prompts.CLOSE in text)
+        thinking, begin, answer, closed = prompts.split(text, opened=False)
         closed = closed and (finished or inline)
         if kind == "thinking" and not inline:
             thinking, begin = "", 0

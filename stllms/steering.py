@@ -22,6 +22,7 @@ from stllms.records import (
     Response,
     Steered,
     Task,
+    from_rows,
     steered_from_row,
     to_row,
 )
@@ -226,7 +227,8 @@ def grid(
         _check_storable(every)
         store.bind({**model.identity, **options, **decode.fingerprints(by_arm(every))})
         ids = {task.id: prompts.opening(model, task, style)[1] for task in tasks}
-        prompts.same(store, ids)
+        stored = from_rows(store.load(), steered_from_row, store.path)
+        prompts.same(store.path, (one.response for one in stored), ids)
 
     def make(start: int, stop: int) -> list[dict[str, Any]]:
         part = cells[start:stop]
