@@ -254,7 +254,8 @@ def _section(folder: Path, stage: str, marker: Mapping[str, Any], readings: bool
     book = page.book(copy, figures, readings=readings) if copy.is_file() else None
     drawn = book.drawn if book else []
     saved = [folder / name for name in marker.get("files", []) if name.endswith(".png")]
-    rest = [path for path in saved if path.stem not in drawn and path.is_file()]
+    own = [path for path in saved if page.is_figure(figures, path.stem)]
+    rest = [figures / path.name for path in own if path.stem not in drawn]
     title = next((heading.title for heading in book.headings), stage) if book else stage
     return Section(
         stage=stage,
