@@ -21,6 +21,7 @@ from tqdm import tqdm
 from stllms import pipeline
 from stllms.config import RunConfig
 from stllms.pipeline import StageError
+from stllms.terminal import plain
 
 #: Lines of the failing cell and of its error that are shown.
 HEAD, TAIL = 5, 8
@@ -69,7 +70,7 @@ class _Estimates:
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             if pipeline.ESTIMATE.match(line):
-                tqdm.write(line, file=sys.stdout)
+                tqdm.write(plain(line), file=sys.stdout)
                 sys.stdout.flush()
 
     def flush(self) -> None:
@@ -176,8 +177,8 @@ def _report(job: Job, index: int, source: str, trace: str) -> str:
         index -= 1  # papermill puts a cell of its own behind the parameters
     if not source and 0 <= index < len(cells):
         source = "".join(cells[index]["source"])
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", trace)
-    lines = [line for line in plain.splitlines() if line.strip()]
+    uncoloured = re.sub(r"\x1b\[[0-9;]*m", "", trace)
+    lines = [line for line in uncoloured.splitlines() if line.strip()]
     copy = pipeline.folder_of(job.stage, job.config).notebooks / f"{job.stage}.failed.ipynb"
     return "\n".join(
         [

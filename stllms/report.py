@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from stllms import claims, files, pipeline
 from stllms.artifacts import BadFile
 from stllms.config import MODELS, RunConfig
+from stllms.terminal import plain
 
 if TYPE_CHECKING:
     from stllms.page import Book, Output
@@ -339,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(write(given.folder))
     except (ValueError, OSError) as error:
-        print(f"stllms.report: {error}", file=sys.stderr)
+        print(f"stllms.report: {plain(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -20,6 +20,7 @@ from stllms.artifacts import LockedFolder
 from stllms.config import MODELS, RunConfig, resolve
 from stllms.pipeline import STAGES, StageError, ensure, finish
 from stllms.registry import OTHERS
+from stllms.terminal import plain
 
 __all__ = ["STAGES", "StageError", "configurations", "ensure", "finish", "main", "parser"]
 
@@ -38,10 +39,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str = PROG) -> int:
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except StageError as error:
-        print(f"{called}: {error}", file=sys.stderr)
+        print(f"{called}: {plain(error)}", file=sys.stderr)
         return 1
     except (ValueError, OSError, LockedFolder) as error:
-        print(f"{called}: {error}", file=sys.stderr)
+        print(f"{called}: {plain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{called}: interrupted; the same command goes on from here", file=sys.stderr)
