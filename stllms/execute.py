@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stllms import pipeline
+from stllms import pipeline, providers
 from stllms.config import RunConfig
 from stllms.pipeline import StageError
 from stllms.terminal import plain
@@ -198,7 +198,8 @@ def _own_kernel() -> Iterator[None]:
     A specification in a temporary folder at the head of ``JUPYTER_PATH`` wins over all
     others. Kernels inherit the environment, thread limits included.
     """
-    old = {name: os.environ.get(name) for name in ("JUPYTER_PATH", pipeline.INSIDE)}
+    names = ("JUPYTER_PATH", pipeline.INSIDE, providers.STARTED)
+    old = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory(prefix="stllms-") as folder:
         spec = Path(folder) / "kernels" / "python3" / "kernel.json"
         spec.parent.mkdir(parents=True)
@@ -225,6 +226,7 @@ def _own_kernel() -> Iterator[None]:
         rest = [old["JUPYTER_PATH"]] if old["JUPYTER_PATH"] else []
         os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, *rest])
         os.environ[pipeline.INSIDE] = str(os.getpid())
+        os.environ[providers.STARTED] = str(Path.cwd())
         try:
             yield
         finally:
