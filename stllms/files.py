@@ -72,6 +72,8 @@ def read_json(path: Path) -> Any:
         torn = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated")
         what = "truncated JSON" if torn else "not JSON"
         raise BadFile(f"{path}: {what} (line {error.lineno}: {error.msg})") from None
+    except (RecursionError, ValueError) as error:  # nested too deep, a number too long
+        raise BadFile(f"{path}: not JSON ({str(error).splitlines()[0]})") from None
 
 
 class Rows:
@@ -249,7 +251,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
         raise BadFile(f"{path}: not a whole safetensors file ({error})") from None
     try:
         return tensors, {name: json.loads(text) for name, text in sorted(texts.items())}
-    except json.JSONDecodeError:
+    except (RecursionError, ValueError):
         raise BadFile(f"{path}: its metadata was not written by stllms") from None
 
 
