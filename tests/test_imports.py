@@ -88,6 +88,7 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "published_tables",
                 "questions",
                 "released_effects",
+                "refusals",
                 "report",
                 "run",
                 "waiting",
