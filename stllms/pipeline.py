@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
-from stllms import __version__, waiting
+from stllms import __version__, refusals, waiting
 from stllms.artifacts import Folder, now
 from stllms.config import PACKAGE, RunConfig, repository
 from stllms.files import Rows, read_json
@@ -207,6 +207,7 @@ def ensure(stage: str, config: RunConfig) -> Folder:
     """
     check(stage, config)
     if not os.environ.get(INSIDE):
+        refusals.check(config, pending([stage], config, again=False), asked=[stage])
         missing = pending(REQUIRES[stage], config, again=False)
         if missing:
             print(f"{stage} needs {', '.join(missing)}: running this first", flush=True)

@@ -254,6 +254,16 @@ def test_a_bound_on_a_judge_of_unknown_price_is_refused_first(place, capsys, mon
     nothing_began(place)
 
 
+@pytest.mark.parametrize("stage", ["02_train_vectors", "04_steer", "05_compare"])
+def test_a_notebook_opened_by_hand_is_refused_before_any_other_is_run(
+    place, monkeypatch, stage
+):
+    monkeypatch.setattr(pipeline, "_run_headless", lambda *_: pytest.fail("notebooks run"))
+    with pytest.raises(refusals.Refused, match="OPENAI_API_KEY"):
+        run.ensure(stage, RunConfig(judge="openai:gpt-4.1"))
+    nothing_began(place)
+
+
 def test_the_grammar_knows_no_other_model_of_a_comparison(place, capsys):
     line = refused(capsys, "--judge", "grammar", "--option", "compare=smollm2", "--from", "05")
     assert "not those of smollm2" in line
