@@ -18,9 +18,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stllms import pipeline
+from stllms import pipeline, providers
 from stllms.config import RunConfig
 from stllms.pipeline import StageError
+from stllms.terminal import plain
 
 #: Lines of the failing cell and of its error that are shown.
 HEAD, TAIL = 5, 8
@@ -69,7 +70,7 @@ class _Estimates:
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             if pipeline.ESTIMATE.match(line):
-                tqdm.write(line, file=sys.stdout)
+                tqdm.write(plain(line), file=sys.stdout)
                 sys.stdout.flush()
 
     def flush(self) -> None:
@@ -186,8 +187,8 @@ def _report(job: Job, index: int, source: str, trace: str) -> str:
         index -= 1  # papermill puts a cell of its own behind the parameters
     if not source and 0 <= index < len(cells):
         source = "".join(cells[index]["source"])
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", trace)
-    lines = [line for line in plain.splitlines() if line.strip()]
+    uncoloured = re.sub(r"\x1b\[[0-9;]*m", "", trace)
+    lines = [line for line in uncoloured.splitlines() if line.strip()]
     copy = pipeline.folder_of(job.stage, job.config).notebooks / f"{job.stage}.failed.ipynb"
     return "\n".join(
         [
@@ -207,7 +208,8 @@ def _own_kernel() -> Iterator[None]:
     A specification in a temporary folder at the head of ``JUPYTER_PATH`` wins over all
     others. Kernels inherit the environment, thread limits included.
     """
-    old = {name: os.environ.get(name) for name in ("JUPYTER_PATH", pipeline.INSIDE)}
+    names = ("JUPYTER_PATH", pipeline.INSIDE, providers.STARTED)
+    old = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory(prefix="stllms-") as folder:
         spec = Path(folder) / "kernels" / "python3" / "kernel.json"
         spec.parent.mkdir(parents=True)
@@ -234,6 +236,7 @@ def _own_kernel() -> Iterator[None]:
         rest = [old["JUPYTER_PATH"]] if old["JUPYTER_PATH"] else []
         os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, *rest])
         os.environ[pipeline.INSIDE] = str(os.getpid())
+        os.environ[providers.STARTED] = str(Path.cwd())
         try:
             yield
         finally:

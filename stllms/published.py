@@ -46,6 +46,7 @@ from stllms.comparison import Member
 from stllms.config import ModelEntry
 from stllms.published_tables import Released
 from stllms.records import HEATMAP
+from stllms.terminal import plain
 from stllms.vectors import SteeringVectors
 
 #: What is read: kind -> the names of its files.
@@ -114,7 +115,7 @@ def _list_left_out(write: _Writer, left_out: Mapping[Path, Mapping[str, str]]) -
         for label, why in labels.items()
     ]
     for name, label, why in rows:
-        print(f"{name}: {label} left out ({why})", file=sys.stderr)
+        print(plain(f"{name}: {label} left out ({why})"), file=sys.stderr)
     if rows:
         write.table("left_out", pd.DataFrame(rows, columns=["file", "label", "why"]))
 

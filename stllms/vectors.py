@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from stllms import artifacts
+from stllms import artifacts, released
 from stllms.means import MIN_SPANS, PARTS, Means
 from stllms.probes import logistic_directions
 from stllms.records import BEHAVIOURS, CONTROLS, STEERED
@@ -113,8 +113,33 @@ class SteeringVectors:
         if "behaviours" not in metadata or "directions" not in tensors:
             found = ", ".join(sorted(tensors))
             raise artifacts.BadFile(f"{path}: no directions of behaviours, but {found}")
-        metadata["behaviours"] = tuple(metadata["behaviours"])
-        return cls(**tensors, **metadata)
+        _check_stored(path, tensors, metadata)
+        try:
+            return cls(**tensors, **{**metadata, "behaviours": tuple(metadata["behaviours"])})
+        except ValueError as error:  # shapes that differ, values that are not finite
+            raise artifacts.BadFile(f"{path}: {error}") from None
+
+
+def _check_stored(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Refuses a file that is not as :meth:`SteeringVectors.save` writes it: other names, or
+    values of another kind; ``BadFile`` names the first."""
+    kinds = {"behaviours": list, "model": str, "config": dict, "unavailable": dict}
+    kinds["left_out"] = dict
+    floats = dict.fromkeys(("directions", "means", "overall"), torch.float32)
+    dtypes = {**floats, "counts": torch.int64}
+    wrong = [name for name in dtypes if name not in tensors]
+    wrong += [n for n, one in tensors.items() if n not in dtypes or one.dtype != dtypes[n]]
+    wrong += [n for n, v in metadata.items() if not isinstance(v, kinds.get(n, ()))]
+    names = metadata["behaviours"] if "behaviours" not in wrong else []
+    if not all(isinstance(name, str) for name in names) or len({*map(str, names)}) < len(names):
+        wrong.append("behaviours")
+    for what in ("unavailable", "left_out"):
+        counts = metadata.get(what, {}) if what not in wrong else {}
+        wrong += [what for n in counts.values() if type(n) is not int][:1]
+    if wrong:
+        raise artifacts.BadFile(f"{path}: not written by stllms ({', '.join(wrong)})")
 
 
 def difference_of_means(means: Means, *, min_spans: int = MIN_SPANS) -> SteeringVectors:
@@ -200,8 +225,13 @@ def load_published(path: str | Path, *, min_spans: int = MIN_SPANS) -> SteeringV
         artifacts.BadFile: missing, unsafe, of another structure, not finite or of length zero.
     """
     content = artifacts.load_torch(path)
-    if not isinstance(content, Mapping) or not all(_is_entry(e) for e in content.values()):
+    if not isinstance(content, Mapping):
         raise artifacts.BadFile(f"{path}: expected label -> {{'mean': [L, D], 'count': n}}")
+    for label, entry in content.items():
+        if not isinstance(label, str) or not _is_entry(entry):
+            raise artifacts.BadFile(
+                f"{path}: expected label -> {{'mean': [L, D], 'count': n}} at {label!r}"
+            )
     if "overall" not in content:
         raise artifacts.BadFile(f"{path}: there is no 'overall' among {sorted(content)}")
     overall = content["overall"]["mean"].double()
@@ -238,8 +268,11 @@ def _is_entry(entry: Any) -> bool:
     return (
         isinstance(entry, Mapping)
         and isinstance(entry.get("mean"), Tensor)
+        and released.is_plain(entry["mean"])
         and entry["mean"].ndim == 2
-        and isinstance(entry.get("count"), int)
+        and entry["mean"].numel() > 0
+        and type(entry.get("count")) is int
+        and 0 <= entry["count"] < 2**63
     )
 
 

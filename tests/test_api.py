@@ -579,6 +579,105 @@ def test_a_key_comes_from_the_environment_or_the_nearest_env_file(tmp_path, monk
     assert providers.api_key(url) == "from-environment"
 
 
+def test_env_files_are_those_of_the_start_of_the_working_folder_and_of_the_project(
+    tmp_path, monkeypatch
+):
+    places = {name: tmp_path / name for name in ("started", "here", "project")}
+    for name, place in places.items():
+        (place / "below").mkdir(parents=True)
+        (place / ".env").write_text(f"{name.upper()}=1\nALL={name}\nEMPTY=\n")
+    monkeypatch.setattr(providers, "repository", lambda: places["project"])
+    monkeypatch.chdir(places["here"] / "below")
+    monkeypatch.delenv(providers.STARTED, raising=False)
+    assert [providers.setting(name) for name in ("HERE", "PROJECT", "STARTED", "EMPTY")] == [
+        "1", "1", None, None,
+    ]  # fmt: skip
+    assert providers.setting("ALL") == "here"
+    monkeypatch.setenv(providers.STARTED, str(places["started"] / "below"))
+    assert [providers.setting(name) for name in ("HERE", "PROJECT", "STARTED")] == ["1"] * 3
+    assert providers.setting("ALL") == "started"
+    monkeypatch.setenv("ALL", "environment")
+    assert providers.setting("ALL") == "environment"
+
+
+def test_kernels_of_a_run_know_where_it_was_started(tmp_path, monkeypatch):
+    from stllms import execute
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(providers.STARTED, raising=False)
+    (tmp_path / ".env").write_text("STLLMS_API_KEY=mine\n")
+    with execute._own_kernel():
+        monkeypatch.chdir("/")  # as a kernel, which works beside its notebook
+        assert providers.setting(providers.KEY) == "mine"
+    assert providers.setting(providers.KEY) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("K=v", "v"),
+        ("  export K = v  # why", "v"),
+        ("K='a # b'", "a # b"),
+        ('K="a=b"', "a=b"),
+        ("K=sk-a/b+c==", "sk-a/b+c=="),
+        ("K=$HOME", "$HOME"),
+        ("K=${HOME}", "${HOME}"),
+        ("\ufeffK=v", "v"),
+        ("K=v\r", "v"),
+        ("K=", ""),
+    ],
+)
+def test_a_line_of_an_env_file(tmp_path, line, value):
+    (tmp_path / ".env").write_bytes(f"{line}\nL=1\n".encode())
+    assert providers.read_env(tmp_path / ".env") == {"K": value, "L": "1"}
+
+
+@pytest.mark.parametrize(
+    "line", ["secret", "secret words", "=secret", 'K="secret', "K 'secret'"]
+)
+def test_a_line_that_is_none_is_named_and_not_shown(tmp_path, line):
+    (tmp_path / ".env").write_text(f"A=1\n# comment\n{line}\n")
+    with pytest.raises(ValueError, match=r"\.env, line 3: expected NAME=value") as caught:
+        providers.read_env(tmp_path / ".env")
+    assert "secret" not in str(caught.value)
+    (tmp_path / ".env").write_bytes(b"A=secret\xff\n")
+    with pytest.raises(ValueError, match=r"\.env: not a text in UTF-8") as caught:
+        providers.read_env(tmp_path / ".env")
+    assert "secret" not in str(caught.value)
+
+
+def test_what_an_env_file_holds_is_in_no_file_of_a_run_and_in_no_line(
+    server, tmp_path, monkeypatch, capsys
+):
+    from stllms import report
+    from stllms.annotate import stage
+    from stllms.artifacts import Folder
+    from stllms.config import RunConfig
+    from stllms.records import Response
+
+    secret = "never-shown-4711"
+    (tmp_path / ".env").write_text(f"STLLMS_API_KEY={secret}\nOTHER={secret}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STLLMS_RESULTS", str(tmp_path / "results"))
+    config = RunConfig(judge="openai:test", base_url=server.url)
+    folder = Folder(config).open()
+    folder.note(device="cpu")
+    text = "So it is 4. Wait, it is 5."
+    chain = Response("t", "", "", (), (), text, text, 0, "", closed=True, finished=True)
+    labels = stage.annotations(
+        stage.for_run(config), [chain], store=folder.rows(folder.annotations, stage.KEY)
+    )
+    assert labels[0].segments, "the judge was asked"
+    report.write(folder.path)
+    files = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
+    assert len(files) >= 4
+    for path in files:
+        assert secret.encode() not in path.read_bytes(), path.name
+    shown = capsys.readouterr()
+    assert secret not in shown.out + shown.err
+    assert secret not in os.environ.values(), "no child of ours inherits it"
+
+
 def test_a_provider_s_key_is_not_sent_to_another_host(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "openai-secret")
     with pytest.raises(api.MissingKey, match="set STLLMS_API_KEY"):
