@@ -31,7 +31,6 @@ from pathlib import Path
 import torch
 from nnsight import save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from stllms import means, metrics, spans
 from stllms.effects import (
@@ -43,6 +42,7 @@ from stllms.effects import (
     null_key,
 )
 from stllms.models import Model
+from stllms.progress import each
 from stllms.records import Annotation, Response
 from stllms.rows import Rows
 from stllms.vectors import SteeringVectors
@@ -282,9 +282,8 @@ def collect(
     ).resume(path, [fingerprint(*pair) for pair in pairs])
     result = held.first(len(pairs))
     todo = pairs[len(result.response_ids) :]
-    for pair in tqdm(
-        todo, desc="layer effects", unit="response", disable=not progress, leave=False
-    ):
+    done = len(result.response_ids)
+    for pair in each(todo, "layer effects", unit="responses", done=done, enabled=progress):
         found = _of_response(model, *pair, steering_vectors, objectives, nulls, max_rows)
         result = result.plus(pair[0].task_id, fingerprint(*pair), found)
         if path is not None and len(result.response_ids) % SAVE_EVERY == 0:

@@ -1,4 +1,4 @@
-"""Notebooks through papermill: one progress bar, this interpreter, a report of a failure.
+"""Notebooks through papermill: one line of progress, this interpreter, a report of a failure.
 
 Used by :mod:`stllms.run` only; papermill is imported when something is to be done.
 """
@@ -8,22 +8,34 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from stllms import pipeline
+from stllms import pipeline, progress
 from stllms.config import RunConfig
 from stllms.pipeline import StageError
 
+if TYPE_CHECKING:
+    from stllms.estimate import Work
+
 #: Lines of the failing cell and of its error that are shown.
 HEAD, TAIL = 5, 8
+
+#: Seconds between two looks at what the kernel has done, and between two plain lines.
+LOOK, PLAIN = 0.5, 30.0
+
+#: Chains after which the speed of a model is known well enough to be told.
+MEASURED = 100
 
 
 @dataclass(frozen=True)
@@ -40,37 +52,143 @@ class Job:
         return f"{self.stage}{model}"
 
 
-class _Bar:
-    """What papermill takes for its own progress bar: passes the steps on, never closes."""
+class Screen:
+    """What a person sees of a run on ``stream``: which notebook and cell, what is done there.
 
-    def __init__(self, bar: tqdm) -> None:
-        self._bar = bar
-        self.cells = 0
+    In a terminal one line, drawn twice a second; elsewhere (CI, nohup) a plain line every
+    :data:`PLAIN` seconds and one when a notebook begins; nothing where ``quiet``. A thread
+    of its own looks into the file ``channel``, in which kernels say how far they are.
+    """
 
-    def update(self, steps: int) -> None:
-        self.cells += steps
-        self._bar.update(steps)
+    def __init__(
+        self,
+        channel: Path,
+        works: Sequence[Work] = (),
+        *,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.channel, self.works = channel, works
+        self._stream = stream or sys.stderr
+        self.kind = "quiet" if quiet else "line" if self._stream.isatty() else "plain"
+        self._title, self._job = "", None
+        self._cell = self._cells = 0
+        self._begun = self._printed = time.monotonic()
+        self._told: set[str] = set()
+        self._closed = threading.Event()
+        self._line = tqdm(
+            bar_format="{desc}",
+            file=self._stream,
+            disable=self.kind != "line",
+            nrows=20,  # a terminal may say that it has none
+            leave=False,
+        )
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Screen:
+        if self.kind != "quiet":
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._line.close()
+
+    def begin(self, job: Job, cells: int, place: str) -> None:
+        """A notebook of so many cells begins; ``place`` is "2 of 5"."""
+        self.channel.write_text("", encoding="utf-8")
+        self._job, self._title = job, job.title
+        self._cell, self._cells = 1, cells
+        self._begun = self._printed = time.monotonic()
+        if self.kind == "plain":
+            self.say(f"{place}: {job.title}", self._stream)
+
+    def say(self, text: str, stream: TextIO | None = None) -> None:
+        """Prints a line above the one that is drawn."""
+        stream = stream or sys.stdout
+        tqdm.write(text, file=stream)
+        stream.flush()
+
+    def line(self, width: int | None = None) -> str:
+        """What is going on, in one line of at most ``width`` characters."""
+        head = f"{self._title}, cell {min(self._cell, self._cells)}/{self._cells}: "
+        state = progress.read(self.channel)
+        if state is None or state.ended:
+            return head + progress.clock(time.monotonic() - self._begun)
+        return head + state.text(None if width is None else max(20, width - len(head)))
+
+    # What papermill takes for its own progress bar, one a notebook.
+
+    def update(self, cells: int) -> None:
+        """So many more cells are done."""
+        self._cell += cells
+        self._begun = time.monotonic()
 
     def set_description(self, _text: str) -> None:
-        """The description names the notebook, not the cell."""
+        """The line names the notebook and what is under way, not the cell."""
 
     def close(self) -> None:
-        """The bar is shared by all notebooks of the run."""
+        """The screen is that of all notebooks of the run."""
+
+    @property
+    def cells(self) -> int:
+        """The cells of the notebook that are done."""
+        return self._cell - 1
+
+    def _watch(self) -> None:
+        while not self._closed.wait(LOOK):
+            self.look()
+
+    def look(self) -> None:
+        """Draws or prints what is due now, and tells a speed that is new."""
+        if self._job is None:
+            return
+        self._tell_speed(self._job)
+        now = time.monotonic()
+        if self.kind == "line":
+            width = shutil.get_terminal_size().columns - 1
+            self._line.set_description_str(self.line(width)[:width])
+        elif self.kind == "plain" and now - self._printed >= PLAIN:
+            self._printed = now
+            self.say(self.line(), self._stream)
+
+    def _tell_speed(self, job: Job) -> None:
+        """Once a model: how long its other chains will take, when some have been written."""
+        state, model = progress.read(self.channel), job.config.model
+        if state is None or model in self._told or job.stage == "05_compare":
+            return
+        if state.most is None or not state.rate or not state.made:
+            return  # it writes no chains, or has just begun
+        if state.made < MEASURED and not state.ended:
+            return
+        self._told.add(model)
+        later = pipeline.STAGES[pipeline.STAGES.index(job.stage) :]
+        mine = [w for w in self.works if w.model == model and w.stage in later]
+        rest = sum(work.chains for work in mine) - state.made
+        if rest > 0:
+            mean = state.tokens / state.made
+            up_to = "up to " if any(work.at_most for work in mine) else ""
+            takes = progress.words(rest * mean / state.rate)
+            self.say(
+                f"{model}: at {state.rate:,.0f} tokens/s and {mean:.0f} tokens a chain, "
+                f"the {up_to}{rest:,} chains still to write take about {takes}"
+            )
 
 
 class _Estimates:
     """What papermill takes for the file of a notebook's output: shows the lines that say what
-    an API will cost, above the bar, before the first call is sent."""
+    an API will cost, above the line of progress, before the first call is sent."""
 
-    def __init__(self) -> None:
-        self._rest = ""
+    def __init__(self, screen: Screen) -> None:
+        self._rest, self._screen = "", screen
 
     def write(self, text: str) -> None:
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             if pipeline.ESTIMATE.match(line):
-                tqdm.write(line, file=sys.stdout)
-                sys.stdout.flush()
+                self._screen.say(line)
 
     def flush(self) -> None:
         """Every whole line is shown as it comes."""
@@ -86,24 +204,52 @@ def execute(jobs: Sequence[Job], *, quiet: bool = False) -> None:
     """Runs the notebooks one after the other and stops at the first failure.
 
     Executed copies go to ``notebooks/`` of the run's folder. All parameters are checked
-    first, and the folders are locked for the whole time. Raises ``ValueError`` for a
-    parameter a notebook does not have, ``LockedFolder``, and :class:`StageError` that names
-    the notebook, the cell and the error.
+    first, and the folders are locked for the whole time. Unless ``quiet``, what there is to
+    do is estimated first and shown. Raises ``ValueError`` for a parameter a notebook does not
+    have, ``LockedFolder``, :class:`StageError` that names the notebook, the cell and the
+    error, and ``KeyboardInterrupt`` that says what is kept.
     """
     cells = {job: _check_parameters(job) for job in jobs}
     with ExitStack() as stack:
         folders = [pipeline.folder_of(job.stage, job.config) for job in jobs]
         for folder in {folder.path: folder for folder in folders}.values():
             stack.enter_context(folder.lock())
-        stack.enter_context(_own_kernel())
-        bar = stack.enter_context(
-            tqdm(total=sum(cells.values()), unit="cell", disable=quiet, file=sys.stderr)
-        )
-        for job in jobs:
-            bar.set_description(job.title)
-            _execute(job, _Bar(bar))
+        works = [] if quiet else _estimated(jobs)
+        channel = stack.enter_context(_own_kernel(quiet=quiet))
+        screen = stack.enter_context(Screen(channel, works, quiet=quiet))
+        for number, job in enumerate(jobs, 1):
+            screen.begin(job, cells[job], f"{number} of {len(jobs)}")
+            try:
+                _execute(job, screen)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(_interrupted(job)) from None
             if not pipeline.has_run(job.stage, job.config):
                 raise StageError(f"{job.title}: the notebook does not end with run.finish")
+
+
+def _estimated(jobs: Sequence[Job]) -> list[Work]:
+    """Prints what the notebooks have to do, before the first one begins."""
+    from stllms import estimate  # it brings torch
+
+    works = estimate.works([(job.stage, job.config) for job in jobs])
+    print(estimate.table(works), flush=True)
+    return works
+
+
+def _interrupted(job: Job) -> str:
+    """Where a run was stopped, and what is kept."""
+    names = [name for name in pipeline.ARTEFACTS[job.stage] if name.endswith(".jsonl")]
+    own = pipeline.folder_of(job.stage, job.config)
+    paths = [own / name for name in names]
+    if job.stage == "05_compare":
+        paths = [own.member(model).responses for model in job.config.models]
+    rows = [
+        f"{len(path.read_bytes().splitlines()):,} rows of {shown(path)}"
+        for path in paths
+        if path.is_file()
+    ]
+    kept = ", ".join(["the notebooks before it", *rows])
+    return f"interrupted in {job.title}; kept: {kept}"
 
 
 def _check_parameters(job: Job) -> int:
@@ -118,7 +264,7 @@ def _check_parameters(job: Job) -> int:
     return len(json.loads(path.read_text(encoding="utf-8"))["cells"]) + 1
 
 
-def _execute(job: Job, bar: _Bar) -> None:
+def _execute(job: Job, screen: Screen) -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -138,27 +284,30 @@ def _execute(job: Job, bar: _Bar) -> None:
             engine_name="stllms",
             progress_bar=False,
             cwd=str(source.parent),
-            stdout_file=_Estimates(),
-            bar=bar,
+            stdout_file=_Estimates(screen),
+            shutdown_kernel="immediate",  # an interrupted cell would still show its traceback
+            screen=screen,
         )
     except PapermillExecutionError as error:
         trace = "\n".join(error.traceback) or f"{error.ename}: {error.evalue}"
         raise StageError(_report(job, error.cell_index, error.source, trace)) from None
     except RuntimeError as error:  # the kernel did not start, or died in a cell
-        raise StageError(_report(job, bar.cells - 1, "", f"the kernel died: {error}")) from None
+        raise StageError(
+            _report(job, screen.cells - 1, "", f"the kernel died: {error}")
+        ) from None
     failed.replace(copy)
 
 
 def _register() -> None:
-    """An engine that counts its cells on our bar."""
+    """An engine that counts its cells on our screen."""
     from papermill.engines import NBClientEngine, papermill_engines
 
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(
-            cls, nb_man: Any, kernel_name: str, *, bar: _Bar, **options: Any
+            cls, nb_man: Any, kernel_name: str, *, screen: Screen, **options: Any
         ) -> Any:
-            nb_man.pbar = bar
+            nb_man.pbar = screen
             return super().execute_managed_notebook(nb_man, kernel_name, **options)
 
     papermill_engines.register("stllms", Engine)
@@ -191,13 +340,15 @@ def _report(job: Job, index: int, source: str, trace: str) -> str:
 
 
 @contextmanager
-def _own_kernel() -> Iterator[None]:
+def _own_kernel(*, quiet: bool) -> Iterator[Path]:
     """``python3`` is this interpreter, whatever kernels are installed for the user.
 
     A specification in a temporary folder at the head of ``JUPYTER_PATH`` wins over all
-    others. Kernels inherit the environment, thread limits included.
+    others. Kernels inherit the environment, thread limits included. Gives the file in which
+    they say how far they are; with ``quiet`` they say it to the null device.
     """
-    old = {name: os.environ.get(name) for name in ("JUPYTER_PATH", pipeline.INSIDE)}
+    names = ("JUPYTER_PATH", pipeline.INSIDE, progress.CHANNEL)
+    old = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory(prefix="stllms-") as folder:
         spec = Path(folder) / "kernels" / "python3" / "kernel.json"
         spec.parent.mkdir(parents=True)
@@ -224,8 +375,10 @@ def _own_kernel() -> Iterator[None]:
         rest = [old["JUPYTER_PATH"]] if old["JUPYTER_PATH"] else []
         os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, *rest])
         os.environ[pipeline.INSIDE] = str(os.getpid())
+        channel = Path(os.devnull if quiet else Path(folder) / "progress.json")
+        os.environ[progress.CHANNEL] = str(channel)
         try:
-            yield
+            yield channel
         finally:
             for name, value in old.items():
                 if value is None:

@@ -50,7 +50,7 @@ def responses(
     if twice:
         raise ValueError(f"task ids must differ; more than once: {', '.join(sorted(twice))}")
     done = {} if store is None else {row["task_id"]: row for row in store.load()}
-    with token_bar(len(tasks), "responses", enabled=progress) as bar:
+    with token_bar(len(tasks), "responses", most=max_new_tokens, enabled=progress) as bar:
         for chunk in chunks(tasks, CHUNK):
             if all(task.id in done for task in chunk):
                 bar.skip(len(chunk))

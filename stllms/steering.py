@@ -61,7 +61,7 @@ def generate(
     """
     if len(tasks) != len(interventions):
         raise ValueError(f"{len(tasks)} tasks but {len(interventions)} interventions")
-    with token_bar(len(tasks), "steered", enabled=progress) as bar:
+    with token_bar(len(tasks), "steered", most=max_new_tokens, enabled=progress) as bar:
         return _chains(
             model,
             tasks,
@@ -204,7 +204,9 @@ def grid(
     if store is not None:
         _check_storable(every)
     done = {} if store is None else {s.key: s for s in map(steered_from_row, store.load())}
-    with token_bar(len(tasks) * len(every), "steered", enabled=progress) as bar:
+    with token_bar(
+        len(tasks) * len(every), "steered", most=max_new_tokens, enabled=progress
+    ) as bar:
         for start in range(0, len(tasks), CHUNK):
             cells = [(arm, task) for task in tasks[start : start + CHUNK] for arm in every]
             if all(arm.key(task.id) in done for arm, task in cells):

@@ -74,6 +74,7 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "colab",
                 "compare",
                 "demo",
+                "estimate",
                 "execute",
                 "inputs",
                 "ledger",

@@ -81,7 +81,7 @@ def steered(
     store: Rows | None = None,
 ) -> list[Steered]:
     """The chains with their annotations; ``store`` is rewritten with what was missing."""
-    todo = [one for one in chains if not _labelled(one, annotator.name)]
+    todo = [one for one in chains if not labelled(one, annotator.name)]
     made = annotator.annotate([one.response for one in todo]) if todo else []
     new = {
         one.key: replace(one, annotation=_in_tokens(annotation, one.response, model))
@@ -95,7 +95,8 @@ def steered(
     return found
 
 
-def _labelled(one: Steered, annotator: str) -> bool:
+def labelled(one: Steered, annotator: str) -> bool:
+    """Whether a chain has an annotation of an annotator that did not fail."""
     label = one.annotation
     return label is not None and label.annotator == annotator and label.failed is None
 
