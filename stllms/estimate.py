@@ -28,7 +28,6 @@ from stllms.records import (
     STEERED,
     STEERED_KEY,
     Response,
-    annotation_from_row,
     response_from_row,
     steered_from_row,
 )
@@ -141,8 +140,9 @@ def _compared(config: RunConfig, model: str) -> Work:
         str(own.entry.api_id), folder=member.path / "api", base_url=own.base_url
     )
     sent = client.estimate(asked, remote.unusable)
-    calls = _judged(own, member.annotations, [], sent.calls, limit)
-    return Work("05_compare", model, sent.calls, calls=(sent, *calls))
+    unlabelled = len(asked) - len(_done(own, member.annotations))
+    calls = [sent, *_calls(own, [], unlabelled, limit)]
+    return Work("05_compare", model, sent.calls, calls=_sum(calls))
 
 
 _OF_STAGE = {
@@ -217,13 +217,15 @@ def _judged(
 ) -> tuple[api.Estimate, ...]:
     """What a judge is sent about the responses that are there without a label in the file
     ``path``, and about those that are lacking."""
-    rows = Rows(path, annotation.KEY).load()
-    stored = [annotation_from_row(row) for row in rows]
-    done = {
-        one.task_id for one in stored if one.annotator == config.annotator and not one.failed
-    }
+    done = _done(config, path)
     bare = [one for one in there if one.task_id not in done]
     return _sum(_calls(config, bare, lacking, limit or config.settings.max_tokens))
+
+
+def _done(config: RunConfig, path: Path) -> set[str]:
+    """The tasks whose chain the run's annotator has labelled."""
+    stored = annotation.load(Rows(path, annotation.KEY), config.annotator)
+    return {one.task_id for one in stored if one.failed is None}
 
 
 def _calls(

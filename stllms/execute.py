@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
@@ -72,7 +72,7 @@ class Screen:
         self._stream = stream or sys.stderr
         self.kind = "quiet" if quiet else "line" if self._stream.isatty() else "plain"
         self._title, self._job = "", None
-        self._cell = self._cells = 0
+        self._done = self._cells = 0
         self._begun = self._printed = time.monotonic()
         self._told: set[str] = set()
         self._closed = threading.Event()
@@ -80,7 +80,8 @@ class Screen:
             bar_format="{desc}",
             file=self._stream,
             disable=self.kind != "line",
-            nrows=20,  # a terminal may say that it has none
+            ncols=1000,  # our lines are cut already, and a terminal may say
+            nrows=20,  # that it has no size
             leave=False,
         )
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -100,7 +101,7 @@ class Screen:
         """A notebook of so many cells begins; ``place`` is "2 of 5"."""
         self.channel.write_text("", encoding="utf-8")
         self._job, self._title = job, job.title
-        self._cell, self._cells = 1, cells
+        self._done, self._cells = 0, cells
         self._begun = self._printed = time.monotonic()
         if self.kind == "plain":
             self.say(f"{place}: {job.title}", self._stream)
@@ -113,17 +114,18 @@ class Screen:
 
     def line(self, width: int | None = None) -> str:
         """What is going on, in one line of at most ``width`` characters."""
-        head = f"{self._title}, cell {min(self._cell, self._cells)}/{self._cells}: "
+        at = min(max(1, self._done), self._cells)  # papermill has added a cell near the top
+        head = f"{self._title}, cell {at}/{self._cells}: "
         state = progress.read(self.channel)
         if state is None or state.ended:
-            return head + progress.clock(time.monotonic() - self._begun)
+            return f"{head}{progress.clock(time.monotonic() - self._begun)} in this cell"
         return head + state.text(None if width is None else max(20, width - len(head)))
 
     # What papermill takes for its own progress bar, one a notebook.
 
     def update(self, cells: int) -> None:
         """So many more cells are done."""
-        self._cell += cells
+        self._done += cells
         self._begun = time.monotonic()
 
     def set_description(self, _text: str) -> None:
@@ -134,8 +136,8 @@ class Screen:
 
     @property
     def cells(self) -> int:
-        """The cells of the notebook that are done."""
-        return self._cell - 1
+        """The cells that are done, with the one that papermill added."""
+        return self._done
 
     def _watch(self) -> None:
         while not self._closed.wait(LOOK):
@@ -173,7 +175,7 @@ class Screen:
             takes = progress.words(rest * mean / state.rate)
             self.say(
                 f"{model}: at {state.rate:,.0f} tokens/s and {mean:.0f} tokens a chain, "
-                f"the {up_to}{rest:,} chains still to write take about {takes}"
+                f"{up_to}{rest:,} chains still to write take about {takes}"
             )
 
 
@@ -253,7 +255,7 @@ def _interrupted(job: Job) -> str:
 
 
 def _check_parameters(job: Job) -> int:
-    """The number of cells to run; ``ValueError`` if the notebook lacks a parameter."""
+    """The number of cells; ``ValueError`` if the notebook lacks a parameter."""
     import papermill
 
     path = pipeline.notebook(job.stage)
@@ -261,7 +263,7 @@ def _check_parameters(job: Job) -> int:
     lacking = [name for name in job.config.parameters() if name not in known]
     if lacking:
         raise ValueError(f"{path.name} has no parameter {', '.join(lacking)}")
-    return len(json.loads(path.read_text(encoding="utf-8"))["cells"]) + 1
+    return len(json.loads(path.read_text(encoding="utf-8"))["cells"])
 
 
 def _execute(job: Job, screen: Screen) -> None:
@@ -275,42 +277,56 @@ def _execute(job: Job, screen: Screen) -> None:
     copy, failed = (folder.notebooks / f"{job.stage}{end}.ipynb" for end in ("", ".failed"))
     folder.keep([copy, failed])
     folder.notebooks.mkdir(exist_ok=True)
-    try:
-        papermill.execute_notebook(
-            str(source),
-            str(failed),
-            job.config.parameters(),
-            kernel_name="python3",
-            engine_name="stllms",
-            progress_bar=False,
-            cwd=str(source.parent),
-            stdout_file=_Estimates(screen),
-            shutdown_kernel="immediate",  # an interrupted cell would still show its traceback
-            screen=screen,
-        )
-    except PapermillExecutionError as error:
-        trace = "\n".join(error.traceback) or f"{error.ename}: {error.evalue}"
-        raise StageError(_report(job, error.cell_index, error.source, trace)) from None
-    except RuntimeError as error:  # the kernel did not start, or died in a cell
-        raise StageError(
-            _report(job, screen.cells - 1, "", f"the kernel died: {error}")
-        ) from None
+    with tempfile.TemporaryFile() as log:  # what the kernel says besides its outputs
+        try:
+            papermill.execute_notebook(
+                str(source),
+                str(failed),
+                job.config.parameters(),
+                kernel_name="python3",
+                engine_name="stllms",
+                progress_bar=False,
+                cwd=str(source.parent),
+                stdout_file=_Estimates(screen),
+                screen=screen,
+                log=log,
+            )
+        except PapermillExecutionError as error:
+            trace = "\n".join(error.traceback) or f"{error.ename}: {error.evalue}"
+            raise StageError(_report(job, error.cell_index, error.source, trace)) from None
+        except RuntimeError as error:  # the kernel did not start, or died in a cell
+            log.seek(0)
+            said = log.read().decode(errors="replace")
+            trace = f"{said}\nthe kernel died: {error}"
+            raise StageError(_report(job, screen.cells - 1, "", trace)) from None
     failed.replace(copy)
 
 
 def _register() -> None:
-    """An engine that counts its cells on our screen."""
-    from papermill.engines import NBClientEngine, papermill_engines
+    """An engine that counts its cells on our screen. What a kernel writes to stderr itself
+    (an interrupted one: tracebacks of its own machinery) goes to ``log``."""
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine, papermill_engines
 
-    class Engine(NBClientEngine):
+    class Ours(Engine):
         @classmethod
         def execute_managed_notebook(
-            cls, nb_man: Any, kernel_name: str, *, screen: Screen, **options: Any
+            cls,
+            nb_man: Any,
+            kernel_name: str,
+            *,
+            screen: Screen,
+            log: IO[bytes],
+            stdout_file: _Estimates,
+            **_: Any,
         ) -> Any:
             nb_man.pbar = screen
-            return super().execute_managed_notebook(nb_man, kernel_name, **options)
+            client = PapermillNotebookClient(
+                nb_man, kernel_name=kernel_name, timeout=None, stdout_file=stdout_file
+            )
+            return client.execute(stderr=log)
 
-    papermill_engines.register("stllms", Engine)
+    papermill_engines.register("stllms", Ours)
 
 
 def _report(job: Job, index: int, source: str, trace: str) -> str:
@@ -345,7 +361,7 @@ def _own_kernel(*, quiet: bool) -> Iterator[Path]:
 
     A specification in a temporary folder at the head of ``JUPYTER_PATH`` wins over all
     others. Kernels inherit the environment, thread limits included. Gives the file in which
-    they say how far they are; with ``quiet`` they say it to the null device.
+    they say how far they are; with ``quiet`` that of the caller, else the null device.
     """
     names = ("JUPYTER_PATH", pipeline.INSIDE, progress.CHANNEL)
     old = {name: os.environ.get(name) for name in names}
@@ -375,7 +391,8 @@ def _own_kernel(*, quiet: bool) -> Iterator[Path]:
         rest = [old["JUPYTER_PATH"]] if old["JUPYTER_PATH"] else []
         os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, *rest])
         os.environ[pipeline.INSIDE] = str(os.getpid())
-        channel = Path(os.devnull if quiet else Path(folder) / "progress.json")
+        heard = old[progress.CHANNEL] or os.devnull  # by who called this runner, or nobody
+        channel = Path(heard if quiet else Path(folder) / "progress.json")
         os.environ[progress.CHANNEL] = str(channel)
         try:
             yield channel
