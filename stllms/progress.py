@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -230,16 +231,23 @@ def token_bar(
         finally:
             bar.show(ended=True)
     else:
-        form = "{percentage:3.0f}%|{bar}| {desc}"
-        with tqdm(total=total, bar_format=form, leave=False, dynamic_ncols=True) as drawn:
-
-            def show(state: State) -> None:
-                drawn.n = state.done
-                drawn.set_description_str(state.text())
-
-            bar = Bar(meter, what, unit, show)
+        with _drawn(total) as draw:
+            bar = Bar(meter, what, unit, draw)
             bar.show()
             yield bar
+
+
+@contextmanager
+def _drawn(total: int) -> Iterator[Callable[[State], None]]:
+    """tqdm's bar, of a notebook or of a terminal, and what draws a state on it."""
+    form = "{percentage:3.0f}%|{bar}| {desc}"
+    with tqdm(total=total, bar_format=form, leave=False, dynamic_ncols=True) as bar:
+
+        def draw(state: State) -> None:
+            bar.n, bar.total = state.done, state.total
+            bar.set_description_str(state.text())
+
+        yield draw
 
 
 def each(
@@ -268,6 +276,20 @@ def about(words: str) -> Iterator[None]:
 
 
 # -- from a kernel to its runner -----------------------------------------------------------
+
+
+@contextmanager
+def followed() -> Iterator[tuple[dict[str, str], Callable[[], None]]]:
+    """For who starts a quiet runner: variables for its environment, and what draws on a bar how
+    far its kernels are, to be called now and then."""
+    with tempfile.TemporaryDirectory(prefix="stllms-") as folder, _drawn(1) as draw:
+        path = Path(folder) / "progress.json"
+
+        def look() -> None:
+            if state := read(path):
+                draw(state)
+
+        yield {CHANNEL: str(path)}, look
 
 
 def report(path: Path, state: State) -> None:

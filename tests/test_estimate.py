@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from stllms import (
-    api, artifacts, estimate, generate, pipeline, records, replies, steering, tasks,
+    api,
+    artifacts,
+    estimate,
+    generate,
+    pipeline,
+    records,
+    replies,
+    steering,
+    tasks,
 )  # fmt: skip
 from stllms.annotate import stage
 from stllms.annotate.judge import Judge
@@ -199,7 +207,7 @@ def test_the_comparison_asks_a_model_behind_an_api_and_its_judge(config):
     assert call.tokens_out > 6 * 12
 
 
-# -- said ----------------------------------------------------------------------------------------
+# -- said -----------------------------------------------------------------------------------
 
 
 def call(model, calls, cost, currency="USD") -> api.Estimate:

@@ -155,6 +155,15 @@ def test_ctrl_c_says_in_one_line_what_is_kept_and_how_to_go_on(place):  # noqa: 
     )
 
 
+def test_a_notebook_that_runs_earlier_ones_shows_how_far_they_are(digging, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "LOOK", 0.1)
+    run.ensure("02_train_vectors", RunConfig())
+    said = capsys.readouterr()
+    assert "1 of 1: 01_generate, tiny-thinker, 200 tasks ..." in said.out
+    assert "/120 rows" in said.err
+    assert "digging" in said.err
+
+
 def test_a_runner_that_is_called_by_a_notebook_passes_on_what_its_kernels_tell(
     place,  # noqa: F811
     monkeypatch,
