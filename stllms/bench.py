@@ -228,13 +228,14 @@ def _as_the_run(config: RunConfig) -> RunConfig:
     except ValueError:  # the file has gone; only the demo's list of questions is of it
         del taken["tasks"]
     made = replace(config, **taken)
-    now = made.revision or registry.revision_of(made.entry)
-    if now != identity.get("revision"):
-        raise ValueError(
-            f"{folder.label}: its directions are of revision {identity.get('revision')} of the "
-            f"model, which is now {now}: make them again (stllms run --fresh), or name a file "
-            "(--vectors)"
-        )
+    for name, now in registry.content_of(made.entry).items():
+        then = identity.get(name)
+        if then != now and (name != "revision" or None not in (then, now)):
+            raise ValueError(
+                f"{folder.label}: its directions are of another {name} of the model ({then} "
+                f"then, {now} now): make them again (stllms run --fresh), or name a file "
+                "(--vectors)"
+            )
     return made
 
 

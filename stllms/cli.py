@@ -1,4 +1,4 @@
-"""The command ``stllms``: run the notebooks, steer one question, annotate a file.
+"""The command ``stllms``: run the notebooks, steer one question, annotate a file, verify a run.
 
 Exit status: 0 done, 1 failed, 2 the command does not make sense (one line on stderr says
 why), 130 interrupted. Nothing heavy is imported before it is needed; the words of the command
@@ -74,7 +74,8 @@ def _main(argv: list[str]) -> int:
         parser().print_help()
         return 2
     given = parser().parse_args(argv)
-    return {"steer": _steer, "annotate": _annotate}[given.command](given)
+    commands = {"steer": _steer, "annotate": _annotate, "verify": _verify}
+    return commands[given.command](given)
 
 
 # --- steer --------------------------------------------------------------------------------
@@ -205,6 +206,21 @@ def _annotate(given: argparse.Namespace) -> int:
     return 1 if bare else 0
 
 
+# --- verify -------------------------------------------------------------------------------
+
+
+def _verify(given: argparse.Namespace) -> int:
+    """A line an artefact; 1 where one does not hold."""
+    from stllms import artifacts
+
+    found = artifacts.verify(Path(given.folder).expanduser())
+    for one in found:
+        print(one)
+    bad = sum(not one.holds for one in found)
+    print(f"{_count(len(found), 'artefact')}, {bad or 'none'} that does not hold")
+    return 1 if bad else 0
+
+
 def _count(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
@@ -222,7 +238,7 @@ def _check_out(source: str, out: str) -> None:
 
 def _write(made: Sequence[Annotation], out: str | None) -> None:
     """The segments as JSONL, to a file or to standard output."""
-    from stllms import files
+    from stllms import provenance
     from stllms.records import to_row
 
     text = "".join(
@@ -234,7 +250,7 @@ def _write(made: Sequence[Annotation], out: str | None) -> None:
     if out is None:
         sys.stdout.write(text)
         return
-    with files.replacing(Path(out).expanduser()) as beside:
+    with provenance.replacing(Path(out).expanduser()) as beside:
         beside.write_text(text, encoding="utf-8")
 
 

@@ -269,13 +269,16 @@ class RunConfig:
         """What makes two runs the same run (DESIGN, artefacts), as plain JSON values.
 
         Another value of any of these needs a folder of its own or ``--fresh``. Device,
-        dtype, batch size and commit are recorded, not compared. Coefficients, random
-        directions, objective, positions and the compared models are part of the row keys
-        or of the stage (:meth:`stage_options`), so that they can be added to later.
+        batch size and commit are recorded, not compared; the dtype is known once the model is
+        loaded (:meth:`stllms.artifacts.Folder.made_with`). Coefficients, random directions,
+        objective, positions and the compared models are part of the row keys or of the stage
+        (:meth:`stage_options`), so that they can be added to later.
         """
+        content = registry.content_of(self.entry)
         return {
             "model": self.model,
-            "revision": self.revision or registry.revision_of(self.entry),
+            **content,
+            "revision": self.revision or content["revision"],
             "quantization": self.quantization,
             "tasks": checks.task_identity(self.task_set),
             "seed": self.seed,
@@ -283,7 +286,7 @@ class RunConfig:
             "n_evaluate": self.settings.n_evaluate,
             "max_tokens": self.settings.max_tokens,
             "temperature": self.settings.temperature,
-            "annotator": self.annotator,
+            "annotator": checks.judge_identity(self.annotator),
             "prompts": self.prompts,
             "reader": self.reader,
             "retokenise": self.retokenise,
@@ -312,7 +315,7 @@ class RunConfig:
             "03": {
                 "objective": self.objective,
                 "positions": self.positions,
-                "published": self.published,
+                "published": checks.content_identity(self.published, "*.pt"),
             },
             "04": {
                 "coefficients": list(self.settings.coefficients),
@@ -322,11 +325,11 @@ class RunConfig:
             },
             "05": {
                 "models": list(self.models),
-                "folders": list(self.folders),
+                "folders": [checks.content_identity(one, "*.jsonl") for one in self.folders],
                 "n_compare": self.settings.n_compare,
                 "max_tokens_compare": self.settings.max_tokens_compare,
                 "empty_chains": self.empty_chains,
-                "published": self.published,
+                "published": checks.content_identity(self.published, "*.json"),
             },
         }
         return options.get(stage[:2], {})

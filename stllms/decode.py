@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from stllms.kvcache import BatchCache
 from stllms.models import Model
+from stllms.provenance import digest
 
 #: A batch is refilled once this share of its rows has ended.
 REFILL = 0.25
@@ -83,6 +84,16 @@ class Intervention:
             raise ValueError(
                 f"a direction is a finite vector [D], not {tuple(self.direction.shape)}"
             )
+
+
+def fingerprints(interventions: Mapping[tuple, Intervention | None]) -> dict[str, str]:
+    """Hashes of what is added, by direction and layer: rows of other directions are not those
+    of these, whatever they are called."""
+    return {
+        f"direction of {name} at layer {layer}": digest(edit.direction)
+        for (name, layer, *_), edit in interventions.items()
+        if edit is not None
+    }
 
 
 @dataclass(frozen=True)

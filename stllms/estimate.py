@@ -107,8 +107,6 @@ def _steered(config: RunConfig) -> Work:
     ):
         store = Rows(config.folder / name, STEERED_KEY)
         stored = {one.key: one for one in map(steered_from_row, store.load())}
-        if not known:  # the directions may change, and their chains with them
-            stored = {key: one for key, one in stored.items() if one.direction == "none"}
         keys = [arm.key(task.id) for task in some for arm in arms]
         lacking = sum(key not in stored for key in keys)
         bare = [

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
@@ -206,25 +206,28 @@ def execute(jobs: Sequence[Job], *, quiet: bool = False) -> None:
     """Runs the notebooks one after the other and stops at the first failure.
 
     Executed copies go to ``notebooks/`` of the run's folder. All parameters are checked
-    first, and the folders are locked for the whole time. Unless ``quiet``, what there is to
-    do is estimated first and shown. Raises ``ValueError`` for a parameter a notebook does not
-    have, ``LockedFolder``, :class:`StageError` that names the notebook, the cell and the
-    error, and ``KeyboardInterrupt`` that says what is kept.
+    first; each stage is locked while it runs. Unless ``quiet``, what there is to do is
+    estimated first and shown. Raises ``ValueError`` for a parameter a notebook does not have,
+    ``LockedFolder``, :class:`StageError` that names the notebook, the cell and the error, and
+    ``KeyboardInterrupt`` that says what is kept.
     """
     cells = {job: _check_parameters(job) for job in jobs}
+    for job in jobs:
+        with _lock(job):
+            """Is it free? Refused before the first notebook, not in the middle of the run."""
     with ExitStack() as stack:
-        folders = [pipeline.folder_of(job.stage, job.config) for job in jobs]
-        for folder in {folder.path: folder for folder in folders}.values():
-            stack.enter_context(folder.lock())
         works = [] if quiet else _estimated(jobs)
         channel = stack.enter_context(_own_kernel(quiet=quiet))
         screen = stack.enter_context(Screen(channel, works, quiet=quiet))
         for number, job in enumerate(jobs, 1):
             screen.begin(job, cells[job], f"{number} of {len(jobs)}")
-            try:
-                _execute(job, screen)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(_interrupted(job)) from None
+            with _lock(job):
+                # An earlier one may have changed its input.
+                pipeline.check(job.stage, job.config)
+                try:
+                    _execute(job, screen)
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt(_interrupted(job)) from None
             if not pipeline.has_run(job.stage, job.config):
                 raise StageError(f"{job.title}: the notebook does not end with run.finish")
 
@@ -240,7 +243,7 @@ def _estimated(jobs: Sequence[Job]) -> list[Work]:
 
 def _interrupted(job: Job) -> str:
     """Where a run was stopped, and what is kept."""
-    names = [name for name in pipeline.ARTEFACTS[job.stage] if name.endswith(".jsonl")]
+    names = [name for name in pipeline.RESUMED[job.stage] if name.endswith(".jsonl")]
     own = pipeline.folder_of(job.stage, job.config)
     paths = [own / name for name in names]
     if job.stage == "05_compare":
@@ -252,6 +255,12 @@ def _interrupted(job: Job) -> str:
     ]
     kept = ", ".join(["the notebooks before it", *rows])
     return f"interrupted in {job.title}; kept: {kept}"
+
+
+def _lock(job: Job) -> AbstractContextManager[None]:
+    """The lock of what a notebook writes, shared with others for what it reads."""
+    folder = pipeline.folder_of(job.stage, job.config)
+    return folder.lock(job.stage, reading=pipeline.REQUIRES[job.stage])
 
 
 def _check_parameters(job: Job) -> int:

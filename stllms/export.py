@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from stllms import artifacts
-from stllms.files import replacing
+from stllms.provenance import replacing
 from stllms.vectors import SteeringVectors
 
 #: What the metadata says about the layer of a tensor ``<behaviour>.<layer>``.

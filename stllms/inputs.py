@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stllms import prompts
-from stllms.files import BadFile
+from stllms.provenance import BadFile
 from stllms.records import Response
 
 #: Key of a row -> whether its text is the thinking alone; else the tags of a chain are read.

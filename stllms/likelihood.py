@@ -18,9 +18,10 @@ from nnsight import save
 from torch import Tensor
 
 from stllms import decode
-from stllms.artifacts import Rows
+from stllms.files import Rows, resumed
 from stllms.models import Model
 from stllms.progress import token_bar
+from stllms.provenance import StaleArtefact, digest
 from stllms.records import STEERED_KEY, Steered
 
 #: Chains in a chunk, the unit of flush and resume.
@@ -48,31 +49,47 @@ def scores(
 
     Raises:
         ValueError: for a chain whose arm is not among ``interventions``.
+        StaleArtefact: where the rows of ``store`` are of another model, other directions or
+            other chains.
     """
     strange = sorted({one.key[1:] for one in chains} - interventions.keys())
     if strange:
         raise ValueError(f"chains of arms without an intervention: {strange[0]}, ...")
-    done = {} if store is None else {tuple(r[k] for k in STEERED_KEY): r for r in store.load()}
+    if store is not None:
+        store.bind({**model.identity, **decode.fingerprints(interventions)})
+        _same_chains(store, chains)
+
+    def make(start: int, stop: int) -> list[dict[str, Any]]:
+        part, made = chains[start:stop], {}
+        for batch in _batches(model, part):
+            found = _compare(model, batch, [interventions[one.key[1:]] for one in batch])
+            made |= {one.key: row for one, row in zip(batch, found, strict=True)}
+            bar.tick(sum(len(one.response.output_ids) for one in batch), len(batch))
+        return [
+            dict(zip(STEERED_KEY, one.key, strict=True)) | {"of": _of(one)} | made[one.key]
+            for one in part
+        ]
+
     with token_bar(len(chains), "likelihood", enabled=progress) as bar:
-        for start in range(0, len(chains), CHUNK):
-            chunk = chains[start : start + CHUNK]
-            lacking = [one for one in chunk if one.key not in done]
-            if not lacking:
-                bar.skip(len(chunk))
-                continue
-            made = {}
-            for batch in _batches(model, chunk):
-                found = _compare(model, batch, [interventions[one.key[1:]] for one in batch])
-                made |= {one.key: row for one, row in zip(batch, found, strict=True)}
-                bar.tick(sum(len(one.response.output_ids) for one in batch), len(batch))
-            new = {
-                one.key: dict(zip(STEERED_KEY, one.key, strict=True)) | made[one.key]
-                for one in lacking
-            }
-            if store is not None:
-                store.append(list(new.values()))
-            done |= new
-    return [done[one.key] for one in chains]
+        keys = [one.key for one in chains]
+        return resumed(keys, make, size=CHUNK, store=store, skip=bar.skip)
+
+
+def _of(one: Steered) -> str:
+    """A hash of the chain that a row is about."""
+    return digest([*one.response.prompt_ids, -1, *one.response.output_ids])
+
+
+def _same_chains(store: Rows, chains: Sequence[Steered]) -> None:
+    """Raises ``StaleArtefact`` for a stored row about another chain of its key."""
+    stored = store.by_key()
+    for one in chains:
+        row = stored.get(one.key)
+        if row is not None and row.get("of") != _of(one):
+            raise StaleArtefact(
+                f"{store.path.name} is of other chains: that of {one.key} changed. --fresh "
+                f"makes it again; or move {store.path} away"
+            )
 
 
 def _batches(model: Model, chains: Sequence[Steered]) -> list[list[Steered]]:

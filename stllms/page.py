@@ -22,7 +22,8 @@ from pygments.formatters import HtmlFormatter
 
 from stllms import colab
 from stllms.config import PACKAGE
-from stllms.files import DPI, read_json
+from stllms.files import DPI
+from stllms.provenance import read_json
 
 #: Richest first; the first one that an output has is shown.
 PICTURES = ("image/png", "image/jpeg", "image/svg+xml")

@@ -7,11 +7,13 @@ stays available as ``style="published"``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stllms import config
+from stllms.files import Rows
+from stllms.provenance import StaleArtefact
 from stllms.records import Response, Task
 
 if TYPE_CHECKING:
@@ -71,6 +73,19 @@ def _stripped(text: str, start: int, stop: int) -> tuple[int, int]:
     inside = text[start:stop]
     left = start + len(inside) - len(inside.lstrip())
     return left, max(left, start + len(inside.rstrip()))
+
+
+def same(store: Rows, prompt_ids: Mapping[str, Sequence[int]]) -> None:
+    """Raises ``StaleArtefact`` for a stored chain whose prompt is not that of ``prompt_ids``,
+    by task: its text, the step-by-step suffix, the template or the tokenizer changed."""
+    for row in store.load():
+        mine, now = row.get("response", row), prompt_ids.get(row["task_id"])
+        if now is not None and tuple(mine["prompt_ids"]) != tuple(now):
+            raise StaleArtefact(
+                f"{store.path.name}: the chain of task {row['task_id']} answers another prompt "
+                f"({mine['prompt_text'][:60]!r} ...): --fresh makes it again; or move "
+                f"{store.path} away"
+            )
 
 
 def as_used(model: Model, made: Sequence[Response], how: str) -> list[Response]:

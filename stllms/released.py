@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllms.config import repository
-from stllms.files import BadFile, read_json
+from stllms.provenance import BadFile, read_json
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stllms import claims, files, pipeline
+from stllms import claims, files, pipeline, provenance
 from stllms.artifacts import BadFile
 from stllms.config import MODELS, RunConfig
 
@@ -98,7 +98,7 @@ def write(folder: str | Path) -> Path:
         ledger=_ledger(folder),
         style=page.style(),
     )
-    with files.replacing(folder / NAME) as beside:
+    with provenance.replacing(folder / NAME, record=False) as beside:
         beside.write_text(text, encoding="utf-8")
     return folder / NAME
 
@@ -108,7 +108,7 @@ def _record(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.is_file():
         raise BadFile(f"{folder}: not the folder of a run, it has no run.json")
-    record = files.read_json(path)
+    record = provenance.read_json(path)
     if not isinstance(record, dict) or "configuration" not in record:
         raise BadFile(f"{path}: not written by stllms (it has no configuration)")
     return record

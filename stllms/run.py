@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = PROG) -> int:
         print(f"{called}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        again = "the same command without --fresh" if "--fresh" in words else "the same command"
+        fresh = any(word.partition("=")[0] == "--fresh" for word in words)
+        again = "the same command without --fresh" if fresh else "the same command"
         print(f"{called}: {stop or 'interrupted'}; {again} goes on from there", file=sys.stderr)
         return 130
 
@@ -65,7 +66,7 @@ def _main(argv: list[str], prog: str) -> int:
     chosen = _jobs(configs, stages)
     _check_inputs(chosen if given.fresh else _pending(chosen))
     if given.fresh:
-        _delete(chosen)
+        _delete(chosen, given.fresh)
     for stage, config in chosen:
         pipeline.check(stage, config)
     todo = _pending(chosen)
@@ -227,19 +228,29 @@ def _check_released(folder: str) -> None:
             readers[kind](path)
 
 
-def _delete(chosen: Chosen) -> None:
-    """``--fresh``: the files of every folder that the run would write to."""
-    folders = {}
+def _delete(chosen: Chosen, which: str) -> None:
+    """``--fresh``: the files of every folder that the run would write to; with a notebook those
+    of one stage and of what rests on it."""
+    if which != "all":
+        stage = pipeline.stage_named(which)
+        for config in {config.to_json(): config for _, config in chosen}.values():
+            _say_deleted(pipeline.folder_of(stage, config).label, pipeline.fresh(stage, config))
+        return
     for stage, config in chosen:
-        folder = pipeline.folder_of(stage, config)
-        folders[folder.path] = folder
         if stage == STAGES[-1]:
-            members = [folder.member(model) for model in config.models]
-            folders |= {member.path: member for member in members}
-    for folder in folders.values():
+            pipeline.fresh(stage, config)
+            continue
+        folder = pipeline.folder_of(stage, config)
         if folder.path.is_dir():
-            with folder.lock():
+            with folder.lock(*STAGES[:-1]):
                 folder.fresh()
+
+
+def _say_deleted(label: str, names: Sequence[str]) -> None:
+    figures = [name for name in names if name.startswith("figures/")]
+    others = [name for name in names if name not in figures]
+    more = f" and {len(figures)} files of figures" if figures else ""
+    print(f"deleted in {label}: {', '.join(others) or 'nothing'}{more}")
 
 
 def _announce(chosen: Chosen, todo: Chosen) -> None:

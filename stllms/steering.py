@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from stllms import decode, prompts
-from stllms.artifacts import Rows
 from stllms.decode import Intervention
+from stllms.files import Rows, resumed
 from stllms.models import Model
 from stllms.progress import token_bar
 from stllms.records import (
@@ -201,37 +201,35 @@ def grid(
     is raised for a store and an arm that is not steered at all positions.
     """
     every = list(every)
-    if store is not None:
+    cells = [(arm, task) for task in tasks for arm in every]
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    if store is not None and cells:
         _check_storable(every)
-    done = {} if store is None else {s.key: s for s in map(steered_from_row, store.load())}
-    with token_bar(
-        len(tasks) * len(every), "steered", most=max_new_tokens, enabled=progress
-    ) as bar:
-        for start in range(0, len(tasks), CHUNK):
-            cells = [(arm, task) for task in tasks[start : start + CHUNK] for arm in every]
-            if all(arm.key(task.id) in done for arm, task in cells):
-                bar.skip(len(cells))
-                continue
-            made = _chains(
-                model,
-                [task for _, task in cells],
-                [_several(arm.intervention) for arm, _ in cells],
-                style,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                temperature=temperature,
-                seed=seed,
-                progress=bar.tick,
-            )
-            new = [
-                Steered(*arm.key(task.id), response)
-                for (arm, task), response in zip(cells, made, strict=True)
-                if arm.key(task.id) not in done
-            ]
-            if store is not None:
-                store.append([to_row(one) for one in new])
-            done |= {one.key: one for one in new}
-    return [done[arm.key(task.id)] for task in tasks for arm in every]
+        store.bind({**model.identity, **options, **decode.fingerprints(by_arm(every))})
+        ids = {task.id: prompts.opening(model, task, style)[1] for task in tasks}
+        prompts.same(store, ids)
+
+    def make(start: int, stop: int) -> list[dict[str, Any]]:
+        part = cells[start:stop]
+        made = _chains(
+            model,
+            [task for _, task in part],
+            [_several(arm.intervention) for arm, _ in part],
+            style,
+            batch_size=batch_size,
+            progress=bar.tick,
+            **options,
+        )
+        return [
+            to_row(Steered(*arm.key(task.id), response))
+            for (arm, task), response in zip(part, made, strict=True)
+        ]
+
+    with token_bar(len(cells), "steered", most=max_new_tokens, enabled=progress) as bar:
+        keys = [arm.key(task.id) for arm, task in cells]
+        size = CHUNK * len(every)
+        rows = resumed(keys, make, size=size, store=store, skip=bar.skip) if every else []
+    return [steered_from_row(row) for row in rows]
 
 
 def _check_storable(every: Sequence[Arm]) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stllms import cli, demo, files, models, pairs, pipeline
+from stllms import cli, demo, models, pairs, pipeline, provenance
 from stllms.artifacts import Folder
 from stllms.config import RunConfig
 from stllms.loading import ModelError
@@ -32,7 +32,7 @@ def stored(config: RunConfig) -> Folder:
     folder = Folder(config).open()
     vectors = torch.randn(1, 4, 32), torch.randn(1, 4, 32), torch.randn(4, 32)
     SteeringVectors((BEHAVIOUR,), *vectors, torch.tensor([10])).save(folder.vectors)
-    files.write_json(folder / "steering_layers.json", {BEHAVIOUR: 1})
+    provenance.write_json(folder / "steering_layers.json", {BEHAVIOUR: 1})
     return folder
 
 
@@ -243,7 +243,7 @@ def test_directions_of_other_weights_or_of_nobody_are_refused(run, model, result
     folder = Folder(run)
     record = folder.record()
     record["identity"]["revision"] = "0" * 12
-    files.write_json(folder.run, record)
+    provenance.write_json(folder.run, record)
     with pytest.raises(ValueError, match="its directions are of revision 000000000000"):
         pairs.bench(RunConfig(model, results=results))
     folder.run.unlink()

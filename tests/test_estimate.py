@@ -120,20 +120,6 @@ def test_steered_chains_and_the_sweep_are_as_many_as_estimated(config, tiny_llam
     assert written == left.chains == 4 * (1 + 9 + 18) + 2 * (1 + 3 * 4 * 2)
 
 
-def test_chains_of_directions_that_are_made_again_are_counted_again(config, monkeypatch):
-    """Plain chains do not depend on the directions."""
-    folder = artifacts.Folder(config).open()
-    monkeypatch.setattr(pipeline, "has_run", lambda stage, config: False)
-    response = records.Response("t5", "own", "", (), (), "", "", 0, "", True, True)
-    kept = [
-        records.Steered("t5", "none", -1, 0.0, "add", response),
-        records.Steered("t5", STEERED[0], 0, 2.0, "add", response),
-    ]
-    before = work("04_steer", config).chains
-    Rows(folder.steered, STEERED_KEY).append([to_row(one) for one in kept])
-    assert work("04_steer", config).chains == before - 1
-
-
 # -- judges and APIs ---------------------------------------------------------------------------
 
 

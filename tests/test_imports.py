@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "stllms"
 #: The floors, from the ground up. A module may import from floors below its own, and from
 #: its own floor too, except on the floor of the stages: stages do not import stages.
 FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("records", frozenset({"records", "checks"})),
+    ("records", frozenset({"checks", "provenance", "records"})),
     ("config", frozenset({"config", "gym", "registry"})),
     (
         "pure and file modules",

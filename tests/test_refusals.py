@@ -10,7 +10,7 @@ import torch
 
 from stllms import checks, compare, pipeline, released, run
 from stllms.config import RunConfig
-from stllms.files import BadFile
+from stllms.provenance import BadFile
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stllms.annotate import protocols
+from stllms.provenance import remembered_hash
 from stllms.records import Annotation, Response
 from stllms.replies import FILE, Reply, Store
 
@@ -52,6 +53,7 @@ class Replay:
                 else f"{path / FILE} holds no reply of a judge{asked}"
             )
         self.name = f"replay:{folder}"
+        self.fingerprint = remembered_hash(path / FILE)[:16]
         self.model = judges[0][0]
         self.protocol = protocols.protocol(judges[0][1], reader)
         self._by_shown: dict[str, list[Mapping[str, Any]]] = {}
