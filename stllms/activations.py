@@ -34,11 +34,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from stllms import artifacts
 from stllms.means import MIN_SPANS, PARTS, TENSORS, Means, digest, is_build, mark, part_of
 from stllms.models import Model
+from stllms.progress import token_bar
 from stllms.records import BEHAVIOURS, STEERED, Response, TokenSpan
 from stllms.spans import check
 
@@ -152,13 +152,8 @@ def collect(
     means, done = _resume(path, means, identity)
     left = build[done:], test[max(0, done - len(build)) :]
     size = min(batch_size, model.fits)
-    with tqdm(
-        total=len(jobs),
-        initial=done,
-        desc="activations",
-        unit="response",
-        disable=not progress,
-    ) as bar:
+    with token_bar(len(jobs), "activations", unit="responses", enabled=progress) as bar:
+        bar.skip(done)
         for held_out, half in enumerate(left):
             if held_out and readout is None and build:
                 own = slice(PARTS // 2)
@@ -176,7 +171,7 @@ def collect(
                     continue
                 half = half[len(batch) :]
                 before, done = done, done + len(batch)
-                bar.update(len(batch))
+                bar.tick(sum(len(job.ids) for job in batch), len(batch))
                 if path is not None and done // SAVE_EVERY > before // SAVE_EVERY:
                     _save(path, means, identity, done)
     if path is not None:

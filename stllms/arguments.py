@@ -119,7 +119,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         help="delete the run's files first; with NOTEBOOK (01 to 05) those of it and of later "
         "ones that rest on it",
     )
-    made.add_argument("--quiet", action="store_true", help="no progress bar")
+    made.add_argument("--quiet", action="store_true", help="show no estimate and no progress")
     made.add_argument("--list-models", action="store_true", help="list the registry and stop")
     made.add_argument("--configuration", help=argparse.SUPPRESS)
     return made

@@ -29,13 +29,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 from nnsight import save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from stllms import means, metrics, spans
 from stllms.effects import (
@@ -50,6 +50,7 @@ from stllms.effects import (
     sample,
 )
 from stllms.models import Model
+from stllms.progress import token_bar
 from stllms.records import Annotation, Response
 from stllms.rows import Rows
 from stllms.vectors import Controls, SteeringVectors
@@ -326,16 +327,10 @@ def collect(
     work = _Work(model, steering_vectors, controls, tuple(objectives), max_rows)
     done = len(result.response_ids)
     rows = [work.rows(one) for one in chosen]
-    with tqdm(
-        total=sum(rows),
-        initial=sum(rows[:done]),
-        desc="layer effects",
-        unit="row",
-        disable=not progress,
-        leave=False,
-    ) as bar:
+    with token_bar(sum(rows), "layer effects", enabled=progress) as bar:
+        bar.skip(sum(rows[:done]))
         for place in range(done, len(pairs)):
-            found = work.of_response(*pairs[place], chosen[place], bar.update)
+            found = work.of_response(*pairs[place], chosen[place], partial(bar.tick, 0))
             result = result.plus(pairs[place][0].task_id, marks[place], found)
             if path is not None and len(result.response_ids) % SAVE_EVERY == 0:
                 result.save(path)

@@ -174,7 +174,8 @@ def run(
             model stay at what fitted.
         temperature: 0 is greedy.
         seed: of the noise.
-        progress: called with (new tokens, rows that ended) after every step.
+        progress: called with (new tokens, rows that ended) after every step, and with what was
+            told so far, below 0, when the rows start again.
         watch: called after every step with the ids of every row so far, in the order of
             ``rows``; to be read, not kept or changed. What it raises ends the run.
 
@@ -185,10 +186,18 @@ def run(
     for row in rows:
         _check(model, row, max_new_tokens)
     size = _fitting(model, rows, max_new_tokens, batch_size or default_batch_size(model))
+    counted = [0, 0]
+
+    def tell(tokens: int, ended: int) -> None:
+        counted[:] = counted[0] + tokens, counted[1] + ended
+        if progress is not None:
+            progress(tokens, ended)
+
     while True:
         try:
-            return _run(model, rows, max_new_tokens, size, temperature, seed, progress, watch)
+            return _run(model, rows, max_new_tokens, size, temperature, seed, tell, watch)
         except torch.OutOfMemoryError:
+            tell(-counted[0], -counted[1])
             if size == 1:
                 raise
             size = model.fits = max(1, min(size, len(rows)) // 2)
@@ -223,8 +232,7 @@ def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
         live = sum(row >= 0 for row in batch.rows)
         _add_up(rows, batch, written, sums)
         ended = _record(model, batch, written, limit)
-        if progress is not None:
-            progress(live, ended)
+        progress(live, ended)
         if watch is not None:
             watch(written)
         batch = _drop(model, rows, batch)

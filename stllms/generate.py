@@ -72,7 +72,7 @@ def responses(
             for (task, o), chain in zip(part, written, strict=True)
         ]
 
-    with token_bar(len(tasks), "responses", enabled=progress) as bar:
+    with token_bar(len(tasks), "responses", most=max_new_tokens, enabled=progress) as bar:
         keys = [(task.id,) for task in tasks]
         rows = resumed(keys, make, size=CHUNK, store=store, skip=bar.skip)
     found = [response_from_row(row) for row in rows]

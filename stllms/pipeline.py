@@ -19,12 +19,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
-from stllms import __version__, refusals, waiting
+from stllms import __version__, progress, refusals, waiting
 from stllms.artifacts import Folder, now
 from stllms.config import PACKAGE, RunConfig, repository
 from stllms.provenance import StaleArtefact, read_json
@@ -44,7 +44,7 @@ REQUIRES: dict[str, tuple[str, ...]] = {
 #: What a stage must have left, besides the figures that its marker lists.
 ARTEFACTS: dict[str, tuple[str, ...]] = {
     "01_generate": ("responses.jsonl",),
-    "02_train_vectors": ("annotations.jsonl", "vectors.safetensors"),
+    "02_train_vectors": ("annotations.jsonl", "vectors.safetensors", "controls.safetensors"),
     "03_attribute_layers": ("layer_effects.safetensors",),
     "04_steer": ("steered.jsonl", "steering.csv"),
     "05_compare": (),
@@ -341,12 +341,18 @@ def _run_headless(stages: Sequence[str], config: RunConfig) -> None:
         stages[-1],
         "--quiet",
     ]
-    with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    with tempfile.TemporaryFile("w+") as errors, progress.followed() as (channel, look):
+        child = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **channel},
+        )
         with child:
             reader = threading.Thread(target=_show_estimates, args=(child.stdout,))
             reader.start()
-            _show_stages(stages, config, child)
+            _show_stages(stages, config, child, look)
             reader.join()
         if child.returncode:
             errors.seek(0)
@@ -361,15 +367,19 @@ def _show_estimates(output: IO[str]) -> None:
 
 
 def _show_stages(
-    stages: Sequence[str], config: RunConfig, child: subprocess.Popen[str]
+    stages: Sequence[str],
+    config: RunConfig,
+    child: subprocess.Popen[str],
+    look: Callable[[], None],
 ) -> None:
-    """A line a stage when it begins, until the child has ended."""
+    """A line a stage when it begins, and a bar below it, until the child has ended."""
     for number, stage in enumerate(stages, 1):
         if child.poll() is not None:
             return
         tasks = f"{config.settings.n_build} tasks"
         print(f"{number} of {len(stages)}: {stage}, {config.model}, {tasks} ...", flush=True)
         while child.poll() is None and not has_run(stage, config):
+            look()
             time.sleep(LOOK)
 
 

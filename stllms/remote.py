@@ -54,10 +54,53 @@ def responses(
     check_limit(entry, max_new_tokens)
     name, kind = str(entry.api_id), kind or entry.kind
     client = api.Client(name, folder=folder, base_url=base_url, max_cost=max_cost, **options)
+    asked = requests(
+        entry,
+        tasks,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        kind=kind,
+        style=style,
+        extra=extra,
+    )
+    replies = client.replies(asked, unusable)
+    failed = [(t.id, r.failed) for t, r in zip(tasks, replies, strict=True) if r.failed]
+    if failed:
+        named = "; ".join(f"{task}: {why}" for task, why in failed[:5])
+        print(
+            f"{name}: {len(failed)} of {len(tasks)} tasks failed and are left out (asked again "
+            f"on the next run): {plain(named)}" + ("; ..." if len(failed) > 5 else "")
+        )
+    made = [
+        to_response(task, request.messages[0]["content"], reply, kind)
+        for task, request, reply in zip(tasks, asked, replies, strict=True)
+        if reply.failed is None
+    ]
+    if silent := sum(withheld(one, kind) for one in made):
+        print(
+            f"{name}: {silent} of {len(made)} chains of a thinking model came without "
+            "reasoning and have nothing to label: the provider keeps it to itself, or wants a "
+            "switch for it (docs/gpu_and_costs.md)"
+        )
+    return made
+
+
+def requests(
+    entry: ModelEntry,
+    tasks: Sequence[Task],
+    *,
+    max_new_tokens: int,
+    temperature: float | None = 0.0,
+    kind: str | None = None,
+    style: str = "sound",
+    extra: Mapping[str, Any] | None = None,
+) -> list[Request]:
+    """What a model is asked, a request a task; the arguments are those of :func:`responses`."""
     sampling = {} if temperature is None else {"temperature": temperature}
     sent = {**sampling, **entry.extra, **(extra or {})}
+    kind = kind or entry.kind
     texts = [clean(prompts.prompt(task.content, kind, style)) for task in tasks]
-    asked = [
+    return [
         Request(
             name=task.id,
             messages=({"role": "user", "content": text},),
@@ -68,26 +111,6 @@ def responses(
         )
         for task, text in zip(tasks, texts, strict=True)
     ]
-    replies = client.replies(asked, unusable)
-    failed = [(t.id, r.failed) for t, r in zip(tasks, replies, strict=True) if r.failed]
-    if failed:
-        named = "; ".join(f"{task}: {why}" for task, why in failed[:5])
-        print(
-            f"{name}: {len(failed)} of {len(tasks)} tasks failed and are left out (asked again "
-            f"on the next run): {plain(named)}" + ("; ..." if len(failed) > 5 else "")
-        )
-    made = [
-        to_response(task, text, reply, kind)
-        for task, text, reply in zip(tasks, texts, replies, strict=True)
-        if reply.failed is None
-    ]
-    if silent := sum(withheld(one, kind) for one in made):
-        print(
-            f"{name}: {silent} of {len(made)} chains of a thinking model came without "
-            "reasoning and have nothing to label: the provider keeps it to itself, or wants a "
-            "switch for it (docs/gpu_and_costs.md)"
-        )
-    return made
 
 
 def entry_of(model_id: str) -> ModelEntry:

@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str = PROG) -> int:
     ``prog`` is what the command is called in its help and in its errors.
     """
     called = "stllms.run" if prog == PROG else prog
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _main(sys.argv[1:] if argv is None else list(argv), prog)
+        return _main(words, prog)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except StageError as error:
@@ -44,8 +45,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str = PROG) -> int:
     except (ValueError, OSError, LockedFolder) as error:
         print(f"{called}: {plain(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{called}: interrupted; the same command goes on from here", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        fresh = any(word.partition("=")[0] == "--fresh" for word in words)
+        again = "the same command without --fresh" if fresh else "the same command"
+        print(f"{called}: {stop or 'interrupted'}; {again} goes on from there", file=sys.stderr)
         return 130
 
 

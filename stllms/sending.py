@@ -45,9 +45,9 @@ from openai import (
     AsyncOpenAI,
     DefaultAsyncHttpxClient,
 )
-from tqdm.auto import tqdm
 
 from stllms import foreign, providers
+from stllms.progress import token_bar
 from stllms.replies import Reply, Request, Store, message_of
 
 #: Says why a reply cannot be used, ``None`` if it can.
@@ -256,7 +256,8 @@ class Sending:
         self.window = Window(self.limits.concurrency)
         url = self.target.base_url
         carrier = DefaultAsyncHttpxClient(trust_env=not providers.is_local(url))
-        bar = tqdm(total=len(requests), desc=self.target.model, disable=not progress)
+        name = self.target.model
+        bar = token_bar(len(requests), name, unit="calls", enabled=progress)
         http = AsyncOpenAI(
             api_key=self._key,
             base_url=url,
@@ -309,9 +310,8 @@ class Sending:
         if self._failures >= self.limits.stop_after:
             self._stop(ApiError, f"{self._failures} requests failed in a row ({row['reason']})")
         if self.target.price:
-            cost = f"{self.store.spent:.4f} {self.target.price.currency}"
-            self._bar.set_postfix_str(cost, refresh=False)
-        self._bar.update()
+            self._bar.note = f"{self.store.spent:.4f} {self.target.price.currency}"
+        self._bar.tick(0, 1)
 
     async def _ask(self, key: str, request: Request) -> dict[str, Any] | None:
         """All attempts at one request -> its row; ``None`` where the run was stopped first."""

@@ -68,7 +68,7 @@ def generate(
     """
     if len(tasks) != len(interventions):
         raise ValueError(f"{len(tasks)} tasks but {len(interventions)} interventions")
-    with token_bar(len(tasks), "steered", enabled=progress) as bar:
+    with token_bar(len(tasks), "steered", most=max_new_tokens, enabled=progress) as bar:
         made = _chains(
             model,
             tasks,
@@ -246,7 +246,7 @@ def grid(
             for (arm, task), response in zip(part, made, strict=True)
         ]
 
-    with token_bar(len(cells), "steered", enabled=progress) as bar:
+    with token_bar(len(cells), "steered", most=max_new_tokens, enabled=progress) as bar:
         keys = [arm.key(task.id) for arm, task in cells]
         size = CHUNK * len(every)
         rows = resumed(keys, make, size=size, store=store, skip=bar.skip) if every else []

@@ -78,6 +78,7 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "colab",
                 "compare",
                 "demo",
+                "estimate",
                 "execute",
                 "inputs",
                 "ledger",

@@ -124,7 +124,7 @@ def steered(
     """The chains with their annotations; ``store`` is rewritten with what was missing."""
     if store is not None:
         store.bind({f"annotator {annotator.name}": made_from(annotator)})
-    todo = [one for one in chains if not _labelled(one, annotator.name)]
+    todo = [one for one in chains if not labelled(one, annotator.name)]
     made = annotator.annotate([one.response for one in todo]) if todo else []
     new = {
         one.key: replace(one, annotation=_in_tokens(annotation, one.response, model))
@@ -138,7 +138,8 @@ def steered(
     return found
 
 
-def _labelled(one: Steered, annotator: str) -> bool:
+def labelled(one: Steered, annotator: str) -> bool:
+    """Whether a chain has an annotation of an annotator that did not fail."""
     label = one.annotation
     return label is not None and label.annotator == annotator and label.failed is None
 
