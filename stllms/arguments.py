@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import textwrap
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -110,8 +111,15 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     made.add_argument("--from", dest="first", metavar="NOTEBOOK", help="first one, 01 to 05")
     made.add_argument("--to", dest="last", metavar="NOTEBOOK", help="last one, 01 to 05")
-    made.add_argument("--fresh", action="store_true", help="delete the run's files first")
-    made.add_argument("--quiet", action="store_true", help="no progress bar")
+    made.add_argument(
+        "--fresh",
+        nargs="?",
+        const="all",
+        metavar="NOTEBOOK",
+        help="delete the run's files first; with NOTEBOOK (01 to 05) those of it and of later "
+        "ones that rest on it",
+    )
+    made.add_argument("--quiet", action="store_true", help="show no estimate and no progress")
     made.add_argument("--list-models", action="store_true", help="list the registry and stop")
     made.add_argument("--configuration", help=argparse.SUPPRESS)
     return made
@@ -128,7 +136,7 @@ def epilog(prog: str) -> str:
     return EPILOG.format(
         prog=prog,
         profiles="\n".join(profiles),
-        names=", ".join(names),
+        names=textwrap.fill(", ".join(names), 90, subsequent_indent="  "),
         choices=", ".join(CHOICES),
     )
 

@@ -9,26 +9,30 @@ import both from here.
 
 from __future__ import annotations
 
-import os
+import json
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stllms import __version__, files
+from stllms import __version__, files, registry
 from stllms.config import RunConfig, repository, slug
-from stllms.files import (
+from stllms.files import Rows, load_table, load_tensors, save_table, save_tensors
+from stllms.provenance import (
+    RUN,
     BadFile,
-    Rows,
-    load_table,
-    load_tensors,
+    DamagedFile,
+    LockedFolder,
+    Record,
+    StaleArtefact,
+    check,
+    locked,
     read_json,
-    save_table,
-    save_tensors,
     write_json,
 )
 from stllms.released import load_comparison, load_layer_effects, load_torch, published
@@ -39,9 +43,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "BadFile", "ChangedConfiguration", "Folder", "LockedFolder", "Rows", "load_comparison",
-    "load_layer_effects", "load_table", "load_tensors", "load_torch", "published",
-    "read_json", "save_figure", "save_table", "save_tensors", "write_json",
+    "BadFile", "ChangedConfiguration", "DamagedFile", "Finding", "Folder",
+    "LockedFolder", "Rows",
+    "StaleArtefact", "load_comparison", "load_layer_effects", "load_table", "load_tensors",
+    "load_torch", "published", "read_json", "save_figure", "save_table", "save_tensors",
+    "verify", "write_json",
 ]  # fmt: skip
 
 #: Packages whose versions are recorded with a run.
@@ -50,12 +56,15 @@ RECORDED = ("torch", "transformers", "nnsight", "numpy", "scipy", "pandas", "mat
 EXTRAS = ("reasoning-gym", "gguf")
 
 
+#: The artefacts of DESIGN, and the sums of a collection under way.
+STANDARD = (
+    "responses.jsonl", "annotations.jsonl", "collecting.safetensors", "vectors.safetensors",
+    "controls.safetensors", "layer_effects.safetensors", "steered.jsonl", "steering.csv",
+)  # fmt: skip
+
+
 class ChangedConfiguration(ValueError):  # noqa: N818 - reads as what it is
     """The folder holds a run of another configuration."""
-
-
-class LockedFolder(RuntimeError):  # noqa: N818 - reads as what it is
-    """Another process is writing to the folder."""
 
 
 #: Names kept by this process, by folder: what a stage says it wrote.
@@ -79,6 +88,7 @@ class Folder:
         self.config = config
         self.path = path or config.folder
         self.identity = dict(config.identity() if identity is None else identity)
+        self.recorded = Record(self.path)
         self.run = self.path / "run.json"
         self.responses = self.path / "responses.jsonl"
         self.annotations = self.path / "annotations.jsonl"
@@ -129,12 +139,15 @@ class Folder:
         """
         self.check()
         configuration = {**self.config.to_dict(), "results": None}
-        if not self.run.is_file():
-            write_json(
-                self.run,
-                {
-                    "identity": self.identity,
-                    "configuration": configuration,
+        record = self.record()
+        old = record.get("identity", {})
+        identity = {k: old.get(k) if v is None else v for k, v in self.identity.items()}
+        wanted = {"identity": identity, "configuration": configuration}
+        if all(record.get(name) == value for name, value in wanted.items()):
+            return self
+        with self.recorded.edit() as content:
+            if not content:
+                content |= {
                     "seed": self.config.seed,
                     "versions": versions(),
                     "commit": commit(),
@@ -142,10 +155,9 @@ class Folder:
                     "stages": {},
                     "recorded": {},
                     "files": [],
-                },
-            )
-        elif (record := self.record()).get("configuration") != configuration:
-            write_json(self.run, {**record, "configuration": configuration})
+                    "artefacts": {},
+                }
+            content |= wanted
         return self
 
     def check(self) -> None:
@@ -162,10 +174,11 @@ class Folder:
         old = self.record().get("identity")
         if not isinstance(old, dict):
             raise BadFile(f"{self.run}: not written by stllms (it has no identity)")
+        names = dict.fromkeys([*self.identity, *old])
         changes = [
             f"{name} was {old.get(name)!r} and is now {self.identity.get(name)!r}"
-            for name in dict.fromkeys([*self.identity, *old])
-            if old.get(name) != self.identity.get(name)
+            for name in names
+            if old.get(name) != self.identity.get(name) and not self._unknown(name, old)
         ]
         if changes:
             raise ChangedConfiguration(
@@ -173,26 +186,43 @@ class Folder:
                 "use --fresh to replace it, or another --results"
             )
 
+    def _unknown(self, name: str, old: Mapping[str, Any]) -> bool:
+        """Whether a commit of the hub was not known then, or is not now: it is known once the
+        model was downloaded, and nobody can have changed it before."""
+        return name == "revision" and None in (old.get(name), self.identity.get(name))
+
     def record(self) -> dict[str, Any]:
         """The content of ``run.json``; ``{}`` if there is none. :class:`BadFile` if torn."""
-        if not self.run.is_file():
-            return {}
-        content = read_json(self.run)
-        if not isinstance(content, dict):
-            raise BadFile(f"{self.run}: not written by stllms (not a JSON object)")
-        return content
+        return self.recorded.content()
 
     def note(self, **values: Any) -> None:
         """Records values in ``run.json`` that identify nothing: device, batch size, counts."""
-        content = self.record()
-        content["recorded"] = {**content.get("recorded", {}), **values}
-        write_json(self.run, content)
+        with self.recorded.edit() as content:
+            content["recorded"] = {**content.get("recorded", {}), **values}
+
+    def made_with(self, identity: Mapping[str, Any]) -> None:
+        """Notes which model a run is made with (:attr:`stllms.models.Model.identity`).
+
+        Raises :class:`StaleArtefact` for another one, naming what of it changed: its weights,
+        tokenizer, chat template or dtype.
+        """
+        old = self.record().get("model")
+        if old is None:
+            with self.recorded.edit() as content:
+                content["model"] = dict(identity)
+            return
+        for name, value in identity.items():
+            if old.get(name) != value:
+                raise StaleArtefact(
+                    f"{self.label} was made with another {name} of the model: "
+                    f"{old.get(name)!r} then, {value!r} now; use --fresh to replace it, or "
+                    "another --results"
+                )
 
     def mark(self, stage: str, marker: Mapping[str, Any]) -> None:
         """Stores the marker of a stage that is done."""
-        content = self.record()
-        content["stages"] = {**content.get("stages", {}), stage: dict(marker)}
-        write_json(self.run, content)
+        with self.recorded.edit() as content:
+            content["stages"] = {**content.get("stages", {}), stage: dict(marker)}
 
     def marker(self, stage: str) -> dict[str, Any]:
         """The marker of a stage, ``{}`` if it was never done."""
@@ -200,13 +230,11 @@ class Folder:
 
     def keep(self, paths: Iterable[Path]) -> None:
         """Notes files below the folder as written by the package, for :meth:`fresh`."""
-        content = self.record()
         names = {path.relative_to(self.path).as_posix() for path in paths}
         self.kept.update(names)
-        known = set(content.get("files", []))
-        if names - known:
-            content["files"] = sorted(known | names)
-            write_json(self.run, content)
+        if names - set(self.record().get("files", [])):
+            with self.recorded.edit() as content:
+                content["files"] = sorted({*content.get("files", []), *names})
 
     @property
     def kept(self) -> set[str]:
@@ -219,18 +247,29 @@ class Folder:
         Known are the artefacts of DESIGN and what ``run.json`` lists. Folders that are then
         empty go as well.
         """
-        standard = (
-            self.responses,
-            self.annotations,
-            self.collecting,
-            self.vectors,
-            self.layer_effects,
-            self.steered,
-            self.steering,
-        )
-        known = [self.path / name for name in self.record_or_empty().get("files", [])]
+        record = self.record_or_empty()
+        standard = [*STANDARD, RUN]
+        return self._delete({*standard, *record.get("files", []), *record.get("artefacts", {})})
+
+    def fresh_stages(self, stages: Mapping[str, Iterable[str]]) -> list[str]:
+        """Deletes what some stages left: the files that each is said to write and those of its
+        marker; the stages count as never done. Returns the names."""
+        record = self.record()
+        names = {name for own in stages.values() for name in own}
+        for stage in stages:
+            names |= set(record.get("stages", {}).get(stage, {}).get("files", []))
+        gone = self._delete(names)
+        with self.recorded.edit() as content:
+            for stage in stages:
+                content.get("stages", {}).pop(stage, None)
+            for name in names:
+                content.get("artefacts", {}).pop(name, None)
+        return gone
+
+    def _delete(self, names: Iterable[str]) -> list[str]:
+        known = [self.path / name for name in names]
         inside = [path for path in known if path.resolve().is_relative_to(self.path.resolve())]
-        paths = [path for path in {*standard, *inside, self.run} if path.is_file()]
+        paths = [path for path in inside if path.is_file()]
         for path in paths:
             path.unlink()
         folders = {path.parent for path in paths} | {self.figures, self.notebooks}
@@ -273,33 +312,15 @@ class Folder:
     # -- who may write -------------------------------------------------------------------
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds ``.lock`` while the block runs; raises :class:`LockedFolder` naming the pid.
-
-        The operating system frees it when its holder dies, however that happens, so a stale
-        file is no obstacle. Where there is no ``fcntl`` (Windows) nothing is held.
-        """
-        try:
-            import fcntl
-        except ImportError:
+    def lock(self, *stages: str, reading: Iterable[str] = ()) -> Iterator[None]:
+        """Holds the locks of ``stages`` while the block runs, and those of ``reading`` together
+        with others that read; raises :class:`LockedFolder` naming the pid."""
+        with ExitStack() as stack:
+            for stage in reading:
+                stack.enter_context(locked(self.path / f".{stage}.lock", shared=True))
+            for stage in stages:
+                stack.enter_context(locked(self.path / f".{stage}.lock"))
             yield
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise LockedFolder(
-                    f"{self.label} is in use by process {holder}: wait for it, stop it, "
-                    "or choose another --results"
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
-            file.truncate(0)
 
 
 def save_figure(
@@ -310,6 +331,99 @@ def save_figure(
         folder.save_figure(name, figure, data)
     else:
         files.draw(Path(folder), name, figure, data)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What :func:`verify` says of one artefact."""
+
+    artefact: str
+    holds: bool
+    said: str
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.holds else 'BAD '} {self.artefact}: {self.said}"
+
+
+def verify(folder: str | Path) -> list[Finding]:
+    """Recomputes what ``run.json`` says, of a run and of every run below ``folder``.
+
+    Each artefact: is it there, do its bytes hash to what was recorded, does it hold as many
+    rows, are its tensors finite, was it made from the artefacts that are there now? The model:
+    are its weights, tokenizer and chat template those of the run, where they are on this
+    machine? Files in ``left_out`` (a copy of a run without its largest files) are known by hash
+    only. Raises :class:`BadFile` where there is no run.
+    """
+    root = Path(folder)
+    runs = sorted(path.parent for path in root.rglob(RUN))
+    if not runs:
+        raise BadFile(f"{root}: no run, there is no {RUN} in it or below")
+    return [
+        replace(one, artefact=(run.relative_to(root) / one.artefact).as_posix())
+        for run in runs
+        for one in _verified(run)
+    ]
+
+
+def _verified(run: Path) -> Iterator[Finding]:
+    record = Record(run)
+    content = record.content()
+    if "artefacts" not in content:
+        yield Finding(RUN, False, "written before artefacts were recorded: make the run again")
+        return
+    if found := _same_model(content):
+        yield found
+    for name, entry in sorted(content["artefacts"].items()):
+        try:
+            said = _contents(run / name, entry, content)
+            why = record.stale(name)
+            yield Finding(name, not why, f"made from something else: {why}" if why else said)
+        except ValueError as error:
+            yield Finding(name, False, str(error))
+
+
+def _contents(path: Path, entry: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """What a file holds, in words; ``ValueError`` where that is not what was recorded."""
+    if not path.is_file():
+        if not entry["bytes"]:
+            return "nothing was written yet"
+        if path.name in content.get("left_out", ()):
+            return f"left out here, known by its hash {entry['sha256'][:12]}"
+        raise BadFile("is not there")
+    check(path)
+    if "rows" in entry:
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadFile(f"line {number} is not JSON ({error})") from None
+        if len(lines) - 1 != entry["rows"]:
+            raise BadFile(f"{len(lines) - 1} rows, {entry['rows']} were recorded")
+        return f"{entry['rows']} rows, whole"
+    if path.suffix == ".safetensors":
+        tensors, _ = load_tensors(path)
+        broken = [name for name, tensor in tensors.items() if tensor.isinf().any()]
+        if broken:
+            raise BadFile(f"not finite: {', '.join(broken)}")
+        return f"{len(tensors)} tensors, whole"
+    return f"{path.stat().st_size} bytes, whole"
+
+
+def _same_model(content: Mapping[str, Any]) -> Finding | None:
+    """Whether the model of a run is what it was, where it is on this machine."""
+    identity = content.get("identity") or {}
+    if "model" not in identity:
+        return None
+    try:
+        now = registry.content_of(registry.resolve(identity["model"]))
+    except registry.UnknownModel as error:
+        return Finding("model", True, f"not on this machine: {error}")
+    known = {name: value for name, value in now.items() if value is not None}
+    changed = [name for name, value in known.items() if identity.get(name) not in (None, value)]
+    if changed:
+        return Finding("model", False, f"another {', '.join(changed)} than the run's")
+    return Finding("model", True, f"{', '.join(known) or 'nothing'} as recorded")
 
 
 def versions() -> dict[str, str | None]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from stllms import provenance
 
 #: Sets of tasks that have a name; anything else is a file. ``checkable`` is ``messages``, but
 #: evaluated on tasks that have exact answers.
@@ -86,7 +87,25 @@ def task_identity(task_set: str) -> str:
     if has_name(task_set):
         return task_set
     path = Path(task_set).expanduser()
-    return f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    return f"{path.name}:{provenance.file_hash(path)[:12]}"
+
+
+def judge_identity(judge: str) -> str:
+    """The annotator of a run; of stored replies with the hash of what is stored."""
+    if not judge.startswith("replay:"):
+        return judge
+    return f"replay:{content_identity(judge.removeprefix('replay:'), '*.jsonl')}"
+
+
+def content_identity(folder: str | None, pattern: str) -> str | None:
+    """The name of a folder and a hash of the names and contents of some of its files."""
+    if folder is None:
+        return None
+    path = Path(folder).expanduser()
+    files = [
+        f"{one.name} {provenance.remembered_hash(one)}" for one in sorted(path.glob(pattern))
+    ]
+    return f"{path.name}:{provenance.digest(files)[:12]}"
 
 
 def hardware(device: str, quantization: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The command ``stllms``: run the notebooks, steer one question, annotate a file.
+"""The command ``stllms``: run the notebooks, steer one question, annotate a file, verify a run.
 
 Exit status: 0 done, 1 failed, 2 the command does not make sense (one line on stderr says
 why), 130 interrupted. Nothing heavy is imported before it is needed; the words of the command
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllms.options import EXAMPLE, UsageError, parser
+from stllms.terminal import plain
 
 if TYPE_CHECKING:
     from stllms.config import RunConfig
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: object, status: int) -> int:
-    print(f"stllms: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"stllms: {plain(' '.join(str(error).split()))}", file=sys.stderr)
     return status
 
 
@@ -74,7 +75,8 @@ def _main(argv: list[str]) -> int:
         parser().print_help()
         return 2
     given = parser().parse_args(argv)
-    return {"steer": _steer, "annotate": _annotate}[given.command](given)
+    commands = {"steer": _steer, "annotate": _annotate, "verify": _verify}
+    return commands[given.command](given)
 
 
 # --- steer --------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def _steer(given: argparse.Namespace) -> int:
     pair = pairs.write(bench, ask)
     chains = pair if given.plain else pair[1:]
     if remark := pairs.remark(pair):
-        print(f"stllms: {remark}", file=sys.stderr)
+        print(f"stllms: {plain(remark)}", file=sys.stderr)
     if config.embedded:
         print(
             f"{config.model} is a fixture, built to be steerable: it knows only questions of "
@@ -103,7 +105,8 @@ def _steer(given: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     if given.json:
-        print(json.dumps(_as_json(bench, ask, chains), ensure_ascii=False, allow_nan=False))
+        made = _as_json(bench, ask, chains)
+        print(plain(json.dumps(made, ensure_ascii=False, allow_nan=False)))
     else:
         print(_as_text(chains, colour=has_colour()))
     return 0
@@ -137,8 +140,8 @@ def _as_text(chains: Sequence[Steered], *, colour: bool) -> str:
     for chain in chains:
         text = chain.response.thinking
         shown = coloured.terminal(text, chain.annotation.segments, colour=colour)
-        parts.append(f"{pairs.title(chain)}\n{shown}\n({pairs.note(chain)})")
-    titles = [pairs.title(chain) for chain in chains]
+        parts.append(f"{plain(pairs.title(chain))}\n{shown}\n({plain(pairs.note(chain))})")
+    titles = [plain(pairs.title(chain)) for chain in chains]
     shares = [pairs.shares(chain) for chain in chains]
     parts.append(coloured.terminal_shares(titles, shares, colour=colour))
     return "\n\n".join(parts)
@@ -201,8 +204,23 @@ def _annotate(given: argparse.Namespace) -> int:
     labelled = f"{counted.coverage:.1%} of the text labelled" if counted.total else "no text"
     found = f"{_count(counted.chains, 'chain')}, {_count(counted.placed, 'segment')}"
     said = f"{annotator.name}: {found}, {labelled}, {_without_labels(bare)}"
-    print(said, file=sys.stderr)
+    print(plain(said), file=sys.stderr)
     return 1 if bare else 0
+
+
+# --- verify -------------------------------------------------------------------------------
+
+
+def _verify(given: argparse.Namespace) -> int:
+    """A line an artefact; 1 where one does not hold."""
+    from stllms import artifacts
+
+    found = artifacts.verify(Path(given.folder).expanduser())
+    for one in found:
+        print(one)
+    bad = sum(not one.holds for one in found)
+    print(f"{_count(len(found), 'artefact')}, {bad or 'none'} that does not hold")
+    return 1 if bad else 0
 
 
 def _count(n: int, what: str) -> str:
@@ -222,7 +240,7 @@ def _check_out(source: str, out: str) -> None:
 
 def _write(made: Sequence[Annotation], out: str | None) -> None:
     """The segments as JSONL, to a file or to standard output."""
-    from stllms import files
+    from stllms import provenance
     from stllms.records import to_row
 
     text = "".join(
@@ -234,7 +252,7 @@ def _write(made: Sequence[Annotation], out: str | None) -> None:
     if out is None:
         sys.stdout.write(text)
         return
-    with files.replacing(Path(out).expanduser()) as beside:
+    with provenance.replacing(Path(out).expanduser()) as beside:
         beside.write_text(text, encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stllms import files
+from stllms import provenance
 from stllms.config import repository
 
 #: Where the package is published; nothing else names it. A stand-in until it is published: the
@@ -118,7 +118,7 @@ def write(notebooks: Path, copies: Path) -> list[Path]:
         raise ValueError(f"no notebooks in {notebooks}, expected 01_generate.ipynb and others")
     made = [copies / source.name for source in sources]
     for source, path in zip(sources, made, strict=True):
-        files.write_json(path, copy_of(files.read_json(source)))
+        provenance.write_json(path, copy_of(provenance.read_json(source)))
     for old in set(copies.glob("*.ipynb")) - set(made):
         old.unlink()
     return made
@@ -133,7 +133,7 @@ def renew_badges(paths: list[Path]) -> list[Path]:
     for path in paths:
         old = path.read_text(encoding="utf-8")
         if renewed(old) != old:
-            with files.replacing(path) as beside:
+            with provenance.replacing(path) as beside:
                 beside.write_text(renewed(old), encoding="utf-8")
             changed.append(path)
     return changed

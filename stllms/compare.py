@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from stllms import comparison, generate, models, released, remote, sampling, tasks
+from stllms import (
+    comparison,
+    generate,
+    models,
+    progress,
+    released,
+    remote,
+    sampling,
+    tasks,
+)
 from stllms.annotate import read, stage
 from stllms.artifacts import Folder, Rows, read_json
 from stllms.comparison import Member
@@ -32,7 +41,10 @@ def members(config: RunConfig, folder: Folder) -> list[Member]:
     """
     for name in config.models:
         remote.check_limit(resolve(name), config.settings.max_tokens_compare)
-    found = [of_model(config.for_model(name), folder.member(name)) for name in config.models]
+    found = []
+    for name in config.models:
+        with progress.about(f"{name}:"):
+            found.append(of_model(config.for_model(name), folder.member(name)))
     found += [_apart(of_run(Path(one).expanduser()), found) for one in config.folders]
     if config.published is not None:
         paths = sorted(Path(config.published).glob("reasoning_comparison_*.json"))
@@ -103,6 +115,7 @@ def _responses(
         return kept, None, _lacking(config, folder, asked, made, kept)
     model = models.for_run(config)
     folder.note(device=str(model.device), dtype=str(model.dtype))
+    folder.made_with(model.identity)
     made = generate.responses(model, asked, store=folder.rows(folder.responses), **options)
     folder.note(sampling_audit_responses=sampling.audit(made).recorded)
     return made, model, []
@@ -147,7 +160,10 @@ def of_released(path: Path, reader: str) -> Member:
     """
     made = [
         Annotation(
-            str(place), reader, tuple(read(row["annotated_response"], reader=reader).segments)
+            str(place),
+            "released",
+            tuple(read(row["annotated_response"], reader=reader).segments),
+            ledger={"reader": reader},
         )
         for place, row in enumerate(released.load_comparison(path))
     ]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +25,10 @@ import torch
 from nnsight import save
 from torch import Tensor
 
-from stllms import sampling
+from stllms import memory, sampling
 from stllms.kvcache import BatchCache
 from stllms.models import Model
+from stllms.provenance import digest
 
 #: A batch is refilled once this share of its rows has ended.
 REFILL = 0.25
@@ -82,6 +83,16 @@ class Intervention:
             raise ValueError(
                 f"a direction is a finite vector [D], not {tuple(self.direction.shape)}"
             )
+
+
+def fingerprints(interventions: Mapping[tuple, Intervention | None]) -> dict[str, str]:
+    """Hashes of what is added, by direction and layer: rows of other directions are not those
+    of these, whatever they are called."""
+    return {
+        f"direction of {name} at layer {layer}": digest(edit.direction)
+        for (name, layer, *_), edit in interventions.items()
+        if edit is not None
+    }
 
 
 @dataclass(frozen=True)
@@ -157,12 +168,14 @@ def run(
     Args:
         rows: in any order; the result is in theirs.
         max_new_tokens: limit of a row.
-        batch_size: rows at a time (``None``: :func:`default_batch_size`). If the device runs
-            out of memory it is halved with a warning, the rows start again, and later runs of
-            this model stay at what fitted.
+        batch_size: rows at a time (``None``: :func:`default_batch_size`). If fewer fit into the
+            free memory (:mod:`stllms.memory`), that many, with a warning; if the device runs
+            out of memory all the same, half, and the rows start again. Later runs of this
+            model stay at what fitted.
         temperature: 0 is greedy.
         seed: of the noise.
-        progress: called with (new tokens, rows that ended) after every step.
+        progress: called with (new tokens, rows that ended) after every step, and with what was
+            told so far, below 0, when the rows start again.
         watch: called after every step with the ids of every row so far, in the order of
             ``rows``; to be read, not kept or changed. What it raises ends the run.
 
@@ -172,15 +185,36 @@ def run(
     """
     for row in rows:
         _check(model, row, max_new_tokens)
-    size = min(batch_size or default_batch_size(model), model.fits)
+    size = _fitting(model, rows, max_new_tokens, batch_size or default_batch_size(model))
+    counted = [0, 0]
+
+    def tell(tokens: int, ended: int) -> None:
+        counted[:] = counted[0] + tokens, counted[1] + ended
+        if progress is not None:
+            progress(tokens, ended)
+
     while True:
         try:
-            return _run(model, rows, max_new_tokens, size, temperature, seed, progress, watch)
+            return _run(model, rows, max_new_tokens, size, temperature, seed, tell, watch)
         except torch.OutOfMemoryError:
+            tell(-counted[0], -counted[1])
             if size == 1:
                 raise
-            size = model.fits = max(1, size // 2)
+            size = model.fits = max(1, min(size, len(rows)) // 2)
             warnings.warn(f"out of memory: going on with batches of {size} rows", stacklevel=2)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _fitting(model: Model, rows: Sequence[Row], new: int, size: int) -> int:
+    """``size``, or as many of the longest rows as fit into the free memory."""
+    size = min(size, model.fits)
+    most, why = memory.rows(model, max((len(r.prompt_ids) for r in rows), default=0), new)
+    if most >= min(size, len(rows)):
+        return size
+    model.fits = max(1, most)
+    warnings.warn(f"batches of {model.fits} rows, not {size}: {why}", stacklevel=3)
+    return model.fits
 
 
 def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
@@ -198,8 +232,7 @@ def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
         live = sum(row >= 0 for row in batch.rows)
         _add_up(rows, batch, written, sums)
         ended = _record(model, batch, written, limit)
-        if progress is not None:
-            progress(live, ended)
+        progress(live, ended)
         if watch is not None:
             watch(written)
         batch = _drop(model, rows, batch)

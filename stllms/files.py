@@ -1,8 +1,9 @@
 """Single files, written beside and renamed into place, with the same bytes every time.
 
-JSON, append-only JSONL, safetensors with metadata, tables and figures. No run is known here:
-which files belong to one is the business of :mod:`stllms.artifacts`, which hands these names
-on; import them from there.
+JSON, append-only JSONL, safetensors with metadata, tables and figures. What is written and read
+in the folder of a run is recorded and checked (:mod:`stllms.provenance`); which files belong to
+a run is the business of :mod:`stllms.artifacts`, which hands these names on; import them from
+there.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from stllms.provenance import BadFile, Record, StaleArtefact, check, file_hash, replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,62 +30,14 @@ FLOAT_FORMAT = "%.8g"
 DPI = 150
 
 
-class BadFile(ValueError):  # noqa: N818 - reads as what it is
-    """A file is missing, torn or not what it should be; the message, one line, names it."""
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well.
-
-    A reader sees the old file or the new one, never a part; an error leaves the old one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON with sorted keys; NaN is refused with ``ValueError``."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    with replacing(Path(path)) as beside:
-        beside.write_text(text + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """The value of a JSON file; :class:`BadFile` if missing, empty, cut off or not JSON."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BadFile(f"{path}: there is no such file") from None
-    except UnicodeDecodeError as error:
-        raise BadFile(f"{path}: not a text file ({error.reason})") from None
-    if not text.strip():
-        raise BadFile(f"{path}: the file is empty")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        torn = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated")
-        what = "truncated JSON" if torn else "not JSON"
-        raise BadFile(f"{path}: {what} (line {error.lineno}: {error.msg})") from None
-
-
 class Rows:
-    """An append-only JSONL file whose rows have a key.
+    """An append-only JSONL file whose rows have a key, and that knows what it was made from.
 
     One row a line, UTF-8. A last line without its newline was torn by a kill: it is dropped
-    on reading (:attr:`torn` says so) and cut off before the next row is appended. Work is cut
-    into fixed chunks of keys in a fixed order (:meth:`chunks`), rows are appended in this
-    order, and a chunk that is there in part is done again whole: so the file of a resumed
-    run equals that of an uninterrupted one byte for byte, as long as the rows do.
-    Not for two writers at once: a run holds the lock of its folder.
+    on reading (:attr:`torn` says so) and cut off before the next row is appended. In the folder
+    of a run, what is written is recorded in ``run.json`` (:mod:`stllms.provenance`), and a file
+    that is not what was recorded is refused. Not for two writers at once: a run holds the lock
+    of its stage.
     """
 
     def __init__(self, path: str | Path, key: Sequence[str] = ("task_id",)) -> None:
@@ -92,35 +47,49 @@ class Rows:
         self._keys: set[tuple[Any, ...]] = set()
         self._size = -1
 
+    def bind(self, made_from: Mapping[str, Any]) -> None:
+        """Says what the rows depend on, by name; the values are JSON or hashes.
+
+        The first call records it, a later one may add names. Raises
+        :class:`~stllms.provenance.StaleArtefact` where a name has another value than the rows
+        that are there were made with, or where nothing is known of these rows.
+        """
+        record = self._record() or Record(self.path.parent)
+        entry = record.entry(self.path)
+        there = self.path.is_file() and self.path.stat().st_size > 0
+        old = entry.get("made_from", {}) if there else {}
+        if there and not entry:
+            raise StaleArtefact(
+                f"{self.path}: nothing is recorded of how its rows were made: move the file "
+                "away, or start again with --fresh"
+            )
+        for name, value in made_from.items():
+            if name in old and old[name] != value:
+                raise StaleArtefact(
+                    f"{self.path.name} was made with another {name}: {old[name]!r} then, "
+                    f"{value!r} now. --fresh makes it again; or move {self.path} away"
+                )
+        if there and not made_from.keys() - old.keys():
+            return
+        with record.edit() as content:
+            entries, name = content.setdefault("artefacts", {}), record.name(self.path)
+            if not there:
+                entries[name] = {"sha256": sha256().hexdigest(), "bytes": 0, "rows": 0}
+            inputs = {} if there else record.inputs(self.path)
+            entries[name]["made_from"] = {**inputs, **made_from, **old}
+
     def load(self) -> list[dict[str, Any]]:
         """All whole rows in file order, ``[]`` if there is no file.
 
         Raises :class:`BadFile` for a line that is no JSON object, lacks a key field or
-        repeats a key.
+        repeats a key, and :class:`~stllms.provenance.DamagedFile` for a file that is not what
+        the run wrote.
         """
         return list(self._index().values())
 
-    def missing(self, keys: Iterable[Any]) -> list[Any]:
-        """Those of ``keys`` that have no row yet, in their order.
-
-        A key is a tuple of the key fields, or the bare value where there is one field.
-        """
-        done = self._done()
-        return [key for key in keys if self._tuple(key) not in done]
-
-    def chunks(self, keys: Sequence[Any], size: int) -> list[list[Any]]:
-        """``keys`` cut into fixed chunks of ``size``, without the chunks that are complete.
-
-        The rows of a chunk that is there in part are taken out of the file, so that it is
-        made again with the very same rows beside each other.
-        """
-        done = self._done()
-        cut = [list(keys[start : start + size]) for start in range(0, len(keys), size)]
-        pending = [chunk for chunk in cut if any(self._tuple(key) not in done for key in chunk)]
-        again = {self._tuple(key) for chunk in pending for key in chunk}
-        if again & done:
-            self.write([row for key, row in self._index().items() if key not in again])
-        return pending
+    def by_key(self) -> dict[tuple[Any, ...], dict[str, Any]]:
+        """:meth:`load` by key."""
+        return self._index()
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds the rows of one chunk and returns when they are on the disk.
@@ -146,20 +115,27 @@ class Rows:
             file.flush()
             os.fsync(file.fileno())
             self._keys, self._size = done | new, file.tell()
+        if (record := self._record()) is not None:
+            entry = record.entry(self.path)
+            moved = not done and entry.get("bytes")
+            made_from = (not moved and entry.get("made_from")) or record.inputs(self.path)
+            record.put(
+                self.path,
+                sha256=file_hash(self.path),
+                bytes=self._size,
+                rows=len(self._keys),
+                **({"made_from": made_from} if made_from else {}),
+            )
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replaces the whole file, atomically."""
-        with replacing(self.path) as beside:
-            beside.write_bytes(b"".join(_line(row) for row in rows))
+        lines = [_line(row) for row in rows]
+        with replacing(self.path, rows=len(lines)) as beside:
+            beside.write_bytes(b"".join(lines))
         self.torn, self._size = False, -1
 
-    def sort(self, keys: Iterable[Any]) -> None:
-        """Rewrites the file in the order of ``keys``; rows that are not named follow."""
-        done = self._index()
-        order = [self._tuple(key) for key in keys]
-        ranked = dict.fromkeys([*(key for key in order if key in done), *done])
-        if list(ranked) != list(done):
-            self.write(done[key] for key in ranked)
+    def _record(self) -> Record | None:
+        return Record.around(self.path)
 
     def _done(self) -> set[tuple[Any, ...]]:
         """The keys in the file, which is read again only if its size is not as we left it."""
@@ -172,6 +148,7 @@ class Rows:
         self.torn = False
         if not self.path.is_file():
             return {}
+        check(self.path)
         content = self.path.read_bytes()
         *lines, rest = content.split(b"\n")
         self.torn = bool(rest)
@@ -180,7 +157,7 @@ class Rows:
             where = f"line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadFile(f"{self.path}: {where} is not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise BadFile(f"{self.path}: {where} is not a JSON object")
@@ -197,10 +174,44 @@ class Rows:
         lacking = [name for name in self.key if name not in row]
         if lacking:
             raise BadFile(f"{self.path}: {where} lacks {', '.join(lacking)}")
-        return tuple(row[name] for name in self.key)
+        key = tuple(row[name] for name in self.key)
+        if any(isinstance(part, list | dict) for part in key):
+            raise BadFile(f"{self.path}: {where} has a key that is no text or number: {key}")
+        return key
 
-    def _tuple(self, key: Any) -> tuple[Any, ...]:
-        return tuple(key) if isinstance(key, tuple | list) else (key,)
+
+def resumed(
+    keys: Sequence[tuple[Any, ...]],
+    make: Callable[[int, int], Sequence[Mapping[str, Any]]],
+    *,
+    size: int,
+    store: Rows | None = None,
+    skip: Callable[[int], Any] | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of ``keys`` in order: those that ``store`` holds, the others made now.
+
+    The one loop of everything that can be resumed. ``keys`` are cut into fixed chunks of
+    ``size``; ``make(start, stop)`` gives the rows of a whole chunk, so that a run that was
+    stopped ends in the same rows as one that was not, and those that were missing are appended
+    before the next chunk begins. ``skip(n)`` is told of chunks that were there.
+
+    Raises ``ValueError`` where ``make`` gives rows of other keys than its chunk has.
+    """
+    done = {} if store is None else store.by_key()
+    for start in range(0, len(keys), size):
+        chunk = keys[start : start + size]
+        if all(key in done for key in chunk):
+            if skip is not None:
+                skip(len(chunk))
+            continue
+        made = list(make(start, start + len(chunk)))
+        if len(made) != len(chunk):
+            raise ValueError(f"{len(made)} rows were made of {len(chunk)} keys")
+        new = {key: dict(row) for key, row in zip(chunk, made, strict=True) if key not in done}
+        if store is not None:
+            store.append(list(new.values()))
+        done |= new
+    return [done[key] for key in keys]
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
@@ -241,6 +252,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
     path = Path(path)
     if not path.is_file():
         raise BadFile(f"{path}: there is no such file")
+    check(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
@@ -249,7 +261,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
         raise BadFile(f"{path}: not a whole safetensors file ({error})") from None
     try:
         return tensors, {name: json.loads(text) for name, text in sorted(texts.items())}
-    except json.JSONDecodeError:
+    except (RecursionError, ValueError):
         raise BadFile(f"{path}: its metadata was not written by stllms") from None
 
 
@@ -266,6 +278,7 @@ def load_table(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     if not path.is_file():
         raise BadFile(f"{path}: there is no such file")
+    check(path)
     if not path.stat().st_size:
         raise BadFile(f"{path}: the file is empty")
     return pd.read_csv(path)

@@ -6,15 +6,15 @@ always decoded whole, so that a run which was stopped ends in the same ids as on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from stllms import decode, prompts, sampling
-from stllms.artifacts import Rows
 from stllms.config import RunConfig
+from stllms.files import Rows, resumed
 from stllms.models import Model
 from stllms.progress import token_bar
-from stllms.records import Response, Task, response_from_row, to_row
+from stllms.records import Response, Task, from_rows, response_from_row, to_row
 
 #: Tasks in a chunk.
 CHUNK = 100
@@ -45,47 +45,44 @@ def responses(
 
     Raises:
         ValueError: for a task id that occurs twice, or a prompt longer than the context.
+        StaleArtefact: where the rows of ``store`` were made by another model, with another
+            prompt or other options, naming it.
         SamplingError: if the audit of all of them fails (:meth:`stllms.sampling.Audit.check`).
     """
     twice = {task.id for task in tasks if sum(other.id == task.id for other in tasks) > 1}
     if twice:
         raise ValueError(f"task ids must differ; more than once: {', '.join(sorted(twice))}")
-    done = {} if store is None else {row["task_id"]: row for row in store.load()}
-    with token_bar(len(tasks), "responses", enabled=progress) as bar:
-        for chunk in chunks(tasks, CHUNK):
-            if all(task.id in done for task in chunk):
-                bar.skip(len(chunk))
-                continue
-            opened = [prompts.opening(model, task, style) for task in chunk]
-            rows = [decode.Row(o[1], t.id) for t, o in zip(chunk, opened, strict=True)]
-            written = decode.run(
-                model,
-                rows,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                temperature=temperature,
-                seed=seed,
-                progress=bar.tick,
-            )
-            made = [
-                to_row(prompts.response(model, task, o, chain.ids, chain.audit))
-                for task, o, chain in zip(chunk, opened, written, strict=True)
-            ]
-            if store is not None:
-                store.append([row for row in made if row["task_id"] not in done])
-            done |= {row["task_id"]: row for row in made if row["task_id"] not in done}
-    found = [response_from_row(done[task.id]) for task in tasks]
+    opened = [prompts.opening(model, task, style) for task in tasks]
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    if store is not None:
+        store.bind({**model.identity, **options})
+        ids = {task.id: o[1] for task, o in zip(tasks, opened, strict=True)}
+        prompts.same(store.path, read(store), ids)
+
+    def make(start: int, stop: int) -> list[dict[str, Any]]:
+        part = list(zip(tasks[start:stop], opened[start:stop], strict=True))
+        rows = [decode.Row(o[1], task.id) for task, o in part]
+        written = decode.run(model, rows, batch_size=batch_size, progress=bar.tick, **options)
+        return [
+            to_row(prompts.response(model, task, o, chain.ids, chain.audit))
+            for (task, o), chain in zip(part, written, strict=True)
+        ]
+
+    with token_bar(len(tasks), "responses", most=max_new_tokens, enabled=progress) as bar:
+        keys = [(task.id,) for task in tasks]
+        rows = resumed(keys, make, size=CHUNK, store=store, skip=bar.skip)
+    found = [response_from_row(row) for row in rows]
     sampling.audit(found).check()
     return found
 
 
-def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
-    """``items`` in runs of ``size``, the last one shorter."""
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
 def summary(made: Sequence[Response]) -> dict[str, float]:
-    """Counts that a reader should see before any number: finished, closed, lengths."""
+    """Counts that a reader should see before any number: finished, closed, lengths, and the
+    responses that use the tags otherwise than once each (:func:`stllms.prompts.irregular`)."""
     count = len(made)
     tokens = [len(item.output_ids) for item in made]
     return {
@@ -94,6 +91,7 @@ def summary(made: Sequence[Response]) -> dict[str, float]:
         "truncated": sum(not item.finished for item in made),
         "thinking closed": sum(item.closed for item in made),
         "without thinking": sum(not item.thinking for item in made),
+        **prompts.irregular(made),
         "mean output tokens": round(sum(tokens) / max(1, count), 1),
         "longest output": max(tokens, default=0),
     }
@@ -112,4 +110,4 @@ def options(setup: RunConfig) -> dict[str, Any]:
 
 def read(store: Rows) -> list[Response]:
     """The stored responses, in the order of the file."""
-    return [response_from_row(row) for row in store.load()]
+    return from_rows(store.load(), response_from_row, store.path)

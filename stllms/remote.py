@@ -15,6 +15,7 @@ from stllms import api, prompts, registry
 from stllms.records import Response, Task
 from stllms.registry import MODELS, ModelEntry
 from stllms.replies import Reply, Request, Store, clean
+from stllms.terminal import plain
 
 #: What stands in the identity of a stored reply, where a judge's has its protocol.
 PROTOCOL = "response"
@@ -53,10 +54,53 @@ def responses(
     check_limit(entry, max_new_tokens)
     name, kind = str(entry.api_id), kind or entry.kind
     client = api.Client(name, folder=folder, base_url=base_url, max_cost=max_cost, **options)
+    asked = requests(
+        entry,
+        tasks,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        kind=kind,
+        style=style,
+        extra=extra,
+    )
+    replies = client.replies(asked, unusable)
+    failed = [(t.id, r.failed) for t, r in zip(tasks, replies, strict=True) if r.failed]
+    if failed:
+        named = "; ".join(f"{task}: {why}" for task, why in failed[:5])
+        print(
+            f"{name}: {len(failed)} of {len(tasks)} tasks failed and are left out (asked again "
+            f"on the next run): {plain(named)}" + ("; ..." if len(failed) > 5 else "")
+        )
+    made = [
+        to_response(task, request.messages[0]["content"], reply, kind)
+        for task, request, reply in zip(tasks, asked, replies, strict=True)
+        if reply.failed is None
+    ]
+    if silent := sum(withheld(one, kind) for one in made):
+        print(
+            f"{name}: {silent} of {len(made)} chains of a thinking model came without "
+            "reasoning and have nothing to label: the provider keeps it to itself, or wants a "
+            "switch for it (docs/gpu_and_costs.md)"
+        )
+    return made
+
+
+def requests(
+    entry: ModelEntry,
+    tasks: Sequence[Task],
+    *,
+    max_new_tokens: int,
+    temperature: float | None = 0.0,
+    kind: str | None = None,
+    style: str = "sound",
+    extra: Mapping[str, Any] | None = None,
+) -> list[Request]:
+    """What a model is asked, a request a task; the arguments are those of :func:`responses`."""
     sampling = {} if temperature is None else {"temperature": temperature}
     sent = {**sampling, **entry.extra, **(extra or {})}
+    kind = kind or entry.kind
     texts = [clean(prompts.prompt(task.content, kind, style)) for task in tasks]
-    asked = [
+    return [
         Request(
             name=task.id,
             messages=({"role": "user", "content": text},),
@@ -67,26 +111,6 @@ def responses(
         )
         for task, text in zip(tasks, texts, strict=True)
     ]
-    replies = client.replies(asked, unusable)
-    failed = [(t.id, r.failed) for t, r in zip(tasks, replies, strict=True) if r.failed]
-    if failed:
-        print(
-            f"{name}: {len(failed)} of {len(tasks)} tasks failed and are left out (asked again "
-            f"on the next run): {'; '.join(f'{task}: {why}' for task, why in failed[:5])}"
-            + ("; ..." if len(failed) > 5 else "")
-        )
-    made = [
-        to_response(task, text, reply, kind)
-        for task, text, reply in zip(tasks, texts, replies, strict=True)
-        if reply.failed is None
-    ]
-    if silent := sum(withheld(one, kind) for one in made):
-        print(
-            f"{name}: {silent} of {len(made)} chains of a thinking model came without "
-            "reasoning and have nothing to label: the provider keeps it to itself, or wants a "
-            "switch for it (docs/gpu_and_costs.md)"
-        )
-    return made
 
 
 def entry_of(model_id: str) -> ModelEntry:
@@ -140,7 +164,7 @@ def to_response(task: Task, prompt_text: str, reply: Reply, kind: str) -> Respon
         text += f"\n{prompts.CLOSE}\n\n{answer}" if closed else ""
     else:
         inline = prompts.OPEN in text or prompts.CLOSE in text
-        thinking, begin, answer, closed = prompts.split(text, opened=prompts.CLOSE in text)
+        thinking, begin, answer, closed = prompts.split(text, opened=False)
         closed = closed and (finished or inline)
         if kind == "thinking" and not inline:
             thinking, begin = "", 0

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stllms import claims, files, pipeline
+from stllms import claims, files, pipeline, provenance
 from stllms.artifacts import BadFile
 from stllms.config import MODELS, RunConfig
+from stllms.terminal import plain
 
 if TYPE_CHECKING:
     from stllms.page import Book, Output
@@ -101,7 +102,7 @@ def write(folder: str | Path) -> Path:
         ledger=_ledger(folder),
         style=page.style(),
     )
-    with files.replacing(folder / NAME) as beside:
+    with provenance.replacing(folder / NAME, record=False) as beside:
         beside.write_text(text, encoding="utf-8")
     return folder / NAME
 
@@ -111,7 +112,7 @@ def _record(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.is_file():
         raise BadFile(f"{folder}: not the folder of a run, it has no run.json")
-    record = files.read_json(path)
+    record = provenance.read_json(path)
     if not isinstance(record, dict) or "configuration" not in record:
         raise BadFile(f"{path}: not written by stllms (it has no configuration)")
     return record
@@ -268,7 +269,8 @@ def _section(folder: Path, stage: str, marker: Mapping[str, Any], readings: bool
     book = page.book(copy, figures, readings=readings) if copy.is_file() else None
     drawn = book.drawn if book else []
     saved = [folder / name for name in marker.get("files", []) if name.endswith(".png")]
-    rest = [path for path in saved if path.stem not in drawn and path.is_file()]
+    own = [path for path in saved if page.is_figure(figures, path.stem)]
+    rest = [figures / path.name for path in own if path.stem not in drawn]
     title = next((heading.title for heading in book.headings), stage) if book else stage
     return Section(
         stage=stage,
@@ -352,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(write(given.folder))
     except (ValueError, OSError) as error:
-        print(f"stllms.report: {error}", file=sys.stderr)
+        print(f"stllms.report: {plain(error)}", file=sys.stderr)
         return 2
     return 0
 

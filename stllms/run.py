@@ -14,12 +14,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from stllms import arguments, checks, execute, pipeline, report
+from stllms import arguments, execute, pipeline, refusals, report
 from stllms.arguments import PROG, UsageError, configurations, parser
 from stllms.artifacts import LockedFolder
-from stllms.config import MODELS, RunConfig, resolve
+from stllms.config import MODELS, RunConfig
 from stllms.pipeline import STAGES, StageError, ensure, finish
 from stllms.registry import OTHERS
+from stllms.terminal import plain
 
 __all__ = ["STAGES", "StageError", "configurations", "ensure", "finish", "main", "parser"]
 
@@ -33,18 +34,21 @@ def main(argv: Sequence[str] | None = None, *, prog: str = PROG) -> int:
     ``prog`` is what the command is called in its help and in its errors.
     """
     called = "stllms.run" if prog == PROG else prog
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _main(sys.argv[1:] if argv is None else list(argv), prog)
+        return _main(words, prog)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except StageError as error:
-        print(f"{called}: {error}", file=sys.stderr)
+        print(f"{called}: {plain(error)}", file=sys.stderr)
         return 1
     except (ValueError, OSError, LockedFolder) as error:
-        print(f"{called}: {error}", file=sys.stderr)
+        print(f"{called}: {plain(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{called}: interrupted; the same command goes on from here", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        fresh = any(word.partition("=")[0] == "--fresh" for word in words)
+        again = "the same command without --fresh" if fresh else "the same command"
+        print(f"{called}: {stop or 'interrupted'}; {again} goes on from there", file=sys.stderr)
         return 130
 
 
@@ -61,9 +65,9 @@ def _main(argv: list[str], prog: str) -> int:
     configs = configurations(given)
     stages = _selected(given.first, given.last)
     chosen = _jobs(configs, stages)
-    _check_inputs(chosen if given.fresh else _pending(chosen))
+    _check_inputs(chosen if given.fresh else _pending(chosen), stages)
     if given.fresh:
-        _delete(chosen)
+        _delete(chosen, given.fresh)
     for stage, config in chosen:
         pipeline.check(stage, config)
     todo = _pending(chosen)
@@ -156,26 +160,13 @@ def _pending(chosen: Chosen, *, again: bool = True) -> Chosen:
     return list({(name, config.to_json()): (name, config) for name, config in todo}.values())
 
 
-def _check_inputs(todo: Chosen) -> None:
-    """Refuses, before any notebook starts, what would stop one of them: a device that is not
-    there, tasks that are wrong or too few, released files that cannot be read."""
+def _check_inputs(todo: Chosen, asked: Sequence[str]) -> None:
+    """Refuses, before any notebook starts, what would stop one of them."""
     stages: dict[str, tuple[RunConfig, list[str]]] = {}
     for stage, config in todo:
         stages.setdefault(config.to_json(), (config, []))[1].append(stage)
     for config, own in stages.values():
-        models = config.models if STAGES[-1] in own else [config.model]
-        entries = [resolve(name) for name in models]
-        if any(entry.source != "api" for entry in entries):
-            checks.hardware(config.device, config.quantization)
-        if any(entry.source == "api" for entry in entries):
-            from stllms import remote  # it brings the client
-
-            for entry in entries:
-                remote.check_limit(entry, config.settings.max_tokens_compare)
-        if config.task_set != "grammar":
-            _check_tasks(config, own)
-        if config.published is not None:
-            _check_released(config.published)
+        refusals.check(config, own, asked=asked)
 
 
 def _check_writable(folders: Iterable[Path]) -> None:
@@ -192,52 +183,29 @@ def _check_writable(folders: Iterable[Path]) -> None:
             )
 
 
-def _check_tasks(config: RunConfig, stages: Sequence[str]) -> None:
-    from stllms import tasks
-
-    wanted = config.settings
-    parts = {"build": STAGES[0], "evaluate": STAGES[3], "compare": STAGES[4]}
-    if not checks.has_name(config.task_set):
-        tasks.from_file(Path(config.task_set).expanduser())
-    for part, stage in parts.items():
-        if stage in stages:
-            try:
-                tasks.for_run(config, part)
-            except ValueError as error:
-                raise UsageError(
-                    f"{error}; the run builds directions from {wanted.n_build} tasks"
-                    f" (--n-samples N), steers {wanted.n_evaluate} others (--n-evaluate N) and"
-                    f" compares models on {wanted.n_compare} (--option n_compare=N)"
-                ) from None
-
-
-def _check_released(folder: str) -> None:
-    from stllms import published  # it brings torch
-    from stllms import published_tables as released
-
-    readers = {
-        "vectors": released.read_vectors,
-        "effects": released.read_effects,
-        "comparison": released.read_counts,
-    }
-    for kind, paths in published.find(folder).items():
-        for path in paths:
-            readers[kind](path)
-
-
-def _delete(chosen: Chosen) -> None:
-    """``--fresh``: the files of every folder that the run would write to."""
-    folders = {}
+def _delete(chosen: Chosen, which: str) -> None:
+    """``--fresh``: the files of every folder that the run would write to; with a notebook those
+    of one stage and of what rests on it."""
+    if which != "all":
+        stage = pipeline.stage_named(which)
+        for config in {config.to_json(): config for _, config in chosen}.values():
+            _say_deleted(pipeline.folder_of(stage, config).label, pipeline.fresh(stage, config))
+        return
     for stage, config in chosen:
-        folder = pipeline.folder_of(stage, config)
-        folders[folder.path] = folder
         if stage == STAGES[-1]:
-            members = [folder.member(model) for model in config.models]
-            folders |= {member.path: member for member in members}
-    for folder in folders.values():
+            pipeline.fresh(stage, config)
+            continue
+        folder = pipeline.folder_of(stage, config)
         if folder.path.is_dir():
-            with folder.lock():
+            with folder.lock(*STAGES[:-1]):
                 folder.fresh()
+
+
+def _say_deleted(label: str, names: Sequence[str]) -> None:
+    figures = [name for name in names if name.startswith("figures/")]
+    others = [name for name in names if name not in figures]
+    more = f" and {len(figures)} files of figures" if figures else ""
+    print(f"deleted in {label}: {', '.join(others) or 'nothing'}{more}")
 
 
 def _announce(chosen: Chosen, todo: Chosen) -> None:

@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from stllms import decode, prompts, sampling
-from stllms.artifacts import Rows
 from stllms.decode import Intervention
+from stllms.files import Rows, resumed
 from stllms.models import Model
 from stllms.progress import token_bar
 from stllms.records import (
@@ -24,14 +22,23 @@ from stllms.records import (
     Response,
     Steered,
     Task,
+    from_rows,
     steered_from_row,
     to_row,
 )
-from stllms.vectors import SteeringVectors
+from stllms.vectors import Controls, SteeringVectors
 
 __all__ = [
-    "STEERED_KEY", "Arm", "Intervention", "arms", "by_arm", "check", "generate", "grid",
-    "null_arms", "sweep_arms",
+    "STEERED_KEY",
+    "Arm",
+    "Intervention",
+    "arms",
+    "by_arm",
+    "check",
+    "control_arms",
+    "generate",
+    "grid",
+    "sweep_arms",
 ]  # fmt: skip
 
 #: Tasks in a chunk: with all their arms the unit of refill, flush and resume.
@@ -61,7 +68,7 @@ def generate(
     """
     if len(tasks) != len(interventions):
         raise ValueError(f"{len(tasks)} tasks but {len(interventions)} interventions")
-    with token_bar(len(tasks), "steered", enabled=progress) as bar:
+    with token_bar(len(tasks), "steered", most=max_new_tokens, enabled=progress) as bar:
         made = _chains(
             model,
             tasks,
@@ -109,7 +116,8 @@ def _chains(
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to write every chain: ``direction`` is a behaviour, ``random:i`` or ``none``."""
+    """One way to write every chain: ``direction`` is a behaviour, ``none``, or a control such
+    as ``shuffled:0``."""
 
     direction: str
     layer: int
@@ -163,24 +171,29 @@ def plain() -> Arm:
     return Arm("none", -1, 0.0, None)
 
 
-def sweep_arms(vectors: SteeringVectors, coefficients: Sequence[float]) -> list[Arm]:
-    """The plain arm, and every steered behaviour at every layer with the largest coefficient
-    of each sign: an option of notebook 04, to see where a direction acts best."""
+def sweep_arms(
+    vectors: SteeringVectors, coefficients: Sequence[float], controls: Controls | None = None
+) -> list[Arm]:
+    """The plain arm, and every steered behaviour and control at every layer with the largest
+    coefficient of each sign: an option of notebook 04, to see where a direction acts best."""
     ends = sorted({c for c in (min(coefficients), max(coefficients)) if c != 0})
     layers = range(vectors.n_layers)
     names = [b for b in STEERED if b in vectors.behaviours]
     each = [arms(vectors, dict.fromkeys(names, layer), ends)[1:] for layer in layers]
+    if controls is not None:
+        each.append(control_arms(controls, {str(layer): layer for layer in layers}, ends))
     return [plain(), *(arm for some in each for arm in some)]
 
 
-def null_arms(
-    directions: Tensor, layers: dict[str, int], coefficients: Sequence[float]
+def control_arms(
+    controls: Controls, layers: dict[str, int], coefficients: Sequence[float]
 ) -> list[Arm]:
-    """Arms ``random:i`` of matched random directions ``[n, L, D]``, at every steering layer."""
+    """The arms of the control directions, at every steering layer. With a judge they may be for
+    some of the tasks only (:func:`stllms.tasks.for_controls`)."""
     return [
-        Arm(f"random:{i}", layer, float(c), Intervention(directions[i, layer], layer, c))
+        Arm(name, layer, float(c), Intervention(direction[layer], layer, c))
         for layer in sorted(set(layers.values()))
-        for i in range(len(directions))
+        for name, direction in zip(controls.names, controls.directions, strict=True)
         for c in coefficients
         if c != 0
     ]
@@ -208,35 +221,36 @@ def grid(
     if the audit of all chains fails.
     """
     every = list(every)
-    if store is not None:
+    cells = [(arm, task) for task in tasks for arm in every]
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    if store is not None and cells:
         _check_storable(every)
-    done = {} if store is None else {s.key: s for s in map(steered_from_row, store.load())}
-    with token_bar(len(tasks) * len(every), "steered", enabled=progress) as bar:
-        for start in range(0, len(tasks), CHUNK):
-            cells = [(arm, task) for task in tasks[start : start + CHUNK] for arm in every]
-            if all(arm.key(task.id) in done for arm, task in cells):
-                bar.skip(len(cells))
-                continue
-            made = _chains(
-                model,
-                [task for _, task in cells],
-                [_several(arm.intervention) for arm, _ in cells],
-                style,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                temperature=temperature,
-                seed=seed,
-                progress=bar.tick,
-            )
-            new = [
-                Steered(*arm.key(task.id), response)
-                for (arm, task), response in zip(cells, made, strict=True)
-                if arm.key(task.id) not in done
-            ]
-            if store is not None:
-                store.append([to_row(one) for one in new])
-            done |= {one.key: one for one in new}
-    found = [done[arm.key(task.id)] for task in tasks for arm in every]
+        store.bind({**model.identity, **options, **decode.fingerprints(by_arm(every))})
+        ids = {task.id: prompts.opening(model, task, style)[1] for task in tasks}
+        stored = from_rows(store.load(), steered_from_row, store.path)
+        prompts.same(store.path, (one.response for one in stored), ids)
+
+    def make(start: int, stop: int) -> list[dict[str, Any]]:
+        part = cells[start:stop]
+        made = _chains(
+            model,
+            [task for _, task in part],
+            [_several(arm.intervention) for arm, _ in part],
+            style,
+            batch_size=batch_size,
+            progress=bar.tick,
+            **options,
+        )
+        return [
+            to_row(Steered(*arm.key(task.id), response))
+            for (arm, task), response in zip(part, made, strict=True)
+        ]
+
+    with token_bar(len(cells), "steered", most=max_new_tokens, enabled=progress) as bar:
+        keys = [arm.key(task.id) for arm, task in cells]
+        size = CHUNK * len(every)
+        rows = resumed(keys, make, size=size, store=store, skip=bar.skip) if every else []
+    found = [steered_from_row(row) for row in rows]
     sampling.audit(one.response for one in found).check()
     return found
 

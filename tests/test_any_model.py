@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 
 import pandas as pd
 import pytest
 
-from stllms import run
+from stllms import estimate, run
 from stllms.config import RunConfig
 
 TASKS = [
@@ -24,8 +25,19 @@ def asked(tmp_path):
     return path
 
 
-def test_folders_of_random_models_run_through_every_notebook(tmp_path, asked, save_tiny_model):
-    """They write noise: directions are missing or meaningless, and nothing breaks on that."""
+def lines(folder, name) -> str:
+    return str(len((folder / f"{name}.jsonl").read_text().splitlines()))
+
+
+def works(config) -> list[estimate.Work]:
+    return estimate.works([(stage, config) for stage in run.STAGES])
+
+
+def test_folders_of_random_models_run_through_every_notebook(
+    tmp_path, asked, save_tiny_model, capsys
+):
+    """They write noise: directions are missing or meaningless, and nothing breaks on that. As
+    many chains are written as was said before, or fewer where directions are missing."""
     folders = [tmp_path / kind for kind in ("llama", "qwen2")]
     for folder in folders:
         save_tiny_model(folder, folder.name)
@@ -35,10 +47,26 @@ def test_folders_of_random_models_run_through_every_notebook(tmp_path, asked, sa
         *("--profile", "smoke", "--tasks", str(asked), "--results", str(results)),
         *("--n-samples", "4", "--n-evaluate", "3", "--max-tokens", "40"),
         *("--option", "n_compare=4", "--option", "random_directions=1"),
+        *("--option", "n_sweep=2"),
     ]
     assert run.main(arguments) == 0
+    said = dict(
+        re.findall(r"^(0[145]\S+ \S+) +(?:up to )?(\d+) ", capsys.readouterr().out, re.M)
+    )
     for folder in folders:
         config = RunConfig(model=str(folder), results=str(results))
+        member = results / "comparison" / config.folder.name
+        assert said[f"01_generate {folder.name}"] == "4" == lines(config.folder, "responses")
+        assert said[f"05_compare {folder.name}"] == "4" == lines(member, "responses")
+        written = lines(config.folder, "steered"), lines(config.folder, "sweep")
+        assert 0 < sum(map(int, written)) <= int(said[f"04_steer {folder.name}"])
+        found = run.configurations(
+            run.parser().parse_args([*arguments, "--model", str(folder)])
+        )
+        config = next(one for one in found if one.model == str(folder))
+        conditions = len(estimate.conditions(config)), len(estimate.sweep_conditions(config))
+        assert written == (str(3 * conditions[0]), str(2 * conditions[1]))
+        assert not any(work.chains for work in works(config))
         bars = pd.read_csv(config.folder / "figures" / "steering.csv")
         assert list(bars["behaviour"].unique()) == list(dict.fromkeys(bars["behaviour"]))
         assert len(bars) == 12

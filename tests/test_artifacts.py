@@ -6,13 +6,14 @@ import json
 import pickle
 import subprocess
 import sys
+from contextlib import suppress
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
 
-from stllms import artifacts, files, released
+from stllms import artifacts, files, provenance, released
 from stllms.artifacts import BadFile, ChangedConfiguration, Folder, Rows
 from stllms.config import RunConfig
 
@@ -26,30 +27,40 @@ def row(name: str, **more) -> dict:
 NAMES = [f"t{number}" for number in range(10)]
 
 
-def work(path, *, chunk: int = 4, stop_after: int | None = None) -> None:
-    """What a stage does: the chunks that are not done, in order."""
-    rows = Rows(path)
-    for count, names in enumerate(rows.chunks(NAMES, chunk)):
-        if count == stop_after:
-            return
-        rows.append(row(name) for name in names)
+class StoppedError(Exception):
+    """A stage that was killed between two chunks."""
+
+
+def work(path, *, chunk: int = 4, stop_after: int | None = None) -> list[tuple[int, int]]:
+    """What a stage does; the chunks it had to make."""
+    made = []
+
+    def make(start: int, stop: int) -> list[dict]:
+        if len(made) == stop_after:
+            raise StoppedError
+        made.append((start, stop))
+        return [row(name) for name in NAMES[start:stop]]
+
+    with suppress(StoppedError):
+        keys = [(name,) for name in NAMES]
+        rows = files.resumed(keys, make, size=chunk, store=Rows(path))
+        assert rows == [row(name) for name in NAMES]
+    return made
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
     rows = Rows(tmp_path / "rows.jsonl")
     assert rows.load() == []
-    assert rows.missing(NAMES) == NAMES
     rows.append([row("b"), row("a")])
     rows.append([row("c")])
     assert [item["task_id"] for item in rows.load()] == ["b", "a", "c"]
     assert Rows(rows.path).load() == [row("b"), row("a"), row("c")]
-    assert rows.missing(["a", "x", "b"]) == ["x"]
 
 
 def test_a_key_may_have_several_fields(tmp_path):
     rows = Rows(tmp_path / "rows.jsonl", key=("task_id", "coefficient"))
     rows.append([row("a", coefficient=1.0), row("a", coefficient=-1.0)])
-    assert rows.missing([("a", 1.0), ("a", 2.0), ("b", 1.0)]) == [("a", 2.0), ("b", 1.0)]
+    assert list(rows.by_key()) == [("a", 1.0), ("a", -1.0)]
 
 
 @pytest.mark.parametrize("cut", range(1, 200, 7))
@@ -72,11 +83,28 @@ def test_stopped_between_chunks_and_resumed_equals_uninterrupted(tmp_path):
     assert broken.read_bytes() == whole.read_bytes()
 
 
-def test_a_chunk_that_is_there_in_part_is_done_again_whole(tmp_path):
+def test_a_chunk_that_is_there_in_part_is_made_whole_and_only_its_missing_rows_are_added(
+    tmp_path,
+):
+    """Rows of a chunk share batches, so all of them are made again to get the same ones."""
     rows = Rows(tmp_path / "rows.jsonl")
-    rows.append(row(name) for name in NAMES[:6])
-    assert rows.chunks(NAMES, 4) == [NAMES[4:8], NAMES[8:]]
-    assert [item["task_id"] for item in rows.load()] == NAMES[:4]
+    rows.append([row(name, old=True) for name in NAMES[:6]])
+    keys = [(name,) for name in NAMES]
+    made, skipped = [], []
+
+    def make(start, stop):
+        made.append((start, stop))
+        return [row(name) for name in NAMES[start:stop]]
+
+    found = files.resumed(keys, make, size=4, store=rows, skip=skipped.append)
+    assert (made, skipped) == ([(4, 8), (8, 10)], [4])
+    assert [bool(item.get("old")) for item in found] == [True] * 6 + [False] * 4
+    assert rows.load() == found
+
+
+def test_a_stage_that_makes_too_few_rows_is_found_out(tmp_path):
+    with pytest.raises(ValueError, match="1 rows were made of 2 keys"):
+        files.resumed([("a",), ("b",)], lambda start, stop: [row("a")], size=2)
 
 
 def test_a_torn_last_line_is_dropped_and_cut_off(tmp_path):
@@ -129,16 +157,7 @@ def test_a_bad_row_writes_nothing_of_its_chunk(tmp_path, bad):
     with pytest.raises(ValueError, match=r"lacks task_id|JSON compliant|there already"):
         rows.append([row("new"), bad])
     assert rows.path.read_bytes() == before
-    assert rows.missing(["new"]) == ["new"]
-
-
-def test_sorting_is_canonical(tmp_path):
-    rows = Rows(tmp_path / "rows.jsonl")
-    rows.append(row(name) for name in ("c", "x", "a", "b"))
-    rows.sort(["a", "b", "c", "d"])
-    assert [item["task_id"] for item in rows.load()] == ["a", "b", "c", "x"]
-    rows.append([row("d")])
-    assert len(rows.load()) == 5
+    assert list(rows.by_key()) == [("there",)]
 
 
 # -- atomic and deterministic ------------------------------------------------------------
@@ -149,7 +168,7 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path):
     artifacts.write_json(path, {"a": 1})
 
     def broken() -> None:
-        with files.replacing(path) as beside:
+        with provenance.replacing(path) as beside:
             beside.write_text("half")
             raise RuntimeError("killed")
 
@@ -313,7 +332,8 @@ def test_fresh_takes_only_what_was_written(place):
         "run.json",
         "steering.csv",
     ]
-    assert [path.name for path in sorted(folder.path.rglob("*"))] == ["figures", "mine.png"]
+    left = [path.name for path in sorted(folder.path.rglob("*"))]
+    assert [name for name in left if not name.endswith(".lock")] == ["figures", "mine.png"]
     assert outside.is_file()
 
 
@@ -328,13 +348,14 @@ def test_the_comparison_refuses_a_models_rows_and_not_other_models(place):
 
 def test_the_lock_is_free_again_after_the_block(place):
     folder = Folder(RunConfig(**place))
-    with folder.lock(), pytest.raises(artifacts.LockedFolder, match="in use by process"):
+    taken = pytest.raises(artifacts.LockedFolder, match="in use by process")
+    with folder.lock("01_generate"), taken:
         _hold(Folder(RunConfig(**place)))
     _hold(folder)
 
 
 def _hold(folder: Folder) -> None:
-    with folder.lock():
+    with folder.lock("01_generate"):
         pass
 
 

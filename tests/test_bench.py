@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stllms import cli, demo, files, models, pairs, pipeline
+from stllms import cli, demo, models, pairs, pipeline, provenance
 from stllms.artifacts import Folder
 from stllms.config import RunConfig
 from stllms.loading import ModelError
@@ -32,7 +32,7 @@ def stored(config: RunConfig) -> Folder:
     folder = Folder(config).open()
     vectors = torch.randn(1, 4, 32), torch.randn(1, 4, 32), torch.randn(4, 32)
     SteeringVectors((BEHAVIOUR,), *vectors, torch.tensor([10])).save(folder.vectors)
-    files.write_json(folder / "steering_layers.json", {BEHAVIOUR: 1})
+    provenance.write_json(folder / "steering_layers.json", {BEHAVIOUR: 1})
     return folder
 
 
@@ -242,9 +242,11 @@ def test_an_unfinished_run_of_another_configuration_is_not_replaced(run, model, 
 def test_directions_of_other_weights_or_of_nobody_are_refused(run, model, results):
     folder = Folder(run)
     record = folder.record()
-    record["identity"]["revision"] = "0" * 12
-    files.write_json(folder.run, record)
-    with pytest.raises(ValueError, match="its directions are of revision 000000000000"):
+    record["identity"]["weights"] = "0" * 12
+    provenance.write_json(folder.run, record)
+    with pytest.raises(
+        ValueError, match=r"directions are of another weights of the model \(000000000000 then"
+    ):
         pairs.bench(RunConfig(model, results=results))
     folder.run.unlink()
     with pytest.raises(ValueError, match=r"no run\.json to say whose"):

@@ -47,7 +47,8 @@ def made(stage: str, config: RunConfig, rows: list[dict] | None = None) -> None:
 
 def reply(name: str, status: str, key: str = "", model: str = "m") -> dict:
     """A stored row of an API."""
-    return {"key": key or name, "name": name, "model": model, "status": status, "identity": {}}
+    asked = {"key": key or name, "name": name, "model": model, "identity": {}}
+    return asked | {"status": status, "reason": None if status == "answered" else "why"}
 
 
 def store(folder: Path, *rows: dict) -> None:
@@ -154,19 +155,25 @@ FLAKY = """import json
 failed = None if (folder / "annotations.jsonl").is_file() else "HTTP 500"
 empty = {"annotator": "grammar", "segments": [], "spans": [], "ledger": {}}
 rows = [{"task_id": "a", "failed": None, **empty}, {"task_id": "b", "failed": failed, **empty}]
-text = "".join(json.dumps(row) + chr(10) for row in rows)
-(folder / "annotations.jsonl").write_text(text)
-(folder / "vectors.safetensors").write_text("")
+folder.rows(folder.annotations, ("task_id", "annotator")).write(rows)
+import torch
+made = {"directions": torch.full((1,), float(failed is None))}
+folder.save_tensors(folder.vectors, made, {})
 log = folder.path.parent / "log.txt"
 log.open("a").write("02_train_vectors " + config.model + chr(10))"""
 
 
-def test_the_next_run_asks_again_and_makes_what_rests_on_it_again(place, capsys):
+def test_the_next_run_asks_again_and_what_rests_on_it_is_named(place, capsys):
+    """New labels give other directions: effects of the old ones are refused, never reused."""
     write_notebook(place / "notebooks", LABELS, work=FLAKY)
     ask = ["--to", "03", "--quiet"]
     assert run.main(ask) == 0
     assert f"{LABELS}: 1 chains failed; the same command asks" in capsys.readouterr().out
-    assert run.main(ask) == 0
+    assert run.main(ask) == 2
+    said = capsys.readouterr().err
+    assert "layer_effects.safetensors was made with other vectors: vectors.safetensors" in said
+    assert "--fresh 03_attribute_layers" in said
+    assert run.main([*ask, "--fresh", "03"]) == 0
     out = capsys.readouterr().out
     assert "chains failed" not in out
     log = (place / "results" / "log.txt").read_text().splitlines()
@@ -174,31 +181,6 @@ def test_the_next_run_asks_again_and_makes_what_rests_on_it_again(place, capsys)
     assert [line.split()[0] for line in log] == ["01_generate", *again, *again]
     assert run.main(ask) == 0
     assert "nothing to do" in capsys.readouterr().out
-
-
-def test_chains_steered_by_directions_from_fewer_chains_are_made_again(place, capsys):
-    config = RunConfig()
-    made("01_generate", config)
-    made(LABELS, config, [label("a"), label("b", failed="HTTP 500")])
-    made("03_attribute_layers", config)
-    folder = run.ensure("04_steer", config)
-    rows = [
-        {"task_id": "t", "direction": d, "layer": 1, "coefficient": 1.0, "operation": "add"}
-        for d in ("none", "backtracking", "random:0")
-    ]
-    for name in ("steered.jsonl", "likelihood.jsonl"):
-        Rows(folder / name, STEERED_KEY).write(rows)
-    run.ensure("04_steer", config)
-    assert len(Rows(folder.steered, STEERED_KEY).load()) == 3
-    made(LABELS, config, [label("a"), label("b")])
-    assert pipeline.pending(["04_steer"], config) == ["03_attribute_layers", "04_steer"]
-    made("03_attribute_layers", config)
-    capsys.readouterr()
-    run.ensure("04_steer", config)
-    for name in ("steered.jsonl", "likelihood.jsonl"):
-        assert Rows(folder / name, STEERED_KEY).load() == rows[:1]
-    said = "2 rows of steered.jsonl are made again: the directions come from 2 labelled chains"
-    assert said in capsys.readouterr().out
 
 
 # -- what it costs -------------------------------------------------------------------------

@@ -28,10 +28,12 @@ config = RunConfig.from_parameters(
     model, profile, judge, results, seed, n_samples, max_tokens, options)
 folder = run.ensure("{stage}", config)"""
 
-WORK = """names = {names}
+WORK = """from stllms.provenance import replacing
+names = {names}
 for name in names:
     folder.keep([folder / name])
-    (folder / name).write_text(f"{{config.seed}}")
+    with replacing(folder / name) as beside:
+        beside.write_text(f"{{config.seed}}")
 log = folder.path.parent / "log.txt"
 log.open("a").write("{stage} " + config.model + "\\n")"""
 
@@ -286,7 +288,7 @@ def test_a_folder_in_use_is_refused_with_the_pid(place, capsys):
     code = (
         "import sys, time\nfrom stllms.artifacts import Folder\n"
         "from stllms.config import RunConfig\n"
-        "with Folder(RunConfig()).lock():\n    print('held', flush=True)\n"
+        "with Folder(RunConfig()).lock('01_generate'):\n    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(
@@ -300,7 +302,8 @@ def test_a_folder_in_use_is_refused_with_the_pid(place, capsys):
         holder.wait()
         holder.stdin.close()
         holder.stdout.close()
-    assert artifacts.Folder(config).path.joinpath(".lock").read_text()  # a stale pid
+    lock = artifacts.Folder(config).path / ".01_generate.lock"
+    assert lock.read_text() == str(holder.pid)  # a stale one
     assert call("--to", "01") == 0
 
 

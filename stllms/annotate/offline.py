@@ -32,6 +32,7 @@ import numpy as np
 from stllms import sentences, spans
 from stllms.annotate import lexical
 from stllms.annotate.features import AROUND, BITS, Features, of_chain
+from stllms.provenance import file_hash
 from stllms.records import Annotation, Response
 
 WEIGHTS = Path(__file__).with_name("offline.npz")
@@ -147,7 +148,9 @@ class Offline:
     name = "offline"
 
     def __init__(self, weights: str | Path | None = None) -> None:
-        self.classifier = Classifier.load(WEIGHTS if weights is None else weights)
+        path = WEIGHTS if weights is None else Path(weights)
+        self.classifier = Classifier.load(path)
+        self.fingerprint = file_hash(path)[:16]
 
     def probabilities(self, text: str) -> tuple[list[tuple[int, int]], np.ndarray]:
         """The sentences of ``text`` as characters, and ``[n, N]`` label probabilities."""

@@ -12,12 +12,20 @@ from dataclasses import replace
 
 import pandas as pd
 
-from stllms import spans
+from stllms import __version__, spans
 from stllms.annotate import Annotator, annotator
-from stllms.artifacts import Rows
 from stllms.config import RunConfig
+from stllms.files import Rows
 from stllms.models import Model
-from stllms.records import Annotation, Response, Steered, annotation_from_row, to_row
+from stllms.provenance import StaleArtefact, digest
+from stllms.records import (
+    Annotation,
+    Response,
+    Steered,
+    annotation_from_row,
+    from_rows,
+    to_row,
+)
 
 KEY = ("task_id", "annotator")
 
@@ -54,9 +62,26 @@ def annotations(
             through an API, which has no ids).
         store: rows by ``task_id, annotator``. A chain it holds is not annotated again unless it
             failed; annotations of other annotators and of other chains stay in the file.
+
+    Raises:
+        StaleArtefact: for a stored annotation of another chain with the same task, or by an
+            annotator that was another one then.
     """
-    stored = [] if store is None else [annotation_from_row(row) for row in store.load()]
-    mine = {a.task_id: a for a in stored if a.annotator == annotator.name and a.failed is None}
+    if store is not None:
+        store.bind({f"annotator {annotator.name}": made_from(annotator)})
+    rows = {} if store is None else store.by_key()
+    path = "" if store is None else store.path
+    stored = dict(zip(rows, from_rows(rows.values(), annotation_from_row, path), strict=True))
+    mine = {}
+    for response in responses:
+        key = (response.task_id, annotator.name)
+        if key in rows and rows[key].get("of") != _of(response):
+            raise StaleArtefact(
+                f"{store.path.name} labels another chain of task {response.task_id}: the "
+                f"responses changed. --fresh makes it again; or move {store.path} away"
+            )
+        if key in rows and stored[key].failed is None:
+            mine[response.task_id] = stored[key]
     todo = [response for response in responses if response.task_id not in mine]
     made = annotator.annotate(todo) if todo else []
     mine |= {
@@ -65,12 +90,28 @@ def annotations(
     }
     found = [mine[response.task_id] for response in responses]
     if store is not None and todo:
-        asked = {response.task_id for response in responses}
-        mine_only = (a for a in stored if a.annotator == annotator.name)
-        others = [a for a in stored if a.annotator != annotator.name]
-        rest = [a for a in mine_only if a.task_id not in asked]
-        store.write([to_row(a) for a in (*others, *found, *rest)])
+        new = [
+            to_row(annotation) | {"of": _of(response)}
+            for annotation, response in zip(found, responses, strict=True)
+        ]
+        kept = {(row["task_id"], row["annotator"]) for row in new}
+        others = [row for key, row in rows.items() if key not in kept]
+        before = [row for row in others if row["annotator"] != annotator.name]
+        behind = [row for row in others if row["annotator"] == annotator.name]
+        store.write([*before, *new, *behind])
     return found
+
+
+def made_from(annotator: Annotator) -> str:
+    """What the labels of an annotator depend on: what it was trained on or replays
+    (its ``fingerprint``), else the version of the package."""
+    return getattr(annotator, "fingerprint", None) or f"stllms {__version__}"
+
+
+def _of(response: Response) -> str:
+    """A hash of the text and the ids that an annotation is about."""
+    ids = [*response.prompt_ids, -1, *response.output_ids]
+    return digest([response.thinking, ids])
 
 
 def steered(
@@ -81,7 +122,9 @@ def steered(
     store: Rows | None = None,
 ) -> list[Steered]:
     """The chains with their annotations; ``store`` is rewritten with what was missing."""
-    todo = [one for one in chains if not _labelled(one, annotator.name)]
+    if store is not None:
+        store.bind({f"annotator {annotator.name}": made_from(annotator)})
+    todo = [one for one in chains if not labelled(one, annotator.name)]
     made = annotator.annotate([one.response for one in todo]) if todo else []
     new = {
         one.key: replace(one, annotation=_in_tokens(annotation, one.response, model))
@@ -95,7 +138,8 @@ def steered(
     return found
 
 
-def _labelled(one: Steered, annotator: str) -> bool:
+def labelled(one: Steered, annotator: str) -> bool:
+    """Whether a chain has an annotation of an annotator that did not fail."""
     label = one.annotation
     return label is not None and label.annotator == annotator and label.failed is None
 
@@ -108,7 +152,7 @@ def _in_tokens(annotation: Annotation, response: Response, model: Model | None) 
 
 def load(store: Rows, annotator: str) -> list[Annotation]:
     """The stored annotations of one annotator."""
-    found = [annotation_from_row(row) for row in store.load()]
+    found = from_rows(store.load(), annotation_from_row, store.path)
     return [annotation for annotation in found if annotation.annotator == annotator]
 
 

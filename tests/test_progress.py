@@ -1,0 +1,235 @@
+"""Rate and time left by a clock that the test turns, and what a kernel tells its runner."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+
+import pytest
+import tiny
+import torch
+
+from stllms import decode, progress
+from stllms.progress import Meter, State
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def fed(total, steps, *, seconds=1.0, most=None):
+    """A meter after the ticks ``steps``, each ``seconds`` after the one before."""
+    now = Clock()
+    meter = Meter(total, most=most, now=now)
+    for step in steps:
+        now.time += seconds
+        meter.tick(*step)
+    return meter, now
+
+
+def test_at_a_constant_speed_the_time_left_is_that_of_the_rest():
+    meter, _ = fed(100, [(10, 1)] * 20)
+    assert meter.rate == pytest.approx(10)
+    assert meter.left == pytest.approx(80)
+
+
+def test_without_tokens_rows_are_counted():
+    meter, _ = fed(40, [(0, 1)] * 30, seconds=5)
+    assert meter.rate == pytest.approx(1 / 5)
+    assert meter.left == pytest.approx(50)
+
+
+def test_rows_of_one_batch_end_together_and_the_half_written_ones_count():
+    """16 rows in two batches of 8, a token a second, all of 50 tokens."""
+    batch = [(8, 0)] * 49 + [(8, 8)]
+    meter, _ = fed(16, batch[:49], most=50)
+    assert meter.left is None, "no row has ended: nobody can know"
+    meter, _ = fed(16, batch, most=50)
+    assert meter.left == pytest.approx(50)
+    meter, _ = fed(16, batch + batch[:30], most=50)
+    assert meter.left == pytest.approx(20)
+
+
+def test_nothing_is_said_before_enough_rows_have_ended():
+    for done, known in ((9, False), (10, True)):
+        meter, _ = fed(1000, [(5, 1)] * done)
+        assert (meter.left is not None) is known
+    assert fed(10, [(5, 1)])[0].left == pytest.approx(9), "one of ten will do"
+    assert Meter(10, now=Clock()).rate is None
+
+
+def test_only_the_recent_speed_counts():
+    slow, fast = [(10, 1)] * 200, [(100, 10)] * int(progress.WINDOW + 1)
+    meter, _ = fed(5000, slow + fast)
+    assert meter.rate == pytest.approx(100)
+
+
+def test_rows_that_were_there_say_nothing_about_the_speed():
+    now = Clock()
+    meter = Meter(1000, now=now)
+    for _ in range(90):
+        now.time += 1  # reading them takes its time
+        meter.skip(10)
+    for _ in range(50):
+        now.time += 2
+        meter.tick(6, 1)
+    assert meter.done == 950
+    assert meter.rate == pytest.approx(3)
+    assert meter.left == pytest.approx(100)
+
+
+def test_what_is_made_again_is_taken_back():
+    meter, now = fed(10, [(10, 1)] * 4)
+    meter.tick(-40, -4)
+    assert (meter.done, meter.tokens, meter.rate, meter.left) == (0, 0, None, None)
+    for _ in range(5):
+        now.time += 1
+        meter.tick(10, 1)
+    assert meter.done == 5
+
+
+def test_a_run_of_rows_of_unequal_length_is_foretold_without_bias():
+    """Geometric lengths of mean 40, 20 at a time, refilled: 5 s a step. At a third of the
+    rows, over many runs, the time foretold is on average the time that it then takes."""
+    draw = random.Random(1)
+    ratios = []
+    for _ in range(60):
+        waiting = [1 + int(draw.expovariate(1 / 39.5)) for _ in range(300)]
+        now = Clock()
+        meter, live, told = Meter(300, now=now), [], None
+        while waiting or live:
+            while waiting and len(live) < 20:
+                live.append(waiting.pop())
+            live = [rest - 1 for rest in live]
+            now.time += 5
+            meter.tick(len(live), live.count(0))
+            live = [rest for rest in live if rest]
+            if told is None and meter.done >= 100:
+                told = now.time, meter.left
+        ratios.append(told[1] / (now.time - told[0]))
+    mean = sum(ratios) / len(ratios)
+    assert 0.8 < mean < 1.05, mean  # the last rows of a run leave the batch half empty
+
+
+# -- words -----------------------------------------------------------------------------------
+
+STEERED = State(
+    "steered", 340, 1740, made=340, tokens=81_200, rate=2310.4, left=190, note="0.02 USD"
+)
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (None, "steered 340/1,740 rows, 81k tokens, 2,310 tokens/s, 0.02 USD, 3:10 left"),
+        (60, "steered 340/1,740 rows, 2,310 tokens/s, 0.02 USD, 3:10 left"),
+        (50, "steered 340/1,740 rows, 2,310 tokens/s, 3:10 left"),
+        (40, "steered 340/1,740 rows, 3:10 left"),
+        (12, "steered 340/"),
+    ],
+)
+def test_a_narrow_line_keeps_what_matters_most(width, expected):
+    assert STEERED.text(width) == expected
+
+
+def test_times_are_written_as_people_do():
+    assert [progress.clock(s) for s in (0, 59.6, 754, 3600)] == [
+        "0:00", "1:00", "12:34", "1:00:00",
+    ]  # fmt: skip
+    assert [progress.words(s) for s in (0.2, 60, 700, 9000, 200_000)] == [
+        "1 s", "60 s", "12 min", "2.5 h", "2.3 days",
+    ]  # fmt: skip
+
+
+# -- shown, told to a runner, or neither -------------------------------------------------------
+
+
+def count(rows=3, **options):
+    with progress.token_bar(rows, "digging", **options) as bar:
+        for _ in range(rows):
+            bar.tick(7, 1)
+
+
+def test_a_script_sees_a_bar(capsys, monkeypatch):
+    monkeypatch.delenv(progress.CHANNEL, raising=False)
+    count()
+    assert "digging 0/3 rows" in capsys.readouterr().err
+
+
+def test_who_asks_for_silence_gets_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv(progress.CHANNEL, raising=False)
+    count(enabled=False)
+    monkeypatch.setenv(progress.CHANNEL, str(tmp_path / "told"))
+    count(enabled=False)
+    assert not (tmp_path / "told").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_kernel_tells_its_runner_and_draws_nothing(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "told"
+    monkeypatch.setenv(progress.CHANNEL, str(path))
+    with progress.about("model 2 of 3"), progress.token_bar(3, "digging", most=9) as bar:
+        begun = json.loads(path.read_text())
+        bar.tick(7, 1)
+        bar.tick(7, 1)
+    assert (begun["what"], begun["done"], begun["ended"]) == ("model 2 of 3 digging", 0, False)
+    told = progress.read(path)
+    assert (told.done, told.total, told.tokens, told.most, told.ended) == (2, 3, 14, 9, True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_message_that_is_just_being_written_is_no_message(tmp_path):
+    path = tmp_path / "told"
+    assert progress.read(path) is None
+    progress.report(path, STEERED)
+    whole = path.read_text()
+    for end in range(len(whole)):
+        path.write_text(whole[:end])
+        assert progress.read(path) is None
+    path.write_text(whole)
+    assert progress.read(path) == STEERED
+
+
+def test_a_kernel_tells_a_few_times_a_second_at_most(monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setenv(progress.CHANNEL, str(tmp_path / "told"))
+    monkeypatch.setattr(progress, "report", lambda path, state: written.append(state))
+    begun = time.monotonic()
+    count(5000)
+    assert len(written) <= (time.monotonic() - begun) / progress.SHOWN_EVERY + 2
+    assert written[-1].done == 5000, "the last one is never left out"
+
+
+def test_items_are_counted_and_those_before_them_too(monkeypatch, tmp_path):
+    monkeypatch.setenv(progress.CHANNEL, str(tmp_path / "told"))
+    assert list(progress.each("abc", "digging", unit="holes", done=4)) == ["a", "b", "c"]
+    told = progress.read(tmp_path / "told")
+    assert (told.done, told.total, told.made, told.unit) == (7, 7, 3, "holes")
+
+
+def test_rows_that_start_again_after_a_full_memory_are_counted_once(monkeypatch):
+    real, told = decode._advance, []
+
+    def scarce(model, batch, temperature):
+        if len(batch.rows) > 2 and batch.step.max() >= 3:
+            raise torch.OutOfMemoryError("no room")
+        return real(model, batch, temperature)
+
+    monkeypatch.setattr(decode, "_advance", scarce)
+    rows = [decode.Row((5, 6, 7 + i), str(i)) for i in range(4)]
+    with pytest.warns(UserWarning, match="out of memory"):
+        written = decode.run(
+            tiny.model("llama"),  # one of its own: it remembers what fitted
+            rows,
+            max_new_tokens=6,
+            batch_size=4,
+            progress=lambda *step: told.append(step),
+        )
+    assert (-16, 0) in told, "four tokens of four rows were lost"
+    assert sum(ended for _, ended in told) == 4
+    assert sum(tokens for tokens, _ in told) == sum(map(len, written))
