@@ -338,7 +338,7 @@ def for_run(setup: config.RunConfig) -> Model:
         quantization=setup.quantization,
         revision=setup.revision,
     )
-    noted = artifacts.Folder(setup).record().get("recorded", {})
+    noted = artifacts.Folder(setup, identity={}).record().get("recorded", {})
     if setup.batch_size is None and noted.get("device") == str(model.device):
         model.fits = noted.get("batch_size") or UNLIMITED
     return model
