@@ -281,7 +281,10 @@ def load_table(path: str | Path) -> pd.DataFrame:
     check(path)
     if not path.stat().st_size:
         raise BadFile(f"{path}: the file is empty")
-    return pd.read_csv(path)
+    try:
+        return pd.read_csv(path)
+    except ValueError as error:  # pandas' own errors, and bytes that are no text
+        raise BadFile(f"{path}: not a table ({str(error).splitlines()[0]})") from None
 
 
 def draw(folder: Path, name: str, figure: Figure, data: pd.DataFrame) -> list[Path]:

@@ -237,6 +237,14 @@ def test_tables_have_a_fixed_format(tmp_path):
         artifacts.load_table(tmp_path / "missing.csv")
 
 
+@pytest.mark.parametrize("content", [b"\n\n", b"a,b\n1,2\n1,2,3\n", b"\xff\xfe\x00"])
+def test_a_table_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(BadFile, match=r"t\.csv: not a table") as caught:
+        artifacts.load_table(tmp_path / "t.csv")
+    assert "\n" not in str(caught.value)
+
+
 def drawn(folder):
     figure, axes = plt.subplots()
     axes.plot([1, 2, 3], label="line")

@@ -16,10 +16,10 @@ import pytest
 import torch
 from released_files import chains, layer_effects, mean_vectors
 
-from stllms import bench, compare, export, files, published_tables, released, vectors
+from stllms import bench, compare, export, provenance, published_tables, released, vectors
 from stllms.config import RunConfig
-from stllms.provenance import BadFile
 from stllms.loading import ModelError
+from stllms.provenance import BadFile
 from stllms.vectors import SteeringVectors
 
 #: A mean that is fine, and where each odd one is put.
