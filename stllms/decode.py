@@ -107,10 +107,11 @@ class Row:
 @dataclass(frozen=True)
 class Written:
     """A chain that was written: its new ids, the one that ended it included, and its audit
-    (:func:`stllms.sampling.entry`)."""
+    (:func:`stllms.sampling.entry`), whose last digits depend on the batch and which is not
+    compared."""
 
     ids: tuple[int, ...]
-    audit: dict[str, float]
+    audit: dict[str, float] = field(compare=False)
 
 
 @dataclass
