@@ -53,6 +53,9 @@ class Took:
     def __mul__(self, factor: float) -> Took:
         return Took(self.wall * factor, self.cpu * factor)
 
+    def __add__(self, other: Took) -> Took:
+        return Took(self.wall + other.wall, self.cpu + other.cpu)
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark of a model takes."""

@@ -32,7 +32,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
 from stllms import config, decode, export, loading, models, tasks
-from stllms.vectors import SteeringVectors, random_directions
+from stllms.vectors import SteeringVectors, isotropic
 
 #: Fields that the writer makes itself.
 HEADER = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")
@@ -78,9 +78,7 @@ def directions(model: models.Model, prompt_ids: Sequence[int], seed: int) -> Ste
     with torch.no_grad(), _outputs(model) as hidden:
         model.hf(torch.tensor([prompt_ids], device=model.device))
     overall = torch.stack([layer[0].float().mean(0).cpu() for layer in hidden])
-    empty = torch.zeros(0, *overall.shape)
-    none = SteeringVectors((), empty, empty, overall, torch.zeros(0))
-    drawn = random_directions(none, 1, seed)
+    drawn = isotropic(overall, 1, seed)
     return SteeringVectors(
         ("random",), drawn, drawn, overall, torch.ones(1), model="llama", config={"seed": seed}
     )
@@ -117,7 +115,7 @@ def ours(
     try:
         edits = () if intervention is None else (intervention,)
         row = decode.Row(prompt_ids, "greedy", edits)
-        written = decode.run(model, [row], max_new_tokens=limit)[0]
+        written = decode.run(model, [row], max_new_tokens=limit)[0].ids
     finally:
         hook.remove()
     return Chain(prompt_ids, written, np.stack(steps))

@@ -88,8 +88,8 @@ def main() -> None:
     options.add_argument("--timed-positions", type=int, default=5)
     options.add_argument("--timed-patches", type=int, default=8)
     options.add_argument(
-        "--max-rows", "--batch-size", type=int, default=attribution.MAX_ROWS,
-        help="rows of a short pass",
+        "--max-rows", "--batch-size", type=int, default=None,
+        help="rows of a short pass; by default as many as their logits fit the budget",
     )  # fmt: skip
     options = options.parse_args()
     model = common.build(options)

@@ -118,9 +118,9 @@ def our_rows(prompts, chosen) -> list[Row]:
 def ours(model: Model, rows, limit: int, batch: int, size: int) -> int:
     """Chunks of ``size`` rows, as :func:`stllms.steering.grid` writes them; the new tokens."""
     return sum(
-        len(ids)
+        len(chain.ids)
         for start in range(0, len(rows), size)
-        for ids in decode.run(
+        for chain in decode.run(
             model, rows[start : start + size], max_new_tokens=limit, batch_size=batch
         )
     )

@@ -13,6 +13,10 @@ behaviour on the device and added up in float64 on the CPU (:class:`stllms.means
 Rows are padded on the *right* and cut after the last span: later tokens cannot reach earlier
 ones in a causal model, so no mask is needed and a batch gives what its rows give alone.
 
+Control directions (METHOD, section 13) are linear in the span means, so that their sums are
+made in the same pass: each is one more row of weights over the spans of a batch, and no span
+mean is kept for them. The weights are drawn for each response from ``(seed, task)`` alone.
+
 The order of reading is fixed, so that a collection that was stopped goes on from its sums and
 the number of responses in them, and shards that were read apart add up (``Means.merge``).
 """
@@ -27,14 +31,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stllms import artifacts
-from stllms.means import PARTS, TENSORS, Means, digest, is_build, part_of
+from stllms.means import MIN_SPANS, PARTS, TENSORS, Means, digest, is_build, mark, part_of
 from stllms.models import Model
 from stllms.progress import token_bar
-from stllms.records import BEHAVIOURS, Response, TokenSpan
+from stllms.records import BEHAVIOURS, STEERED, Response, TokenSpan
 from stllms.spans import check
 
 #: Tokens of a span that enter its mean, counted from the one before it.
@@ -53,7 +58,8 @@ LEDGER = (
 
 @dataclass(frozen=True)
 class _Job:
-    """One response: ids up to the end of its last span, windows and labels."""
+    """One response: ids up to the end of its last span, windows and labels, and the weights
+    ``[2 * K, S]`` of its spans in the ``K`` shuffled and the ``K`` signed sums."""
 
     task_id: str
     part: int
@@ -61,6 +67,7 @@ class _Job:
     windows: tuple[tuple[int, int], ...]
     whole: tuple[int, int]
     labels: tuple[int, ...]
+    weights: np.ndarray
 
 
 def collect(
@@ -72,6 +79,9 @@ def collect(
     behaviours: Sequence[str] = BEHAVIOURS,
     keep: Sequence[int] = (),
     readout: Tensor | None = None,
+    controls: int = 0,
+    targets: Sequence[str] | None = None,
+    seed: int = 0,
     path: Path | None = None,
     progress: bool = True,
 ) -> Means:
@@ -91,6 +101,13 @@ def collect(
             memory then grows with the number of spans.
         readout: ``[N, L, D]`` directions to project the test half on, instead of those of the
             build half.
+        controls: how many control directions of each kind to sum up
+            (:func:`stllms.vectors.controls`). The first ones do not depend on how many there
+            are, nor on the order or the batches of the responses.
+        targets: the behaviours that shuffled controls imitate, each control one in turn; by
+            default the steered ones with at least :data:`~stllms.means.MIN_SPANS` spans.
+            Shards that are to be merged need the same ones.
+        seed: of the permutations and signs.
         path: where to save what was read so far, about every :data:`SAVE_EVERY` responses. A
             file that a stopped collection left there is completed, bit for bit as if it had
             not been stopped (with another ``batch_size``: as another one would differ); it is
@@ -105,18 +122,27 @@ def collect(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size should be at least 1, it is {batch_size}")
-    jobs, ledger = _jobs(responses, spans_per_response, tuple(behaviours))
+    if controls < 0:
+        raise ValueError(f"controls should be at least 0, it is {controls}")
+    behaviours = tuple(behaviours)
+    jobs, ledger = _jobs(responses, spans_per_response, behaviours)
+    aims = _targets(jobs, behaviours, targets) if controls else ()
+    if controls:
+        rows = [behaviours.index(name) for name in aims]
+        jobs = [_weighted(job, controls, rows, seed) for job in jobs]
     keep = tuple(dict.fromkeys(keep))
     _check_layers(model, keep)
     _check_readout(readout, behaviours, model)
+    drawn = {"controls": {"seed": seed, "targets": list(aims)}} if controls else {}
     means = Means.zeros(
-        tuple(behaviours),
+        behaviours,
         model.n_layers,
         model.d_model,
         model=model.name,
         sample_layers=keep,
         readout="" if readout is None else digest(readout),
-        config={"window": WINDOW},
+        controls=controls,
+        config={"window": WINDOW, **drawn},
     )
     task_ids = tuple(sorted(one.task_id for one in responses))
     means = replace(means, ledger=ledger, task_ids=task_ids)
@@ -166,6 +192,7 @@ def _identity(model: Model, means: Means, jobs: list[_Job]) -> dict[str, Any]:
         "behaviours": list(means.behaviours),
         "keep": list(means.sample_layers),
         "readout": means.readout[:12],
+        "number of controls": len(means.signs),
         **means.config,
     }
 
@@ -260,9 +287,43 @@ def _jobs(
                 ),
                 whole=whole,
                 labels=tuple(behaviours.index(s.label) for s in used),
+                weights=np.zeros((0, len(used)), dtype=np.float32),
             )
         )
     return jobs, ledger
+
+
+def _targets(
+    jobs: Sequence[_Job], behaviours: tuple[str, ...], targets: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The behaviours that shuffled controls imitate."""
+    if targets is not None:
+        strange = [name for name in targets if name not in behaviours]
+        if strange or not targets:
+            raise ValueError(
+                f"targets {list(targets)}: expected at least one of {', '.join(behaviours)}"
+            )
+        return tuple(targets)
+    spans = Counter(behaviours[label] for job in jobs for label in job.labels)
+    known = [name for name in behaviours if spans[name] >= MIN_SPANS]
+    return tuple(name for name in STEERED if name in known) or tuple(known)
+
+
+def _weighted(job: _Job, controls: int, targets: Sequence[int], seed: int) -> _Job:
+    """The response with its weights: ones where a permuted label is the control's target, then
+    random signs. Each kind has a generator of its own, so that control ``i`` is the same
+    whatever ``controls`` is."""
+    shuffling, tossing = (
+        np.random.default_rng([seed, mark(job.task_id), kind]) for kind in (0, 1)
+    )
+    labels = np.array(job.labels, dtype=int)
+    weights = np.zeros((2 * controls, len(labels)), dtype=np.float32)
+    for i in range(controls):
+        permuted = shuffling.permutation(labels)
+        if targets:
+            weights[i] = permuted == targets[i % len(targets)]
+        weights[controls + i] = 1 - 2 * tossing.integers(0, 2, len(labels))
+    return replace(job, weights=weights)
 
 
 def _ordered(jobs: Iterable[_Job]) -> list[_Job]:
@@ -296,6 +357,7 @@ def _add(means: Means, model: Model, batch: list[_Job], readout: Tensor | None) 
     place = torch.tensor(place, dtype=torch.long, device=device)
     n = len(means.behaviours)
     groups = _groups(batch, n).to(device)
+    weights = torch.from_numpy(np.concatenate([job.weights for job in batch], 1)).to(device)
     units = [None] * model.n_layers
     if readout is not None:
         units = torch.nn.functional.normalize(readout, dim=-1).float().to(device).unbind(1)
@@ -305,6 +367,7 @@ def _add(means: Means, model: Model, batch: list[_Job], readout: Tensor | None) 
     n_layers, d_model, n_spans = model.n_layers, model.d_model, len(place)
     sums = torch.empty(n_layers, len(groups), d_model, device=device)
     squares = torch.empty(n_layers, len(groups), d_model, device=device)
+    controls = torch.empty(n_layers, len(weights), d_model, device=device)
     wholes = torch.empty(n_layers, len(batch), d_model, device=device)
     finite = torch.empty(n_layers, len(batch), dtype=torch.bool, device=device)
     projected = torch.empty(n_spans, n_layers, n, device=device)
@@ -314,6 +377,8 @@ def _add(means: Means, model: Model, batch: list[_Job], readout: Tensor | None) 
             products, spans, sums[layer], squares[layer], along = _of_layer(
                 envoy.output, matrix, place, groups, units[layer]
             )
+            if len(weights):
+                controls[layer] = weights.to(spans.device) @ spans
             finite[layer] = products.isfinite().flatten(1).all(1)
             wholes[layer] = products[:, 0]
             if along is not None:
@@ -327,6 +392,7 @@ def _add(means: Means, model: Model, batch: list[_Job], readout: Tensor | None) 
         sums=sums.cpu().double(),
         squares=squares.cpu().double(),
         wholes=wholes.cpu().double(),
+        controls=controls.transpose(0, 1).cpu().double(),
         projected=None if readout is None else projected.cpu(),
         samples=samples.cpu() if means.sample_layers else None,
     )
@@ -370,17 +436,22 @@ def _accumulate(
     sums: Tensor,
     squares: Tensor,
     wholes: Tensor,
+    controls: Tensor,
     projected: Tensor | None,
     samples: Tensor | None,
 ) -> Means:
     """Add one batch in place: ``sums`` and ``squares`` ``[L, H*N, D]``, ``wholes [L, B, D]``,
-    ``projected [S, L, N]``, ``samples [S, K, D]``. Returns the record with its lists of kept
-    spans extended."""
+    ``controls [2 * K, L, D]``, ``projected [S, L, N]``, ``samples [S, K, D]``. Returns the
+    record with its lists of kept spans extended."""
     n = len(means.behaviours)
     labels = torch.tensor([x for job in batch for x in job.labels], dtype=torch.long)
     means.sums.add_(sums.transpose(0, 1).unflatten(0, (PARTS, n)))
     means.squares.add_(squares.transpose(0, 1).unflatten(0, (PARTS, n)))
+    k = len(means.signs)
+    means.shuffled.add_(controls[:k])
+    means.signed.add_(controls[k:])
     for row, job in enumerate(batch):
+        means.signs.add_(torch.from_numpy(job.weights[k:].sum(1)).long())
         means.counts[job.part] += torch.bincount(torch.tensor(job.labels).long(), minlength=n)
         means.overall_sums[job.part] += wholes[:, row]
         means.overall_counts[job.part] += 1
@@ -391,4 +462,6 @@ def _accumulate(
     if samples is not None:
         changes["samples"] = torch.cat([means.samples, samples])
         changes["sample_labels"] = torch.cat([means.sample_labels, labels])
+        owners = torch.tensor([mark(job.task_id) for job in batch for _ in job.labels])
+        changes["sample_responses"] = torch.cat([means.sample_responses, owners.long()])
     return replace(means, **changes) if changes else means

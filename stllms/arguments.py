@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import textwrap
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -135,7 +136,7 @@ def epilog(prog: str) -> str:
     return EPILOG.format(
         prog=prog,
         profiles="\n".join(profiles),
-        names=", ".join(names),
+        names=textwrap.fill(", ".join(names), 90, subsequent_indent="  "),
         choices=", ".join(CHOICES),
     )
 

@@ -19,13 +19,17 @@ half the work.
 another size round otherwise: a coefficient of 0 need not give 0 nats (smollm2 gave some
 thousandths), and effects depend a little on ``max_rows``. No benchmark keeps these numbers.
 
-Rows (:mod:`stllms.rows`) go in chunks of ``max_rows``, so no mask is larger than
-``[max_rows, T + max_rows]``.
+Rows (:mod:`stllms.rows`) go in chunks of ``max_rows``, by default as many as their logits fit
+into :data:`BUDGET` bytes, so no mask is larger than ``[max_rows, T + max_rows]``. At a real
+vocabulary the unembedding of every row is most of the work: there only fewer rows help, and
+:func:`collect` measures the exact effects at a seeded sample of positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -34,24 +38,29 @@ from torch import Tensor
 
 from stllms import means, metrics, spans
 from stllms.effects import (
+    PAIRED,
     SETS,
     LayerEffects,
+    Sample,
     fingerprint,
     ledger_of,
     measurable,
     null_key,
+    sample,
 )
 from stllms.models import Model
-from stllms.progress import each
+from stllms.progress import token_bar
 from stllms.records import Annotation, Response
 from stllms.rows import Rows
-from stllms.vectors import SteeringVectors
+from stllms.vectors import Controls, SteeringVectors
 
 OBJECTIVES: tuple[str, ...] = ("kl", "published")
 #: Responses between two saves of :func:`collect`.
 SAVE_EVERY = 10
-#: Rows of one short pass.
-MAX_ROWS = 256
+#: Bytes of the logits of one short pass.
+BUDGET = 2**27
+#: Rows of one short pass at most: they attend to each other's columns, masked, in vain.
+MAX_ROWS = 512
 #: Rows whose distribution over the vocabulary is held in float32 at once.
 KL_ROWS = 64
 
@@ -64,7 +73,7 @@ def layer_effects(
     *,
     objective: str = "kl",
     coefficient: float = 1.0,
-    max_rows: int = MAX_ROWS,
+    max_rows: int | None = None,
 ) -> Tensor:
     """Effects of all directions at every layer and position of one response.
 
@@ -74,8 +83,8 @@ def layer_effects(
         directions: ``[N, L, D]``; ``"published"`` uses them at unit length.
         objective: ``"kl"`` (nats, full-length directions times ``coefficient``) or
             ``"published"`` (absolute values; takes no coefficient).
-        max_rows: rows of a short pass; in float32 the result does not depend on it, in
-            bfloat16 it does by its rounding ("Precision" above).
+        max_rows: rows of a short pass (:func:`rows_of`, unless said); in float32 the result
+            does not depend on it, in bfloat16 it does by its rounding ("Precision" above).
 
     Returns:
         ``[N, L, P]`` float32 on the CPU.
@@ -86,6 +95,7 @@ def layer_effects(
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
+    max_rows = rows_of(model) if max_rows is None else max_rows
     if max_rows < 1:
         raise ValueError(f"max_rows should be at least 1, it is {max_rows}")
     ids = torch.as_tensor(input_ids, dtype=torch.long)
@@ -97,13 +107,21 @@ def layer_effects(
     if objective == "published" and coefficient != 1.0:
         raise ValueError('objective "published" is a gradient: it takes no coefficient')
     rows = Rows(model, ids, where)
-    effects = [
-        _published(rows, chunk, directions)
-        if objective == "published"
-        else _exact(rows, chunk, directions * coefficient, max_rows)
-        for chunk in where.split(max_rows)
-    ]
+    effects = []
+    for chunk in where.split(max_rows):
+        if objective == "published":
+            effects.append(_published(rows, chunk, directions))
+            continue
+        pairs = list(product(range(len(directions)), range(len(chunk))))
+        found = _exact(rows, chunk, directions * coefficient, pairs, max_rows)
+        effects.append(found.unflatten(0, (len(directions), len(chunk))).transpose(1, 2))
     return torch.cat(effects, dim=-1)
+
+
+def rows_of(model: Model) -> int:
+    """Rows of a short pass whose logits fit into :data:`BUDGET`, :data:`MAX_ROWS` at most."""
+    vocabulary = model.hf.get_input_embeddings().weight.shape[0]
+    return max(1, min(MAX_ROWS, BUDGET // (vocabulary * model.dtype.itemsize)))
 
 
 def _check(model: Model, ids: Tensor, positions: Tensor, directions: Tensor) -> None:
@@ -170,27 +188,35 @@ def surrogate(logits: Tensor) -> Tensor:
     return -(log_p.detach() * log_p).mean(-1)
 
 
-def _exact(rows: Rows, positions: Tensor, vectors: Tensor, max_rows: int) -> Tensor:
-    """``KL(p_clean || p_patched)`` of some positions: ``[N, L, R]``."""
+def _exact(
+    rows: Rows,
+    positions: Tensor,
+    vectors: Tensor,
+    pairs: Sequence[tuple[int, int]],
+    max_rows: int,
+    tick: Callable[[int], object] = lambda _rows: None,
+) -> Tensor:
+    """``KL(p_clean || p_patched)`` at every layer, ``[M, L]``, for ``M`` pairs of a row of
+    ``vectors [N, L, D]`` and one of ``positions [R]``. ``tick`` is told of every pass' rows."""
     model = rows.model
-    n, n_layers, _ = vectors.shape
+    n_layers = vectors.shape[1]
     with torch.no_grad(), model.nn.trace(**rows.inputs(positions)):
         hidden = save([])
         for envoy in model.nn_layers:
             hidden.append(envoy.output[0].clone())
         clean = save(model.nn.output.logits[0])
     vectors = vectors.to(hidden[0].device, hidden[0].dtype)
-    effects = torch.zeros(n, n_layers, len(positions))
-    # All (layer, direction, position), by layer, so that a chunk skips as much as it can.
-    grid = torch.cartesian_prod(
-        torch.arange(n_layers), torch.arange(n), torch.arange(len(positions))
-    )
+    effects = torch.zeros(len(pairs), n_layers)
+    which, row = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+    # All (layer, pair), by layer, so that a chunk skips as much as it can.
+    grid = torch.cartesian_prod(torch.arange(n_layers), torch.arange(len(pairs)))
     for items in grid.split(max_rows):
-        layers, which, row = items.T
+        layers, pair = items.T
         patched = _patched_logits(
-            rows, positions[row], row, layers, vectors[which, layers], hidden
+            rows, positions[row[pair]], row[pair], layers, vectors[which[pair], layers], hidden
         )
-        effects[which, layers, row] = _kl(clean, row, patched)
+        effects[pair, layers] = _kl(clean, row[pair], patched)
+        tick(len(items))
     return effects
 
 
@@ -238,103 +264,187 @@ def collect(
     steering_vectors: SteeringVectors,
     *,
     objectives: Sequence[str] = OBJECTIVES,
-    nulls: Tensor | None = None,
-    max_rows: int = MAX_ROWS,
+    targets: Sequence[str] | None = None,
+    controls: Controls | None = None,
+    n_positions: int | None = None,
+    seed: int = 0,
+    max_rows: int | None = None,
     path: Path | None = None,
     progress: bool = True,
 ) -> LayerEffects:
     """Effects of every response, averaged over its positions: all behaviours, both sets.
 
-    The positions of all spans of a response go through :func:`layer_effects` together, once an
-    objective; ``own`` averages those of a behaviour's own spans, ``others`` those of all other
-    behaviours' (METHOD, section 7). Responses without a usable position are not among
-    ``response_ids``; ``ledger`` counts them.
+    ``own`` averages the positions of a behaviour's own spans, ``others`` those of all other
+    behaviours' (METHOD, section 7). The published objective is measured at all of them, in one
+    pass for all behaviours; the exact one takes a row of a pass for each position, layer and
+    direction, and is measured at ``n_positions`` a behaviour and set
+    (:func:`stllms.effects.sample`). Responses without a usable position are not among
+    ``response_ids``; ``ledger`` counts them, and the positions that were measured.
 
     Args:
-        nulls: ``[K, L, D]`` directions that mean nothing, as long as the real ones, that the
-            objective ``"kl"`` measures too, at every behaviour's own positions.
+        targets: the behaviours whose exact effects are measured, all unless said; those of the
+            others are NaN.
+        controls: directions that mean nothing, as long as the real ones, that the objective
+            ``"kl"`` measures too, at a part of every target's own positions; the target's own
+            effects at that part are under :data:`~stllms.effects.PAIRED`.
+        n_positions: of the sample; ``None`` measures at all positions.
+        seed: of the sample.
         max_rows: rows of a short pass, as in :func:`layer_effects`.
         path: a cache of this computation, saved after every :data:`SAVE_EVERY` responses. Layer
-            effects there that began the same work (model, dtype, directions, objectives, ids
-            and spans) are taken up and completed; of a file with more responses the first ones
-            are returned and the file stays. Layer effects of any other work are replaced.
+            effects there that began the same work (model, dtype, directions, controls,
+            objectives, ids, spans and positions) are taken up and completed; of a file with
+            more responses the first ones are returned and the file stays. Layer effects of any
+            other work are replaced.
 
     Raises:
-        ValueError: lists of different length or of other tasks, a task twice, or effects that
-            are not finite (naming the response).
+        ValueError: lists of different length or of other tasks, a task twice, targets without
+            a direction, or effects that are not finite (naming the response).
         artifacts.BadFile: ``path`` is a file of something else; it stays as it is.
     """
     names = steering_vectors.behaviours
+    targets = names if targets is None else tuple(targets)
+    for name in targets:
+        steering_vectors.index(name)
     pairs = measurable(responses, annotations) if names else []
-    directions = steering_vectors.directions
-    nulls = directions[:0] if nulls is None else nulls
+    chosen = sample(pairs, targets, n_positions, seed=seed)
+    if controls is None:
+        controls = Controls((), steering_vectors.directions[:0])
     keys = [f"{objective}/{which}" for objective in objectives for which in SETS]
-    if "kl" in objectives:
-        keys += [null_key(k) for k in range(len(nulls))]
+    if "kl" in objectives and len(controls):
+        keys += [PAIRED, *map(null_key, controls.names)]
+    marks = [fingerprint(*pair, one) for pair, one in zip(pairs, chosen, strict=True)]
     held = LayerEffects(
-        dict.fromkeys(keys, torch.empty(0, *directions.shape[:2])),
+        dict.fromkeys(keys, torch.empty(0, *steering_vectors.directions.shape[:2])),
         (),
         names,
         model.name,
-        means.digest(torch.cat([directions, nulls])),
+        means.digest(torch.cat([steering_vectors.directions, controls.directions])),
         str(model.dtype),
-        ledger=ledger_of(annotations),
-    ).resume(path, [fingerprint(*pair) for pair in pairs])
+        ledger=ledger_of(annotations) | _counted(chosen),
+    ).resume(path, marks)
     result = held.first(len(pairs))
-    todo = pairs[len(result.response_ids) :]
+    work = _Work(model, steering_vectors, controls, tuple(objectives), max_rows)
     done = len(result.response_ids)
-    for pair in each(todo, "layer effects", unit="responses", done=done, enabled=progress):
-        found = _of_response(model, *pair, steering_vectors, objectives, nulls, max_rows)
-        result = result.plus(pair[0].task_id, fingerprint(*pair), found)
-        if path is not None and len(result.response_ids) % SAVE_EVERY == 0:
-            result.save(path)
+    rows = [work.rows(one) for one in chosen]
+    with token_bar(sum(rows), "layer effects", enabled=progress) as bar:
+        bar.skip(sum(rows[:done]))
+        for place in range(done, len(pairs)):
+            found = work.of_response(*pairs[place], chosen[place], lambda n: bar.tick(0, n))
+            result = result.plus(pairs[place][0].task_id, marks[place], found)
+            if path is not None and len(result.response_ids) % SAVE_EVERY == 0:
+                result.save(path)
     if path is not None and len(held.response_ids) <= len(pairs):
         result.save(path)
     return result
 
 
-def _of_response(
-    model: Model,
-    response: Response,
-    annotation: Annotation,
-    steering_vectors: SteeringVectors,
-    objectives: Sequence[str],
-    nulls: Tensor,
-    max_rows: int,
-) -> dict[str, Tensor]:
-    """The new entry of one response: ``[N, L]`` under every key."""
-    spans.check(response, annotation.spans)
-    starts = sorted({span.start - 1 for span in annotation.spans if span.start > 1})
-    column = {position: place for place, position in enumerate(starts)}
-    ids = [*response.prompt_ids, *response.output_ids]
-    names = steering_vectors.behaviours
-    found: dict[str, Tensor] = {}
-    for objective in objectives:
-        random = nulls if objective == "kl" else nulls[:0]
-        directions = torch.cat([steering_vectors.directions, random])
-        effects = layer_effects(
-            model, ids, starts, directions, objective=objective, max_rows=max_rows
-        )
-        if not torch.isfinite(effects).all():
-            raise ValueError(f"{response.task_id}: {objective} effects are not finite")
-        real, chance = effects[: len(names)], effects[len(names) :]
-        for which in SETS:
-            places = [
-                [column[t] for t in metrics.positions(annotation.spans, name, which)]
-                for name in names
-            ]
-            found[f"{objective}/{which}"] = _averaged(real, places)
-            if which == "own":
-                for k, one in enumerate(chance):
-                    found[null_key(k)] = _averaged(one.expand_as(real), places)
+def _counted(chosen: Sequence[Sample]) -> dict[str, int]:
+    """The most positions a behaviour that any has in each set of a sample."""
+    found = {}
+    for which in (*SETS, "controls"):
+        names = {name for one in chosen for name in one[which]}
+        sizes = [sum(len(one[which][name]) for one in chosen) for name in names]
+        found[f"positions a behaviour, {which}"] = max(sizes, default=0)
     return found
 
 
-def _averaged(effects: Tensor, places: Sequence[Sequence[int]]) -> Tensor:
-    """``[N, L, P]`` averaged over the positions of each of ``N`` behaviours: ``[N, L]``, NaN
-    where there is none."""
-    averages = torch.full(effects.shape[:2], float("nan"))
-    for row, mine in enumerate(places):
-        if mine:
-            averages[row] = effects[row][:, mine].mean(-1)
-    return averages
+@dataclass(frozen=True)
+class _Work:
+    """What is measured of every response."""
+
+    model: Model
+    vectors: SteeringVectors
+    controls: Controls
+    objectives: tuple[str, ...]
+    max_rows: int | None
+
+    def pairs(self, chosen: Sample) -> dict[tuple[int, int], int]:
+        """(direction, position) of the exact effects -> its place; controls come after the
+        behaviours."""
+        n = len(self.vectors.behaviours)
+        found = [
+            (self.vectors.index(name), t)
+            for which in SETS
+            for name, mine in chosen[which].items()
+            for t in mine
+        ]
+        found += [
+            (n + k, t)
+            for mine in chosen["controls"].values()
+            for t in mine
+            for k in range(len(self.controls))
+        ]
+        return {pair: place for place, pair in enumerate(dict.fromkeys(found))}
+
+    def rows(self, chosen: Sample) -> int:
+        """Rows of short passes that a response takes; the published objective counts as one."""
+        exact = len(self.pairs(chosen)) * self.vectors.n_layers
+        return exact * ("kl" in self.objectives) + ("published" in self.objectives)
+
+    def of_response(
+        self, response: Response, annotation: Annotation, chosen: Sample, tick
+    ) -> dict[str, Tensor]:
+        """The new entry of one response: ``[N, L]`` under every key."""
+        spans.check(response, annotation.spans)
+        ids = torch.tensor([*response.prompt_ids, *response.output_ids])
+        found: dict[str, Tensor] = {}
+        if "published" in self.objectives:
+            found |= self._published(response, ids, annotation)
+            tick(1)
+        if "kl" in self.objectives:
+            found |= self._exact(response, ids, chosen, tick)
+        return found
+
+    def _published(self, response: Response, ids: Tensor, annotation: Annotation):
+        starts = sorted({span.start - 1 for span in annotation.spans if span.start > 1})
+        effects = layer_effects(
+            self.model, ids, starts, self.vectors.directions, objective="published",
+            max_rows=self.max_rows,
+        )  # fmt: skip
+        _refuse_not_finite(effects, response, "published")
+        column = {position: place for place, position in enumerate(starts)}
+        found = {}
+        for which in SETS:
+            rows = torch.full(effects.shape[:2], torch.nan)
+            for row, name in enumerate(self.vectors.behaviours):
+                if mine := metrics.positions(annotation.spans, name, which):
+                    rows[row] = effects[row][:, [column[t] for t in mine]].mean(-1)
+            found[f"published/{which}"] = rows
+        return found
+
+    def _exact(self, response: Response, ids: Tensor, chosen: Sample, tick):
+        pairs = self.pairs(chosen)
+        n = len(self.vectors.behaviours)
+        directions = torch.cat([self.vectors.directions, self.controls.directions])
+        where = torch.tensor(sorted({t for _, t in pairs}), dtype=torch.long)
+        effects = torch.zeros(len(pairs), self.vectors.n_layers)
+        if pairs:
+            _check(self.model, ids, where, directions)
+            rows, size = Rows(self.model, ids, where), self.max_rows or rows_of(self.model)
+            for chunk in where.split(size):
+                column = {t: place for place, t in enumerate(chunk.tolist())}
+                mine = [(which, column[t]) for which, t in pairs if t in column]
+                places = [place for (_, t), place in pairs.items() if t in column]
+                effects[places] = _exact(rows, chunk, directions, mine, size, tick)
+        _refuse_not_finite(effects, response, "kl")
+
+        def averaged(which: str, control: int | None = None) -> Tensor:
+            found = torch.full((n, self.vectors.n_layers), torch.nan)
+            for name, mine in chosen[which].items():
+                row = self.vectors.index(name)
+                one = row if control is None else n + control
+                if mine:
+                    found[row] = effects[[pairs[one, t] for t in mine]].mean(0)
+            return found
+
+        found = {f"kl/{which}": averaged(which) for which in SETS}
+        if len(self.controls):
+            found[PAIRED] = averaged("controls")
+            for k, name in enumerate(self.controls.names):
+                found[null_key(name)] = averaged("controls", k)
+        return found
+
+
+def _refuse_not_finite(effects: Tensor, response: Response, objective: str) -> None:
+    if not torch.isfinite(effects).all():
+        raise ValueError(f"{response.task_id}: {objective} effects are not finite")

@@ -10,7 +10,6 @@ import textwrap
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-import huggingface_hub
 import pandas as pd
 import torch
 
@@ -20,13 +19,12 @@ from stllms import (
     checks,
     models,
     pipeline,
-    providers,
+    refusals,
     registry,
     steering,
     vectors,
 )
 from stllms.annotate import Annotator, stage
-from stllms.annotate.judge import Judge
 from stllms.artifacts import BadFile, ChangedConfiguration, Folder
 from stllms.config import PROFILES, RunConfig
 from stllms.loading import ModelError
@@ -41,15 +39,8 @@ OF_THE_RUN = (
     "profile", "seed", "n_samples", "n_evaluate", "max_tokens", "temperature", "prompts",
     "quantization", "revision", "tasks",
 )  # fmt: skip
-#: Seconds in which the hub must answer whether a model is there.
-HUB_ANSWERS = 10
 #: Letters of an error of other packages that are shown.
 SAID = 200
-#: What the folder of a model must hold besides config.json: one file of each row.
-NEEDED: dict[str, tuple[str, ...]] = {
-    "weights": ("*.safetensors", "*.bin"),
-    "tokenizer": ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.*"),
-}
 
 
 @dataclass(frozen=True)
@@ -93,9 +84,7 @@ def bench(config: RunConfig, vectors_file: str | Path | None = None) -> Bench:
     if of_run and Folder(config).vectors.is_file():
         config = _as_the_run(config)
     checks.hardware(config.device, config.quantization)
-    labels = stage.for_run(config)
-    if isinstance(labels, Judge):
-        providers.api_key(labels.client.target.base_url)  # is there one?
+    labels = refusals.annotator(config) or stage.for_run(config)
     free = labels if labels.name == config.preview else annotate.annotator(config.preview)
     layers, coefficients = config.entry.steering_layers, {}
     if vectors_file is not None:
@@ -121,9 +110,7 @@ def bench(config: RunConfig, vectors_file: str | Path | None = None) -> Bench:
 
 def _model(config: RunConfig) -> Model:
     """The model; :class:`ModelError` says in one sentence why it cannot be loaded."""
-    if config.entry.source == "folder":
-        _check_folder(Path(config.entry.name))
-    _ask_the_hub(config)
+    refusals.model(config)
     try:
         return models.for_run(config)
     except (ModelError, MemoryError, torch.OutOfMemoryError):
@@ -134,39 +121,6 @@ def _model(config: RunConfig) -> Model:
             f"model: {config.model!r} cannot be loaded; expected config.json, weights and a "
             f"tokenizer that transformers can read ({said})"
         ) from error
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuses the folder of a model that lacks weights or a tokenizer, by name."""
-    for what, patterns in NEEDED.items():
-        if not any(path for pattern in patterns for path in folder.glob(pattern)):
-            raise ModelError(
-                f"model: the folder {folder} has no {what} ({', '.join(patterns)}); expected a "
-                "folder written by save_pretrained of the model and of its tokenizer"
-            )
-
-
-def _ask_the_hub(config: RunConfig) -> None:
-    """Refuses a model that is neither in the hub's cache nor on the hub: loading it would try
-    again and again for a minute."""
-    hub_id = config.entry.hub_id
-    if config.entry.source != "hub" or in_cache(hub_id):
-        return
-    try:
-        huggingface_hub.HfApi().model_info(
-            hub_id, revision=config.revision, timeout=HUB_ANSWERS
-        )
-    except Exception as error:  # of whichever HTTP client the hub's library uses
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(
-            f"model: {hub_id!r} is not on this machine, and the hub does not give it ({said}); "
-            "check the name, the network and, for a gated model, `hf auth login`"
-        ) from error
-
-
-def in_cache(hub_id: str) -> bool:
-    """Whether the hub's cache on this machine holds the model (at least its config.json)."""
-    return isinstance(huggingface_hub.try_to_load_from_cache(hub_id, "config.json"), str)
 
 
 def at_hand(config: RunConfig) -> list[str]:
@@ -190,7 +144,7 @@ def _model_of(run: Path) -> str | None:
         return None
     there = entry.source != "api" and not registry.missing_packages(entry.name)
     if entry.source == "hub":
-        there = in_cache(entry.hub_id)
+        there = refusals.in_cache(entry.hub_id)
     return entry.name if there and registry.slug(entry.name) == run.parent.name else None
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllms.options import EXAMPLE, UsageError, parser
+from stllms.terminal import plain
 
 if TYPE_CHECKING:
     from stllms.config import RunConfig
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: object, status: int) -> int:
-    print(f"stllms: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"stllms: {plain(' '.join(str(error).split()))}", file=sys.stderr)
     return status
 
 
@@ -96,7 +97,7 @@ def _steer(given: argparse.Namespace) -> int:
     pair = pairs.write(bench, ask)
     chains = pair if given.plain else pair[1:]
     if remark := pairs.remark(pair):
-        print(f"stllms: {remark}", file=sys.stderr)
+        print(f"stllms: {plain(remark)}", file=sys.stderr)
     if config.embedded:
         print(
             f"{config.model} is a fixture, built to be steerable: it knows only questions of "
@@ -104,7 +105,8 @@ def _steer(given: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     if given.json:
-        print(json.dumps(_as_json(bench, ask, chains), ensure_ascii=False, allow_nan=False))
+        made = _as_json(bench, ask, chains)
+        print(plain(json.dumps(made, ensure_ascii=False, allow_nan=False)))
     else:
         print(_as_text(chains, colour=has_colour()))
     return 0
@@ -138,8 +140,8 @@ def _as_text(chains: Sequence[Steered], *, colour: bool) -> str:
     for chain in chains:
         text = chain.response.thinking
         shown = coloured.terminal(text, chain.annotation.segments, colour=colour)
-        parts.append(f"{pairs.title(chain)}\n{shown}\n({pairs.note(chain)})")
-    titles = [pairs.title(chain) for chain in chains]
+        parts.append(f"{plain(pairs.title(chain))}\n{shown}\n({plain(pairs.note(chain))})")
+    titles = [plain(pairs.title(chain)) for chain in chains]
     shares = [pairs.shares(chain) for chain in chains]
     parts.append(coloured.terminal_shares(titles, shares, colour=colour))
     return "\n\n".join(parts)
@@ -202,7 +204,7 @@ def _annotate(given: argparse.Namespace) -> int:
     labelled = f"{counted.coverage:.1%} of the text labelled" if counted.total else "no text"
     found = f"{_count(counted.chains, 'chain')}, {_count(counted.placed, 'segment')}"
     said = f"{annotator.name}: {found}, {labelled}, {_without_labels(bare)}"
-    print(said, file=sys.stderr)
+    print(plain(said), file=sys.stderr)
     return 1 if bare else 0
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 from stllms.records import BEHAVIOURS, Annotation, PlacedSegment, Response, Steered
+from stllms.terminal import plain
 
 #: One colour a behaviour, told apart by colour-blind readers (Okabe and Ito's palette).
 COLOURS: dict[str, str] = {
@@ -170,13 +171,13 @@ def _bar(name: str, share: float) -> str:
 
 def terminal(text: str, segments: Sequence[PlacedSegment], *, colour: bool) -> str:
     """A chain for a terminal: running text on coloured backgrounds, or, without colour, a
-    line a segment that begins with its label."""
-    parts = _parts(text, segments)
+    line a segment that begins with its label. The text itself has no say in colours."""
+    parts = [(segment, plain(part)) for segment, part in _parts(text, segments)]
     if colour:
         return "".join(part if s is None else _paint(part, s.label) for s, part in parts)
     width = max(map(len, BEHAVIOURS))
     return "\n".join(
-        f"{'-' if segment is None else segment.label:<{width}}  {' '.join(part.split())}"
+        f"{'-' if segment is None else plain(segment.label):<{width}}  {' '.join(part.split())}"
         for segment, part in parts
         if part.strip()
     )

@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from stllms import comparison, generate, models, progress, released, remote, tasks
+from stllms import (
+    comparison,
+    generate,
+    models,
+    progress,
+    released,
+    remote,
+    sampling,
+    tasks,
+)
 from stllms.annotate import read, stage
 from stllms.artifacts import Folder, Rows, read_json
 from stllms.comparison import Member
@@ -107,6 +116,7 @@ def _responses(
     model = models.for_run(config)
     folder.note(device=str(model.device), dtype=str(model.dtype))
     made = generate.responses(model, asked, store=folder.rows(folder.responses), **options)
+    folder.note(sampling_audit_responses=sampling.audit(made).recorded)
     return made, model, []
 
 
@@ -149,7 +159,10 @@ def of_released(path: Path, reader: str) -> Member:
     """
     made = [
         Annotation(
-            str(place), reader, tuple(read(row["annotated_response"], reader=reader).segments)
+            str(place),
+            "released",
+            tuple(read(row["annotated_response"], reader=reader).segments),
+            ledger={"reader": reader},
         )
         for place, row in enumerate(released.load_comparison(path))
     ]

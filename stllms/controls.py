@@ -11,9 +11,11 @@ layer where the behaviour is steered:
   are noisy, so a direction without noise would reach about ``sqrt(r)``, which is more;
 * ``length``: ``||mean - overall|| / ||overall||`` before rescaling, for means alone.
 
-Two kinds are meaningless. ``shuffled labels``: the difference of means after the labels of all
-build spans were permuted; what every span has in common against the whole text stays in it.
-``random``: uniform on the sphere.
+Three kinds mean nothing, those of :func:`stllms.vectors.controls`, drawn here from the span
+means of the build half. ``shuffled``: the difference of means after the labels were permuted
+within each response; what all spans have in common against the whole text, and which responses
+show the behaviour, stays in it. ``covariance``: a random combination of centred span means.
+``isotropic``: uniform on the sphere.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from torch import Tensor
 
 from stllms import vectors
 from stllms.means import MIN_SPANS, Means, area
+from stllms.records import CONTROLS
 
-MEANINGLESS: tuple[str, ...] = ("shuffled labels", "random")
 QUANTITIES: tuple[str, ...] = ("AUC", "cosine", "length")
 COLUMNS = ("behaviour", "layer", "direction", "quantity", "value", "low", "high")
 
@@ -47,9 +49,9 @@ def table(
         means: collected with ``keep=`` the layers asked for.
         layers: behaviour -> layer. Behaviours with fewer than ``min_spans`` spans in either
             half are left out, and so are directions that have no other spans to compare with.
-        draws: shuffles, and random directions; ``value`` is then their mean, ``low`` and
+        draws: control directions of each kind; ``value`` is then their mean, ``low`` and
             ``high`` their central 95 %. Missing elsewhere.
-        seed: of both.
+        seed: of all of them.
 
     Raises:
         ValueError: the span means of a layer were not kept.
@@ -67,24 +69,35 @@ def table(
         for name in names:
             b = means.behaviours.index(name)
             candidates = {e: raw[b, None] for e, raw in made.items() if raw[b].any()}
-            candidates["shuffled labels"] = _shuffled(build, b, layer, draws, generator)
-            candidates["random"] = torch.randn(
-                draws, means.width, generator=generator, dtype=torch.float64
-            )
+            candidates |= _controls(build, b, layer, draws, generator)
             for direction, raw in candidates.items():
                 for quantity, values in _measure(direction, raw, test, b, layer).items():
                     rows.append((name, layer, direction, quantity, *_summary(values)))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _shuffled(build: Means, b: int, layer: int, draws: int, generator) -> Tensor:
-    """``[draws, D]``: the difference of means of as many spans as behaviour ``b`` has, drawn
-    without replacement from all, which is what a permutation of the labels leaves to it."""
+def _controls(build: Means, b: int, layer: int, draws: int, generator) -> dict[str, Tensor]:
+    """``[draws, D]`` of every kind, before rescaling."""
     x = build.samples[:, build.sample_layers.index(layer)].double()
-    n = int(build.counts[:, b].sum())
-    drawn = torch.rand(draws, len(x), generator=generator).argsort(1)[:, :n]
-    chosen = torch.zeros(draws, len(x), dtype=torch.float64).scatter_(1, drawn, 1.0 / n)
-    return chosen @ x - build.overall()[layer]
+    own = (_permuted(build, draws, generator) == b).double()
+    signs = 1 - 2 * torch.randint(0, 2, (draws, len(x)), generator=generator).double()
+    noise = torch.randn(draws, build.width, generator=generator, dtype=torch.float64)
+    shuffled = own @ x / own.sum(1, keepdim=True) - build.overall()[layer]
+    made = (shuffled, signs @ (x - x.mean(0)), noise)
+    return dict(zip(CONTROLS, made, strict=True))
+
+
+def _permuted(build: Means, draws: int, generator) -> Tensor:
+    """``[draws, S]``: the labels of the spans, permuted within each response. Spans lie in
+    blocks of a response; random numbers below 1 on top of the block's number, sorted, permute
+    each block within itself."""
+    _, response = build.sample_responses.unique(return_inverse=True)
+    blocks = response.argsort(stable=True)
+    noise = torch.rand(draws, len(blocks), generator=generator, dtype=torch.float64)
+    within = (noise + response[blocks]).argsort(1)
+    labels = torch.empty(draws, len(blocks), dtype=torch.int64)
+    labels[:, blocks] = build.sample_labels[blocks][within]
+    return labels
 
 
 def _measure(direction: str, raw: Tensor, test: Means, b: int, layer: int) -> dict[str, Tensor]:
@@ -97,7 +110,7 @@ def _measure(direction: str, raw: Tensor, test: Means, b: int, layer: int) -> di
         "AUC": torch.from_numpy(area((x @ units.T).numpy(), own)),
         "cosine": torch.nn.functional.cosine_similarity(units, real[None], dim=-1),
     }
-    if direction in ("difference-of-means", "shuffled labels"):
+    if direction in ("difference-of-means", "shuffled"):
         found["length"] = raw.norm(dim=-1) / test.overall()[layer].norm()
     return found
 

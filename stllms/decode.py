@@ -4,10 +4,10 @@ Rows share batches whatever is done to them: a plain row, a ``+`` and a ``-`` ro
 vectors they carry. Rows that end leave the batch and waiting ones take their places, so short
 chains do not wait for long ones.
 
-**Sampling** is a function of ``(seed, key of the row, step)`` alone (Gumbel-max): the next
-token is ``argmax(logits / temperature + g)`` with ``g = -log(-log(u))`` and ``u`` a
-counter-based hash of the three and of the token. So the batch, its order and a restart change
-nothing, and rows with one key (a task, plain and steered) share their noise.
+**Sampling** (:mod:`stllms.sampling`) is a function of the logits and of ``(seed, key of the
+row, step)`` alone. So the batch, its order and a restart change nothing, and rows with one key
+(a task, plain and steered) share their noise. Every token is measured where it is drawn, and a
+row comes with the sums that its audit needs.
 
 **Interventions** are made through ``nnsight``: ``h[l, t] += delta`` at the output of decoder
 layer ``l`` at every step. A batch without any uses the plain forward of the same model.
@@ -19,13 +19,13 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any
 
 import torch
 from nnsight import save
 from torch import Tensor
 
+from stllms import memory, sampling
 from stllms.kvcache import BatchCache
 from stllms.models import Model
 from stllms.provenance import digest
@@ -34,7 +34,6 @@ from stllms.provenance import digest
 REFILL = 0.25
 #: Stands for the row number at a place whose row has ended.
 ENDED = -1
-_MASK = 0xFFFFFFFF
 
 
 def add(hidden: Tensor, vector: Tensor, coefficient: Tensor) -> Tensor:
@@ -105,9 +104,21 @@ class Row:
     interventions: tuple[Intervention, ...] = ()
 
 
+@dataclass(frozen=True)
+class Written:
+    """A chain that was written: its new ids, the one that ended it included, and its audit
+    (:func:`stllms.sampling.entry`)."""
+
+    ids: tuple[int, ...]
+    audit: dict[str, float]
+
+
 @dataclass
 class _Batch:
-    """The rows under way. ``mask [B, T]`` covers what the cache holds."""
+    """The rows under way. ``mask [B, T]`` covers what the cache holds.
+
+    ``measured [B, n]`` is what the audit needs of ``token``.
+    """
 
     rows: list[int]
     cache: BatchCache
@@ -117,6 +128,7 @@ class _Batch:
     step: Tensor
     key: Tensor
     thinking: Tensor
+    measured: Tensor | None = None
     edits: list[Edit] = field(default_factory=list)
 
 
@@ -150,17 +162,18 @@ def run(
     seed: int = 0,
     progress: Callable[[int, int], Any] | None = None,
     watch: Callable[[Sequence[Sequence[int]]], Any] | None = None,
-) -> list[tuple[int, ...]]:
-    """The generated ids of every row, the token that ended it included.
+) -> list[Written]:
+    """What is written for every row.
 
     Args:
         rows: in any order; the result is in theirs.
         max_new_tokens: limit of a row.
-        batch_size: rows at a time (``None``: :func:`default_batch_size`). If the device runs
-            out of memory it is halved with a warning, the rows start again, and later runs of
-            this model stay at what fitted.
+        batch_size: rows at a time (``None``: :func:`default_batch_size`). If fewer fit into the
+            free memory (:mod:`stllms.memory`), that many, with a warning; if the device runs
+            out of memory all the same, half, and the rows start again. Later runs of this
+            model stay at what fitted.
         temperature: 0 is greedy.
-        seed: of the noise; see the module.
+        seed: of the noise.
         progress: called with (new tokens, rows that ended) after every step, and with what was
             told so far, below 0, when the rows start again.
         watch: called after every step with the ids of every row so far, in the order of
@@ -168,10 +181,11 @@ def run(
 
     Raises:
         ValueError: for a row that does not fit the model (context, layer, width), naming both.
+        SamplingError: for logits that are not finite, naming the row.
     """
     for row in rows:
         _check(model, row, max_new_tokens)
-    size = min(batch_size or default_batch_size(model), model.fits)
+    size = _fitting(model, rows, max_new_tokens, batch_size or default_batch_size(model))
     counted = [0, 0]
 
     def tell(tokens: int, ended: int) -> None:
@@ -186,14 +200,28 @@ def run(
             tell(-counted[0], -counted[1])
             if size == 1:
                 raise
-            size = model.fits = max(1, size // 2)
+            size = model.fits = max(1, min(size, len(rows)) // 2)
             warnings.warn(f"out of memory: going on with batches of {size} rows", stacklevel=2)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _fitting(model: Model, rows: Sequence[Row], new: int, size: int) -> int:
+    """``size``, or as many of the longest rows as fit into the free memory."""
+    size = min(size, model.fits)
+    most, why = memory.rows(model, max((len(r.prompt_ids) for r in rows), default=0), new)
+    if most >= min(size, len(rows)):
+        return size
+    model.fits = max(1, most)
+    warnings.warn(f"batches of {model.fits} rows, not {size}: {why}", stacklevel=3)
+    return model.fits
 
 
 def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
     """The loop. Between turns ``batch.token`` is chosen, and neither written nor fed."""
     waiting = deque(sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids)))
     written: list[list[int]] = [[] for _ in rows]
+    sums = torch.zeros(len(rows), len(sampling.columns(temperature)), dtype=torch.float64)
     batch: _Batch | None = None
     while waiting or batch is not None:
         room = batch_size - (0 if batch is None else len(batch.rows))
@@ -202,6 +230,7 @@ def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
             fresh = _prefill(model, rows, new, temperature, seed)
             batch = fresh if batch is None else _join(model, rows, batch, fresh)
         live = sum(row >= 0 for row in batch.rows)
+        _add_up(rows, batch, written, sums)
         ended = _record(model, batch, written, limit)
         progress(live, ended)
         if watch is not None:
@@ -209,7 +238,23 @@ def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
         batch = _drop(model, rows, batch)
         if batch is not None:
             _advance(model, batch, temperature)
-    return [tuple(ids) for ids in written]
+    return [
+        Written(tuple(ids), sampling.entry(len(ids), temperature, total))
+        for ids, total in zip(written, sums.tolist(), strict=True)
+    ]
+
+
+def _add_up(rows, batch: _Batch, written: list[list[int]], sums: Tensor) -> None:
+    """Add what was measured of the chosen tokens to the rows' ``sums [rows, n]``."""
+    places = [place for place, row in enumerate(batch.rows) if row != ENDED]
+    live = [batch.rows[place] for place in places]
+    measured = batch.measured.cpu().double()[places]
+    for row in (row for row, one in zip(live, measured, strict=True) if one.isnan().any()):
+        raise sampling.SamplingError(
+            f"{rows[row].key}: the logits after {len(written[row])} new tokens are not finite, "
+            "so no token can be drawn: use a smaller coefficient, or dtype float32"
+        )
+    sums[live] += measured
 
 
 def _record(model: Model, batch: _Batch, written: list[list[int]], limit: int) -> int:
@@ -234,12 +279,13 @@ def _prefill(model: Model, rows, new: list[int], temperature: float, seed: int) 
         position=position[:, -1:],
         token=ids[:, -1],
         step=torch.zeros(len(new), dtype=torch.long, device=model.device),
-        key=torch.tensor([hash_key(seed, rows[i].key) for i in new], device=model.device),
+        key=torch.tensor(
+            [sampling.hash_key(seed, rows[i].key) for i in new], device=model.device
+        ),
         thinking=torch.ones(len(new), dtype=torch.bool, device=model.device),
         edits=edits(model, [rows[i] for i in new]),
     )
-    logits = _forward(model, batch, ids, position, prompt=True)
-    batch.token = choose(logits, batch.key, batch.step, temperature)
+    _choose(batch, _forward(model, batch, ids, position, prompt=True), temperature)
     return batch
 
 
@@ -250,7 +296,12 @@ def _advance(model: Model, batch: _Batch, temperature: float) -> None:
     batch.position = batch.position + 1
     batch.step = batch.step + 1
     logits = _forward(model, batch, batch.token[:, None], batch.position, prompt=False)
-    batch.token = choose(logits, batch.key, batch.step, temperature)
+    _choose(batch, logits, temperature)
+
+
+def _choose(batch: _Batch, logits: Tensor, temperature: float) -> None:
+    batch.token = sampling.choose(logits, batch.key, batch.step, temperature)
+    batch.measured = sampling.measure(logits, batch.token, temperature)
 
 
 def think_end(model: Model) -> int:
@@ -339,7 +390,7 @@ def _drop(model: Model, rows, batch: _Batch) -> _Batch | None:
 
 
 #: The columns of a batch, one value a row.
-_COLUMNS = ("position", "token", "step", "key", "thinking")
+_COLUMNS = ("position", "token", "step", "key", "thinking", "measured")
 
 
 def _join(model: Model, rows, old: _Batch, new: _Batch) -> _Batch:
@@ -382,35 +433,3 @@ def _check(model: Model, row: Row, max_new_tokens: int) -> None:
                 f"the direction has width {len(item.direction)}, {model.name} has "
                 f"{model.d_model}: it belongs to another model"
             )
-
-
-def hash_key(seed: int, key: str) -> int:
-    """A 62-bit integer of the seed and the key of a row."""
-    return int.from_bytes(sha256(f"{seed}/{key}".encode()).digest()[:8], "little") >> 2
-
-
-def choose(logits: Tensor, key: Tensor, step: Tensor, temperature: float) -> Tensor:
-    """The next tokens ``[B]`` from ``logits [B, V]``; greedy at 0, else Gumbel-max."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    scaled = logits.float() / temperature
-    return (scaled + gumbel(key, step, logits.shape[-1])).argmax(-1)
-
-
-def gumbel(key: Tensor, step: Tensor, vocabulary: int) -> Tensor:
-    """Standard Gumbel noise ``[B, V]``, a hash of ``key [B]``, ``step [B]`` and the token.
-
-    The hash is the 32-bit finaliser of MurmurHash3 (Appleby, public domain) applied twice.
-    """
-    row = _mix((key & _MASK) ^ _mix((key >> 32) + step * 0x9E3779B9))
-    token = torch.arange(vocabulary, device=key.device) * 0x85EBCA6B
-    bits = _mix(_mix((row[:, None] ^ token) & _MASK) ^ row[:, None])
-    uniform = ((bits >> 8).float() + 0.5) * 2.0**-24
-    return -torch.log(-torch.log(uniform))
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = x & _MASK
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
-    return x ^ (x >> 16)

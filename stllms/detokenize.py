@@ -24,30 +24,38 @@ def character_ends(decode: Decode, ids: Sequence[int], whole: str) -> list[int]:
 
     Returns ``T`` numbers that never fall; the last is ``len(whole)``.
     """
-    ends = _windowed_ends(decode, ids, whole)
-    if ends is None:
-        ends = [_common(decode(ids[: k + 1]), whole) for k in range(len(ids))]
-    return np.maximum.accumulate(ends).tolist() if ends else []
+    return _marks(decode, ids, whole)[0].tolist()
 
 
-def character_ranges(ends: Sequence[int], length: int) -> np.ndarray:
-    """Half-open character ranges int64 ``[T, 2]`` from the ends of :func:`character_ends`.
+def character_ranges(decode: Decode, ids: Sequence[int], whole: str) -> np.ndarray:
+    """Half-open ranges int64 ``[T, 2]`` of the characters of ``whole = decode(ids)``.
 
-    A token that completes no character (it holds the first bytes of one) gets the range of the
-    character that later tokens complete, so that a span starting there keeps all its tokens.
-    ``length`` is the number of characters of the whole text.
+    A character whose bytes are spread over tokens is in the range of each of them: of the
+    token that holds its first bytes, be it alone or behind a space or a letter (``" \xc3"`` and
+    ``"\xb1"`` make ``" ñ"``), of those between, and of the one that completes it.
     """
-    stops = np.asarray(ends, dtype=np.int64)
-    starts = np.concatenate([[0], stops[:-1]]) if len(stops) else stops
-    return np.stack([starts, np.maximum(stops, np.minimum(starts + 1, length))], axis=1)
+    ends, reached = _marks(decode, ids, whole)
+    starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+    stops = np.maximum(reached, np.minimum(starts + 1, len(whole)))
+    return np.stack([starts, stops], axis=1)
 
 
-def _windowed_ends(decode: Decode, ids: Sequence[int], whole: str) -> list[int] | None:
-    """The ends, decoding short windows: the open group of tokens (up to the first whose text
+def _marks(decode: Decode, ids: Sequence[int], whole: str) -> tuple[np.ndarray, np.ndarray]:
+    """After every token: how many characters are complete, and how many are begun."""
+    marks = _windowed(decode, ids, whole)
+    if marks is None:
+        marks = [_mark(decode(ids[: k + 1]), whole) for k in range(len(ids))]
+    table = np.array(marks, dtype=np.int64).reshape(-1, 2)
+    table = np.maximum.accumulate(table, axis=0)
+    return table[:, 0], np.minimum(table[:, 1], len(whole))
+
+
+def _windowed(decode: Decode, ids: Sequence[int], whole: str) -> list[tuple[int, int]] | None:
+    """The marks, decoding short windows: the open group of tokens (up to the first whose text
     ends in a finished character) behind the group before it, as context. ``None`` where the
     windows do not add up to ``whole``.
     """
-    ends: list[int] = []
+    marks: list[tuple[int, int]] = []
     settled, begin, group = 0, 0, 0
     prefix = ""
     for k in range(len(ids)):
@@ -57,13 +65,21 @@ def _windowed_ends(decode: Decode, ids: Sequence[int], whole: str) -> list[int] 
         added = text[len(prefix) :]
         if not text.startswith(prefix) or not whole.startswith(added, settled):
             return None
-        parts = [decode(ids[begin : j + 1]) for j in range(group, k)]
-        ends += [settled + max(0, _common(part, text) - len(prefix)) for part in parts]
+        for j in range(group, k):
+            found = _mark(decode(ids[begin : j + 1]), text)
+            marks.append(tuple(settled + max(0, n - len(prefix)) for n in found))
         settled += len(added)
-        ends.append(settled)
+        marks.append((settled, settled))
         begin, group = group, k + 1
         prefix = decode(ids[begin:group])
-    return ends if settled == len(whole) else None
+    return marks if settled == len(whole) else None
+
+
+def _mark(part: str, whole: str) -> tuple[int, int]:
+    """Characters of ``whole`` that a decoded prefix has complete, and those it has begun: what
+    it writes beyond its common prefix with ``whole`` are bytes of the next character."""
+    complete = _common(part, whole)
+    return complete, complete + (len(part) > complete)
 
 
 def _common(a: str, b: str) -> int:

@@ -2,7 +2,7 @@
 
 The dose-response of every direction, the coefficients that keep the text whole, and at those
 the two comparisons that a claim needs: outside the plain chains' interval, and outside the
-range of random directions of the same length.
+range of control directions of the same length.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _LOWER = ("accuracy", "closed", "compression", "labelled", "well-formed")
 
 
 def costs(rows: pd.DataFrame) -> pd.DataFrame:
-    """Side effects (columns) of every arm (rows); random directions as their mean."""
+    """Side effects (columns) of every arm (rows); control directions as the mean of a kind,
+    over the tasks that they were written for."""
     side = rows[rows["metric"].isin(SIDE_EFFECTS)]
     kind = side["direction"].str.replace(r":\d+$", "", regex=True)
     wide = side.assign(direction=kind).pivot_table(
@@ -39,7 +40,7 @@ def costs(rows: pd.DataFrame) -> pd.DataFrame:
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """Dose-response: own token fraction and side effects of every direction (column
-    ``steered``) over its coefficients, plain at 0; with interval and random range."""
+    ``steered``) over its coefficients, plain at 0; with interval and null range."""
     made = []
     for behaviour in STEERED:
         mine = rows[rows["direction"].isin([behaviour, "none"])]
@@ -50,7 +51,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
         made.append(found.assign(steered=behaviour))
     columns = ["steered", "metric", "coefficient", "value", "ci_low", "ci_high", "n"]
     every = pd.concat(made) if made else rows.iloc[:0].assign(steered="")
-    every = every[[*columns, "null_low", "null_high"]]
+    every = every[[*columns, "null_low", "null_high", "null_n"]]
     return every.sort_values(["steered", "metric", "coefficient"], ignore_index=True)
 
 
@@ -59,7 +60,7 @@ def broken(
 ) -> dict[tuple[str, float], dict[str, tuple[float, float]]]:
     """The arms whose side effects go beyond ``limits`` (:data:`LIMITS`), and by what.
 
-    ``(direction, coefficient) -> {side effect: (plain, steered)}``; random directions are
+    ``(direction, coefficient) -> {side effect: (plain, steered)}``; control directions are
     not looked at. Raises ``ValueError`` for a limit on something that is no side effect, and
     for one below 0.
     """
@@ -120,7 +121,7 @@ def summary(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> pd
     """Every direction at its suggested coefficients, one row a sign.
 
     ``outside plain``: the own token fraction is beyond the plain chains' interval on the side
-    of the sign; ``outside random``: beyond the most extreme of the random directions at the
+    of the sign; ``outside controls``: beyond the most extreme of the control directions at the
     same coefficient (empty without any). Where no coefficient is within the limits, the row
     has no numbers.
     """
@@ -142,7 +143,7 @@ def summary(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> pd
                     row[name] = side.get((name, behaviour, at), np.nan)
             made.append(row)
     columns = ["behaviour", "sign", "coefficient", "plain", "plain_low", "plain_high", "value"]
-    columns += ["null_low", "null_high", "outside plain", "outside random"]
+    columns += ["null_low", "null_high", "outside plain", "outside controls"]
     return pd.DataFrame(made, columns=[*columns, "well-formed", "accuracy"])
 
 
@@ -154,7 +155,7 @@ def _beside(found: pd.Series, plain: pd.Series, sign: int) -> dict[str, object]:
         "null_low": low,
         "null_high": high,
         "outside plain": _yes(sign * (value - edge) > 0),
-        "outside random": "" if np.isnan(null) else _yes(sign * (value - null) > 0),
+        "outside controls": "" if np.isnan(null) else _yes(sign * (value - null) > 0),
     }
 
 
@@ -164,8 +165,10 @@ def _yes(true: bool) -> str:
 
 def sweep(measured: pd.DataFrame) -> pd.DataFrame:
     """Own token fraction of every direction by layer and coefficient, the plain value beside
-    it, from the measurements of a sweep over layers (no rows where none was run)."""
+    it and the range of the controls, from the measurements of a sweep over layers (no rows
+    where none was run)."""
     columns = ["behaviour", "layer", "coefficient", "value", "ci_low", "ci_high", "n", "plain"]
+    columns += ["null_low", "null_high", "null_n"]
     if measured.empty:
         return pd.DataFrame(columns=columns)
     rows = evaluation.table(measured)

@@ -1,7 +1,11 @@
-"""Layer effects over responses: the file, curves, the best layer and how sure it is, ranks.
+"""Layer effects over responses: positions, the file, curves, the best layer, ranks.
 
 Effects are per response, ``[R, N, L]`` (made by :func:`stllms.attribution.collect`), NaN where
 a response has no position for a behaviour. Nothing here touches a model.
+
+**Relative to the null.** Any vector of a direction's length changes the next token, the more so
+the longer it is: the absolute curve grows with the layers. So the steering layer is chosen by
+``mean effect / mean effect of the control directions``, both at the same positions.
 """
 
 from __future__ import annotations
@@ -18,15 +22,22 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from stllms import artifacts
-from stllms.means import is_build
+from stllms import artifacts, metrics
+from stllms.means import is_build, mark
 from stllms.metrics import bootstrap
-from stllms.records import Annotation, Response
+from stllms.records import Annotation, Response, is_control
+from stllms.vectors import default_layer
 
 #: Whose spans the positions come from: the behaviour's (the text) or all others (published).
 SETS: tuple[str, ...] = ("own", "others")
+#: The exact effects of a behaviour at the positions where control directions are measured.
+PAIRED = "kl/own/paired"
+#: Of how many sampled positions one is measured with the control directions too.
+CONTROL_SHARE = 4
 #: Responses with a behaviour that each half needs to choose a layer, or to confirm it.
 LEAST = 2
+#: Positions of one response: set (``own``, ``others``, ``controls``) -> behaviour -> positions.
+Sample = dict[str, dict[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -132,16 +143,59 @@ class LayerEffects:
         return (self.model, self.dtype, self.directions, self.behaviours, tuple(self.effects))
 
 
-def null_key(k: int) -> str:
-    """The key of a random direction's exact effects at own spans."""
-    return f"kl/own/random:{k}"
+def null_key(control: str) -> str:
+    """The key of a control direction's exact effects at own spans."""
+    return f"kl/own/{control}"
 
 
-def fingerprint(response: Response, annotation: Annotation) -> str:
-    """A hash of all that the effects of one response depend on: task, ids and spans."""
+def fingerprint(response: Response, annotation: Annotation, sampled: Sample) -> str:
+    """A hash of all that the effects of one response depend on: task, ids, spans and the
+    positions that are measured."""
     ids = [*response.prompt_ids, *response.output_ids]
     places = [(span.label, span.start, span.end) for span in annotation.spans]
-    return sha256(repr((response.task_id, ids, places)).encode()).hexdigest()[:16]
+    return sha256(repr((response.task_id, ids, places, sampled)).encode()).hexdigest()[:16]
+
+
+def sample(
+    pairs: Sequence[tuple[Response, Annotation]],
+    names: Sequence[str],
+    n: int | None,
+    *,
+    seed: int = 0,
+) -> list[Sample]:
+    """Where the exact effects of each response are measured: ``n`` positions a behaviour and
+    set over all responses (``None``: all positions), and for control directions the first
+    :data:`CONTROL_SHARE`-th of its own ones.
+
+    Responses take turns in a seeded order, each giving one of its positions, drawn without
+    replacement, a turn. So every response has one before any has two, and the mean over
+    responses of a response's mean stays what is estimated, with the least variance for ``n``.
+    """
+    found: list[Sample] = [{which: {} for which in (*SETS, "controls")} for _ in pairs]
+    for which in SETS:
+        for name in names:
+            turns = _turns(pairs, name, which, seed)
+            _put(found, which, name, turns[:n])
+            if which == "own":
+                few = None if n is None else max(1, n // CONTROL_SHARE)
+                _put(found, "controls", name, turns[:few])
+    return found
+
+
+def _turns(pairs, name: str, which: str, seed: int) -> list[tuple[int, int]]:
+    """(response, position) in the order in which they are taken."""
+    turns = []
+    for place, (response, annotation) in enumerate(pairs):
+        rng = np.random.default_rng([seed, mark(f"{which}/{name}/{response.task_id}")])
+        order = rng.random()
+        mine = rng.permutation(metrics.positions(annotation.spans, name, which))
+        turns += [(turn, order, place, int(t)) for turn, t in enumerate(mine)]
+    return [(place, t) for _, _, place, t in sorted(turns)]
+
+
+def _put(found: list[Sample], which: str, name: str, turns: Sequence[tuple[int, int]]) -> None:
+    for place, one in enumerate(found):
+        one[which][name] = tuple(sorted(t for at, t in turns if at == place))
 
 
 def measurable(
@@ -188,6 +242,24 @@ def ledger_of(annotations: Sequence[Annotation]) -> dict[str, int]:
     }
 
 
+def said(measured: LayerEffects) -> str:
+    """How many responses and positions the exact effects are from, in a sentence."""
+    n, most, few = (
+        measured.ledger.get(name, 0)
+        for name in (
+            "responses",
+            "positions a behaviour, own",
+            "positions a behaviour, controls",
+        )
+    )
+    text = f"{n} responses, up to {most} positions a behaviour"
+    names = [key.rpartition("/")[2].partition(":")[0] for key in controls_of(measured)]
+    if not names:
+        return f"{text}."
+    kinds = " and ".join(f"{names.count(kind)} {kind}" for kind in dict.fromkeys(names))
+    return f"{text}; controls ({kinds}) at up to {few} of them."
+
+
 def curve(effects: np.ndarray, *, seed: int = 0) -> pd.DataFrame:
     """Per layer of one behaviour, from ``[R, L]``: mean, bootstrap interval, sd, responses.
 
@@ -219,37 +291,111 @@ def table(effects: Mapping[str, np.ndarray], behaviours: Sequence[str]) -> pd.Da
 
 def beside_nulls(rows: pd.DataFrame, measured: LayerEffects) -> pd.DataFrame:
     """:func:`table` of exact effects at own spans with the columns ``null_low, null_high``:
-    the range of the random directions' means, at the same layer, positions and responses."""
-    keys = [key for key in measured.effects if _is_null(key)]
-    if not keys:
-        return rows.assign(null_low=np.nan, null_high=np.nan)
-    chance = table({key: measured.of(key) for key in keys}, measured.behaviours)
-    means = chance.groupby(["behaviour", "layer"])["mean"].agg(["min", "max"])
-    means.columns = ["null_low", "null_high"]
-    return rows.join(means, on=["behaviour", "layer"])
+    the range of what the control directions do at the same layer.
+
+    Controls are measured at a part of the positions. What each does there, relative to the
+    behaviour's own effect at the same positions, is taken times the mean effect at all of them
+    (a ratio estimate): both sides are then of the same positions.
+    """
+    null = relative(measured, measured.behaviours).set_index(["behaviour", "layer"])
+    null = null[["mean", "null_low", "null_high"]].rename(columns={"mean": "times"})
+    made = rows.join(null.astype(float), on=["behaviour", "layer"])
+    for name in ("null_low", "null_high"):
+        made[name] *= made["mean"] / made["times"]
+    return made.drop(columns="times")
+
+
+def relative(
+    measured: LayerEffects, names: Sequence[str], *, draws: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Per behaviour and layer the mean exact effect over the mean of the controls' mean
+    effects, at the positions where both were measured.
+
+    Columns of :func:`table`, and ``null_low, null_high``: the smallest and largest control on
+    the same scale. The interval is over bootstrap samples of the responses, in which direction
+    and controls are resampled together. No rows, where no control was measured.
+    """
+    parts = []
+    for name in [n for n in names if n in measured.behaviours and controls_of(measured)]:
+        own, null = _beside(measured, name)
+        curve, lines = _relative(own, null)
+        samples = _relative(own, null, _samples(len(own), draws, seed))[0]
+        nothing = np.full(len(curve), np.nan)
+        edges = np.quantile(samples, [0.025, 0.975], axis=0) if len(own) else (nothing, nothing)
+        columns = {
+            "set": "relative", "behaviour": name, "layer": np.arange(len(curve)), "mean": curve,
+            "low": edges[0], "high": edges[1], "sd": np.nan, "n": len(own),
+            "null_low": lines.min(0), "null_high": lines.max(0),
+        }  # fmt: skip
+        parts.append(pd.DataFrame(columns))
+    columns = ["set", "behaviour", "layer", "mean", "low", "high", "sd", "n"]
+    columns += ["null_low", "null_high"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def controls_of(measured: LayerEffects) -> list[str]:
+    """The keys of the control directions that were measured."""
+    return [key for key in measured.effects if _is_null(key)]
 
 
 def _is_null(key: str) -> bool:
-    return key.startswith(null_key(0)[:-1])
+    return is_control(key.rpartition("/")[2])
+
+
+def _beside(measured: LayerEffects, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Effects of a direction ``[R, L]`` and of the controls ``[K, R, L]`` at the same positions
+    of the responses that have any."""
+    place = measured.behaviours.index(name)
+    own = measured.of(PAIRED)[:, place]
+    null = np.stack([measured.of(key)[:, place] for key in controls_of(measured)])
+    known = ~np.isnan(own).any(1)
+    return own[known].astype(float), null[:, known].astype(float)
+
+
+def _samples(n: int, draws: int, seed: int) -> np.ndarray:
+    """How often each of ``n`` responses is in each bootstrap sample, ``[draws, n]``."""
+    if not n:
+        return np.zeros((0, 0))
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+
+
+def _relative(
+    own: np.ndarray, null: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """``[..., L]`` of the direction and ``[K, ..., L]`` of the controls, each over the mean of
+    the controls; ``weights [..., R]`` of the responses, all alike unless given."""
+    weights = np.ones(len(own)) if weights is None else weights
+    with np.errstate(invalid="ignore", divide="ignore"):
+        each = weights @ null
+        middle = each.mean(0)
+        return (weights @ own) / middle, each / middle
 
 
 @dataclass(frozen=True)
 class BestLayer:
-    """The layer of the largest mean effect, chosen on one half of the responses.
+    """The layer to steer a behaviour at, and why.
 
-    The half that chooses are the responses from which directions are built
-    (:func:`stllms.means.is_build`), the other one confirms. ``rank_in_other_half`` is the
-    layer's rank there (1 is the largest), ``support`` the share of bootstrap samples of all
-    responses in which it is the largest, ``low`` and ``high`` the central 95 % of the largest
-    layers in those samples.
+    ``peak`` is the layer of the largest effect, relative to the controls where these were
+    measured, on the responses from which directions are built (:func:`is_build`); ``relative``
+    is its value there. The other half confirms it: ``held_out`` is the value there,
+    ``null_held_out`` that of the strongest control, ``rank_in_other_half`` the peak's rank (1
+    is the largest). ``layer`` is the peak if it is confirmed, else the default; ``reason`` says
+    which in words. ``support`` is the share of bootstrap samples of all responses in which the
+    peak is the largest, ``low`` and ``high`` the central 95 % of the largest layers in those
+    samples, ``n`` the number of responses.
     """
 
     behaviour: str
     layer: int
-    rank_in_other_half: int
+    reason: str
+    peak: float
+    relative: float
+    held_out: float
+    null_held_out: float
+    rank_in_other_half: float
     support: float
-    low: int
-    high: int
+    low: float
+    high: float
     n: int
 
 
@@ -257,47 +403,67 @@ def best_layer(
     effects: np.ndarray,
     behaviour: str,
     response_ids: Sequence[str],
+    null: np.ndarray | None = None,
     *,
     draws: int = 2000,
     seed: int = 0,
 ) -> BestLayer:
-    """:class:`BestLayer` from effects ``[R, L]`` of the responses ``response_ids``.
+    """:class:`BestLayer` from effects ``[R, L]`` of the responses ``response_ids``, and those
+    of ``K`` control directions ``null [K, R, L]`` at the same positions.
 
-    Raises ``ValueError`` where a half has fewer than two responses with the behaviour.
+    With controls a layer stands out if the direction does more there than every one of them on
+    the held-out half; a direction like the controls would do so in one of ``K + 1`` cases.
+    Without, the largest effect is taken as it is. With fewer than :data:`LEAST` responses in
+    a half nothing is chosen: the default layer (:func:`stllms.vectors.default_layer`).
     """
-    known, build = _known(effects, response_ids)
-    if not _enough(build):
-        raise ValueError(
-            f"{behaviour}: {build.sum()} responses with effects in the build half and "
-            f"{(~build).sum()} in the other, at least {LEAST} needed in each: measure more"
-        )
-    layer = int(known[build].mean(0).argmax())
-    rng = np.random.default_rng(seed)
-    samples = rng.integers(len(known), size=(draws, len(known)))
-    peaks = np.array([known[sample].mean(0).argmax() for sample in samples])
+    effects, build, known = _known(effects, response_ids)
+    default = default_layer(effects.shape[1])
+    fewest = f"{build.sum()} responses with effects in the build half and {(~build).sum()} in "
+    if min(build.sum(), (~build).sum()) < LEAST:
+        reason = f"default: {fewest}the other, at least {LEAST} needed in each"
+        return BestLayer(behaviour, default, reason, *[np.nan] * 8, len(effects))
+    flat = np.ones((1, *effects.shape)) if null is None else null[:, known]
+    chooses, confirms = (_relative(effects[half], flat[:, half]) for half in (build, ~build))
+    peak = int(chooses[0].argmax())
+    curve, controls = confirms[0], confirms[1][:, peak]
+    peaks = _relative(effects, flat, _samples(len(effects), draws, seed))[0].argmax(-1)
     low, high = np.quantile(peaks, [0.025, 0.975], method="nearest")
+    beyond = int((controls >= curve[peak]).sum())
+    layer, reason = peak, "largest effect; no controls were measured for it"
+    if null is not None:
+        held = f"{curve[peak]:.2f} times the mean control on held-out responses"
+        layer = default if beyond else peak
+        reason = f"stands out: layer {peak} has {held}, above all {len(null)}"
+        if beyond:
+            reason = (
+                f"no layer stands out: the best, {peak}, has {held}, and {beyond} of "
+                f"{len(null)} controls do as much; default"
+            )
     return BestLayer(
         behaviour=behaviour,
         layer=layer,
-        rank_in_other_half=rank(known[~build].mean(0), layer),
-        support=float((peaks == layer).mean()),
+        reason=reason,
+        peak=peak,
+        relative=float(chooses[0][peak]),
+        held_out=float(curve[peak]),
+        null_held_out=np.nan if null is None else float(controls.max()),
+        rank_in_other_half=rank(curve, peak),
+        support=float((peaks == peak).mean()),
         low=int(low),
         high=int(high),
-        n=len(known),
+        n=len(effects),
     )
 
 
-def _known(effects: np.ndarray, response_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The responses with effects, and which of them are of the build half."""
+def _known(
+    effects: np.ndarray, response_ids: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The effects there are, which of them are of the build half, and of which responses."""
     if len(effects) != len(response_ids):
         raise ValueError(f"{len(effects)} rows of effects but {len(response_ids)} response ids")
     known = ~np.isnan(effects).any(1)
     build = np.array([is_build(name) for name in response_ids], dtype=bool)
-    return effects[known], build[known]
-
-
-def _enough(build: np.ndarray) -> bool:
-    return min(build.sum(), (~build).sum()) >= LEAST
+    return effects[known].astype(float), build[known], known
 
 
 def rank(values: np.ndarray, layer: int) -> int:
@@ -345,7 +511,7 @@ def agreement(
     """
     rows = []
     base = measured.of(reference)
-    others = [key for key in measured.effects if key != reference and not _is_null(key)]
+    others = [key for key in measured.effects if key.count("/") == 1 and key != reference]
     for name in [n for n in names if n in measured.behaviours]:
         place = measured.behaviours.index(name)
         if np.isnan(base[:, place]).any(1).all():
@@ -370,22 +536,26 @@ def _correlation(both: np.ndarray, draws: int, seed: int) -> tuple[float, float,
 
 
 def best_layers(measured: LayerEffects, key: str, names: Sequence[str]) -> pd.DataFrame:
-    """A :func:`best_layer` a behaviour, where two responses of each half have effects.
-
-    The last layer is left out: only the head comes after it, so that a direction added there
-    is a constant added to the logits, and no step of reasoning can follow from it.
-    """
+    """A :func:`best_layer` a behaviour. The effects ``kl/own`` are judged beside the controls
+    that were measured with them, those of any other ``key`` without."""
+    keys = controls_of(measured) if key == "kl/own" else []
+    values = measured.of(PAIRED if keys else key)
     rows = []
     for name in [n for n in names if n in measured.behaviours]:
-        values = measured.of(key)[:, measured.behaviours.index(name), :-1]
-        if _enough(_known(values, measured.response_ids)[1]):
-            rows.append(vars(best_layer(values, name, measured.response_ids)))
-    columns = list(BestLayer.__dataclass_fields__)
-    return pd.DataFrame(rows, columns=columns)
+        at = measured.behaviours.index(name)
+        null = np.stack([measured.of(k)[:, at] for k in keys]) if keys else None
+        rows.append(vars(best_layer(values[:, at], name, measured.response_ids, null)))
+    return pd.DataFrame(rows, columns=list(BestLayer.__dataclass_fields__))
 
 
 def chosen_layers(best: pd.DataFrame, known: Mapping[str, int] | None) -> dict[str, int]:
-    """The steering layers: those of the registry where the model has them, else the best."""
+    """The steering layers: those of the registry where the model has them, else the chosen."""
     if known:
         return dict(known)
     return {row["behaviour"]: int(row["layer"]) for _, row in best.iterrows()}
+
+
+def reasons(best: pd.DataFrame) -> str:
+    """Why each behaviour is steered at its layer, a line a behaviour."""
+    lines = zip(best["behaviour"], best["layer"], best["reason"], strict=True)
+    return "\n".join(f"{name}: layer {layer} ({reason})" for name, layer, reason in lines)

@@ -3,7 +3,7 @@
 :func:`measure` gives one row a chain, :func:`table` what ``steering.csv`` holds: for every
 direction, coefficient and metric the mean over tasks with a bootstrap interval, the sign-flip
 p-value of the paired difference from the plain chain with Holm's correction over the
-behaviours' own rows, and the range of the random directions of the same coefficient.
+behaviours' own rows, and the range of the control directions of the same coefficient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pandas as pd
 
 from stllms import metrics, tasks
 from stllms.organism import grammar
-from stllms.records import BEHAVIOURS, STEERED, STEERED_KEY, Steered, Task
+from stllms.records import BEHAVIOURS, STEERED, STEERED_KEY, Steered, Task, is_control
 
 #: Metrics of a chain that are no behaviour's: name -> what a reader should know.
 SIDE_EFFECTS: dict[str, str] = {
@@ -109,16 +109,18 @@ def _side_effects(one: Steered, task: Task) -> dict[str, float]:
 def table(measured: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """The rows of ``steering.csv``, from :func:`measure`.
 
-    ``behaviour`` is empty for a side effect. ``null_low`` and ``null_high`` are the smallest
-    and largest mean among the random directions at the same layer and coefficient (NaN
-    without any).
+    ``behaviour`` is empty for a side effect. ``null_low`` and ``null_high`` are the range of
+    the control directions at the same layer and coefficient (NaN without any), ``null_n`` the
+    tasks that it is from. Controls may be measured on some of the tasks only: the mean
+    difference of each from the plain chains of its own tasks is added to the mean of all plain
+    chains, so that every value of a row is for the same tasks.
     """
     names, by_arm = _arms(measured)
     plain = by_arm[PLAIN]
-    null = _null({arm: rows.mean() for arm, rows in by_arm.items()}, names)
+    null = _null(by_arm)
     rows = []
     for (direction, layer, coefficient), found in by_arm.items():
-        low, high = null.get((layer, coefficient), ({}, {}))
+        low, high, tasks_of = null.get((layer, coefficient), ({}, {}, {}))
         for name in names:
             metric, _, behaviour = name.partition("/")
             interval = metrics.bootstrap(found[name], seed=seed)
@@ -139,6 +141,7 @@ def table(measured: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
                     "p": p,
                     "null_low": low.get(name, np.nan),
                     "null_high": high.get(name, np.nan),
+                    "null_n": tasks_of.get(name, 0),
                 }
             )
     made = pd.DataFrame(rows)
@@ -169,13 +172,21 @@ def _arms(measured: pd.DataFrame) -> tuple[list[str], dict[tuple, pd.DataFrame]]
     return names, {arm: rows.set_index("task_id")[names] for arm, rows in groups}
 
 
-def _null(means, names) -> dict[tuple, tuple[dict, dict]]:
-    random: dict[tuple, list] = {}
-    for (direction, layer, coefficient), mean in means.items():
-        if direction.startswith("random:"):
-            random.setdefault((layer, coefficient), []).append(mean)
-    ranges = {place: pd.DataFrame(found)[names] for place, found in random.items()}
-    return {place: (found.min(), found.max()) for place, found in ranges.items()}
+def _null(by_arm: Mapping[tuple, pd.DataFrame]) -> dict[tuple, tuple]:
+    """(layer, coefficient) -> smallest and largest control, and the fewest tasks of any."""
+    plain = by_arm[PLAIN]
+    values: dict[tuple, list[pd.Series]] = {}
+    counts: dict[tuple, list[pd.Series]] = {}
+    for (direction, *place), found in by_arm.items():
+        if is_control(direction):
+            change = found - plain.reindex(found.index)
+            values.setdefault(tuple(place), []).append(plain.mean() + change.mean())
+            counts.setdefault(tuple(place), []).append(change.notna().sum())
+    made = {}
+    for place, found in values.items():
+        every, n = pd.DataFrame(found), pd.DataFrame(counts[place])
+        made[place] = every.min(), every.max(), n.where(n > 0).min().fillna(0).astype(int)
+    return made
 
 
 def _corrected(made: pd.DataFrame) -> np.ndarray:
@@ -190,19 +201,21 @@ def bars(rows: pd.DataFrame) -> pd.DataFrame:
     """The paper's bars: token fraction of each behaviour plain and under its own +-1.
 
     Columns ``behaviour``, ``mode`` (plain, positive, negative), ``value``, ``low``, ``high``,
-    ``n``, ``null_low``, ``null_high``; a behaviour without a direction has NaN.
+    ``n``, ``null_low``, ``null_high``, ``null_n``; a behaviour without a direction has NaN.
     """
     found = rows[rows["metric"] == FRACTION].set_index(
         ["behaviour", "direction", "coefficient"]
     )
-    values = ["value", "ci_low", "ci_high", "n", "null_low", "null_high"]
+    values = ["value", "ci_low", "ci_high", "n", "null_low", "null_high", "null_n"]
+    found = found.reindex(columns=values)  # a file of an earlier version has no null_n
     made = []
     for behaviour in STEERED:
         for mode, arm in MODES.items():
             key = (behaviour, arm[0] or behaviour, arm[1])
             cells = found.loc[key, values] if key in found.index else [np.nan] * len(values)
             made.append((behaviour, mode, *cells))
-    columns = ["behaviour", "mode", "value", "low", "high", "n", "null_low", "null_high"]
+    columns = ["behaviour", "mode", "value", "low", "high", "n"]
+    columns += ["null_low", "null_high", "null_n"]
     return pd.DataFrame(made, columns=columns)
 
 

@@ -21,9 +21,10 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from stllms import pipeline, progress
+from stllms import pipeline, progress, providers
 from stllms.config import RunConfig
 from stllms.pipeline import StageError
+from stllms.terminal import plain
 
 if TYPE_CHECKING:
     from stllms.estimate import Work
@@ -190,7 +191,7 @@ class _Estimates:
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             if pipeline.ESTIMATE.match(line):
-                self._screen.say(line)
+                self._screen.say(plain(line))
 
     def flush(self) -> None:
         """Every whole line is shown as it comes."""
@@ -350,8 +351,8 @@ def _report(job: Job, index: int, source: str, trace: str) -> str:
         index -= 1  # papermill puts a cell of its own behind the parameters
     if not source and 0 <= index < len(cells):
         source = "".join(cells[index]["source"])
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", trace)
-    lines = [line for line in plain.splitlines() if line.strip()]
+    uncoloured = re.sub(r"\x1b\[[0-9;]*m", "", trace)
+    lines = [line for line in uncoloured.splitlines() if line.strip()]
     copy = pipeline.folder_of(job.stage, job.config).notebooks / f"{job.stage}.failed.ipynb"
     return "\n".join(
         [
@@ -372,7 +373,7 @@ def _own_kernel(*, quiet: bool) -> Iterator[Path]:
     others. Kernels inherit the environment, thread limits included. Gives the file in which
     they say how far they are; with ``quiet`` that of the caller, else the null device.
     """
-    names = ("JUPYTER_PATH", pipeline.INSIDE, progress.CHANNEL)
+    names = ("JUPYTER_PATH", pipeline.INSIDE, progress.CHANNEL, providers.STARTED)
     old = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory(prefix="stllms-") as folder:
         spec = Path(folder) / "kernels" / "python3" / "kernel.json"
@@ -403,6 +404,7 @@ def _own_kernel(*, quiet: bool) -> Iterator[Path]:
         heard = old[progress.CHANNEL] or os.devnull  # by who called this runner, or nobody
         channel = Path(heard if quiet else Path(folder) / "progress.json")
         os.environ[progress.CHANNEL] = str(channel)
+        os.environ[providers.STARTED] = str(Path.cwd())
         try:
             yield channel
         finally:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from stllms import artifacts
 from stllms.provenance import replacing
+from stllms.terminal import plain
 from stllms.vectors import SteeringVectors
 
 #: What the metadata says about the layer of a tensor ``<behaviour>.<layer>``.
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(_export(given))
     except (ValueError, OSError) as error:
-        print(f"python -m stllms.export: {error}", file=sys.stderr)
+        print(f"python -m stllms.export: {plain(error)}", file=sys.stderr)
         return 2
     return 0
 

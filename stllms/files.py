@@ -261,7 +261,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
         raise BadFile(f"{path}: not a whole safetensors file ({error})") from None
     try:
         return tensors, {name: json.loads(text) for name, text in sorted(texts.items())}
-    except json.JSONDecodeError:
+    except (RecursionError, ValueError):
         raise BadFile(f"{path}: its metadata was not written by stllms") from None
 
 

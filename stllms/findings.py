@@ -62,8 +62,17 @@ def _number(value: float, low: float, high: float, *, scale: float = 100) -> str
 def released_comparison(groups: pd.DataFrame, treatment: str, note: str) -> Iterator[Row]:
     """Fractions and segments a response of the released files, from their group averages.
 
-    The paper's averages are over all ten models: with fewer files nothing is reproduced.
+    The paper's averages are over all ten models: with fewer files nothing is reproduced, and
+    files of different questions are not averaged with each other.
     """
+    apart = groups.groupby("kind")["tasks"].nunique()
+    if (apart > 1).any():
+        on = "released files of different questions: " + "; ".join(
+            f"{row.kind} {row.tasks}, {row.models} models"
+            for row in groups.drop_duplicates(["kind", "tasks"]).itertuples()
+        )
+        yield claims.compared(on, claims.PART, treatment=treatment, note=note)
+        return
     cells = groups.set_index(["kind", "metric", "behaviour"]).sort_index()
     models = [int(cells.loc[kind, "models"].iloc[0]) for kind in KINDS]
     on = "released files, {} thinking and {} instruct models of {} each".format(
@@ -137,7 +146,7 @@ def run_comparison(
 
 def run_steering(slug: str, table: pd.DataFrame, made: Made) -> Row:
     """A steered model. Shown: all eight changes go the claimed way, with Holm p below .05 and
-    further than any random direction of the same length takes the behaviour."""
+    further than any control direction of the same length takes the behaviour."""
     bars = evaluation.bars(table).set_index(["behaviour", "mode"])
     ours, shown, inside, tests = {}, [], [], 0
     own = table[
@@ -152,10 +161,10 @@ def run_steering(slug: str, table: pd.DataFrame, made: Made) -> Row:
             change = sign * (cell["value"] - cells[0]["value"])
             if change > 0 and p_holm.get((b, float(sign)), np.nan) < LEVEL:
                 name = f"{b} {'+' if sign > 0 else '-'}"
-                (inside if _as_random(cell, sign) else shown).append(name)
+                (inside if _as_a_control(cell, sign) else shown).append(name)
     tasks = int(np.nanmax(bars["n"].to_numpy(float), initial=0))
-    random = own["null_low"].notna().any()
-    where = " and outside the range of random directions" if random else ""
+    controls = own["null_low"].notna().any()
+    where = " and outside the range of control directions" if controls else ""
     note = f"changes the claimed way with Holm p < .05{where}: {', '.join(shown) or 'none'}"
     if inside:
         note += f"; with Holm p < .05 but inside that range: {', '.join(inside)}"
@@ -164,12 +173,12 @@ def run_steering(slug: str, table: pd.DataFrame, made: Made) -> Row:
         made.after(f"{claims.display(slug)}, {tasks} tasks"),
         _verdict(len(shown), tests, slug, made),
         ours=claims.listed(ours),
-        note=note if random else f"{note}; no random directions to compare with",
+        note=note if controls else f"{note}; no control directions to compare with",
     )
 
 
-def _as_random(cell: pd.Series, sign: int) -> bool:
-    """Whether a random direction takes the behaviour as far; never without any."""
+def _as_a_control(cell: pd.Series, sign: int) -> bool:
+    """Whether a control direction takes the behaviour as far; never without any."""
     if sign > 0:
         return bool(cell["value"] <= cell["null_high"])
     return bool(cell["value"] >= cell["null_low"])

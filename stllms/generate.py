@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stllms import decode, prompts
+from stllms import decode, prompts, sampling
 from stllms.config import RunConfig
 from stllms.files import Rows, resumed
 from stllms.models import Model
 from stllms.progress import token_bar
-from stllms.records import Response, Task, response_from_row, to_row
+from stllms.records import Response, Task, from_rows, response_from_row, to_row
 
 #: Tasks in a chunk.
 CHUNK = 100
@@ -38,7 +38,7 @@ def responses(
         max_new_tokens: limit of a response; one that reaches it is not ``finished``.
         batch_size: rows at a time; ``None`` suits the device.
         temperature: 0 is greedy.
-        seed: of the sampling noise, with the task's id (:mod:`stllms.decode`).
+        seed: of the sampling noise, with the task's id (:mod:`stllms.sampling`).
         style: ``"sound"`` or ``"published"`` prompts (:func:`stllms.prompts.prompt`).
         store: rows by ``task_id``; what it holds is not made again, what is made is added
             chunk by chunk.
@@ -47,6 +47,7 @@ def responses(
         ValueError: for a task id that occurs twice, or a prompt longer than the context.
         StaleArtefact: where the rows of ``store`` were made by another model, with another
             prompt or other options, naming it.
+        SamplingError: if the audit of all of them fails (:meth:`stllms.sampling.Audit.check`).
     """
     twice = {task.id for task in tasks if sum(other.id == task.id for other in tasks) > 1}
     if twice:
@@ -59,25 +60,29 @@ def responses(
     }
     if store is not None:
         store.bind({**model.identity, **options})
-        prompts.same(store, {task.id: o[1] for task, o in zip(tasks, opened, strict=True)})
+        ids = {task.id: o[1] for task, o in zip(tasks, opened, strict=True)}
+        prompts.same(store.path, read(store), ids)
 
     def make(start: int, stop: int) -> list[dict[str, Any]]:
         part = list(zip(tasks[start:stop], opened[start:stop], strict=True))
         rows = [decode.Row(o[1], task.id) for task, o in part]
         written = decode.run(model, rows, batch_size=batch_size, progress=bar.tick, **options)
         return [
-            to_row(prompts.response(model, task, o, ids))
-            for (task, o), ids in zip(part, written, strict=True)
+            to_row(prompts.response(model, task, o, chain.ids, chain.audit))
+            for (task, o), chain in zip(part, written, strict=True)
         ]
 
     with token_bar(len(tasks), "responses", most=max_new_tokens, enabled=progress) as bar:
         keys = [(task.id,) for task in tasks]
         rows = resumed(keys, make, size=CHUNK, store=store, skip=bar.skip)
-    return [response_from_row(row) for row in rows]
+    found = [response_from_row(row) for row in rows]
+    sampling.audit(found).check()
+    return found
 
 
 def summary(made: Sequence[Response]) -> dict[str, float]:
-    """Counts that a reader should see before any number: finished, closed, lengths."""
+    """Counts that a reader should see before any number: finished, closed, lengths, and the
+    responses that use the tags otherwise than once each (:func:`stllms.prompts.irregular`)."""
     count = len(made)
     tokens = [len(item.output_ids) for item in made]
     return {
@@ -86,6 +91,7 @@ def summary(made: Sequence[Response]) -> dict[str, float]:
         "truncated": sum(not item.finished for item in made),
         "thinking closed": sum(item.closed for item in made),
         "without thinking": sum(not item.thinking for item in made),
+        **prompts.irregular(made),
         "mean output tokens": round(sum(tokens) / max(1, count), 1),
         "longest output": max(tokens, default=0),
     }
@@ -104,4 +110,4 @@ def options(setup: RunConfig) -> dict[str, Any]:
 
 def read(store: Rows) -> list[Response]:
     """The stored responses, in the order of the file."""
-    return [response_from_row(row) for row in store.load()]
+    return from_rows(store.load(), response_from_row, store.path)

@@ -6,15 +6,16 @@ chain as plain text. Of an object counts the first of :data:`FIELDS` that holds 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from stllms import prompts
+from stllms import foreign, prompts
 from stllms.provenance import BadFile
 from stllms.records import Response
+from stllms.replies import clean
 
 #: Key of a row -> whether its text is the thinking alone; else the tags of a chain are read.
 FIELDS: dict[str, bool] = {
@@ -64,6 +65,8 @@ def _content(source: str, name: str) -> str:
         raise BadFile(f"{name}: there is no such file") from None
     except OSError as error:
         raise BadFile(f"{name}: cannot be read ({error.strerror})") from None
+    except (ValueError, RuntimeError) as error:  # a NUL in the name; ~NOBODY
+        raise BadFile(f"{name!r}: no name of a file ({error})") from None
 
 
 def _rows(text: str, name: str, suffix: str) -> list[tuple[str, Any]] | None:
@@ -71,7 +74,7 @@ def _rows(text: str, name: str, suffix: str) -> list[tuple[str, Any]] | None:
     start = text.lstrip()[0]
     if start == "[" or suffix == ".json":
         try:
-            rows = json.loads(text)
+            rows = foreign.loads(text)
         except ValueError as error:
             if suffix != ".json":  # the judges' markup begins with a bracket as well
                 return None
@@ -87,31 +90,35 @@ def _rows(text: str, name: str, suffix: str) -> list[tuple[str, Any]] | None:
 
 def _line(line: str, place: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:  # its own line is of this one line
+        return foreign.loads(line)
+    except JSONDecodeError as error:  # its own line is of this one line
         place = f"{place}, character {error.pos + 1}"
         raise BadFile(f"{place}: no JSON ({error.msg.removesuffix(' at')})") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, nested too deep
         raise BadFile(f"{place}: no JSON ({error})") from None
 
 
 def _row(row: Any, number: int, place: str) -> Response:
     """The chain of a row; ``number`` is its name if it has none, ``place`` is for errors."""
     if not isinstance(row, Mapping):
-        raise BadFile(f"{place}: a {type(row).__name__}, expected an object")
+        raise BadFile(f"{place}: {foreign.kind(row)}, expected an object")
     task_id = number if row.get("task_id") is None else row["task_id"]
+    if isinstance(task_id, bool) or not isinstance(task_id, str | int):
+        raise BadFile(f"{place}: task_id: {foreign.kind(task_id)}, expected a text or a number")
     for key, whole in FIELDS.items():
         if isinstance(row.get(key), str):
             return _response(str(task_id), row[key], whole=whole)
-    wanted, found = ", ".join(FIELDS), ", ".join(map(str, row)) or "nothing"
-    raise BadFile(f"{place}: expected one of {wanted}; it has {found}")
+    texts = [f"{name} that is {foreign.kind(row[name])}" for name in FIELDS if name in row]
+    names = [name if name.isprintable() else repr(name) for name in row]
+    found = "; ".join(texts) or ", ".join(names[:10]) or "nothing"
+    raise BadFile(f"{place}: expected one of {', '.join(FIELDS)}; it has {found[:300]}")
 
 
 def _response(task_id: str, text: str, *, whole: bool) -> Response:
-    """A response with a text and no ids; ``whole`` says that the text is the thinking."""
-    opened = whole or (prompts.CLOSE in text and prompts.OPEN not in text)
-    thinking, start, answer, closed = (
-        (text, 0, "", True) if whole else prompts.split(text, opened=opened)
-    )
+    """A response with a text and no ids; ``whole`` says that the text is the thinking. Half
+    surrogate pairs (from a cut emoji) become U+FFFD, for nothing can store or show them."""
+    task_id, text = clean(task_id), clean(text)
+    parts = (text, 0, "", True) if whole else prompts.split(text, opened=False)
+    thinking, start, answer, closed = parts
     made = (task_id, "", "", (), (), text, thinking, start, answer, closed, True)
     return Response(*made)

@@ -25,6 +25,7 @@ from stllms.claims import Made, Row
 from stllms.config import RunConfig
 from stllms.effects import LayerEffects
 from stllms.records import STEERED
+from stllms.terminal import plain
 
 #: Where the table stands in a document.
 MARKS = ("<!-- ledger: written by python -m stllms.ledger -->", "<!-- end of ledger -->")
@@ -116,7 +117,8 @@ def _comparison(results: Path) -> Iterator[Row]:
 
 
 def _released_comparison(results: Path) -> Iterator[Row]:
-    columns = ("treatment", "kind", "metric", "behaviour", "value", "low", "high", "models")
+    columns = ("treatment", "kind", "tasks", "metric", "behaviour", "models")
+    columns += ("value", "low", "high")
     groups = _table(results / "published" / "comparison_groups.csv", columns)
     changes = _table(
         results / "published" / "comparison_changes.csv",
@@ -268,9 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = put(given.into.read_text(encoding="utf-8"), markdown(made))
             given.into.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"stllms.ledger: {error}", file=sys.stderr)
+        print(f"stllms.ledger: {plain(error)}", file=sys.stderr)
         return 2
-    print(markdown(made), end="")
+    print(plain(markdown(made)), end="")
     print(results / "ledger.csv", file=sys.stderr)
     return 0
 

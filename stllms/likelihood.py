@@ -6,6 +6,9 @@ forward each. Over its output tokens ``t`` (at temperature 1, whatever it was sa
 * ``perplexity = exp(-mean_t log p_plain(token_t))``, of the chain under the plain model;
 * ``kl = mean_t KL(p_steered || p_plain)``, in nats a token, what the push changed in the
   distributions it was sampled from. For a plain chain it is 0.
+
+The states of a batch of chains are computed at once, their logits a slice of positions at a
+time: a whole batch of them, ``B * T * V``, would not fit at a real vocabulary.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ from stllms.records import STEERED_KEY, Steered
 
 #: Chains in a chunk, the unit of flush and resume.
 CHUNK = 512
-#: Logits of a batch at once: 2**27 values in float32 are half a gigabyte.
-BUDGET = 2**27
-#: Columns whose distributions are compared at once.
-SLICE = 128
+#: Tokens of a batch, prompts and padding included.
+TOKENS = 2**14
+#: Logits at once: 2**24 values are 64 MB in float32, and there are up to eight such tensors.
+LOGITS = 2**24
 
 
 def scores(
@@ -93,17 +96,19 @@ def _same_chains(store: Rows, chains: Sequence[Steered]) -> None:
 
 
 def _batches(model: Model, chains: Sequence[Steered]) -> list[list[Steered]]:
-    """Chains of like length, as many as the budget of logits and the device allow."""
-    vocabulary, most = model.text_config.vocab_size, decode.default_batch_size(model)
+    """Chains of like length, as many as :data:`TOKENS` and the device allow."""
+
+    def length(one: Steered) -> int:
+        return len(one.response.prompt_ids) + len(one.response.output_ids)
+
+    most = min(decode.default_batch_size(model), model.fits)
     batches: list[list[Steered]] = []
-    for one in sorted(chains, key=lambda one: len(one.response.output_ids), reverse=True):
-        if batches:
-            width = len(batches[-1][0].response.output_ids) + 1  # of the longest
-            size = len(batches[-1]) + 1
-            if size <= most and size * width * vocabulary <= BUDGET:
-                batches[-1].append(one)
-                continue
-        batches.append([one])
+    for one in sorted(chains, key=length, reverse=True):
+        size = len(batches[-1]) + 1 if batches else 0
+        if 0 < size <= most and size * length(batches[-1][0]) <= TOKENS:
+            batches[-1].append(one)
+        else:
+            batches.append([one])
     return batches
 
 
@@ -115,23 +120,30 @@ def _compare(model: Model, chains: Sequence[Steered], interventions) -> list[dic
     ids, mask, position = model.left_pad(
         [(*p, *o) for p, o in zip(prompts, outputs, strict=True)]
     )
-    lengths = [len(o) for o in outputs]
-    longest = max(1, *lengths)
     inputs = {
         "input_ids": ids,
         "attention_mask": mask,
         "position_ids": position,
         "use_cache": False,
-        "logits_to_keep": longest + 1,
     }
-    plain = model.hf(**inputs).logits[:, :-1]
+    lengths = [len(o) for o in outputs]
+    written = _columns(lengths, ids.shape[1], model.device)
+    before = written.roll(-1, dims=1)  # the state before a token predicts it
+    before[:, -1] = False
+    plain = model.decoder(**inputs).last_hidden_state[before]
     rows = [
         decode.Row(p, "", () if item is None else (item,))
         for p, item in zip(prompts, interventions, strict=True)
     ]
     edits = decode.edits(model, rows)
-    steered = _steered(model, inputs, edits, ids, lengths)[:, :-1] if edits else plain
-    return _reduce(plain, steered, ids[:, -longest:], _columns(lengths, longest, model.device))
+    steered = _steered(model, inputs, edits, written)[before] if edits else None
+    kl, surprise = _reduce(model, plain, steered, ids[written])
+    return [
+        {"kl": max(0.0, float(a.mean())), "perplexity": float(b.mean().exp())}
+        if len(a)
+        else {"kl": None, "perplexity": None}
+        for a, b in zip(kl.split(lengths), surprise.split(lengths), strict=True)
+    ]
 
 
 def _columns(lengths: Sequence[int], width: int, device) -> Tensor:
@@ -140,36 +152,38 @@ def _columns(lengths: Sequence[int], width: int, device) -> Tensor:
     return back[None] <= torch.tensor(lengths, device=device)[:, None]
 
 
-def _steered(model: Model, inputs: dict, edits, ids: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Logits of the forward with the interventions, each where it acted."""
-    generated = _columns(lengths, ids.shape[1], model.device)
-    ended = ((ids == decode.think_end(model)) & generated).cumsum(-1) > 0
+def _steered(model: Model, inputs: dict, edits, written: Tensor) -> Tensor:
+    """Decoder outputs ``[B, T, D]`` with the interventions, each where it acted."""
+    closing = inputs["input_ids"] == decode.think_end(model)
+    ended = (closing & written).cumsum(-1) > 0
     places = {
-        "all": torch.ones_like(generated),
-        "generated": generated,
-        "thinking": generated & ~ended,
+        "all": torch.ones_like(written),
+        "generated": written,
+        "thinking": written & ~ended,
     }
     placed = [(edit, edit.coefficient * places[edit.where][:, :, None]) for edit in edits]
-    with model.nn.trace(**inputs):
+    with model.nn.trace(**inputs, logits_to_keep=1):
         decode.intervene(model, placed)
-        logits = save(model.nn.output.logits)
-    return logits
+        hidden = save(model.nn_decoder.output.last_hidden_state)
+    return hidden
 
 
-def _reduce(plain: Tensor, steered: Tensor, written: Tensor, kept: Tensor):
-    """Means over the kept columns, a slice of columns at a time in float32."""
-    kl = torch.zeros(kept.shape, device=kept.device)
-    surprise = torch.zeros(kept.shape, device=kept.device)
-    for start in range(0, kept.shape[1], SLICE):
-        part = slice(start, start + SLICE)
-        log_plain = plain[:, part].float().log_softmax(-1)
-        log_steered = steered[:, part].float().log_softmax(-1)
-        kl[:, part] = (log_steered.exp() * (log_steered - log_plain)).sum(-1)
-        surprise[:, part] = -log_plain.gather(-1, written[:, part, None])[..., 0]
-    count = kept.sum(-1)
-    mean_kl = ((kl * kept).sum(-1) / count).tolist()
-    mean_surprise = ((surprise * kept).sum(-1) / count).exp().tolist()
-    return [
-        {"kl": max(0.0, a), "perplexity": b} if n else {"kl": None, "perplexity": None}
-        for a, b, n in zip(mean_kl, mean_surprise, count.tolist(), strict=True)
-    ]
+def _reduce(
+    model: Model, plain: Tensor, steered: Tensor | None, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``KL(p_steered || p_plain)`` and ``-log p_plain(token)``, ``[N]`` float64 on the CPU.
+
+    ``plain`` and ``steered`` are the states ``[N, D]`` before the ``tokens [N]``; a slice of
+    them at a time is unembedded.
+    """
+    kl = torch.zeros(len(tokens), dtype=torch.float64)
+    surprise = torch.zeros(len(tokens), dtype=torch.float64)
+    size = max(1, LOGITS // model.text_config.vocab_size)
+    for start in range(0, len(tokens), size):
+        part = slice(start, start + size)
+        log_plain = model.logits(plain[None, part])[0].float().log_softmax(-1)
+        surprise[part] = -log_plain.gather(-1, tokens[part, None])[:, 0].double().cpu()
+        if steered is not None:
+            log_steered = model.logits(steered[None, part])[0].float().log_softmax(-1)
+            kl[part] = (log_steered.exp() * (log_steered - log_plain)).sum(-1).double().cpu()
+    return kl, surprise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from stllms import checks, config, registry
 
@@ -39,7 +41,7 @@ def read(
     Raises:
         ModelError: for what cannot be read, naming what is missing and what to do.
     """
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
         options |= _quantization(quantization, place, dtype)
     source, more = source_of(entry)
@@ -49,10 +51,34 @@ def read(
         more = more | {"revision": revision}
     # The reader of GGUF files draws a bar of its own that no switch of transformers stops.
     bars = contextlib.redirect_stderr(io.StringIO()) if entry.source == "gguf" else quiet()
+    more = more | {"trust_remote_code": False}
     with quiet(), bars:
+        if entry.source != "gguf":
+            _refuse_code(entry.name, source, more)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **more)
-        hf = transformers.AutoModelForCausalLM.from_pretrained(source, **more, **options)
+        hf, info = transformers.AutoModelForCausalLM.from_pretrained(source, **more, **options)
+    drawn = sorted(info["missing_keys"] & {name for name, _ in hf.named_parameters()})
+    if drawn:
+        raise ModelError(
+            f"{entry.name}: the files lack {len(drawn)} of the weights of "
+            f"{type(hf).__name__}, which would be random numbers: {drawn[0]}, ..."
+        )
     return hf if quantization is not None else hf.to(place), tokenizer
+
+
+def _refuse_code(name: str, source: str, more: dict[str, Any]) -> None:
+    """Refuses a model that brings code of its own (``auto_map``), before any of it is read."""
+    settings = {
+        "config.json": transformers.PreTrainedConfig.get_config_dict(source, **more)[0],
+        "tokenizer_config.json": get_tokenizer_config(source, **more),
+    }
+    for file, content in settings.items():
+        if content.get("auto_map"):
+            raise ModelError(
+                f"{name}: {file} wants code of its own executed (auto_map), which stllms never "
+                "does: take a model that transformers has a class for, or, where it has one, "
+                "take auto_map out of a copy of that file"
+            )
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -65,15 +91,33 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """``"auto"`` -> bfloat16 on CUDA, float32 elsewhere; a name or a torch type as it is."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
+    """``"auto"`` -> what the device computes in; a name or a torch type as it is.
+
+    On CUDA that is bfloat16 from compute capability 8.0 on (Ampere), float16 from 7.0 (Volta,
+    Turing), and float32 before; on other devices float32. bfloat16 for a card that only
+    emulates it is let through with a warning.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = getattr(torch, dtype, None)
+        return _dtype_of_card(device) if device.type == "cuda" else torch.float32
     if not isinstance(found, torch.dtype):
         raise ModelError(f"dtype {dtype!r} is not 'auto' or the name of a torch type")
+    if found == torch.bfloat16 and device.type == "cuda":
+        own = _dtype_of_card(device)
+        if own != torch.bfloat16:
+            warnings.warn(
+                f"{torch.cuda.get_device_name(device)} only emulates bfloat16, which is slow: "
+                f"dtype='auto' would be {str(own).removeprefix('torch.')}",
+                stacklevel=2,
+            )
     return found
+
+
+def _dtype_of_card(device: torch.device) -> torch.dtype:
+    major, _ = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return torch.bfloat16
+    return torch.float16 if major == 7 else torch.float32
 
 
 @contextlib.contextmanager

@@ -35,6 +35,11 @@ def part_of(task_id: str) -> int:
     return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4], "big") % PARTS
 
 
+def mark(task_id: str) -> int:
+    """A whole number of 63 bits for a response, from a hash of its task alone."""
+    return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[8:16], "big") >> 1
+
+
 def is_build(task_id: str) -> bool:
     """Whether a response belongs to the half from which directions are built."""
     return part_of(task_id) < PARTS // 2
@@ -56,7 +61,14 @@ class Means:
     projections of each span of the test half on unit directions, ``projection_labels [S]`` the
     behaviours of those spans; ``readout`` is :func:`digest` of directions that were given,
     ``""`` for those of the record's own build half. ``samples [S, K, D]`` are the span means
-    themselves at ``sample_layers``, those of the build half first, empty unless asked for.
+    themselves at ``sample_layers``, those of the build half first, empty unless asked for;
+    ``sample_responses [S]`` tells by :func:`mark` which response a span is of.
+
+    Of the control directions (METHOD, section 13) ``shuffled [K, L, D]`` are sums of the span
+    means that carry the label of the control's target after a permutation of the labels within
+    each response (``config["controls"]``: seed and targets in turn), ``signed [K, L, D]`` are
+    sums of all span means with random signs and ``signs [K]`` sums of these signs.
+
     ``ledger`` counts what was used and what not; ``task_ids``, sorted, are of the responses.
     """
 
@@ -71,6 +83,10 @@ class Means:
     projection_labels: Tensor
     samples: Tensor
     sample_labels: Tensor
+    sample_responses: Tensor
+    shuffled: Tensor
+    signed: Tensor
+    signs: Tensor
     sample_layers: tuple[int, ...] = ()
     readout: str = ""
     task_ids: tuple[str, ...] = ()
@@ -87,6 +103,7 @@ class Means:
         model: str = "",
         sample_layers: tuple[int, ...] = (),
         readout: str = "",
+        controls: int = 0,
         config: Mapping[str, Any] | None = None,
     ) -> Means:
         """Nothing seen yet."""
@@ -104,6 +121,10 @@ class Means:
             projection_labels=torch.zeros(0, dtype=whole),
             samples=torch.zeros(0, len(sample_layers), width),
             sample_labels=torch.zeros(0, dtype=whole),
+            sample_responses=torch.zeros(0, dtype=whole),
+            shuffled=torch.zeros(controls, *shape, dtype=real),
+            signed=torch.zeros(controls, *shape, dtype=real),
+            signs=torch.zeros(controls, dtype=whole),
             sample_layers=tuple(sample_layers),
             readout=readout,
             config=dict(config or {}),
@@ -140,8 +161,8 @@ class Means:
         chosen = self.only(keep)
         n = self._kept_of_build() if len(self.samples) else 0
         rows = slice(n) if which == "build" else slice(n, None)
-        labels = self.sample_labels[rows]
-        return replace(chosen, samples=self.samples[rows], sample_labels=labels)
+        names = ("samples", "sample_labels", "sample_responses")
+        return replace(chosen, **{name: getattr(self, name)[rows] for name in names})
 
     def _kept_of_build(self) -> int:
         """How many of the kept spans, which come first, are of the build half.
@@ -160,8 +181,9 @@ class Means:
         return n
 
     def only(self, keep: Tensor) -> Means:
-        """Counts, sums, squares and tasks of the parts where ``keep [H]`` is one; the rest of
-        the record, which is not kept by parts, is left as it is."""
+        """Counts, sums, squares and tasks of the parts where ``keep [H]`` is one. Sums of
+        control directions are of all parts and are left out; the rest of the record, which is
+        not kept by parts, is left as it is."""
         return replace(
             self,
             task_ids=tuple(one for one in self.task_ids if keep[part_of(one)]),
@@ -170,6 +192,9 @@ class Means:
             squares=self.squares * keep[:, None, None, None],
             overall_sums=self.overall_sums * keep[:, None, None],
             overall_counts=self.overall_counts * keep,
+            shuffled=self.shuffled[:0],
+            signed=self.signed[:0],
+            signs=self.signs[:0],
         )
 
     def merge(self, other: Means) -> Means:
@@ -185,13 +210,14 @@ class Means:
             ValueError: naming the field in which the two cannot belong together, or a response
                 that is in both.
         """
-        for name in ("behaviours", "model", "sample_layers"):
+        for name in ("behaviours", "model", "sample_layers", "config"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise ValueError(f"cannot merge means: {name} is {mine!r} and {theirs!r}")
-        mine, theirs = tuple(self.sums.shape), tuple(other.sums.shape)
-        if mine != theirs:
-            raise ValueError(f"cannot merge means: sums has shape {mine} and {theirs}")
+        for name in ("sums", "shuffled"):
+            mine, theirs = (tuple(getattr(m, name).shape) for m in (self, other))
+            if mine != theirs:
+                raise ValueError(f"cannot merge means: {name} has shape {mine} and {theirs}")
         twice = sorted({*self.task_ids} & {*other.task_ids})
         if twice:
             raise ValueError(
@@ -199,6 +225,7 @@ class Means:
                 "collect each in one shard only"
             )
         added = ("counts", "sums", "squares", "overall_sums", "overall_counts")
+        added += ("shuffled", "signed", "signs")
         projected, readout = self._projections_with(other)
         halves = [m.half(which) for which in ("build", "test") for m in (self, other)]
         return replace(
@@ -207,7 +234,7 @@ class Means:
             **projected,
             **{
                 name: torch.cat([getattr(half, name) for half in halves])
-                for name in ("samples", "sample_labels")
+                for name in ("samples", "sample_labels", "sample_responses")
             },
             readout=readout,
             task_ids=tuple(sorted([*self.task_ids, *other.task_ids])),
@@ -259,7 +286,8 @@ class Means:
 
 TENSORS: tuple[str, ...] = (
     "counts", "sums", "squares", "overall_sums", "overall_counts",
-    "projections", "projection_labels", "samples", "sample_labels",
+    "projections", "projection_labels", "samples", "sample_labels", "sample_responses",
+    "shuffled", "signed", "signs",
 )  # fmt: skip
 METADATA: tuple[str, ...] = (
     "behaviours", "model", "sample_layers", "readout", "task_ids", "ledger", "config",

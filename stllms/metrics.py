@@ -14,6 +14,8 @@ always NaN.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -129,6 +131,23 @@ def bootstrap(values, *, draws: int = 4000, level: float = 0.95, seed: int = 0) 
     means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high), len(values))
+
+
+def resamples(names: Sequence[str], *, draws: int, seed: int) -> np.ndarray:
+    """How often each unit is in each bootstrap sample, ``[draws, len(names)]``; rows sum to n.
+
+    A function of the seed and of the set of names alone: in another order the columns are in
+    that order, and a name has the same samples beside the same other names wherever it occurs.
+    """
+    order = sorted(names)
+    key = hashlib.sha256(json.dumps(order).encode()).digest()
+    rng = np.random.default_rng([seed, int.from_bytes(key, "little")])
+    n = len(order)
+    drawn = (
+        rng.multinomial(n, np.full(n, 1 / n), size=draws) if n else np.zeros((draws, 0), int)
+    )
+    place = {name: column for column, name in enumerate(order)}
+    return drawn[:, [place[name] for name in names]]
 
 
 def sign_flip(differences, *, draws: int = 9999, seed: int = 0) -> float:

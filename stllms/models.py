@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from nnsight import TransformersModel
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from stllms import config, detokenize, loading, registry
+from stllms import artifacts, config, detokenize, loading, registry, selfcheck
 from stllms.loading import ModelError, pick_device, pick_dtype, quiet
 from stllms.provenance import digest
 from stllms.records import Response
@@ -54,6 +55,8 @@ NORM_NAMES: tuple[str, ...] = (
     "ln_f",
     "norm_f",
 )
+#: :attr:`Model.fits` where memory was never short.
+UNLIMITED = 2**31
 #: Tokens that end a turn in the chat formats of the models this package meets.
 CHAT_ENDS: tuple[str, ...] = (
     "<｜end▁of▁sentence｜>",
@@ -74,7 +77,8 @@ class Model:
     ``dtype``, ``layers`` and ``nn_layers`` (the ``L`` decoder layers), ``decoder`` and
     ``nn_decoder`` (the base model, without the head), ``final_norm``, ``eos_ids`` (every token
     that ends a turn), ``pad_id``, ``max_context`` (tokens), ``fits`` (rows a batch may
-    have, lowered when memory ran out).
+    have, lowered where memory is short). After :meth:`self_check`: ``norms`` (``L`` median
+    lengths of the residual stream) and ``remarks`` (what it let through, a line each).
     """
 
     def __init__(self, hf: nn.Module, tokenizer: Any, *, name: str) -> None:
@@ -94,7 +98,9 @@ class Model:
         pad = tokenizer.pad_token_id
         self.pad_id = int(pad if pad is not None else next(iter(self.eos_ids), 0))
         self.max_context = int(getattr(self.text_config, "max_position_embeddings", 2**31))
-        self.fits = 2**31
+        self.fits = UNLIMITED
+        self.norms: tuple[float, ...] = ()
+        self.remarks: tuple[str, ...] = ()
         #: Hash of the files, or the commit, that the weights were read from.
         self.source: str | None = None
 
@@ -118,7 +124,8 @@ class Model:
     def __repr__(self) -> str:
         return (
             f"Model({self.name!r}, {type(self.hf).__name__}, layers={self.n_layers}, "
-            f"d_model={self.d_model}, {self.dtype}, {self.device})"
+            f"d_model={self.d_model}, {self.dtype}, {self.device}"
+            + (f"; see its {len(self.remarks)} .remarks)" if self.remarks else ")")
         )
 
     @property
@@ -130,6 +137,12 @@ class Model:
     def dtype(self) -> torch.dtype:
         """The type of the residual stream."""
         return self.hf.dtype
+
+    @property
+    def batch_limit(self) -> int | None:
+        """Rows a batch may have where memory was short, ``None`` where it was not; for
+        ``folder.note(batch_size=...)``, which :func:`for_run` reads back."""
+        return None if self.fits == UNLIMITED else self.fits
 
     @property
     def final_norm(self) -> nn.Module:
@@ -148,6 +161,23 @@ class Model:
     def unembedding(self) -> Tensor:
         """Rows of the output head, ``[V, D]``, float32 on the CPU (the embedding if tied)."""
         return _matrix(self.hf.get_output_embeddings(), "output head")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` of decoder outputs ``[B, T, D]`` (behind the final norm).
+
+        The model's own forward makes them, with the decoder's part already done, so that what
+        a family does to its logits (soft-capping, scaling) is not said a second time here.
+        """
+        own = vars(self.decoder).get("forward")
+        done = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        done.router_logits = None  # mixtures of experts ask for them
+        self.decoder.forward = lambda *_args, **_options: done
+        try:
+            return self.hf(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            del self.decoder.forward
+            if own is not None:
+                self.decoder.forward = own
 
     def prompt_ids(
         self, messages: str | Sequence[dict[str, str]]
@@ -225,8 +255,7 @@ class Model:
             )
         ranges = np.full((len(prompt_ids) + len(output_ids), 2), -1, dtype=np.int64)
         first = len(prompt_ids)
-        ends = detokenize.character_ends(self._decode_all, kept, whole)
-        spans = detokenize.character_ranges(ends, len(whole)) - thinking_start
+        spans = detokenize.character_ranges(self._decode_all, kept, whole) - thinking_start
         spans = spans.clip(0, len(text))
         inside = spans[:, 1] > spans[:, 0]
         ranges[first : first + len(kept)][inside] = spans[inside]
@@ -251,34 +280,16 @@ class Model:
         return texts + [""] * (len(ids) - len(kept))
 
     def self_check(self) -> None:
-        """Three tokens through the model: finite logits, and layers whose output is a tensor.
+        """Tokenizer and network put to the test (:mod:`stllms.selfcheck`): texts come back and
+        their tokens cover them; each layer's output is a finite tensor, and so are the logits.
+        Sets ``norms`` and ``remarks``.
 
         Raises:
-            ModelError: naming the layer or the value that is not as expected.
+            ModelError: naming the text, the layer or the value that is not as expected.
         """
-        shape = (1, 3, self.d_model)
-
-        def check(index: int) -> Any:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                if not isinstance(output, Tensor) or tuple(output.shape) != shape:
-                    found = tuple(output.shape) if isinstance(output, Tensor) else type(output)
-                    raise ModelError(
-                        f"{self.name}: the output of layer {index} should be one tensor of "
-                        f"shape {shape} (transformers 5), found {found}"
-                    )
-
-            return hook
-
-        hooks = [layer.register_forward_hook(check(i)) for i, layer in enumerate(self.layers)]
-        try:
-            ids = torch.arange(3, device=self.device)[None] % self.text_config.vocab_size
-            with torch.no_grad():
-                logits = self.hf(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not torch.isfinite(logits).all():
-            raise ModelError(f"{self.name}: a forward of three tokens gives logits not finite")
+        remarks = selfcheck.tokenizer(self)
+        self.norms = tuple(selfcheck.residual(self))
+        self.remarks = (*remarks, *selfcheck.extreme(self.norms, self.d_model))
 
     def _before_end(self, ids: Sequence[int]) -> list[int]:
         ids = [int(i) for i in ids]
@@ -304,7 +315,8 @@ def load(
     Args:
         name: ``"tiny-thinker"``, ``"smollm2"``, a hub id, or the folder of a saved model.
         device: ``"auto"`` is CUDA, else Apple's MPS, else the CPU.
-        dtype: ``"auto"`` is bfloat16 on CUDA, float32 elsewhere; or a torch type or its name.
+        dtype: ``"auto"`` is what a CUDA card computes in (:func:`stllms.loading.pick_dtype`),
+            float32 elsewhere; or a torch type or its name.
         quantization: ``"8bit"`` or ``"4bit"`` (bitsandbytes, CUDA only).
         revision: commit, tag or branch of a model of the hub.
 
@@ -324,14 +336,19 @@ def load(
 
 
 def for_run(setup: config.RunConfig) -> Model:
-    """The model of a run, on its device and in its type."""
-    return load(
+    """The model of a run, on its device and in its type. Where the run has noted that memory
+    limits its batches on this device, and nobody asks for a size, ``fits`` is what it noted."""
+    model = load(
         setup.model,
         device=setup.device,
         dtype=setup.dtype,
         quantization=setup.quantization,
         revision=setup.revision,
     )
+    noted = artifacts.Folder(setup).record().get("recorded", {})
+    if setup.batch_size is None and noted.get("device") == str(model.device):
+        model.fits = noted.get("batch_size") or UNLIMITED
+    return model
 
 
 def wrap(hf_model: nn.Module, tokenizer: Any, *, name: str) -> Model:

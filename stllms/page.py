@@ -1,7 +1,12 @@
-"""Notebooks, tables and pictures as HTML that needs nothing from elsewhere.
+"""Notebooks, tables and pictures as HTML that needs nothing from elsewhere and runs nothing.
 
-Used by :mod:`stllms.report`. Scripts, and outputs that would load something over the
-network, are left out: the plain text of the output stands in for them.
+Used by :mod:`stllms.report`. A run may be a stranger's: no text in it is trusted. Three walls
+stand one behind the other. Text is escaped, by jinja2 and markupsafe. What is HTML already
+(outputs of cells, and what Markdown, code and colours were turned into) keeps the tags and
+attributes of :data:`TAGS` and :data:`ATTRIBUTES` and loses all others (``nh3``); where nothing
+is left to see, the plain text of the output stands in. And the page begins with a
+content-security policy (:file:`report.html`) under which a browser runs no script and asks for
+no file, whatever got through.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from typing import Any
 
 import jinja2
 import mistune
+import nh3
 import pandas as pd
 from markupsafe import Markup, escape
 from nbconvert.filters import Highlight2HTML, ansi2html
@@ -23,20 +29,56 @@ from pygments.formatters import HtmlFormatter
 from stllms import colab
 from stllms.config import PACKAGE
 from stllms.files import DPI
-from stllms.provenance import read_json
+from stllms.provenance import BadFile, read_json
 
 #: Richest first; the first one that an output has is shown.
 PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
 #: CSS pixels in an inch.
 CSS_DPI = 96
-#: What an HTML output must not hold: it would run, or ask for a file from elsewhere.
-_ACTIVE = re.compile(
-    r"<(script|iframe|object|embed|link|base|form|meta)\b"
-    r"|<[^<>]*\s(on\w+|srcset|poster|background|data)\s*="
-    r"|<[^<>]*\s(src|xlink:href)\s*=\s*[\"']?(?!data:)"
-    r"|<[^<>]*(url\(|@import)|<style[^>]*>[^<]*(url\(|@import)",
-    re.IGNORECASE,
-)
+#: The tags that stay, with their text. The text of :data:`GONE` goes with them.
+TAGS = frozenset({
+    "a", "abbr", "b", "blockquote", "br", "caption", "code", "col", "colgroup", "dd",
+    "del", "div", "dl", "dt", "em", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "ins",
+    "kbd", "li", "mark", "ol", "p", "pre", "s", "samp", "small", "span", "strong", "sub",
+    "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "u", "ul", "var",
+})  # fmt: skip
+GONE = frozenset({
+    "script", "style", "title", "iframe", "object", "noscript", "template", "svg", "math",
+})  # fmt: skip
+#: Tag -> the attributes that stay, as far as :func:`_attribute` lets their value through.
+ATTRIBUTES: dict[str, set[str]] = {
+    "*": {"class", "style", "title", "align", "valign"},
+    "a": {"href"},
+    "img": {"src", "alt", "width", "height"},
+    "table": {"border"},
+    **{name: {"colspan", "rowspan", "scope", "headers"} for name in ("td", "th")},
+    **{f"h{level}": {"id"} for level in range(2, 7)},
+}
+#: What a style may set: nothing that lays an element over the page or loads something.
+STYLES = frozenset({
+    "background", "background-color", "border", "border-bottom", "border-collapse",
+    "border-left", "border-right", "border-spacing", "border-top", "color", "display",
+    "font-family", "font-size", "font-style", "font-weight", "height", "letter-spacing",
+    "line-height", "margin", "margin-bottom", "margin-left", "margin-right", "margin-top",
+    "max-width", "min-width", "opacity", "padding", "padding-bottom", "padding-left",
+    "padding-right", "padding-top", "text-align", "text-decoration", "vertical-align",
+    "white-space", "width", "word-break",
+})  # fmt: skip
+#: Values of attributes: a style calls no function but that of a colour, a link leads to the web
+#: or into the page, a picture is in the file itself. SVG in an ``img`` runs no script.
+_VALUES: dict[str, re.Pattern[str]] = {
+    "style": re.compile(
+        r"(?!.*[:\s]-[\d.])(?:[^()\\@<>&]|\b(?:rgb|hsl)a?\([\d\s.,%/]*\))*", re.DOTALL
+    ),
+    "href": re.compile(r"(?:https?://|#)[^\s\x00-\x20]*", re.IGNORECASE),
+    "src": re.compile(r"data:image/(?:png|jpeg|gif|webp|svg\+xml);base64,[A-Za-z0-9+/=\s]*"),
+}
+#: Letters of an HTML output that are looked at; a longer one is shown as its plain text.
+LONGEST = 500_000
+#: A name that a figure may have; no other leads out of its folder.
+_FIGURE = re.compile(r"[a-z0-9][a-z0-9._-]*")
+#: Characters that HTML cannot hold, or that a viewer would obey: controls, half surrogates.
+_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 #: The folder of the runs as papermill hands it to a notebook: only its name is shown.
 _RESULTS = re.compile(r"(?m)^(results = \")[^\"]*?([^/\\\"]+\")$")
 #: The tag of text that reads the committed figures and fits no other run.
@@ -44,6 +86,44 @@ COMMITTED = "committed"
 #: How the code of a cell ends that shows versions; the report prints them once.
 VERSIONS = "artifacts.versions()"
 _SAVED = re.compile(r"save_figure\(\s*\"([^\"]+)\"")
+
+
+def _attribute(_tag: str, name: str, value: str) -> str | None:
+    """The value of an attribute, ``None`` if it must go."""
+    pattern = _VALUES.get(name)
+    return value if pattern is None or pattern.fullmatch(value.strip()) else None
+
+
+def _cleaner(attributes: Mapping[str, set[str]], **more: Any) -> nh3.Cleaner:
+    return nh3.Cleaner(
+        tags=set(TAGS),
+        clean_content_tags=set(GONE),
+        attributes=dict(attributes),
+        attribute_filter=_attribute,
+        url_schemes={"http", "https", "data"},
+        filter_style_properties=set(STYLES),
+        **more,
+    )
+
+
+#: Of what this module made out of a text: classes and anchors are its own.
+_MADE = _cleaner(ATTRIBUTES)
+#: Of what a cell showed: it has no anchor, and of the classes only that of pandas, so that it
+#: cannot dress up as a part of the page.
+_SHOWN = _cleaner(
+    {tag: names - {"class", "id"} for tag, names in ATTRIBUTES.items()},
+    allowed_classes={"table": {"dataframe"}},
+)
+
+
+def clean(html: str, cleaner: nh3.Cleaner = _MADE) -> Markup:
+    """HTML of which only :data:`TAGS` and :data:`ATTRIBUTES` are left."""
+    return Markup(cleaner.clean(legible(html)))
+
+
+def legible(text: str) -> str:
+    """A text without what HTML cannot hold: each such character is a replacement mark."""
+    return _NO_TEXT.sub("\ufffd", text)
 
 
 @dataclass(frozen=True)
@@ -108,18 +188,27 @@ def book(path: Path, figures: Path, *, readings: bool = False) -> Book:
     """An executed notebook. A figure that a cell saves is taken from ``figures``, where it
     has more dots than the output. Text with the tag :data:`COMMITTED` is left out but with
     ``readings``, versions always. Raises ``BadFile`` for a file that is no notebook."""
+    content = read_json(path)
+    try:
+        return _book(content, path.stem, figures, readings)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise BadFile(f"{path}: not a Jupyter notebook of version 4 ({said})") from None
+
+
+def _book(content: Any, stem: str, figures: Path, readings: bool) -> Book:
     made = Book()
     render = mistune.create_markdown(
-        renderer=_Prose(path.stem, made.headings), plugins=["table", "strikethrough"]
+        renderer=_Prose(stem, made.headings), plugins=["table", "strikethrough"]
     )
-    for cell in read_json(path)["cells"]:
+    for cell in content["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             if COMMITTED in cell["metadata"].get("tags", ()) and not readings:
                 continue
-            made.cells.append(Cell(prose=Markup(render(colab.unbadged(source)))))
+            made.cells.append(Cell(prose=clean(render(colab.unbadged(source)))))
         elif cell["cell_type"] == "code" and source.strip():
-            saved = [name for name in _SAVED.findall(source) if _png(figures, name).is_file()]
+            saved = [name for name in _SAVED.findall(source) if is_figure(figures, name)]
             made.drawn += saved
             _add(made.cells, _code(source, cell["outputs"], figures, saved))
     return made
@@ -138,6 +227,14 @@ def _png(figures: Path, name: str) -> Path:
     return figures / f"{name}.png"
 
 
+def is_figure(figures: Path, name: str) -> bool:
+    """Whether a run has this figure: a file that is in its own folder, too."""
+    path = _png(figures, name)
+    if not _FIGURE.fullmatch(name) or not path.is_file():
+        return False
+    return path.resolve().parent == figures.resolve()
+
+
 def _code(source: str, outputs: Sequence[Any], figures: Path, saved: Sequence[str]) -> Cell:
     """A code cell; its pictures in order are those it saved, as long as there are any."""
     if source.rstrip().endswith(VERSIONS):
@@ -150,7 +247,7 @@ def _code(source: str, outputs: Sequence[Any], figures: Path, saved: Sequence[st
             shown.append(output)
     shown += [picture(_png(figures, name)) for name in waiting]
     coloured = Highlight2HTML(pygments_lexer="python3")(_RESULTS.sub(r"\1\2", source))
-    return Cell(code=Markup(coloured), outputs=tuple(shown))
+    return Cell(code=clean(coloured), outputs=tuple(shown))
 
 
 def _output(output: Mapping[str, Any]) -> Output | None:
@@ -166,14 +263,21 @@ def _output(output: Mapping[str, Any]) -> Output | None:
     for name in PICTURES:
         if name in data:
             return Output("picture", _embedded(name, "".join(data[name])))
-    html = "".join(data.get("text/html", ""))
-    if html and not _ACTIVE.search(html):
-        return Output("html", Markup(html))
+    if html := _seen("".join(data.get("text/html", ""))):
+        return Output("html", html)
     return Output("text", _plain(data.get("text/plain", "")))
 
 
+def _seen(html: str) -> Markup | None:
+    """An HTML output as the report shows it, ``None`` if nothing of it is to be seen."""
+    if len(html) > LONGEST:
+        return None
+    kept = clean(html, _SHOWN)
+    return kept if kept.striptags() or " src=" in kept else None
+
+
 def _plain(text: str | Sequence[str]) -> Markup:
-    return Markup(ansi2html("".join(text).rstrip("\n")))
+    return clean(ansi2html("".join(text).rstrip("\n")))
 
 
 def _embedded(kind: str, content: str) -> Markup:
@@ -229,4 +333,4 @@ def render(**values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html").render(**values)
+    return legible(environment.get_template("report.html").render(**values))

@@ -112,8 +112,8 @@ def doses(figure: Figure, table: pd.DataFrame) -> Figure:
     """The dose-response page, from :func:`stllms.doses.table`.
 
     First row: the own token fraction of each direction, its interval and the range of the
-    random directions. Then a panel a side effect with a line a direction; the grey band is
-    the range of the random directions at the same coefficient, over all steering layers.
+    controls. Then a panel a side effect with a line a direction; the grey band is the range of
+    the control directions at the same coefficient, over all steering layers.
     """
     names = [name for name in STEERED if name in set(table["steered"])]
     effects = [name for name in SIDE_EFFECTS if name in set(table["metric"])]
@@ -145,7 +145,7 @@ def doses(figure: Figure, table: pd.DataFrame) -> Figure:
 
 
 def _null(axes: Axes, rows: pd.DataFrame) -> None:
-    """Where random directions of the same length ended, a grey bar a coefficient."""
+    """Where control directions of the same length ended, a grey bar a coefficient."""
     known = rows[rows["null_low"].notna()].groupby("coefficient")
     low, high = known["null_low"].min(), known["null_high"].max()
     width = 0.08 * (rows["coefficient"].max() - rows["coefficient"].min())
@@ -163,7 +163,8 @@ def _dose(axes: Axes, rows: pd.DataFrame, colour: str, *, band: bool) -> None:
 
 def sweep(panels: Sequence[Axes], table: pd.DataFrame, marks: Mapping[str, int]) -> None:
     """A panel a direction from :func:`stllms.doses.sweep`: own token fraction by layer, a line
-    a coefficient, plain as a dashed line, the steering layer of ``marks`` dotted."""
+    a coefficient, plain as a dashed line, the steering layer of ``marks`` dotted; the range of
+    the controls is hatched in the colour of their coefficient."""
     for axes, name in zip(panels, STEERED, strict=True):
         found = table[table["behaviour"] == name]
         axes.set_title(name)
@@ -175,6 +176,12 @@ def sweep(panels: Sequence[Axes], table: pd.DataFrame, marks: Mapping[str, int])
             edges = rows["ci_low"], rows["ci_high"]
             axes.plot(rows["layer"], rows["value"], color=colour, marker="o", markersize=4)
             axes.fill_between(rows["layer"], *edges, color=colour, alpha=0.15, linewidth=0)
+            null = {
+                **plots.HATCH,
+                "edgecolor": colour,
+                "hatch": "////" if coefficient > 0 else "...",
+            }
+            axes.fill_between(rows["layer"], rows["null_low"], rows["null_high"], **null)
         axes.axhline(found["plain"].iloc[0], color=plots.MODES["plain"], linestyle="--")
         if name in marks:
             axes.axvline(marks[name], color="#555555", linestyle=":", linewidth=1)

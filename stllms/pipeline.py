@@ -24,7 +24,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
-from stllms import __version__, progress, waiting
+from stllms import __version__, progress, refusals, waiting
 from stllms.artifacts import Folder, now
 from stllms.config import PACKAGE, RunConfig, repository
 from stllms.provenance import StaleArtefact, read_json
@@ -248,6 +248,7 @@ def ensure(stage: str, config: RunConfig) -> Folder:
     """
     check(stage, config)
     if not os.environ.get(INSIDE):
+        refusals.check(config, pending([stage], config, again=False), asked=[stage])
         missing = pending(REQUIRES[stage], config, again=False)
         if missing:
             print(f"{stage} needs {', '.join(missing)}: running this first", flush=True)

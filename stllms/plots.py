@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
 
 from stllms.coloured import COLOURS, OTHER
 from stllms.records import BEHAVIOURS, PlacedSegment
@@ -25,7 +25,7 @@ from stllms.records import BEHAVIOURS, PlacedSegment
 #: Plain, positive and negative steering.
 MODES: dict[str, str] = {"plain": "#777777", "positive": "#1B9E77", "negative": "#7570B3"}
 MARKERS = ("o", "s", "^", "D", "v", "P")
-#: The range of random directions.
+#: The range of control directions.
 HATCH = {"facecolor": "none", "edgecolor": "#222222", "hatch": "////", "lw": 0.6, "alpha": 0.5}
 WHISKERS = {"fmt": "none", "ecolor": "#333333", "elinewidth": 1}
 #: Characters of a line of a chain.
@@ -61,9 +61,17 @@ def short(behaviour: str) -> str:
 
 
 def bars(
-    axes: Axes, table: pd.DataFrame, *, x: str, hue: str, palette: Mapping[str, str], label: str
+    axes: Axes,
+    table: pd.DataFrame,
+    *,
+    x: str,
+    hue: str,
+    palette: Mapping[str, str],
+    label: str,
+    hatches: Mapping[str, str] | None = None,
 ) -> Axes:
-    """Grouped bars with intervals from rows (``x``, ``hue``, value, low, high)."""
+    """Grouped bars with intervals from rows (``x``, ``hue``, value, low, high); those that
+    ``hatches`` names (by ``hue``) are hatched."""
     groups, hues = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[hue]))
     width = 0.8 / len(hues)
     for rank, name in enumerate(hues):
@@ -71,7 +79,12 @@ def bars(
         place = np.arange(len(groups)) + (rank - (len(hues) - 1) / 2) * width
         value = rows["value"].to_numpy(float)
         whiskers = [value - rows["low"].to_numpy(float), rows["high"].to_numpy(float) - value]
-        axes.bar(place, np.nan_to_num(value), width * 0.92, color=palette[name], label=name)
+        look = {
+            "color": palette[name],
+            "label": name,
+            **_hatched((hatches or {}).get(name, "")),
+        }
+        axes.bar(place, np.nan_to_num(value), width * 0.92, **look)
         known = ~np.isnan(value)
         reach = np.clip(np.array(whiskers)[:, known], 0, None)
         axes.errorbar(place[known], value[known], yerr=reach, capsize=2, **WHISKERS)
@@ -276,19 +289,34 @@ def side_legend(figure: Figure, axes: Axes) -> None:
 
 
 def compare(axes: Axes, rows: pd.DataFrame, *, metric: str, palette: Mapping[str, str]) -> Axes:
-    """Bars of one metric by behaviour, a bar a model, from :func:`stllms.comparison.table`."""
+    """Bars of one metric by behaviour, a bar a model, from :func:`stllms.comparison.table`.
+
+    Models that were measured another way than the first (other tasks, another annotator or
+    reader) are hatched, an own hatch a way.
+    """
     chosen = rows[(rows["metric"] == metric) & (rows["behaviour"] != "all")]
-    label = f"{metric} (mean over tasks)"
-    return bars(axes, chosen, x="behaviour", hue="model", palette=palette, label=label)
+    return bars(
+        axes,
+        chosen,
+        x="behaviour",
+        hue="model",
+        palette=palette,
+        label=f"{metric} (mean over tasks)",
+        hatches={name: hatch for name, (hatch, _) in _measured(rows).items()},
+    )
 
 
 def totals(axes: Axes, rows: pd.DataFrame, *, palette: Mapping[str, str]) -> Axes:
-    """Segments a chain of every model, from :func:`stllms.comparison.table`."""
+    """Segments a chain of every model, hatched as in :func:`compare`, from
+    :func:`stllms.comparison.table`."""
     chosen = rows[(rows["metric"] == "segment count") & (rows["behaviour"] == "all")]
+    hatches = _measured(rows)
     place = np.arange(len(chosen))
     value = chosen["value"].to_numpy(float)
     error = [value - chosen["low"].to_numpy(float), chosen["high"].to_numpy(float) - value]
-    axes.barh(place, value, color=[palette[name] for name in chosen["model"]], height=0.7)
+    made = axes.barh(place, value, color=[palette[n] for n in chosen["model"]], height=0.7)
+    for patch, name in zip(made, chosen["model"], strict=True):
+        patch.set(**_hatched(hatches[name][0]))
     axes.errorbar(value, place, xerr=np.clip(error, 0, None), **WHISKERS)
     for spot in place[np.isnan(value)]:
         axes.text(0.0, spot, " n/a", va="center", fontsize=7)
@@ -300,13 +328,49 @@ def totals(axes: Axes, rows: pd.DataFrame, *, palette: Mapping[str, str]) -> Axe
     return axes
 
 
-def models_legend(figure: Figure, palette: Mapping[str, object]) -> None:
-    """The models' colours above a figure, at most five columns (pairs stay in one)."""
-    patches = [Patch(facecolor=colour, label=name) for name, colour in palette.items()]
+def models_legend(
+    figure: Figure, palette: Mapping[str, object], rows: pd.DataFrame | None = None
+) -> None:
+    """The models' colours above a figure, at most five columns (pairs stay in one).
+
+    ``rows`` are those of :func:`stllms.comparison.table`: where they were not all measured the
+    same way, each model's label says how, and its hatch is that of its bars.
+    """
+    ways = {} if rows is None else _measured(rows)
+    patches = []
+    for name, colour in palette.items():
+        hatch, way = ways.get(name, ("", ""))
+        label = f"{name}\n({way})" if way else name
+        patches.append(Patch(facecolor=colour, label=label, **_hatched(hatch)))
     columns = min(5, len(patches))
     figure.legend(
         handles=patches, loc="outside upper center", ncols=columns, fontsize=8, frameon=False
     )
+
+
+#: How the bars of a second, third, ... way of measuring are hatched.
+HATCHES = ("", "///", "...", "xxx", "---")
+
+
+def _hatched(hatch: str) -> dict[str, object]:
+    return {"hatch": hatch, "edgecolor": "white", "linewidth": 0} if hatch else {}
+
+
+def _measured(rows: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Model -> hatch, and how it was measured in words; no words if all were measured alike."""
+    names = ["tasks", "annotator", "reader"]
+    known = rows[["model", *names]].fillna("").drop_duplicates("model").set_index("model")
+    ways = list(dict.fromkeys(known.itertuples(index=False, name=None)))
+    said = {
+        way: ", ".join(f"{n} {text}" for n, text in zip(names, way, strict=True) if text)
+        for way in ways
+    }
+    return {
+        model: (HATCHES[ways.index(way) % len(HATCHES)], said[way] if len(ways) > 1 else "")
+        for model, way in zip(
+            known.index, known.itertuples(index=False, name=None), strict=True
+        )
+    }
 
 
 def growth(axes: Axes, table: pd.DataFrame) -> Axes:
@@ -334,12 +398,14 @@ def effect_panels(
     label: str,
     band: str = "interval",
     mark: Mapping[str, int] | None = None,
+    log: bool = False,
 ) -> Sequence[Axes]:
     """A panel a behaviour from :func:`stllms.effects.table`: the mean line and its band.
 
     ``band`` is ``"interval"`` (bootstrap) or ``"sd"`` (one standard deviation, as published);
-    ``mark`` is a layer a behaviour, drawn as a dotted line; the range of random directions is
-    hatched where the table has it (:func:`stllms.effects.beside_nulls`).
+    ``mark`` is a layer a behaviour, drawn as a dotted line; the range of control directions is
+    hatched where the table has it (:func:`stllms.effects.beside_nulls`). ``log`` draws values
+    on a logarithmic axis, where one layer that has far more than the others does not hide them.
     """
     panels = list(panels)
     for axes, name in zip(panels, names, strict=True):
@@ -357,9 +423,24 @@ def effect_panels(
         if "null_low" in rows:
             null = rows["null_low"].to_numpy(), rows["null_high"].to_numpy()
             axes.fill_between(rows["layer"], *null, **HATCH)
+    if log:
+        _logarithmic(panels, table[table["behaviour"].isin(names)])
     for axes in panels:
         axes.label_outer()
     return panels
+
+
+def _logarithmic(panels: Sequence[Axes], table: pd.DataFrame) -> None:
+    """One logarithmic scale, down to half of the smallest mean: a band below 0 ends there."""
+    drawn = table[[name for name in ("mean", "null_low") if name in table]].to_numpy(float)
+    drawn = drawn[drawn > 0]
+    for axes in panels:
+        if axes.lines and len(drawn):
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=drawn.min() / 2)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def steering_bars(axes: Axes, table: pd.DataFrame) -> Axes:
@@ -380,7 +461,7 @@ def steering_bars(axes: Axes, table: pd.DataFrame) -> Axes:
             width * 0.92,
             bottom=low[known],
             **HATCH,
-            label=None if named else "random directions",
+            label=None if named else "control directions",
         )
         named = True
     return axes

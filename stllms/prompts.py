@@ -7,12 +7,13 @@ stays available as ``style="published"``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stllms import config
-from stllms.files import Rows
 from stllms.provenance import StaleArtefact
 from stllms.records import Response, Task
 
@@ -52,21 +53,51 @@ def opening(model: Model, task: Task, style: str = "sound") -> tuple[str, tuple[
 def split(text: str, *, opened: bool) -> tuple[str, int, str, bool]:
     """(thinking, where it starts, answer, closed) of a decoded output.
 
-    ``opened`` says that the prompt ended in ``<think>``. A chain that never closes is cut at
-    the end of the text and has no answer. A text without any tag is all thinking and all
-    answer, and counts as closed: an instruct model thinks aloud.
+    ``opened`` says that the prompt ended in ``<think>``; so does a ``</think>`` before any
+    ``<think>``. The thinking goes from there, else from the first ``<think>``, to the next
+    ``</think>``. A model that opened in the prompt may open again: tags at the very beginning
+    are passed over, a ``<think>`` further on stays in the thinking, which is one piece of
+    ``text``. Nothing but tags at its edges and white space is lost: ``text`` is what stands
+    before the first ``<think>`` (:func:`before`), the thinking, and the answer. A chain that
+    never closes is cut at the end of the text and has no answer. A text without any tag is all
+    thinking and all answer, and counts as closed: an instruct model thinks aloud.
     """
+    first, close = text.find(OPEN), text.find(CLOSE)
     start = 0
-    if OPEN in text:
-        start = text.index(OPEN) + len(OPEN)
-    elif not opened:
+    if not opened and first < 0 and close < 0:
         start, stop = _stripped(text, 0, len(text))
         return text[start:stop], start, text.strip(), True
+    if not opened and first >= 0 and not 0 <= close < first:
+        start = first + len(OPEN)
+    while (again := _LEADING.match(text, start)) is not None:
+        start = again.end()
     closed = CLOSE in text[start:]
     stop = text.index(CLOSE, start) if closed else len(text)
     answer = text[stop + len(CLOSE) :].strip() if closed else ""
     start, stop = _stripped(text, start, stop)
     return text[start:stop], start, answer, closed
+
+
+_LEADING = re.compile(rf"\s*{re.escape(OPEN)}")
+
+
+def before(made: Response) -> str:
+    """What a model wrote before the ``<think>`` that its thinking follows, mostly nothing."""
+    return made.text[: made.thinking_start].replace(OPEN, "").strip()
+
+
+def irregular(made: Sequence[Response]) -> dict[str, int]:
+    """How many responses use the tags otherwise than once each around the thinking.
+
+    ``"<think> again"`` (counting the one in the prompt), ``"</think> again"``, ``"text before
+    <think>"``: in all three cases the text is kept (:func:`split`).
+    """
+    opens = [one.prompt_text.rstrip().endswith(OPEN) + one.text.count(OPEN) for one in made]
+    return {
+        f"{OPEN} again": sum(count > 1 for count in opens),
+        f"{CLOSE} again": sum(one.text.count(CLOSE) > 1 for one in made),
+        f"text before {OPEN}": sum(bool(before(one)) for one in made),
+    }
 
 
 def _stripped(text: str, start: int, stop: int) -> tuple[int, int]:
@@ -75,16 +106,17 @@ def _stripped(text: str, start: int, stop: int) -> tuple[int, int]:
     return left, max(left, start + len(inside.rstrip()))
 
 
-def same(store: Rows, prompt_ids: Mapping[str, Sequence[int]]) -> None:
-    """Raises ``StaleArtefact`` for a stored chain whose prompt is not that of ``prompt_ids``,
-    by task: its text, the step-by-step suffix, the template or the tokenizer changed."""
-    for row in store.load():
-        mine, now = row.get("response", row), prompt_ids.get(row["task_id"])
-        if now is not None and tuple(mine["prompt_ids"]) != tuple(now):
+def same(
+    path: Path, stored: Iterable[Response], prompt_ids: Mapping[str, Sequence[int]]
+) -> None:
+    """Raises ``StaleArtefact`` for a chain of the file ``path`` whose prompt is not that of
+    ``prompt_ids``, by task: its text, the step-by-step suffix or the template changed."""
+    for one in stored:
+        now = prompt_ids.get(one.task_id)
+        if now is not None and one.prompt_ids != tuple(now):
             raise StaleArtefact(
-                f"{store.path.name}: the chain of task {row['task_id']} answers another prompt "
-                f"({mine['prompt_text'][:60]!r} ...): --fresh makes it again; or move "
-                f"{store.path} away"
+                f"{path.name}: the chain of task {one.task_id} answers another prompt "
+                f"({one.prompt_text[:60]!r} ...): --fresh makes it again; or move {path} away"
             )
 
 
@@ -106,7 +138,11 @@ def as_used(model: Model, made: Sequence[Response], how: str) -> list[Response]:
 
 
 def response(
-    model: Model, task: Task, opened: tuple[str, Sequence[int]], output_ids: Sequence[int]
+    model: Model,
+    task: Task,
+    opened: tuple[str, Sequence[int]],
+    output_ids: Sequence[int],
+    audit: dict[str, float] | None = None,
 ) -> Response:
     """The record of what ``model`` wrote after the prompt ``opened`` (text, ids)."""
     prompt_text, prompt_ids = opened
@@ -126,4 +162,5 @@ def response(
         answer=answer,
         closed=closed and (finished or CLOSE in text),
         finished=finished,
+        audit=audit,
     )

@@ -1,11 +1,12 @@
 """Whose API: base URL, key and price of a model. Read from names and files, never sent.
 
-A key comes from the environment or from a ``.env`` file, is handed to the client and is neither
-printed nor stored. A provider's key is only ever sent to that provider's host.
+A key comes from the environment, which wins, or from a ``.env`` file, is handed to the client
+and is neither printed nor stored. A provider's key is only ever sent to that provider's host.
 """
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import json
 import math
@@ -17,8 +18,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from dotenv.parser import parse_stream
+
+from stllms.registry import repository
+
 #: The key for a server that is none of :data:`PROVIDERS`.
 KEY = "STLLMS_API_KEY"
+#: What is sent to a local server that needs no key: no secret.
+NO_KEY = "no-key-needed"
+#: The folder that the runner was started in, for its kernels, which work elsewhere.
+STARTED = "STLLMS_STARTED"
 #: A file in the shape of ``prices.json`` whose entries go before ours.
 PRICES = "STLLMS_PRICES"
 
@@ -107,47 +116,114 @@ def api_key(url: str) -> str:
         if key:
             return key
     if is_local(url):
-        return "no-key-needed"
+        return NO_KEY
     raise MissingKey(
         f"no API key for {urlsplit(url).hostname}: set {' or '.join(names)} in the environment "
-        f"or in a .env file (a line {names[0]}=...) here or in a parent folder; keys are never "
-        "stored"
+        f"or in a .env file (a line {names[0]}=...) of the working folder, of a parent, or of "
+        "the project's root; keys are never stored"
     )
+
+
+#: Keys shorter than this are words that a text may hold inside a longer one.
+_LONG = 16
+
+
+def redacted(value: Any, key: str) -> tuple[Any, int]:
+    """A value of JSON with ``***`` for the key, and how often it was there.
+
+    Looks into every text and every name of a field, however deep (but not deeper than
+    :data:`stllms.foreign.DEEPEST`). The key is found as it is, and however often it was escaped
+    by JSON or in a URL: an error is often the answer of another server, in quotes. A key of
+    fewer than 16 characters counts only where it stands alone: ``test`` in ``latest`` is none.
+    """
+    if not key or key == NO_KEY:
+        return value, 0
+    found = 0
+    form = _forms(key)
+
+    def strike(text: str) -> str:
+        nonlocal found
+        text, times = form.subn("***", text)
+        found += times
+        return text
+
+    def walk(one: Any) -> Any:
+        if isinstance(one, str):
+            return strike(one)
+        if isinstance(one, list):
+            return [walk(item) for item in one]
+        if isinstance(one, dict):
+            return {strike(name): walk(item) for name, item in one.items()}
+        return one
+
+    return walk(value), found
+
+
+def _forms(key: str) -> re.Pattern[str]:
+    """The key as it is, JSON-escaped (once or often), or percent-encoded, by character."""
+
+    def of(character: str) -> str:
+        units = character.encode("utf-16-be", "surrogatepass").hex()
+        codes = "".join(rf"\\{{1,8}}u{units[i : i + 4]}" for i in range(0, len(units), 4))
+        percent = "".join(f"%{byte:02x}" for byte in character.encode("utf-8", "surrogatepass"))
+        return rf"(?:\\{{0,8}}{re.escape(character)}|(?i:{codes}|{percent}))"
+
+    pattern = "".join(map(of, key))
+    if len(key) < _LONG:
+        # An escaped line break before the key ends in a letter that is not of a word.
+        pattern = rf"(?:(?<![\w-])|(?<=\\[nrt])){pattern}(?![\w-])"
+    return re.compile(pattern)
 
 
 # --- .env ---------------------------------------------------------------------------------
 
 
 def setting(name: str) -> str | None:
-    """A variable of the environment, else of the nearest ``.env`` (here or in a parent)."""
+    """A variable of the environment, else of the first of :func:`env_files` that sets it.
+
+    What a file holds is looked up and handed on; it is never put into the environment, where
+    every child and every notebook would have it.
+    """
     if os.environ.get(name):
         return os.environ[name]
-    here = Path.cwd()
-    file = next((f for p in (here, *here.parents) if (f := p / ".env").is_file()), None)
-    return read_env(file).get(name) if file else None
+    return next((found for file in env_files() if (found := read_env(file).get(name))), None)
 
 
-_LINE = re.compile(
-    r"""\s*(?:export\s+)?(?P<name>[A-Za-z_]\w*)\s*=\s*
-    (?: "(?P<double>[^"]*)" | '(?P<single>[^']*)' | (?P<plain>[^\s"'#]*) )\s*(?:\#.*)?""",
-    re.VERBOSE,
-)
+def env_files() -> list[Path]:
+    """The ``.env`` files that count, in their order.
+
+    The nearest one of the folder that the runner was started in (:data:`STARTED`; kernels work
+    in the folder of the notebooks), that of the working folder, in each case there or in a
+    parent; then that of the project's root, where the package is imported from a checkout.
+    """
+    started, root = os.environ.get(STARTED), repository()
+    folders = [Path(started)] if started else []
+    found = [_nearest(folder) for folder in (*folders, Path.cwd())]
+    found.append(root / ".env" if root and (root / ".env").is_file() else None)
+    return list(dict.fromkeys(file for file in found if file))
+
+
+def _nearest(folder: Path) -> Path | None:
+    return next((f for p in (folder, *folder.parents) if (f := p / ".env").is_file()), None)
 
 
 def read_env(path: Path) -> dict[str, str]:
-    """The variables of a ``.env`` file: ``NAME=value`` lines, quotes and comments allowed.
+    """The variables of a ``.env`` file, read by python-dotenv; nothing in them is expanded.
 
-    Values are taken as they stand, nothing is expanded. Raises ``ValueError`` that names
-    file and line, never the value, for any other line.
+    Raises ``ValueError`` that names file and line, never the value, for a line that is no
+    ``NAME=value``; python-dotenv would leave it out.
     """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text in UTF-8") from None
     values = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        match = _LINE.fullmatch(line)
-        if match is None:
+    for line in parse_stream(io.StringIO(text)):
+        if line.error or (line.key is not None and line.value is None):
+            number = line.original.line + line.original.string[:-1].count("\n")
             raise ValueError(f"{path}, line {number}: expected NAME=value or a # comment")
-        values[match["name"]] = match["double"] or match["single"] or match["plain"] or ""
+        if line.key is not None:
+            values[line.key] = line.value
     return values
 
 

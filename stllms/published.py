@@ -46,6 +46,7 @@ from stllms.comparison import Member
 from stllms.config import ModelEntry
 from stllms.published_tables import Released
 from stllms.records import HEATMAP
+from stllms.terminal import plain
 from stllms.vectors import SteeringVectors
 
 #: What is read: kind -> the names of its files.
@@ -114,7 +115,7 @@ def _list_left_out(write: _Writer, left_out: Mapping[Path, Mapping[str, str]]) -
         for label, why in labels.items()
     ]
     for name, label, why in rows:
-        print(f"{name}: {label} left out ({why})", file=sys.stderr)
+        print(plain(f"{name}: {label} left out ({why})"), file=sys.stderr)
     if rows:
         write.table("left_out", pd.DataFrame(rows, columns=["file", "label", "why"]))
 
@@ -275,7 +276,10 @@ def _comparison_figures(
     name, words = TREATMENTS[treatment]
     palette = comparison.colours(compared)
     totals = groups[(groups["behaviour"] == "all") & (groups["metric"] == "segment count")]
-    means = ", ".join(f"{row.kind} {row.value:.1f}" for row in totals.itertuples())
+    named = totals["kind"].where(
+        ~totals["kind"].duplicated(keep=False), totals["kind"] + " (" + totals["tasks"] + ")"
+    )
+    means = ", ".join(f"{n} {v:.1f}" for n, v in zip(named, totals["value"], strict=True))
     about = f"Released chains: {comparison.caption(compared)} {words} 95% intervals over tasks."
     width = comparison.width(compared)
     for figure_name, shown in (
@@ -292,7 +296,7 @@ def _comparison_figures(
             axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
         for panel, metric in zip(axes, shown, strict=False):
             plots.compare(panel, table, metric=metric, palette=palette)
-        plots.models_legend(figure, palette)
+        plots.models_legend(figure, palette, table)
         groups_too = f" Segments a chain, group averages: {means}."
         plots.caption(figure, about + groups_too * (figure_name in ("counts", "totals")))
         write.figure(f"comparison_{figure_name}_{name}", figure, table)

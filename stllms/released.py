@@ -7,6 +7,7 @@ not what it should be raises :class:`BadFile` with one line that names it.
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,12 @@ def published(folder: str | Path | None = None) -> Path:
     return (repository() or Path.cwd()).parent / "shared" / "published"
 
 
+#: Bytes of a released file, or of what it unpacks to. Means of 80 layers of width 8192 for a
+#: dozen labels have 32 million, a hundred annotated chains two.
+LARGEST = 1 << 30
+#: What a file of torch's present form begins with; that of an older one is a bare pickle.
+ZIP = b"PK\x03\x04"
+
 COMPARISON_KEYS = ("response", "thinking_process", "label_counts", "annotated_response")
 
 
@@ -37,6 +44,7 @@ def load_comparison(path: str | Path) -> list[dict[str, Any]]:
 
     Raises :class:`BadFile`, one line with the name, if missing, empty, cut off or foreign.
     """
+    check_size(Path(path))
     rows = read_json(Path(path))
     if not isinstance(rows, list) or not rows:
         kind = "an empty list" if isinstance(rows, list) else f"a {type(rows).__name__}"
@@ -56,27 +64,54 @@ def load_comparison(path: str | Path) -> list[dict[str, Any]]:
 def load_layer_effects(path: str | Path) -> dict[str, torch.Tensor]:
     """The released layer effects: label -> ``[responses, L]``, float32.
 
-    The file holds a dictionary of lists of lists; a label with an empty list is ``[0, 0]``.
-    Raises :class:`BadFile` for anything else.
+    The file holds a dictionary of lists of lists, or of matrices; a label with an empty list is
+    ``[0, 0]``. Raises :class:`BadFile` for anything else.
     """
-    import torch
-
     content = load_torch(path)
     if not isinstance(content, dict) or not content:
         raise BadFile(f"{path}: expected behaviour -> responses -> layers")
-    effects: dict[str, torch.Tensor] = {}
-    for label, responses in content.items():
-        try:
-            values = torch.as_tensor(responses, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise BadFile(f"{path}: {label!r} is no table of numbers ({reason})") from None
-        if values.shape == (0,):
-            values = values.reshape(0, 0)
-        if values.ndim != 2:
-            raise BadFile(f"{path}: expected behaviour -> responses -> layers at {label!r}")
-        effects[str(label)] = values
-    return effects
+    return {str(label): _matrix(path, label, values) for label, values in content.items()}
+
+
+def _matrix(path: str | Path, label: Any, responses: Any) -> torch.Tensor:
+    """A table of numbers ``[responses, L]``, float32.
+
+    A list is looked at before torch sees it: lists within lists may share their parts, so that
+    a file of a kilobyte unfolds to more than any memory holds.
+    """
+    import torch
+
+    if isinstance(responses, torch.Tensor) and is_plain(responses) and responses.ndim == 2:
+        return responses.float()
+    rows = responses if isinstance(responses, list | tuple) else [None]
+    if not all(isinstance(row, list | tuple) for row in rows):
+        raise BadFile(f"{path}: expected behaviour -> responses -> layers at {label!r}")
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise BadFile(f"{path}: {label!r} is no table: rows of {lengths[0]} to {lengths[-1]}")
+    if sum(lengths) * len(rows) * 8 > LARGEST:
+        raise BadFile(f"{path}: {label!r} has more numbers than a released file may have")
+    if not all(type(value) in (int, float) for row in rows for value in row):
+        raise BadFile(f"{path}: {label!r} is no table of numbers")
+    try:
+        return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), sum(lengths))
+    except (ValueError, OverflowError, RuntimeError):  # a whole number beyond every float
+        raise BadFile(f"{path}: {label!r} has a number that no float holds") from None
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is what it seems: floats, one after the other in memory, and not more
+    than a released file may have (one number can be spread out to any shape)."""
+    import torch
+
+    return (
+        type(tensor) is torch.Tensor
+        and not (tensor.is_nested or tensor.requires_grad)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.is_floating_point()
+        and tensor.numel() * 8 <= LARGEST
+    )
 
 
 def load_torch(path: str | Path) -> Any:
@@ -94,6 +129,7 @@ def load_torch(path: str | Path) -> Any:
         raise BadFile(f"{path}: there is no such file")
     if not path.stat().st_size:
         raise BadFile(f"{path}: the file is empty")
+    check_size(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # about foreign pickles, refused below
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -102,6 +138,25 @@ def load_torch(path: str | Path) -> Any:
             f"{path}: refused, it holds something other than tensors or is damaged "
             "(read with weights_only=True, no code of it was run)"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # whatever torch makes of bytes that it did not write
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadFile(f"{path}: not a whole file of tensors ({reason})") from None
+
+
+def check_size(path: Path) -> None:
+    """Refuses a file of more than :data:`LARGEST` bytes, packed or unpacked, before it is read:
+    torch unpacks what a stranger may have packed a thousandfold."""
+    if not path.is_file():
+        return
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        packed = file.read(len(ZIP)) == ZIP
+    if packed:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                size = max(size, sum(item.file_size for item in archive.infolist()))
+        except Exception as error:  # zipfile has no one error for archives that are none
+            raise BadFile(f"{path}: not a whole file of tensors ({error})") from None
+    if size > LARGEST:
+        most = f"{LARGEST / 2**20:.0f} MiB"
+        raise BadFile(f"{path}: {size / 2**20:.0f} MiB, a released file has at most {most}")

@@ -15,6 +15,7 @@ from stllms import api, prompts, registry
 from stllms.records import Response, Task
 from stllms.registry import MODELS, ModelEntry
 from stllms.replies import Reply, Request, Store, clean
+from stllms.terminal import plain
 
 #: What stands in the identity of a stored reply, where a judge's has its protocol.
 PROTOCOL = "response"
@@ -65,10 +66,10 @@ def responses(
     replies = client.replies(asked, unusable)
     failed = [(t.id, r.failed) for t, r in zip(tasks, replies, strict=True) if r.failed]
     if failed:
+        named = "; ".join(f"{task}: {why}" for task, why in failed[:5])
         print(
             f"{name}: {len(failed)} of {len(tasks)} tasks failed and are left out (asked again "
-            f"on the next run): {'; '.join(f'{task}: {why}' for task, why in failed[:5])}"
-            + ("; ..." if len(failed) > 5 else "")
+            f"on the next run): {plain(named)}" + ("; ..." if len(failed) > 5 else "")
         )
     made = [
         to_response(task, request.messages[0]["content"], reply, kind)
@@ -163,7 +164,7 @@ def to_response(task: Task, prompt_text: str, reply: Reply, kind: str) -> Respon
         text += f"\n{prompts.CLOSE}\n\n{answer}" if closed else ""
     else:
         inline = prompts.OPEN in text or prompts.CLOSE in text
-        thinking, begin, answer, closed = prompts.split(text, opened=prompts.CLOSE in text)
+        thinking, begin, answer, closed = prompts.split(text, opened=False)
         closed = closed and (finished or inline)
         if kind == "thinking" and not inline:
             thinking, begin = "", 0

@@ -1,10 +1,11 @@
 """Stored replies of an API: one append-only JSONL file, read without key and network.
 
-A row is one request that was sent: its key, who asked what, when, what it cost, and the
-body that came back, raw. The key is a hash of model, messages and identity (protocol, prompt
-version, sampling), so that a request that was answered is found again, whoever asks, in
-whatever order, also after a crash: a row is written and synced before anything else is done
-with the reply. Only the last line can be torn, and it is dropped.
+A row is one request that was sent: its key, who asked what, when, what it cost, and the body
+that came back, raw but for the key of the API (:func:`stllms.providers.redacted`). The key is
+a hash of model, messages and identity (protocol, prompt version, sampling), so that a request
+that was answered is found again, whoever asks, in whatever order, also after a crash: a row is
+written and synced before anything else is done with the reply. Only the last line can be torn,
+and it is dropped.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from stllms import foreign
+from stllms.files import BadFile
 
 try:
     import fcntl
@@ -121,11 +125,12 @@ def message_of(body: Any) -> Mapping[str, Any] | None:
 
 
 def text_of(value: Any) -> str:
-    """The text of a message field: a string, a list of text parts, or nothing."""
+    """The text of a message field: a string, a list of text parts, or nothing. It can be
+    stored: half surrogate pairs become U+FFFD."""
     if isinstance(value, list):
         parts = (part.get("text") for part in value if isinstance(part, dict))
-        return "".join(part for part in parts if isinstance(part, str))
-    return value if isinstance(value, str) else ""
+        return clean("".join(part for part in parts if isinstance(part, str)))
+    return clean(value) if isinstance(value, str) else ""
 
 
 class Store:
@@ -139,23 +144,39 @@ class Store:
         self._file: BinaryIO | None = None
 
     def load(self) -> Store:
-        """Read the file again. A torn last line is dropped; any other bad line is an error."""
+        """Read the file again. A last line that is no whole JSON was torn and is dropped.
+
+        Raises :class:`~stllms.files.BadFile`, one line that names file, line and field, for
+        any other line that is not a stored reply.
+        """
         self.rows, self.spent = {}, 0.0
-        data = self.path.read_bytes() if self.path.is_file() else b""
-        *lines, tail = data.split(b"\n")
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                self._add(self._parse(line, number))
-        if (row := _whole_row(tail)) is not None:
+        for _, row in self.numbered():
             self._add(row)
         return self
 
-    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        row = _whole_row(line)
-        if row is None:
-            raise ValueError(
-                f"{self.path}, line {number}: not a stored reply (a JSON object with a key); "
-                "mend or delete this line, the others are kept"
+    def numbered(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows of the file with the numbers of their lines; raises as :meth:`load`."""
+        try:
+            data = self.path.read_bytes() if self.path.is_file() else b""
+        except OSError as error:
+            raise BadFile(f"{self.path}: cannot be read ({error.strerror})") from None
+        *lines, tail = data.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, self._row(line, number)
+        if not _torn(tail):
+            yield len(lines) + 1, self._row(tail, len(lines) + 1)
+
+    def _row(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            row = foreign.loads(line)
+            why = _wrong(row)
+        except ValueError as error:
+            why = f"no JSON, {error}"
+        if why is not None:
+            raise BadFile(
+                f"{self.path}, line {number}: not a stored reply ({why}); mend or delete this "
+                "line, the others are kept"
             )
         return row
 
@@ -178,8 +199,8 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             _lock(file, self.path)
-            _mend(file)
             self.load()
+            _mend(file)
             self._file = file
             try:
                 yield self
@@ -196,12 +217,41 @@ class Store:
         self._add(row)
 
 
-def _whole_row(line: bytes) -> dict[str, Any] | None:
+#: What the rows of a file are read by; rows have more. ``reason`` says why a reply is not good.
+_TEXTS = ("key", "name", "model", "status")
+_STATUS = ("answered", "unusable", "failed")
+
+
+def _wrong(row: Any) -> str | None:
+    """Which field of a row makes it no stored reply, ``None`` if it is one."""
+    if not isinstance(row, dict):
+        return f"{foreign.kind(row)}, expected an object"
+    if missing := [name for name in (*_TEXTS, "identity") if name not in row]:
+        return f"it lacks {', '.join(missing)}"
+    if row["status"] not in _STATUS:
+        return f"status: {str(row['status'])[:20]!r}, expected {', '.join(_STATUS)}"
+    wanted = dict.fromkeys(_TEXTS, "a text") | {"identity": "an object"}
+    wanted |= {"about": "an object"} if "about" in row else {}
+    wanted |= {"reason": "a text"} if row["status"] != "answered" else {}
+    for name, kind in wanted.items():
+        if foreign.kind(row.get(name)) != kind:
+            return f"{name}: {foreign.kind(row.get(name))}, expected {kind}"
+    if not isinstance(row["identity"].get("protocol", ""), str):
+        return (
+            f"identity.protocol: {foreign.kind(row['identity']['protocol'])}, expected a text"
+        )
+    if row.get("cost") is not None and foreign.amount(row["cost"]) is None:
+        return f"cost: {str(row['cost'])[:20]}, expected a finite number from 0 on or null"
+    return None
+
+
+def _torn(line: bytes) -> bool:
+    """Whether a last line without its newline is no whole JSON (or nothing)."""
     try:
-        row = json.loads(line)
+        foreign.loads(line)
     except ValueError:
-        return None
-    return row if isinstance(row, dict) and {"key", "status"} <= row.keys() else None
+        return True
+    return False
 
 
 def _encode(row: dict[str, Any]) -> bytes:
@@ -229,7 +279,7 @@ def _mend(file: BinaryIO) -> None:
     file.seek(0)
     data = file.read()
     tail = data.rpartition(b"\n")[2]
-    if tail and _whole_row(tail) is None:
+    if tail and _torn(tail):
         file.truncate(len(data) - len(tail))
     elif tail:
         file.write(b"\n")

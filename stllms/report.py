@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from stllms import claims, files, pipeline, provenance
 from stllms.artifacts import BadFile
 from stllms.config import MODELS, RunConfig
+from stllms.terminal import plain
 
 if TYPE_CHECKING:
     from stllms.page import Book, Output
@@ -27,6 +28,8 @@ NAME = "report.html"
 COMPARISON = "comparison"
 #: The verdict of a claim that nothing speaks to yet begins like this.
 NEEDS = "needs the model"
+#: How the values of ``run.json`` begin that hold a sampling audit.
+AUDIT = "sampling_audit_"
 #: The figures of the summary, as far as they were made; the first one is large.
 FIRST = ("steering", "layer_effects_grid", "cosine_heatmap")
 
@@ -93,6 +96,7 @@ def write(folder: str | Path) -> Path:
         figures=[page.picture(path) for path in _first_figures(folder, sections)],
         configuration=_configuration(folder, record),
         details=_details(record),
+        audits=_audits(record),
         sections=sections,
         tables=list(_tables(folder)),
         ledger=_ledger(folder),
@@ -219,13 +223,24 @@ def _details(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     groups = {
         "What identifies the run": record.get("identity", {}),
         "Versions": record.get("versions", {}),
-        "Recorded": {**origin, **record.get("recorded", {})},
+        "Recorded": {**origin, **_recorded(record, audits=False)},
     }
     return {
         title: {name: _text(value) for name, value in group.items()}
         for title, group in groups.items()
         if group
     }
+
+
+def _audits(record: Mapping[str, Any]) -> dict[str, str]:
+    """The line of every sampling audit, by the rows it is about."""
+    found = _recorded(record, audits=True)
+    return {name.removeprefix(AUDIT): _text(value["line"]) for name, value in found.items()}
+
+
+def _recorded(record: Mapping[str, Any], *, audits: bool) -> dict[str, Any]:
+    every = record.get("recorded", {})
+    return {name: every[name] for name in every if name.startswith(AUDIT) == audits}
 
 
 def _text(value: Any) -> str:
@@ -254,7 +269,8 @@ def _section(folder: Path, stage: str, marker: Mapping[str, Any], readings: bool
     book = page.book(copy, figures, readings=readings) if copy.is_file() else None
     drawn = book.drawn if book else []
     saved = [folder / name for name in marker.get("files", []) if name.endswith(".png")]
-    rest = [path for path in saved if path.stem not in drawn and path.is_file()]
+    own = [path for path in saved if page.is_figure(figures, path.stem)]
+    rest = [figures / path.name for path in own if path.stem not in drawn]
     title = next((heading.title for heading in book.headings), stage) if book else stage
     return Section(
         stage=stage,
@@ -338,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(write(given.folder))
     except (ValueError, OSError) as error:
-        print(f"stllms.report: {error}", file=sys.stderr)
+        print(f"stllms.report: {plain(error)}", file=sys.stderr)
         return 2
     return 0
 

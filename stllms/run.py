@@ -14,12 +14,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from stllms import arguments, checks, execute, pipeline, report
+from stllms import arguments, execute, pipeline, refusals, report
 from stllms.arguments import PROG, UsageError, configurations, parser
 from stllms.artifacts import LockedFolder
-from stllms.config import MODELS, RunConfig, resolve
+from stllms.config import MODELS, RunConfig
 from stllms.pipeline import STAGES, StageError, ensure, finish
 from stllms.registry import OTHERS
+from stllms.terminal import plain
 
 __all__ = ["STAGES", "StageError", "configurations", "ensure", "finish", "main", "parser"]
 
@@ -39,10 +40,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str = PROG) -> int:
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except StageError as error:
-        print(f"{called}: {error}", file=sys.stderr)
+        print(f"{called}: {plain(error)}", file=sys.stderr)
         return 1
     except (ValueError, OSError, LockedFolder) as error:
-        print(f"{called}: {error}", file=sys.stderr)
+        print(f"{called}: {plain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         fresh = any(word.partition("=")[0] == "--fresh" for word in words)
@@ -64,7 +65,7 @@ def _main(argv: list[str], prog: str) -> int:
     configs = configurations(given)
     stages = _selected(given.first, given.last)
     chosen = _jobs(configs, stages)
-    _check_inputs(chosen if given.fresh else _pending(chosen))
+    _check_inputs(chosen if given.fresh else _pending(chosen), stages)
     if given.fresh:
         _delete(chosen, given.fresh)
     for stage, config in chosen:
@@ -159,26 +160,13 @@ def _pending(chosen: Chosen, *, again: bool = True) -> Chosen:
     return list({(name, config.to_json()): (name, config) for name, config in todo}.values())
 
 
-def _check_inputs(todo: Chosen) -> None:
-    """Refuses, before any notebook starts, what would stop one of them: a device that is not
-    there, tasks that are wrong or too few, released files that cannot be read."""
+def _check_inputs(todo: Chosen, asked: Sequence[str]) -> None:
+    """Refuses, before any notebook starts, what would stop one of them."""
     stages: dict[str, tuple[RunConfig, list[str]]] = {}
     for stage, config in todo:
         stages.setdefault(config.to_json(), (config, []))[1].append(stage)
     for config, own in stages.values():
-        models = config.models if STAGES[-1] in own else [config.model]
-        entries = [resolve(name) for name in models]
-        if any(entry.source != "api" for entry in entries):
-            checks.hardware(config.device, config.quantization)
-        if any(entry.source == "api" for entry in entries):
-            from stllms import remote  # it brings the client
-
-            for entry in entries:
-                remote.check_limit(entry, config.settings.max_tokens_compare)
-        if config.task_set != "grammar":
-            _check_tasks(config, own)
-        if config.published is not None:
-            _check_released(config.published)
+        refusals.check(config, own, asked=asked)
 
 
 def _check_writable(folders: Iterable[Path]) -> None:
@@ -193,39 +181,6 @@ def _check_writable(folders: Iterable[Path]) -> None:
             raise UsageError(
                 f"cannot write runs to {folder} ({reason}): choose another --results"
             )
-
-
-def _check_tasks(config: RunConfig, stages: Sequence[str]) -> None:
-    from stllms import tasks
-
-    wanted = config.settings
-    parts = {"build": STAGES[0], "evaluate": STAGES[3], "compare": STAGES[4]}
-    if not checks.has_name(config.task_set):
-        tasks.from_file(Path(config.task_set).expanduser())
-    for part, stage in parts.items():
-        if stage in stages:
-            try:
-                tasks.for_run(config, part)
-            except ValueError as error:
-                raise UsageError(
-                    f"{error}; the run builds directions from {wanted.n_build} tasks"
-                    f" (--n-samples N), steers {wanted.n_evaluate} others (--n-evaluate N) and"
-                    f" compares models on {wanted.n_compare} (--option n_compare=N)"
-                ) from None
-
-
-def _check_released(folder: str) -> None:
-    from stllms import published  # it brings torch
-    from stllms import published_tables as released
-
-    readers = {
-        "vectors": released.read_vectors,
-        "effects": released.read_effects,
-        "comparison": released.read_counts,
-    }
-    for kind, paths in published.find(folder).items():
-        for path in paths:
-            readers[kind](path)
 
 
 def _delete(chosen: Chosen, which: str) -> None:

@@ -8,12 +8,10 @@ has its plain twin.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
-from stllms import decode, prompts
+from stllms import decode, prompts, sampling
 from stllms.decode import Intervention
 from stllms.files import Rows, resumed
 from stllms.models import Model
@@ -24,18 +22,29 @@ from stllms.records import (
     Response,
     Steered,
     Task,
+    from_rows,
     steered_from_row,
     to_row,
 )
-from stllms.vectors import SteeringVectors
+from stllms.vectors import Controls, SteeringVectors
 
 __all__ = [
-    "STEERED_KEY", "Arm", "Intervention", "arms", "by_arm", "check", "generate", "grid",
-    "null_arms", "sweep_arms",
+    "STEERED_KEY",
+    "Arm",
+    "Intervention",
+    "arms",
+    "by_arm",
+    "check",
+    "control_arms",
+    "generate",
+    "grid",
+    "sweep_arms",
 ]  # fmt: skip
 
 #: Tasks in a chunk: with all their arms the unit of refill, flush and resume.
 CHUNK = 20
+#: Control directions in the layer sweep of notebook 04.
+SWEPT_CONTROLS = 4
 
 
 def generate(
@@ -57,12 +66,12 @@ def generate(
     noise. Arguments are those of :func:`stllms.generate.responses`; ``watch`` is called with
     the responses so far after every token, and what it raises ends the run. Raises
     ``ValueError`` for lists of different lengths, and for a layer or width the model does
-    not have.
+    not have; ``SamplingError`` if the audit of the chains fails.
     """
     if len(tasks) != len(interventions):
         raise ValueError(f"{len(tasks)} tasks but {len(interventions)} interventions")
     with token_bar(len(tasks), "steered", most=max_new_tokens, enabled=progress) as bar:
-        return _chains(
+        made = _chains(
             model,
             tasks,
             [_several(item) for item in interventions],
@@ -74,6 +83,8 @@ def generate(
             progress=bar.tick,
             watch=watch,
         )
+    sampling.audit(made).check()
+    return made
 
 
 def _several(item: Intervention | Sequence[Intervention] | None) -> tuple[Intervention, ...]:
@@ -98,12 +109,17 @@ def _chains(
         ]
 
     follow = None if watch is None else (lambda written: watch(read(written)))
-    return read(decode.run(model, rows, watch=follow, **options))
+    made = decode.run(model, rows, watch=follow, **options)
+    return [
+        replace(one, audit=chain.audit)
+        for one, chain in zip(read([chain.ids for chain in made]), made, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to write every chain: ``direction`` is a behaviour, ``random:i`` or ``none``."""
+    """One way to write every chain: ``direction`` is a behaviour, ``none``, or a control such
+    as ``shuffled:0``."""
 
     direction: str
     layer: int
@@ -157,24 +173,29 @@ def plain() -> Arm:
     return Arm("none", -1, 0.0, None)
 
 
-def sweep_arms(vectors: SteeringVectors, coefficients: Sequence[float]) -> list[Arm]:
-    """The plain arm, and every steered behaviour at every layer with the largest coefficient
-    of each sign: an option of notebook 04, to see where a direction acts best."""
+def sweep_arms(
+    vectors: SteeringVectors, coefficients: Sequence[float], controls: Controls | None = None
+) -> list[Arm]:
+    """The plain arm, and every steered behaviour and control at every layer with the largest
+    coefficient of each sign: an option of notebook 04, to see where a direction acts best."""
     ends = sorted({c for c in (min(coefficients), max(coefficients)) if c != 0})
     layers = range(vectors.n_layers)
     names = [b for b in STEERED if b in vectors.behaviours]
     each = [arms(vectors, dict.fromkeys(names, layer), ends)[1:] for layer in layers]
+    if controls is not None:
+        each.append(control_arms(controls, {str(layer): layer for layer in layers}, ends))
     return [plain(), *(arm for some in each for arm in some)]
 
 
-def null_arms(
-    directions: Tensor, layers: dict[str, int], coefficients: Sequence[float]
+def control_arms(
+    controls: Controls, layers: dict[str, int], coefficients: Sequence[float]
 ) -> list[Arm]:
-    """Arms ``random:i`` of matched random directions ``[n, L, D]``, at every steering layer."""
+    """The arms of the control directions, at every steering layer. With a judge they may be for
+    some of the tasks only (:func:`stllms.tasks.for_controls`)."""
     return [
-        Arm(f"random:{i}", layer, float(c), Intervention(directions[i, layer], layer, c))
+        Arm(name, layer, float(c), Intervention(direction[layer], layer, c))
         for layer in sorted(set(layers.values()))
-        for i in range(len(directions))
+        for name, direction in zip(controls.names, controls.directions, strict=True)
         for c in coefficients
         if c != 0
     ]
@@ -198,7 +219,8 @@ def grid(
     All arms of a chunk of tasks share batches. ``store`` has the row key of
     :class:`~stllms.records.Steered`; a chunk of which a row is missing is decoded whole, and
     the missing rows are added. The key does not say where a row was steered, so ``ValueError``
-    is raised for a store and an arm that is not steered at all positions.
+    is raised for a store and an arm that is not steered at all positions, ``SamplingError``
+    if the audit of all chains fails.
     """
     every = list(every)
     cells = [(arm, task) for task in tasks for arm in every]
@@ -207,7 +229,8 @@ def grid(
         _check_storable(every)
         store.bind({**model.identity, **options, **decode.fingerprints(by_arm(every))})
         ids = {task.id: prompts.opening(model, task, style)[1] for task in tasks}
-        prompts.same(store, ids)
+        stored = from_rows(store.load(), steered_from_row, store.path)
+        prompts.same(store.path, (one.response for one in stored), ids)
 
     def make(start: int, stop: int) -> list[dict[str, Any]]:
         part = cells[start:stop]
@@ -229,7 +252,9 @@ def grid(
         keys = [arm.key(task.id) for arm, task in cells]
         size = CHUNK * len(every)
         rows = resumed(keys, make, size=size, store=store, skip=bar.skip) if every else []
-    return [steered_from_row(row) for row in rows]
+    found = [steered_from_row(row) for row in rows]
+    sampling.audit(one.response for one in found).check()
+    return found
 
 
 def _check_storable(every: Sequence[Arm]) -> None:

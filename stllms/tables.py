@@ -47,15 +47,38 @@ def intervals(
 ) -> pd.DataFrame:
     """For display, from rows with ``value, low, high``: ``value (low to high)``, the value
     alone where the interval is missing, ``n/a`` without a value. One row for each of ``rows``,
-    one column for each of ``columns``, both in the order in which they occur."""
+    one column for each of ``columns``, both in the order in which they occur; ``ValueError``
+    where two rows would share a cell."""
     if table.empty:
         return pd.DataFrame(columns=[*rows])
     parts = table[["value", "low", "high"]].itertuples(index=False)
     texts = table.assign(text=[_interval(*part, digits) for part in parts])
-    made = texts.pivot_table(
-        index=list(rows), columns=columns, values="text", aggfunc="first", sort=False
-    )
-    return made.fillna("n/a").rename_axis(columns=None)
+    return wide(texts, rows, columns, "text").fillna("n/a").rename_axis(columns=None)
+
+
+def wide(
+    table: pd.DataFrame, rows: Sequence[str], columns: str, values: str = "value"
+) -> pd.DataFrame:
+    """One row for each of ``rows``, one column for each of ``columns``, both in the order in
+    which they occur, a missing cell NaN.
+
+    Nothing is averaged: two numbers for one cell are a ``ValueError`` that names them (pandas'
+    ``pivot_table`` would silently show their mean).
+    """
+    keys = [*rows, columns]
+    twice = table[table.duplicated(keys, keep=False)]
+    if not twice.empty:
+        cell = ", ".join(f"{name} {twice.iloc[0][name]!r}" for name in keys)
+        differ = [n for n in table if n not in (*keys, values) and twice[n].nunique() > 1]
+        raise ValueError(
+            f"{len(twice)} rows share cells with others (first: {cell}); nothing is averaged: "
+            f"add to rows what tells them apart, of {', '.join(differ) or 'no column'}"
+        )
+    order = pd.MultiIndex.from_frame(table[list(rows)].drop_duplicates())
+    found = table.set_index(keys)[values].unstack(columns)
+    if len(rows) == 1:
+        order = order.get_level_values(0)
+    return found.reindex(order).reindex(columns=table[columns].drop_duplicates())
 
 
 def _interval(value: float, low: float, high: float, digits: int) -> str:

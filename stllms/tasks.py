@@ -94,6 +94,25 @@ def for_run(setup: RunConfig, part: str) -> list[Task]:
     return own[first : first + wanted]
 
 
+def for_controls(setup: RunConfig, asked: Sequence[Task]) -> list[Task]:
+    """Those of the evaluation tasks on which control directions are added.
+
+    All of them where an annotator labels for nothing. A judge is paid for every chain, and the
+    controls' are most of them: it gets ``n_control`` tasks, drawn by the seed, the categories
+    in turn.
+    """
+    n = setup.settings.n_control
+    if not setup.judged or n is None or n >= len(asked):
+        return list(asked)
+    generator = random.Random(setup.seed)
+    groups: dict[str, list[Task]] = {}
+    for task in generator.sample(list(asked), len(asked)):
+        groups.setdefault(task.category, []).append(task)
+    turns = [(turn, group[turn]) for group in groups.values() for turn in range(len(group))]
+    drawn = {task.id for _, task in sorted(turns, key=lambda item: item[0])[:n]}
+    return [task for task in asked if task.id in drawn]
+
+
 def overview(chosen: Sequence[Task]) -> dict[str, int]:
     """Tasks a category, in the order in which they first occur."""
     return dict(Counter(task.category for task in chosen))

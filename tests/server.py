@@ -40,6 +40,7 @@ MODELS = {
     "shuffled": "the same after a delay that turns the order of replies round",
     "forbidden": "401 whatever the key; the key is repeated in the message",
     "limited": "429 with Retry-After 0.3 to the first attempt at each text",
+    "crowded": "429 with Retry-After 0.1 while `most` requests are in work",
     "dated": "429 with Retry-After as a date one second ahead, first attempt",
     "patient": "429 with Retry-After 9999",
     "quota": "429 insufficient_quota",
@@ -100,10 +101,15 @@ class Server:
 
     ``calls`` counts requests by model, ``texts`` holds what they were about, ``fields`` the
     last request as it came, ``peak`` the largest number of requests under way at a time.
+    Of the model ``crowded``: ``work`` is how many requests were in work as each was taken in,
+    ``refusals`` when each 429 was sent, and about what.
     """
 
-    def __init__(self, port: int = 0, *, key: str | None = None) -> None:
-        self.key = key
+    def __init__(self, port: int = 0, *, key: str | None = None, most: int = 5) -> None:
+        self.key, self.most = key, most
+        self.working = 0
+        self.work: list[int] = []
+        self.refusals: list[tuple[float, str]] = []
         self.calls: Counter[str] = Counter()
         self.attempts: Counter[tuple[str, str]] = Counter()
         self.texts: list[str] = []
@@ -172,6 +178,8 @@ class Handler(BaseHTTPRequestHandler):
             self.error(404, f"The model {model} does not exist", "model_not_found")
         elif model == "limited" and first:
             self.error(429, "slow down", "rate_limit_exceeded", {"Retry-After": "0.3"})
+        elif model == "crowded":
+            self.crowded(text)
         elif model == "dated" and first:
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 1))
             self.error(429, "slow down", "rate_limit_exceeded", {"Retry-After": date})
@@ -196,6 +204,24 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             self.complete(model, text)
+
+    def crowded(self, text: str) -> None:
+        """Take in what there is room for."""
+        state = self.state
+        with state.lock:
+            room = state.working < state.most
+            if room:
+                state.working += 1
+                state.work.append(state.working)
+            else:
+                state.refusals.append((time.monotonic(), text))
+        if not room:
+            self.error(429, "too many at once", "rate_limit", {"Retry-After": "0.1"})
+            return
+        time.sleep(0.03 + 0.01 * state.most)
+        with state.lock:
+            state.working -= 1
+        self.complete("crowded", text)
 
     def claude(self, request: dict[str, Any], text: str) -> None:
         """Think only if told to, and then refuse what the provider refuses."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from server import KEY, Server
@@ -240,6 +242,134 @@ def test_a_wrong_key_is_neither_shown_nor_stored(tmp_path, monkeypatch, capsys):
     assert server.total == 1
 
 
+# --- as many at a time as the server takes ------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [1, 5, 20])
+def test_the_requests_under_way_settle_at_what_the_server_takes(tmp_path, most):
+    """A server that refuses with 429 what it has no room for. All replies arrive. After the
+    first refusals, the number under way goes up and down below what it takes, as additive
+    increase and halving do (three quarters of it in the middle). What was refused is asked
+    again, and not before the time that the refusal named."""
+    texts = [f"text {i}" for i in range(10 + 16 * most)]
+    with Server(most=most) as crowded:
+        replies = client(crowded, "crowded", tmp_path).replies(requests(*texts))
+    assert [reply.failed for reply in replies] == [None] * len(texts)
+    assert sorted(reply.row["name"] for reply in replies) == sorted(texts)
+    assert crowded.calls["crowded"] == len(texts) + len(crowded.refusals)
+    settled = crowded.work[len(texts) // 2 :]
+    assert most / 2 <= statistics.median(settled) <= most
+    assert crowded.peak <= 32
+    if most < 20:
+        assert crowded.refusals
+    sent = sorted(zip(crowded.times, crowded.texts, strict=True))
+    for refused, text in crowded.refusals:
+        again = next(moment for moment, about in sent if about == text and moment > refused)
+        assert again - refused >= 0.09
+
+
+def test_the_window_grows_by_one_an_answer_then_by_one_a_window_and_halves_once():
+    window = sending.Window(most=40)
+    assert window.allowed == 8
+
+    def answer(times: int) -> None:
+        for _ in range(times):
+            window.under_way = int(window.allowed) - 1
+            window.answered()
+
+    answer(4)
+    assert window.allowed == 12
+    window.under_way = 11
+    sent = time.monotonic()
+    window.refused(sent)
+    window.refused(sent)  # was on its way before the first refusal came
+    assert window.allowed == 6
+    answer(6)
+    assert 6.9 < window.allowed <= 7.0  # a window of answers later
+    window.under_way = 2  # few are under way: they were too many
+    window.refused(time.monotonic() + 1)
+    assert window.allowed == 1.5
+    for _ in range(4):
+        window.refused(time.monotonic() + 1)
+    assert window.allowed == 1
+    answer(20_000)
+    assert window.allowed == 40
+    window.under_way = 3
+    window.answered()
+    assert window.allowed == 40
+    idle = sending.Window(most=40)
+    idle.answered()  # one request at a time needs no larger window
+    assert idle.allowed == 8
+
+
+# --- keys in what a server says -----------------------------------------------------------
+
+STRANGE_KEYS = (
+    "sk-0123456789abcdef0123",
+    "abc",
+    "x",
+    'a"b/c\\d',
+    "a/b/c/d/e/f/g/h/i/j/k",
+    "key+with=signs&and%20percent",
+    "{[(.*?)]}|^$",
+    "schlüssel-ü",
+    "钥匙🔑",
+)
+
+
+def in_forms(key: str) -> list[str]:
+    """The key as a server may write it: as it is, as JSON (once, twice, with escaped slashes
+    or code points), and in a URL."""
+    once = json.dumps(key)[1:-1]
+    forms = [key, once, json.dumps(once)[1:-1], json.dumps(key, ensure_ascii=False)[1:-1]]
+    return [*forms, once.replace("/", "\\/"), quote(key, safe=""), quote(key)]
+
+
+@pytest.mark.parametrize("key", STRANGE_KEYS)
+def test_a_key_is_struck_out_wherever_it_stands_however_it_is_written(key):
+    for form in in_forms(key):
+        body = {
+            "error": {"message": f"Incorrect key: {form}.", form: [f"{form}", {"a": [form]}]},
+            "headers": {"Authorization": f"Bearer {form}"},
+            "upstream": json.dumps({"error": f"bad key '{form}'\n{form}"}),
+        }
+        said, times = providers.redacted(body, key)
+        assert times >= 6
+        text = json.dumps(said, ensure_ascii=False)
+        assert not any(again in text for again in in_forms(key) if len(key) > 1)
+        assert said["error"]["message"] == "Incorrect key: ***."
+        assert said["headers"]["Authorization"] == "Bearer ***"
+        assert said["error"]["***"] == ["***", {"a": ["***"]}]
+        assert json.loads(said["upstream"]) == {"error": "bad key '***'\n***"}
+
+
+def test_a_short_key_is_no_part_of_a_word_and_the_placeholder_no_key():
+    said = {"content": "the latest contest is a test.", "n": 1, "none": None}
+    found, times = providers.redacted(said, "test")
+    assert found == said | {"content": "the latest contest is a ***."}
+    assert times == 1
+    assert providers.redacted(said, providers.NO_KEY) == (said, 0)
+    text = f"key {providers.NO_KEY}"
+    assert providers.redacted(text, providers.NO_KEY) == (text, 0)
+    assert providers.redacted(text, "") == (text, 0)
+
+
+@pytest.mark.parametrize("key", ["abc", 'q"/x\\y-0123456789'])
+def test_no_key_is_stored_or_shown_whatever_its_length(tmp_path, monkeypatch, capsys, key):
+    """A server that repeats the key in its error, through a real connection."""
+    monkeypatch.setenv(providers.KEY, key)
+    with Server() as server, pytest.raises(api.ApiError) as caught:
+        client(server, "forbidden", tmp_path, progress=True).replies(requests("a"))
+    stored = (tmp_path / FILE).read_text()
+    shown = str(caught.value) + "".join(capsys.readouterr())
+    assert "Incorrect API key provided: ***" in shown
+    for form in in_forms(key):
+        assert f"provided: {form}" not in shown + stored
+    (row,) = (row for rows in Store(tmp_path).load().rows.values() for row in rows)
+    assert row["redacted"] == 1
+    assert row["body"]["error"]["message"] == "Incorrect API key provided: ***"
+
+
 # --- replies that the caller cannot use ---------------------------------------------------
 
 
@@ -447,6 +577,105 @@ def test_a_key_comes_from_the_environment_or_the_nearest_env_file(tmp_path, monk
     assert providers.api_key(url) == "from-file"
     monkeypatch.setenv("OPENAI_API_KEY", "from-environment")
     assert providers.api_key(url) == "from-environment"
+
+
+def test_env_files_are_those_of_the_start_of_the_working_folder_and_of_the_project(
+    tmp_path, monkeypatch
+):
+    places = {name: tmp_path / name for name in ("started", "here", "project")}
+    for name, place in places.items():
+        (place / "below").mkdir(parents=True)
+        (place / ".env").write_text(f"{name.upper()}=1\nALL={name}\nEMPTY=\n")
+    monkeypatch.setattr(providers, "repository", lambda: places["project"])
+    monkeypatch.chdir(places["here"] / "below")
+    monkeypatch.delenv(providers.STARTED, raising=False)
+    assert [providers.setting(name) for name in ("HERE", "PROJECT", "STARTED", "EMPTY")] == [
+        "1", "1", None, None,
+    ]  # fmt: skip
+    assert providers.setting("ALL") == "here"
+    monkeypatch.setenv(providers.STARTED, str(places["started"] / "below"))
+    assert [providers.setting(name) for name in ("HERE", "PROJECT", "STARTED")] == ["1"] * 3
+    assert providers.setting("ALL") == "started"
+    monkeypatch.setenv("ALL", "environment")
+    assert providers.setting("ALL") == "environment"
+
+
+def test_kernels_of_a_run_know_where_it_was_started(tmp_path, monkeypatch):
+    from stllms import execute
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(providers.STARTED, raising=False)
+    (tmp_path / ".env").write_text("STLLMS_API_KEY=mine\n")
+    with execute._own_kernel():
+        monkeypatch.chdir("/")  # as a kernel, which works beside its notebook
+        assert providers.setting(providers.KEY) == "mine"
+    assert providers.setting(providers.KEY) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("K=v", "v"),
+        ("  export K = v  # why", "v"),
+        ("K='a # b'", "a # b"),
+        ('K="a=b"', "a=b"),
+        ("K=sk-a/b+c==", "sk-a/b+c=="),
+        ("K=$HOME", "$HOME"),
+        ("K=${HOME}", "${HOME}"),
+        ("\ufeffK=v", "v"),
+        ("K=v\r", "v"),
+        ("K=", ""),
+    ],
+)
+def test_a_line_of_an_env_file(tmp_path, line, value):
+    (tmp_path / ".env").write_bytes(f"{line}\nL=1\n".encode())
+    assert providers.read_env(tmp_path / ".env") == {"K": value, "L": "1"}
+
+
+@pytest.mark.parametrize(
+    "line", ["secret", "secret words", "=secret", 'K="secret', "K 'secret'"]
+)
+def test_a_line_that_is_none_is_named_and_not_shown(tmp_path, line):
+    (tmp_path / ".env").write_text(f"A=1\n# comment\n{line}\n")
+    with pytest.raises(ValueError, match=r"\.env, line 3: expected NAME=value") as caught:
+        providers.read_env(tmp_path / ".env")
+    assert "secret" not in str(caught.value)
+    (tmp_path / ".env").write_bytes(b"A=secret\xff\n")
+    with pytest.raises(ValueError, match=r"\.env: not a text in UTF-8") as caught:
+        providers.read_env(tmp_path / ".env")
+    assert "secret" not in str(caught.value)
+
+
+def test_what_an_env_file_holds_is_in_no_file_of_a_run_and_in_no_line(
+    server, tmp_path, monkeypatch, capsys
+):
+    from stllms import report
+    from stllms.annotate import stage
+    from stllms.artifacts import Folder
+    from stllms.config import RunConfig
+    from stllms.records import Response
+
+    secret = "never-shown-4711"
+    (tmp_path / ".env").write_text(f"STLLMS_API_KEY={secret}\nOTHER={secret}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STLLMS_RESULTS", str(tmp_path / "results"))
+    config = RunConfig(judge="openai:test", base_url=server.url)
+    folder = Folder(config).open()
+    folder.note(device="cpu")
+    text = "So it is 4. Wait, it is 5."
+    chain = Response("t", "", "", (), (), text, text, 0, "", closed=True, finished=True)
+    labels = stage.annotations(
+        stage.for_run(config), [chain], store=folder.rows(folder.annotations, stage.KEY)
+    )
+    assert labels[0].segments, "the judge was asked"
+    report.write(folder.path)
+    files = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
+    assert len(files) >= 4
+    for path in files:
+        assert secret.encode() not in path.read_bytes(), path.name
+    shown = capsys.readouterr()
+    assert secret not in shown.out + shown.err
+    assert secret not in os.environ.values(), "no child of ours inherits it"
 
 
 def test_a_provider_s_key_is_not_sent_to_another_host(monkeypatch):

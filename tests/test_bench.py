@@ -242,9 +242,11 @@ def test_an_unfinished_run_of_another_configuration_is_not_replaced(run, model, 
 def test_directions_of_other_weights_or_of_nobody_are_refused(run, model, results):
     folder = Folder(run)
     record = folder.record()
-    record["identity"]["revision"] = "0" * 12
+    record["identity"]["weights"] = "0" * 12
     provenance.write_json(folder.run, record)
-    with pytest.raises(ValueError, match="its directions are of revision 000000000000"):
+    with pytest.raises(
+        ValueError, match=r"directions are of another weights of the model \(000000000000 then"
+    ):
         pairs.bench(RunConfig(model, results=results))
     folder.run.unlink()
     with pytest.raises(ValueError, match=r"no run\.json to say whose"):

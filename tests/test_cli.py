@@ -332,7 +332,7 @@ def test_the_content_says_what_a_file_is(tmp_path, name, content, thinking):
         ("a.txt", b"\xff\xfe\x00", "not a text in UTF-8"),
         ("a.json", b"[1, 2", "no whole JSON"),
         ("a.json", b"{}", "expected a list of chains"),
-        ("a.json", b"[1]", "chain 1: a int, expected an object"),
+        ("a.json", b"[1]", "chain 1: a number, expected an object"),
         (
             "a.jsonl",
             b'{"text": "a"}\n{"text',

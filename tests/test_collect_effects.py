@@ -12,7 +12,7 @@ import torch
 from stllms import artifacts, attribution, effects
 from stllms.effects import LayerEffects
 from stllms.records import Annotation, Response, TokenSpan
-from stllms.vectors import SteeringVectors, random_directions
+from stllms.vectors import Controls, SteeringVectors, isotropic
 
 NAMES = ("backtracking", "deduction")
 
@@ -76,40 +76,195 @@ def test_collected_effects_are_the_means_over_own_and_other_positions(
         assert found.effects[f"{objective}/own"][1, 1].isnan().all(), "b has no deduction"
 
 
-def test_random_directions_are_measured_at_the_positions_of_every_behaviour(
-    tiny_llama, vectors, chains
-):
-    nulls = random_directions(vectors, 2, seed=1)
+def some_controls(vectors: SteeringVectors, n: int, seed: int = 1) -> Controls:
+    names = tuple(f"shuffled:{k}" for k in range(n))
+    return Controls(names, isotropic(vectors.overall, n, seed))
+
+
+def test_controls_are_measured_at_the_positions_of_every_behaviour(tiny_llama, vectors, chains):
+    controls = some_controls(vectors, 2)
     plain = attribution.collect(tiny_llama, *chains, vectors, progress=False)
-    found = attribution.collect(tiny_llama, *chains, vectors, nulls=nulls, progress=False)
-    assert set(found.effects) - set(plain.effects) == {effects.null_key(k) for k in (0, 1)}
+    found = attribution.collect(tiny_llama, *chains, vectors, controls=controls, progress=False)
+    new = {effects.PAIRED, *map(effects.null_key, controls.names)}
+    assert set(found.effects) - set(plain.effects) == new
     for key in plain.effects:
         torch.testing.assert_close(
             found.effects[key], plain.effects[key], atol=1e-6, rtol=1e-4, equal_nan=True
         )
-    for k in (0, 1):
-        stand_in = replace(vectors, directions=nulls[k].expand_as(vectors.directions))
+    for k, name in enumerate(controls.names):
+        stand_in = replace(
+            vectors, directions=controls.directions[k].expand_as(vectors.directions)
+        )
         want = attribution.collect(
             tiny_llama, *chains, stand_in, objectives=["kl"], progress=False
         )
         torch.testing.assert_close(
-            found.effects[effects.null_key(k)],
+            found.effects[effects.null_key(name)],
             want.effects["kl/own"],
             atol=1e-6,
             rtol=1e-4,
             equal_nan=True,
         )
-    assert not attribution.collect(
-        tiny_llama, *chains, vectors, nulls=nulls, objectives=["published"], progress=False
-    ).effects.keys() & {effects.null_key(0)}, "the null is of the exact effect"
+    assert torch.equal(
+        found.effects[effects.PAIRED].nan_to_num(), found.effects["kl/own"].nan_to_num()
+    ), "at all positions, both"
+    only = attribution.collect(
+        tiny_llama, *chains, vectors, controls=controls, objectives=["published"],
+        progress=False,
+    )  # fmt: skip
+    assert not only.effects.keys() & new, "the null is of the exact effect"
 
 
-def test_other_random_directions_are_measured_anew(collect, vectors, chains, tmp_path):
+def test_other_controls_are_measured_anew(collect, vectors, chains, tmp_path):
     path = tmp_path / "e.safetensors"
     for seed in (1, 2):
-        nulls = random_directions(vectors, 1, seed)
-        fresh = collect(*chains, nulls=nulls)
-        assert same(collect(*chains, nulls=nulls, path=path), fresh)
+        controls = some_controls(vectors, 1, seed)
+        fresh = collect(*chains, controls=controls)
+        assert same(collect(*chains, controls=controls, path=path), fresh)
+    renamed = replace(controls, names=("covariance:0",))
+    assert (
+        effects.null_key("covariance:0")
+        in collect(*chains, controls=renamed, path=path).effects
+    )
+
+
+def many(n: int, spans: int) -> tuple[list[Response], list[Annotation]]:
+    """Responses of different length, labels of both names in turn."""
+    made = [response(f"r{i}", 30 + i) for i in range(n)]
+    labels = [
+        annotation(
+            f"r{i}", *((NAMES[k % 2], 5 + 3 * k, 8 + 3 * k) for k in range(2 + i % spans))
+        )
+        for i in range(n)
+    ]
+    return made, labels
+
+
+def test_a_sample_has_as_many_positions_as_asked_for_and_a_quarter_of_them_for_controls():
+    pairs = effects.measurable(*many(12, 6))
+    everything = effects.sample(pairs, NAMES, None)
+    chosen = effects.sample(pairs, NAMES, 16, seed=1)
+    for name in NAMES:
+        for one, alone, (_, labels) in zip(chosen, everything, pairs, strict=True):
+            assert alone["own"][name] == alone["controls"][name]
+            starts = {s.start - 1 for s in labels.spans if s.label == name}
+            assert set(alone["own"][name]) == starts
+            assert set(one["own"][name]) <= starts
+            assert set(one["controls"][name]) <= set(one["own"][name])
+        for which, n in (("own", 16), ("others", 16), ("controls", 4)):
+            sizes = [len(one[which][name]) for one in chosen]
+            assert sum(sizes) == n, (name, which)
+            there = [
+                len(one[which if which != "controls" else "own"][name]) for one in everything
+            ]
+            # In turns: nobody has two more than one who had more to give.
+            assert all(
+                few >= most - 1 or few == own
+                for few, own in zip(sizes, there, strict=True)
+                for most in sizes
+            )
+    assert chosen != effects.sample(pairs, NAMES, 16, seed=2)
+    assert chosen == effects.sample(pairs, NAMES, 16, seed=1)
+
+
+def test_the_mean_over_samples_is_the_mean_over_all_positions():
+    """Unbiased: over many seeds the mean over responses of their means is that of all."""
+    pairs = effects.measurable(*many(6, 6))
+    value = {t: float(t % 7) for t in range(200)}
+
+    def mean(sampled):
+        kept = [[value[t] for t in one["own"][NAMES[0]]] for one in sampled]
+        return np.mean([np.mean(mine) for mine in kept if mine])
+
+    want = mean(effects.sample(pairs, NAMES, None))
+    for n in (3, 9):
+        found = [mean(effects.sample(pairs, NAMES, n, seed=seed)) for seed in range(400)]
+        assert abs(np.mean(found) - want) < 4 * np.std(found) / 400**0.5
+        assert np.std(found) > 0
+
+
+def test_effects_of_a_sample_are_means_over_its_positions(tiny_llama, vectors):
+    made, labels = many(6, 6)
+    controls = some_controls(vectors, 2)
+    found = attribution.collect(
+        tiny_llama, made, labels, vectors, targets=NAMES[:1], controls=controls,
+        n_positions=8, seed=5, progress=False,
+    )  # fmt: skip
+    chosen = effects.sample(effects.measurable(made, labels), NAMES[:1], 8, seed=5)
+    for row, (one, sampled) in enumerate(zip(made, chosen, strict=True)):
+        ids = [*one.prompt_ids, *one.output_ids]
+        wanted = {
+            "kl/own": ("own", vectors.directions[:1]),
+            "kl/others": ("others", vectors.directions[:1]),
+            effects.PAIRED: ("controls", vectors.directions[:1]),
+            effects.null_key("shuffled:1"): ("controls", controls.directions[1:]),
+        }
+        for key, (which, direction) in wanted.items():
+            got, where = found.effects[key][row, 0], sampled[which][NAMES[0]]
+            if not where:
+                assert got.isnan().all()
+                continue
+            alone = attribution.layer_effects(tiny_llama, ids, where, direction)
+            torch.testing.assert_close(got, alone[0].mean(-1), atol=1e-6, rtol=1e-4)
+            assert found.effects[key][row, 1].isnan().all(), "deduction is no target"
+    everywhere = attribution.collect(
+        tiny_llama, made, labels, vectors, objectives=["published"], progress=False
+    )
+    for key in everywhere.effects:
+        assert np.array_equal(found.of(key), everywhere.of(key), equal_nan=True), (
+            "all positions"
+        )
+    assert found.ledger["positions a behaviour, own"] == 8
+    assert found.ledger["positions a behaviour, controls"] == 2
+
+
+def test_another_sample_is_measured_anew_and_the_same_one_taken_up(collect, tmp_path, asked):
+    made, labels = many(6, 6)
+    path = tmp_path / "e.safetensors"
+    collect(made, labels, n_positions=8, path=path)
+    asked.clear()
+    again = collect(made, labels, n_positions=8, path=path)
+    assert not asked
+    for options in ({"n_positions": 6}, {"n_positions": 8, "seed": 1}):
+        want = collect(made, labels, **options)
+        assert not same(want, again)
+        assert same(collect(made, labels, **options, path=path), want)
+
+
+def test_rows_are_as_many_as_their_logits_fit_into_the_budget(tiny_llama, monkeypatch):
+    monkeypatch.setattr(attribution, "BUDGET", 10 * 256 * 4 + 5)
+    vocabulary = tiny_llama.hf.get_input_embeddings().weight.shape[0]
+    assert attribution.rows_of(tiny_llama) == (10 * 256 * 4 + 5) // (4 * vocabulary)
+    monkeypatch.setattr(attribution, "BUDGET", 1)
+    assert attribution.rows_of(tiny_llama) == 1
+    monkeypatch.setattr(attribution, "BUDGET", 2**40)
+    assert attribution.rows_of(tiny_llama) == attribution.MAX_ROWS
+
+
+def test_the_bar_counts_the_rows_that_are_patched(collect, vectors, monkeypatch):
+    seen = []
+
+    class Bar:
+        def __init__(self, **options):
+            seen.append(options)
+            self.n = options["initial"]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            seen.append(self.n)
+
+        def update(self, n):
+            self.n += n
+
+    monkeypatch.setattr(attribution, "tqdm", Bar)
+    made, labels = many(6, 6)
+    collect(made, labels, n_positions=8, controls=some_controls(vectors, 3))
+    # Two behaviours, 8 own and 8 other positions, 2 with 3 controls, all layers; 6 gradients.
+    rows = vectors.n_layers * 2 * (8 + 8 + 2 * 3) + 6
+    assert seen[0]["total"] == rows
+    assert seen[1] == rows
 
 
 def same(found: LayerEffects, want: LayerEffects) -> bool:
@@ -257,6 +412,9 @@ def test_the_ledger_counts_what_is_not_measured(collect, chains, tmp_path):
         "responses without a usable span": 0,
         "spans": 3,
         "spans at the first two tokens": 0,
+        "positions a behaviour, own": 2,
+        "positions a behaviour, others": 2,
+        "positions a behaviour, controls": 2,
     }
     found = collect(made, spans, path=path)
     assert found.ledger == LayerEffects.load(path).ledger
@@ -265,6 +423,9 @@ def test_the_ledger_counts_what_is_not_measured(collect, chains, tmp_path):
         "responses without a usable span": 2,
         "spans": 5,
         "spans at the first two tokens": 2,
+        "positions a behaviour, own": 2,
+        "positions a behaviour, others": 3,
+        "positions a behaviour, controls": 2,
     }
 
 

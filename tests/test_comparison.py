@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from stllms import compare, comparison, tables, tasks
+from stllms import compare, comparison, plots, tables, tasks
 from stllms.comparison import Member
 from stllms.config import MODELS, RunConfig
 from stllms.records import BEHAVIOURS, Annotation, PlacedSegment, Task
@@ -20,7 +22,7 @@ from stllms.vectors import Stability
 SIX = len(BEHAVIOURS)
 
 
-def member(name: str, counts, tasks: str = "abcdefgh", **changes) -> Member:
+def member(name: str, counts, tasks: Sequence[str] = "abcdefgh", **changes) -> Member:
     entry = MODELS.get(name, comparison.NOWHERE)
     counts = np.asarray(counts, dtype=float)
     one = Member(
@@ -150,15 +152,238 @@ def test_a_group_without_any_segment_has_no_fractions_and_says_so_silently():
     assert fractions[["value", "low", "high"]].isna().to_numpy().all()
 
 
-def test_models_on_another_footing_are_not_averaged():
-    own = comparison.member(MODELS["tiny-instruct"], [annotation("a", "deduction")])
-    other = [annotation("b", *["deduction"] * 5)]
-    for setup in ({"tasks": "messages"}, {"annotator": "offline"}):
-        real = comparison.member(MODELS["smollm2"], other, **setup)
-        found = comparison.group_intervals([own, real], empty="apart", draws=50)
-        totals = found[found["behaviour"] == "all"]
-        assert totals["value"].tolist() == [1, 5]
-        assert totals["models"].tolist() == [1, 1]
+#: What two models may differ in, in a way that keeps their numbers apart.
+WAYS = (
+    {"tasks": "messages"},
+    {"annotator": "offline"},
+    {"reader": "published"},
+    {"asked": tuple("abcdefgh")},
+    {"kind": "thinking"},
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_group_is_one_kind_one_task_set_one_annotator_one_reader(way):
+    own = member("tiny-instruct", [[0, 1, 0, 0, 0, 0]] * 3, asked=tuple("abc"))
+    real = member("smollm2", [[0, 5, 0, 0, 0, 0]] * 3, asked=tuple("abc"))
+    found = comparison.group_intervals([own, real], empty="apart", draws=50)
+    assert found[found["behaviour"] == "all"]["value"].tolist() == [3]  # of 1 and 5
+    found = comparison.group_intervals([own, replace(real, **way)], empty="apart", draws=50)
+    totals = found[found["behaviour"] == "all"]
+    assert totals["value"].tolist() == [1, 5]
+    assert totals["models"].tolist() == [1, 1]
+    # Each row is told apart by what is shown: no mean of the two can be made of the table.
+    assert not totals.duplicated(["kind", "tasks", "annotator", "reader"]).any()
+
+
+@pytest.mark.parametrize("way", [one for one in WAYS if "kind" not in one])
+def test_a_pair_measured_in_two_ways_is_named_and_not_subtracted(way):
+    pair = [replace(one, asked=tuple("abc")) for one in two_members()]
+    assert comparison.unpaired(pair).empty
+    assert len(comparison.pairs(pair)) == SIX
+    apart = [pair[0], replace(pair[1], **way)]
+    assert comparison.pairs(apart).empty
+    (row,) = comparison.unpaired(apart).itertuples(index=False)
+    assert (row[0], row[2]) == ("tiny-thinker", "tiny-instruct")
+    assert row[1] != row[3]
+
+
+def test_one_name_for_two_samples_of_tasks_is_told_apart_by_number_and_hash():
+    members = [
+        member("tiny-instruct", np.ones((2, SIX)), tasks="ab", asked=("a", "b")),
+        member("smollm2", np.ones((2, SIX)), tasks="ac", asked=("a", "c")),
+    ]
+    members = [replace(one, tasks="messages") for one in members]
+    names = [setup.tasks for setup in comparison.setups(members)]
+    assert names[0] != names[1]
+    assert all(name.startswith("messages (2 tasks, ") for name in names)
+    assert comparison.setups(members[:1])[0].tasks == "messages"
+
+
+def test_an_unavailable_chain_leaves_the_task_set_what_it_was():
+    lacking = [annotation("a", "deduction"), annotation("b", failed="no reply")]
+    whole = [annotation("b", "deduction"), annotation("a", "deduction")]
+    members = [
+        comparison.member(MODELS["tiny-instruct"], lacking, tasks="messages"),
+        comparison.member(MODELS["smollm2"], whole, tasks="messages"),
+    ]
+    assert len(comparison.groups(members)) == 1
+
+
+def test_chains_of_one_model_by_two_annotators_or_readers_are_refused():
+    by = replace(annotation("b", "deduction"), annotator="offline")
+    with pytest.raises(
+        ValueError, match=r"tiny-thinker: chains of several annotators \(hand, of"
+    ):
+        comparison.member(MODELS["tiny-thinker"], [annotation("a", "deduction"), by])
+    read = [
+        replace(annotation(task, "deduction"), ledger={"reader": reader})
+        for task, reader in (("a", "tolerant"), ("b", "published"))
+    ]
+    with pytest.raises(ValueError, match=r"several readers \(published, tolerant\)"):
+        comparison.member(MODELS["tiny-thinker"], read)
+    assert comparison.member(MODELS["tiny-thinker"], read[:1]).reader == "tolerant"
+
+
+def test_a_task_that_occurs_twice_is_refused():
+    with pytest.raises(ValueError, match="tiny-thinker: task 'a' occurs twice"):
+        member("tiny-thinker", np.ones((2, SIX)), tasks="aa")
+
+
+def test_no_notebook_makes_a_mean_by_the_way():
+    """``pivot_table`` and ``groupby(...).mean()`` average whatever a table tells apart by a
+    column that the call does not name: this is how notebook 05 averaged two annotators."""
+    root = Path(__file__).resolve().parents[1] / "notebooks"
+    books = sorted(root.glob("0*.ipynb"))
+    assert len(books) == 6
+    for book in books:
+        for cell in json.loads(book.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                for word in ("pivot_table", "groupby"):
+                    assert word not in "".join(cell["source"]), f"{book.name} {cell['id']}"
+
+
+def test_figures_hatch_what_was_measured_otherwise_and_the_legend_says_how():
+    from matplotlib.figure import Figure
+
+    alike = two_members()
+    apart = [*alike, member("smollm2", np.ones((2, SIX)), annotator="offline")]
+    looks = []
+    for compared in (alike, apart):
+        rows, figure = comparison.table(compared), Figure()
+        axes, palette = figure.subplots(1, 2), comparison.colours(compared)
+        plots.compare(axes[0], rows, metric="segment count", palette=palette)
+        plots.totals(axes[1], rows, palette=palette)
+        plots.models_legend(figure, palette, rows)
+        bars = [{bar.get_hatch() or "" for bar in group} for group in axes[0].containers[::2]]
+        sideways = [{bar.get_hatch() or ""} for bar in axes[1].containers[0]]
+        assert bars == sideways
+        looks.append((bars, [text.get_text() for text in figure.legends[0].texts]))
+    (plain, names), (hatched, told) = looks
+    assert plain == [{""}, {""}]
+    assert names == ["tiny-thinker", "tiny-instruct"]
+    assert hatched == [{""}, {""}, {"///"}]
+    assert told[2] == "SmolLM2-135M-Instruct\n(annotator offline)"
+
+
+# --- the samples of tasks ----------------------------------------------------------------
+
+
+def sampled(name: str, n: int = 30, seed: int = 0, **changes) -> Member:
+    """A model with random counts, some chains without segments."""
+    rng = np.random.default_rng([seed, *name.encode()])
+    counts = rng.poisson(0.5, size=(n, SIX))
+    counts[::7] = 0
+    ids = [f"task-{i}" for i in range(n)]
+    return member(name, counts, tasks=ids, **changes)
+
+
+PAIRED = ("tiny-thinker", "tiny-instruct")
+
+
+def without(one: Member, task: str) -> Member:
+    """The member without its chain of a task."""
+    kept = [i for i, name in enumerate(one.task_ids) if name != task]
+    ids = tuple(one.task_ids[i] for i in kept)
+    return replace(one, task_ids=ids, counts=one.counts[kept], unavailable=1)
+
+
+def turned(one: Member) -> Member:
+    """The same chains in another order."""
+    order = np.random.default_rng(5).permutation(len(one.task_ids))
+    ids = tuple(one.task_ids[i] for i in order)
+    return replace(one, task_ids=ids, counts=one.counts[order])
+
+
+def by_model(members, names) -> list[pd.DataFrame]:
+    rows = comparison.table(members)
+    return [rows[rows["model"] == n].reset_index(drop=True) for n in names]
+
+
+def test_a_models_interval_is_the_same_whoever_else_is_compared():
+    thinker, instruct, other = (sampled(name) for name in (*PAIRED, "smollm2"))
+    alone = by_model([thinker], PAIRED[:1])[0]
+    for beside in (
+        [thinker, instruct, other],
+        [other, instruct, thinker],
+        [without(instruct, "task-3"), thinker],
+        [turned(thinker), without(other, "task-0")],
+    ):
+        pd.testing.assert_frame_equal(by_model(beside, PAIRED[:1])[0], alone, check_exact=True)
+
+
+def test_a_groups_interval_changes_with_its_members_only():
+    thinker, instruct, other = (sampled(name) for name in (*PAIRED, "smollm2"))
+
+    def of(members, kind="instruct"):
+        found = comparison.treatments(members)
+        return found[found["kind"] == kind].reset_index(drop=True)
+
+    base = of([thinker, instruct, other])
+    assert (base["models"] == 2).all()
+    for beside in (
+        [other, instruct],
+        [turned(other), without(thinker, "task-4"), turned(instruct)],
+    ):
+        pd.testing.assert_frame_equal(of(beside), base, check_exact=True)
+    changed = of([thinker, without(instruct, "task-4"), other])
+    assert not changed["low"].equals(base["low"])
+
+
+def test_a_group_of_one_has_the_interval_of_its_model():
+    one = sampled("tiny-thinker")
+    own = comparison.table([one]).set_index(["metric", "behaviour"])[["value", "low", "high"]]
+    group = comparison.group_intervals([one], empty="apart").set_index(["metric", "behaviour"])
+    pd.testing.assert_frame_equal(group[own.columns].loc[own.index], own, check_exact=True)
+
+
+def test_models_of_a_group_share_their_samples_although_one_lacks_a_chain():
+    """Two models with the same numbers, one chain of one missing: the mean of the two varies
+    like one of them. With samples of their own it would be narrower by a root of two."""
+    one = sampled("tiny-instruct", n=60)
+    two = without(sampled("tiny-instruct", n=60), "task-3")
+    two = replace(two, name="smollm2", display="two")
+
+    def width(members):
+        found = comparison.group_intervals(members, empty="published")
+        row = found[(found["behaviour"] == "all")].iloc[0]
+        return row["high"] - row["low"]
+
+    assert width([one, two]) / width([one]) == pytest.approx(1, abs=0.06)
+
+
+def test_a_pairs_interval_changes_with_its_two_models_only():
+    thinker, instruct, other = (sampled(name) for name in (*PAIRED, "smollm2"))
+    base = comparison.pairs([thinker, instruct])
+    again = comparison.pairs([without(other, "task-2"), turned(instruct), turned(thinker)])
+    pd.testing.assert_frame_equal(again, base, check_exact=True)
+    assert not comparison.pairs([thinker, without(instruct, "task-2")])["low"].equals(
+        base["low"]
+    )
+
+
+def test_intervals_equal_scipys_within_the_error_of_sampling():
+    """SciPy's percentile bootstrap of the same chains. The end of an interval is a quantile
+    of N means, whose standard error is sqrt(p (1 - p) / N) over their density there."""
+    from scipy import stats
+
+    one = sampled("tiny-thinker", n=50)
+    rows = comparison.table([one]).set_index(["metric", "behaviour"])
+    totals = one.counts.sum(1)
+    shares = np.where(totals > 0, one.counts[:, 1] / np.clip(totals, 1, None), np.nan)
+    for at, values in (
+        (("segment count", "all"), totals),
+        (("segment fraction", BEHAVIOURS[1]), shares),
+    ):
+        found = stats.bootstrap(
+            (values,), np.nanmean, n_resamples=40_000, method="percentile", rng=1
+        )
+        spread = found.bootstrap_distribution.std()
+        p, normal = 0.025, stats.norm
+        density = normal.pdf(normal.ppf(p)) / spread
+        error = np.sqrt(p * (1 - p) * (1 / comparison.DRAWS + 1 / 40_000)) / density
+        expected = (found.confidence_interval.low, found.confidence_interval.high)
+        assert rows.loc[at, ["low", "high"]].tolist() == pytest.approx(expected, abs=4 * error)
 
 
 def test_both_treatments_of_empty_chains_stand_beside_each_other():
@@ -210,7 +435,7 @@ def test_the_caption_says_who_was_asked_or_labelled_otherwise():
         comparison.member(MODELS[name], alike, tasks="grammar", annotator="grammar")
         for name in ("tiny-thinker", "tiny-instruct")
     ]
-    assert "footing" not in comparison.caption(own)
+    assert "differently" not in comparison.caption(own)
     real = comparison.member(MODELS["smollm2"], alike, tasks="messages", annotator="offline")
     text = comparison.caption([*own, real])
     assert "tiny-thinker and tiny-instruct: tasks grammar, annotator grammar" in text

@@ -85,7 +85,7 @@ def test_rows_that_wait_are_streamed_as_empty(tiny_llama):
         watch=lambda written: seen.append([tuple(ids) for ids in written]),
     )
     assert seen[0][1] == ()
-    assert seen[-1] == made
+    assert seen[-1] == [chain.ids for chain in made]
     assert [sum(map(len, rows)) for rows in seen] == list(range(1, len(seen) + 1))
 
 
@@ -172,7 +172,7 @@ def test_the_example_is_plain_html_and_says_how_it_was_picked(bench):
 
 
 def test_a_push_that_changes_nothing_or_breaks_the_text_is_remarked(bench, ask):
-    plain, steered = pairs.write(bench, ask)
+    plain, steered = pairs.write(bench, replace(ask, coefficient=2.5))
     assert pairs.remark((plain, steered)) == ""
     twin = replace(steered, response=plain.response, annotation=plain.annotation)
     assert pairs.remark((plain, twin)).startswith("the push changed no token: try another seed")
@@ -214,9 +214,9 @@ def test_the_list_begins_where_the_suggested_push_shows(whole, behaviour):
     coefficient = pairs.coefficient_of(whole, behaviour)
     ask, listed = demo.opening(whole, behaviour, coefficient)
     assert {task.id for task in listed.tasks} == {t.id for t in questions.choices(whole)}
-    found = [moved(pair, ask) for pair in pairs.write_all(whole, ask, listed.tasks[:6])]
+    found = [moved(pair, ask) for pair in pairs.write_all(whole, ask, listed.tasks[:4])]
     assert found == sorted(found, reverse=True)
-    assert min(found) > 0.05, "six questions on which something is to be seen"
+    assert min(found) > 0.05, "four questions on which something is to be seen"
     assert moved(pairs.write(whole, ask), ask) == found[0]
     assert listed.said.startswith("Not every chain changes: of 30 questions")
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
+
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from stllms import pairs, registry
 from stllms.config import RunConfig
@@ -22,9 +26,33 @@ def test_the_shipped_directions_are_of_the_shipped_weights():
 
 
 def test_the_layers_of_the_registry_are_those_of_the_shipped_sweep():
-    swept = pd.read_csv(directions.HERE / "tiny-thinker" / directions.SWEEP)
+    swept = pd.read_csv(directions.sweep_file("tiny-thinker"))
     assert directions.best(swept) == registry.TINY_THINKER_LAYERS
     assert len(swept) == 4 * 6 * 2, "four behaviours, six layers, two signs"
+
+
+@pytest.mark.parametrize("name", ["tiny-thinker", "tiny-instruct"])
+def test_the_folder_of_an_embedded_model_has_one_set_of_weights(name):
+    """As loaders see it that take every ``*.safetensors`` of a folder for weights: together the
+    files hold each parameter once, and nothing else."""
+    tensors: list[str] = []
+    for path in (directions.HERE / name).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors += file.keys()
+    hf, info = AutoModelForCausalLM.from_pretrained(
+        directions.HERE / name, output_loading_info=True
+    )
+    assert len(tensors) == len(set(tensors))
+    assert set(tensors) == {key for key, _ in hf.named_parameters()}, "tied heads are no file's"
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_what_lies_beside_the_embedded_models_is_shipped():
+    settings = tomllib.loads((registry.PACKAGE.parent / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["stllms.organism"]
+    shipped = {path for pattern in patterns for path in directions.HERE.glob(pattern)}
+    assert {directions.file("tiny-thinker"), directions.sweep_file("tiny-thinker")} <= shipped
+    assert directions.HERE / "tiny-thinker" / "model.safetensors" in shipped
 
 
 def test_the_best_layer_moves_both_ways_and_keeps_the_text():
@@ -34,7 +62,7 @@ def test_the_best_layer_moves_both_ways_and_keeps_the_text():
         (1, 0.30, 0.10, 1.0),
         (2, 0.35, 0.08, 1.0),
         (3, 0.90, 0.00, 0.5),  # breaks the text
-        (4, 0.90, 0.00, 1.0),  # the last: an offset of the logits
+        (4, 0.90, 0.00, 1.0),  # the last: left out by choice
     ]
     swept = pd.DataFrame(
         [
@@ -50,9 +78,10 @@ def test_the_best_layer_moves_both_ways_and_keeps_the_text():
 def test_directions_of_other_weights_are_refused(monkeypatch, tmp_path):
     folder = tmp_path / "tiny-thinker"
     folder.mkdir()
-    directions.load("tiny-thinker").save(folder / directions.FILE)
-    (folder / "model.safetensors").write_bytes(b"retrained")
+    made = directions.load("tiny-thinker")
     monkeypatch.setattr(directions, "HERE", tmp_path)
+    made.save(directions.file("tiny-thinker"))
+    (folder / "model.safetensors").write_bytes(b"retrained")
     with pytest.raises(ValueError, match="other weights"):
         directions.load("tiny-thinker")
 
@@ -66,8 +95,8 @@ def test_directions_are_made_by_one_command(tmp_path, capsys):
     assert "deduction" in made.behaviours
     said = capsys.readouterr().out
     assert said.startswith("made.safetensors (")
-    assert "layer_sweep.csv: steer at" in said
-    swept = pd.read_csv(tmp_path / directions.SWEEP)
+    assert "made.csv: steer at" in said
+    swept = pd.read_csv(tmp_path / "made.csv")
     assert set(swept["layer"]) == set(range(6))
     assert set(swept["n"]) <= set(range(5)), "four questions"
     with pytest.raises(SystemExit):

@@ -15,12 +15,13 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from stllms import cli, run
-from stllms.config import MODELS, RunConfig
+from stllms import cli, pipeline, run
+from stllms.config import MODELS, RunConfig, slug
 from stllms.ledger import MARKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,6 +169,95 @@ def test_what_needs_the_environment_comes_after_it_was_made_active():
     assert min(needing) == active
 
 
+# -- paths ----------------------------------------------------------------------------------
+
+LINK = re.compile(r"\]\(([^)#\s]+)\)")
+TREE = re.compile(r"^```\n(notebooks/.*?)^```", re.DOTALL | re.MULTILINE)
+#: What the runner leaves in the folder of a run, beside the artefacts of its stages.
+LEFT = {"", "judge", "api", "figures", "notebooks", "report.html", "run.json"}
+
+
+def paths() -> list[tuple[str, str]]:
+    """(page, path from the root) of every path in links, in code and in commands."""
+    top = {item.name for item in ROOT.iterdir()} | {"results"}
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        links = [link for link in LINK.findall(text) if "://" not in link]
+        found += [(page.name, os.path.relpath(page.parent / link, ROOT)) for link in links]
+    codes = [*inline(), *((page, command) for page, _, command in COMMANDS)]
+    for page, code in codes:
+        for word in re.split(r"[\s=,:]+", code):
+            if "/" in word and word.removeprefix("./").split("/")[0] in top:
+                found.append((page, word.removeprefix("./")))
+    return found
+
+
+def roots() -> list[str]:
+    """The results folders that commands of the docs make, ``results`` itself last."""
+    given = re.findall(r"--results (results/\S+)", "\n".join(c for _, _, c in COMMANDS))
+    return [*given, "results"]
+
+
+def is_made(path: str) -> bool:
+    """Whether a path is what a run of the docs leaves: results folder, run folder, artefact."""
+    if path.rstrip("/") in roots():
+        return True
+    below = [path.removeprefix(f"{root}/") for root in roots() if path.startswith(f"{root}/")]
+    return any(map(_is_of_a_run, below))
+
+
+def _is_of_a_run(path: str) -> bool:
+    run_folder, _, rest = path.partition("/")
+    if run_folder in ("comparison", "published"):
+        run_folder, _, rest = rest.partition("/")
+        run_folder = run_folder or "<model>"
+    artefacts = {name for names in pipeline.ARTEFACTS.values() for name in names}
+    named = run_folder == "<model>" or run_folder in {slug(name) for name in MODELS}
+    return named and rest.strip("/") in LEFT | artefacts
+
+
+def test_every_path_in_the_docs_is_there_or_is_made_by_a_command():
+    named = paths()
+    assert len(named) > 40
+    for page, path in named:
+        there = (ROOT / path).exists() and not path.startswith("results/")
+        committed = path.startswith("results/reference") and (ROOT / path).exists()
+        made = path.startswith("results") and is_made(path)
+        assert there or committed or made, f"{page}: {path}"
+
+
+def test_a_folder_that_no_run_makes_is_no_path_of_the_docs():
+    for path in ("results/a", "results/smoke/nobody/judge", "results/smollm2/nothing.txt"):
+        assert not is_made(path)
+    for path in (
+        "results/smoke",
+        "results/smoke/tiny-thinker",
+        "results/<model>/judge",
+        "results/comparison/<model>/api",
+        "results/smollm2/steered.jsonl",
+    ):
+        assert is_made(path)
+
+
+def test_replies_are_replayed_from_the_folder_that_the_run_of_the_model_leaves():
+    asked = [words_of(c) for _, _, c in COMMANDS if "replay:" in c]
+    assert asked
+    for words in asked:
+        folder = Path(words[words.index("--judge") + 1].removeprefix("replay:"))
+        config = RunConfig(model=words[words.index("--model") + 1])
+        assert (folder.parent.name, folder.name) == (config.folder.name, "judge")
+
+
+def test_the_tree_names_files_that_are_there():
+    (tree,) = TREE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    names = re.findall(r"[\w/]+(?:\.(?:py|sh|html)|/)(?=[\s;,])", tree)
+    assert len(names) > 50
+    places = ("", "stllms", "tests", "notebooks")
+    for name in names:
+        assert any((ROOT / place / name).exists() for place in places), name
+
+
 # -- the figures -----------------------------------------------------------------------------
 
 
@@ -240,3 +330,25 @@ def test_a_command_runs(needs, command, clone, request):
 
 def test_the_small_run_is_in_the_docs():
     assert SMOKE in [command for _, _, command in COMMANDS]
+
+
+def test_the_chains_that_a_judge_is_paid_for_are_counted_as_the_page_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    judge_cost = importlib.import_module("judge_cost")
+    page = (ROOT / "docs" / "gpu_and_costs.md").read_text(encoding="utf-8")
+    for name, layers in (
+        ("DeepSeek-R1-Distill-Qwen-1.5B", 3),
+        ("DeepSeek-R1-Distill-Llama-8B", 1),
+    ):
+        setup = RunConfig(model=f"deepseek-ai/{name}", profile="paper", judge="openai:gpt-4.1")
+        # 500 to build from, 50 plain and with four behaviours up and down, ten controls up and
+        # down at every layer on ten tasks, or on all fifty.
+        before = 500 + 50 * (1 + 8) + 50 * 20 * layers
+        after = 500 + 50 * (1 + 8) + 10 * 20 * layers
+        assert sum(judge_cost.numbers(setup).values()) == after
+        assert sum(judge_cost.numbers(replace(setup, n_control=50)).values()) == before
+        row = next(
+            line for line in page.splitlines() if line.startswith(f"| {name[9:]} | {before}")
+        )
+        assert f"{before} chains" in row
+        assert f"{after} chains" in row

@@ -54,16 +54,16 @@ EFFECTS = pd.DataFrame(
     + side("backtracking", 3.0, **PLAIN)
     + side("backtracking", -1.0, accuracy=0.1, closed=1.0, loops=0.0)
     + side("backtracking", -0.5, accuracy=NAN, closed=1.0, loops=0.0)
-    + side("random:0", 1.0, accuracy=0.0, closed=0.0, loops=1.0)
+    + side("shuffled:0", 1.0, accuracy=0.0, closed=0.0, loops=1.0)
 )
 
 
-def test_costs_are_side_effects_by_arm_with_one_row_for_the_random_directions(rows):
+def test_costs_are_side_effects_by_arm_with_one_row_for_a_kind_of_controls(rows):
     found = doses.costs(rows).set_index(["direction", "coefficient"])
     assert found.loc[("none", 0.0), "accuracy"] == 1.0
     assert found.loc[("backtracking", 1.0), "accuracy"] == pytest.approx(1 / 6)
-    # Output tokens of the random arms at +1: 10, 10 and 100.
-    assert found.loc[("random", 1.0), "tokens"] == pytest.approx(40)
+    # Output tokens of the control arms at +1: 10, 10 and 100.
+    assert found.loc[("shuffled", 1.0), "tokens"] == pytest.approx(40)
     assert "well-formed" not in found.columns
 
 
@@ -139,7 +139,7 @@ def test_a_limit_on_something_unknown_is_refused_by_name():
         doses.suggested(EFFECTS, "backtracking", 1, {"loop": 0.1})
 
 
-def test_a_claim_needs_to_be_outside_plain_and_outside_every_random_direction():
+def test_a_claim_needs_to_be_outside_plain_and_outside_every_control():
     fractions = [
         own("none", 0.0, 0.20),
         own("backtracking", 1.0, 0.40, 0.10, 0.45),
@@ -149,23 +149,23 @@ def test_a_claim_needs_to_be_outside_plain_and_outside_every_random_direction():
     found = doses.summary(pd.concat([pd.DataFrame(fractions), effects]))
     up, down = (found[found["sign"] == sign].iloc[0] for sign in "+-")
     assert (up["coefficient"], up["value"]) == (1.0, 0.40)
-    assert (up["outside plain"], up["outside random"]) == ("yes", "no"), "0.40 < 0.45"
-    assert (down["outside plain"], down["outside random"]) == ("yes", "yes")
+    assert (up["outside plain"], up["outside controls"]) == ("yes", "no"), "0.40 < 0.45"
+    assert (down["outside plain"], down["outside controls"]) == ("yes", "yes")
     assert up["accuracy"] == 0.7
 
 
 def test_where_nothing_was_steered_the_summary_has_its_columns_and_no_rows(rows):
     found = doses.summary(rows[rows["direction"] == "none"])
     assert found.empty
-    assert {"behaviour", "coefficient", "outside random"} <= set(found.columns)
+    assert {"behaviour", "coefficient", "outside controls"} <= set(found.columns)
 
 
-def test_without_random_directions_nothing_is_said_about_them():
+def test_without_controls_nothing_is_said_about_them():
     fractions = [own("none", 0.0, 0.20), own("backtracking", 1.0, 0.22)]
     effects = EFFECTS[EFFECTS["coefficient"].isin([0.0, 1.0])]
     found = doses.summary(pd.concat([pd.DataFrame(fractions), effects]))
     up, down = (found[found["sign"] == sign].iloc[0] for sign in "+-")
-    assert up["outside random"] == ""
+    assert up["outside controls"] == ""
     assert up["outside plain"] == "no", "0.22 is inside 0.15 to 0.25"
     assert np.isnan(down["coefficient"]), "no negative coefficient was tried"
 
@@ -174,7 +174,7 @@ def test_a_sweep_has_a_row_a_layer_and_coefficient(measured):
     other = measured.copy()
     other.loc[other["direction"] == "backtracking", "layer"] = 1
     both = pd.concat([measured, other[other["direction"] == "backtracking"]])
-    found = doses.sweep(both[~both["direction"].str.startswith("random")])
+    found = doses.sweep(both[~both["direction"].str.startswith("shuffled")])
     assert found[["layer", "coefficient"]].to_numpy().tolist() == [
         [1, -1.0],
         [3, -1.0],
@@ -182,6 +182,10 @@ def test_a_sweep_has_a_row_a_layer_and_coefficient(measured):
         [3, 1.0],
     ]
     assert set(found["plain"]) == {0.5}
+    assert found["null_low"].isna().all(), "none was swept"
+    beside = doses.sweep(both).set_index(["layer", "coefficient"])
+    assert beside.loc[(3, 1.0), ["null_low", "null_high"]].notna().all()
+    assert beside.loc[(1, 1.0), ["null_low", "null_high"]].isna().all(), "of the same layer"
     assert doses.sweep(pd.DataFrame()).empty, "none was run"
 
 
@@ -194,7 +198,7 @@ def test_the_page_has_a_panel_a_fraction_and_a_side_effect(rows):
     line = figure.axes[titles.index("backtracking")].lines[0]
     assert line.get_ydata().tolist() == pytest.approx([0.1, 0.5, np.mean([6 / 8, 7 / 9, 0.8])])
     bars = figure.axes[titles.index("backtracking")].patches
-    assert len(bars) == 2, "random directions were added at -1 and +1"
+    assert len(bars) == 2, "controls were added at -1 and +1"
     plt.close(figure)
 
 

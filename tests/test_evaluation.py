@@ -66,7 +66,7 @@ def chain(
 
 
 def grid() -> list[Steered]:
-    """Plain: 1/2 backtracking. Positive at layer 3: more, by task. Random directions: less."""
+    """Plain: 1/2 backtracking. Positive at layer 3: more, by task. Controls: less."""
     up, down = ("backtracking", 3, 1.0), ("backtracking", 3, -1.0)
     chains = []
     for i, task in enumerate(ASKED):
@@ -74,10 +74,10 @@ def grid() -> list[Steered]:
             chain(task.id, PLAIN, (5, 5), answer=f"The answer is {i}."),
             chain(task.id, up, (6 + i % 3, 2), answer="The answer is 1."),
             chain(task.id, down, (1, 9), answer=f"The answer is {i}."),
-            chain(task.id, ("random:0", 3, 1.0), (4, 6)),
-            chain(task.id, ("random:1", 3, 1.0), (7, 3)),
-            chain(task.id, ("random:0", 3, -1.0), (5, 5)),
-            chain(task.id, ("random:0", 4, 1.0), (1, 99)),
+            chain(task.id, ("shuffled:0", 3, 1.0), (4, 6)),
+            chain(task.id, ("shuffled:1", 3, 1.0), (7, 3)),
+            chain(task.id, ("shuffled:0", 3, -1.0), (5, 5)),
+            chain(task.id, ("shuffled:0", 4, 1.0), (1, 99)),
         ]
     return chains
 
@@ -177,7 +177,7 @@ def test_chains_that_cannot_be_measured_are_refused_by_name():
 def test_the_columns_are_those_of_the_design_plus_the_layer(rows):
     assert rows.columns.tolist() == [
         "behaviour", "direction", "layer", "coefficient", "metric", "value", "ci_low",
-        "ci_high", "n", "p", "p_holm", "null_low", "null_high",
+        "ci_high", "n", "p", "p_holm", "null_low", "null_high", "null_n",
     ]  # fmt: skip
 
 
@@ -220,25 +220,57 @@ def test_plain_chains_have_no_p_value_and_only_own_fractions_are_corrected(rows)
     assert corrected["p_holm"].tolist() == pytest.approx([4 / 64] * 2)
 
 
-def test_the_null_is_the_range_of_random_directions_of_the_same_layer_and_coefficient(rows):
+def test_the_null_is_the_range_of_controls_of_the_same_layer_and_coefficient(rows):
     up = cell(rows, "backtracking", 1.0, "token fraction", "backtracking")
     assert (up["null_low"], up["null_high"]) == pytest.approx((0.4, 0.7))
     down = cell(rows, "backtracking", -1.0, "token fraction", "backtracking")
     assert (down["null_low"], down["null_high"]) == pytest.approx((0.5, 0.5))
-    # The random direction of layer 4 (0.01) is in neither.
+    # The control of layer 4 (0.01) is in neither.
     assert rows.loc[rows["direction"] == "none", "null_low"].isna().all()
 
 
-@pytest.mark.parametrize("broken", ["random:0", "random:1"])
-def test_a_random_direction_whose_chains_are_all_empty_does_not_decide_the_null(broken):
+@pytest.mark.parametrize("broken", ["shuffled:0", "shuffled:1"])
+def test_a_control_whose_chains_are_all_empty_does_not_decide_the_null(broken):
     chains = [
         chain(one.task_id, one.key[1:4], (0, 0)) if one.direction == broken else one
         for one in grid()
     ]
     found = evaluation.table(evaluation.measure(chains, ASKED))
     up = cell(found, "backtracking", 1.0, "token fraction", "backtracking")
-    left = 0.7 if broken == "random:0" else 0.4
+    left = 0.7 if broken == "shuffled:0" else 0.4
     assert (up["null_low"], up["null_high"]) == pytest.approx((left, left))
+
+
+def test_a_null_of_some_tasks_is_compared_on_these_tasks():
+    """Controls on the two hardest tasks alone, where plain chains have 0.1: a control that adds
+    0.2 there would end 0.2 above the mean of all plain chains, not at its own 0.3."""
+    hard = [task.id for task in ASKED[:2]]
+    plain = {task.id: 1 if task.id in hard else 7 for task in ASKED}
+    arm = ("backtracking", 3, 1.0)
+    chains = [chain(t, PLAIN, (k, 10 - k)) for t, k in plain.items()]
+    chains += [chain(t, arm, (k + 1, 9 - k)) for t, k in plain.items()]
+    for i, more in enumerate((0, 2)):
+        name = (f"shuffled:{i}", 3, 1.0)
+        chains += [chain(t, name, (plain[t] + more, 10 - plain[t] - more)) for t in hard]
+    found = cell(
+        evaluation.table(evaluation.measure(chains, ASKED)),
+        *("backtracking", 1.0, "token fraction", "backtracking"),
+    )
+    middle = (2 * 0.1 + 4 * 0.7) / 6
+    assert (found["null_low"], found["null_high"]) == pytest.approx((middle, middle + 0.2))
+    assert found["value"] == pytest.approx(middle + 0.1), "inside"
+    assert (found["n"], found["null_n"]) == (6, 2)
+
+
+def test_a_null_of_all_tasks_is_the_range_of_the_controls_means(rows):
+    up = cell(rows, "backtracking", 1.0, "token fraction", "backtracking")
+    assert up["null_n"] == 6
+    means = [0.4, 0.7]  # of every chain of the two controls
+    assert (up["null_low"], up["null_high"]) == pytest.approx(means)
+    bars = evaluation.bars(rows).set_index(["behaviour", "mode"])
+    assert bars.loc[("backtracking", "positive"), "null_n"] == 6
+    old = evaluation.bars(rows.drop(columns="null_n"))
+    assert old["null_n"].isna().all(), "a file of an earlier version"
 
 
 # --- views of the table ------------------------------------------------------------------

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from stllms import artifacts, generate, prompts, steering
-from stllms.records import Task, to_row
+from stllms import artifacts, generate, models, prompts, steering
+from stllms.records import Response, Task, to_row
+from stllms.vectors import Controls
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "seed": 1, "progress": False}
 
@@ -29,12 +34,95 @@ def asked():
         ("</think>b", True, ("", 0, "b", True)),
         ("a</think>b</think>c", True, ("a", 0, "b</think>c", True)),
         ("", True, ("", 0, "", False)),
+        # Opened in the prompt and again in the text: nothing of the thinking is lost.
+        ("a <think> b</think>c", True, ("a <think> b", 0, "c", True)),
+        ("<think>\na</think>b", True, ("a", 8, "b", True)),
+        (" <think>\n<think> a", True, ("a", 17, "", False)),
+        ("a <think> b", True, ("a <think> b", 0, "", False)),
+        ("x <think> a <think> b", False, ("a <think> b", 10, "", False)),
+        ("Sure. <think>a</think>b", False, ("a", 13, "b", True)),
+        ("<think>a<think>b</think>c</think>d", False, ("a<think>b", 7, "c</think>d", True)),
+        ("<think></think>a <think>b</think>", False, ("", 7, "a <think>b</think>", True)),
+        # A closing tag first says that the thinking was opened before the text.
+        ("a</think>b<think>c", False, ("a", 0, "b<think>c", True)),
     ],
 )
 def test_split_finds_the_thinking_and_where_it_starts(text, opened, expected):
     found = prompts.split(text, opened=opened)
     assert found == expected
     assert text[found[1] : found[1] + len(found[0])] == found[0]
+
+
+CLOSE = prompts.CLOSE
+TAGS = re.compile(r"</?think>")
+PIECES = st.sampled_from(["<think>", "</think>", "<", "think>", "/", " ", "\n", "a", "b.", "é"])
+
+
+def visible(*texts: str) -> str:
+    """The characters that are neither white space nor of a tag."""
+    return "".join("".join(TAGS.sub("", text).split()) for text in texts)
+
+
+@given(st.lists(PIECES, max_size=14).map("".join), st.booleans())
+def test_no_character_outside_the_tags_is_lost(text, opened):
+    thinking, start, answer, closed = prompts.split(text, opened=opened)
+    one = response(text, prompt="Q <think>\n" if opened else "Q ")
+    one = replace(one, thinking=thinking, thinking_start=start, answer=answer)
+    assert text.startswith(thinking, start)
+    assert thinking == thinking.strip()
+    if opened or TAGS.search(text):
+        assert visible(prompts.before(one), thinking, answer) == visible(text)
+        assert closed == (CLOSE in text)
+    else:  # thinks aloud: all of it is both
+        assert visible(thinking) == visible(answer) == visible(text)
+    assert CLOSE not in thinking
+    assert not opened or not prompts.before(one)
+
+
+def response(text: str, prompt: str = "Q <think>\n") -> Response:
+    thinking, start, answer, closed = prompts.split(text, opened="<think>" in prompt)
+    made = ("t", "own", prompt, (), (), text, thinking, start, answer, closed, True)
+    return Response(*made)
+
+
+def test_the_summary_counts_responses_that_use_a_tag_twice_or_write_before_it():
+    made = [
+        response("a</think>b"),
+        response("<think>a</think>b"),
+        response("a <think> b"),
+        response("a</think>b</think>"),
+        response("Sure. <think>a</think>b", prompt="Q"),
+        response("no tags", prompt="Q"),
+    ]
+    counts = generate.summary(made)
+    assert counts["<think> again"] == 2
+    assert counts["</think> again"] == 1
+    assert counts["text before <think>"] == 1
+    assert generate.summary([])["<think> again"] == 0
+
+
+@pytest.mark.parametrize("name", ["tiny-thinker", "smollm2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "First a. <think> Wait, <think> b.</think> So c.</think> d",
+        "<think>\n<think> é a, b",
+        "Sure! <think>\n a b </think> c",
+    ],
+)
+def test_offsets_find_the_thinking_in_a_text_with_tags_twice(name, text):
+    """Every character of the thinking that a model wrote is covered, none outside it."""
+    model = models.load(name)
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    task = Task("t", "own", "Q?")
+    one = prompts.response(model, task, ("Q <think>\n", [0]), ids)
+    whole = model.decode(ids)
+    assert one.text == whole
+    ranges = model.offsets_of(one)
+    covered = {i for start, end in ranges if start >= 0 for i in range(start, end)}
+    assert covered == set(range(len(one.thinking)))
+    assert whole[one.thinking_start :].startswith(one.thinking)
+    assert visible(one.thinking, one.answer) == visible(whole)
 
 
 def test_only_instruct_models_are_asked_to_think_step_by_step():
@@ -83,8 +171,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny_llama, asked, tmp_path, mon
     content = whole.path.read_bytes()
     lines = content.splitlines(keepends=True)
     for kept, torn in [(0, b""), (1, b""), (3, lines[3][:20]), (5, lines[5][:-1])]:
-        cut = artifacts.Rows(tmp_path / f"cut-{kept}.jsonl")
-        cut.path.write_bytes(b"".join(lines[:kept]) + torn)
+        cut = tiny.killed(whole, f"cut-{kept}.jsonl", b"".join(lines[:kept]) + torn)
         generate.responses(tiny_llama, asked, store=cut, **OPTIONS)
         assert cut.path.read_bytes() == content
 
@@ -153,13 +240,28 @@ def test_arms_name_what_exists(steering_vectors):
         steering.arms(steering_vectors, {"backtracking": 9}, (1,))
 
 
+def test_a_sweep_has_its_controls_at_every_layer(steering_vectors):
+    controls = Controls(("shuffled:0", "covariance:0"), 2 * steering_vectors.directions)
+    arms = steering.sweep_arms(steering_vectors, (-2, -1, 0, 1), controls)
+    bare = steering.sweep_arms(steering_vectors, (-2, -1, 0, 1))
+    added = [arm for arm in arms if arm.direction in controls.names]
+    keys = [arm.key("t") for arm in arms if arm.direction not in controls.names]
+    assert keys == [arm.key("t") for arm in bare]
+    places = [(arm.direction, arm.layer, arm.coefficient) for arm in added]
+    layers = range(steering_vectors.n_layers)
+    assert sorted(places) == sorted(product(controls.names, layers, (-2.0, 1.0)))
+    last = added[-1]
+    row = controls.names.index(last.direction)
+    assert torch.equal(last.intervention.direction, controls.directions[row, last.layer])
+
+
 def test_a_grid_resumes_to_the_same_bytes(
     tiny_llama, asked, steering_vectors, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(steering, "CHUNK", 2)
     arms = steering.arms(steering_vectors, {"backtracking": 2}, (-1, 0, 1))
-    nulls = steering_vectors.directions[:1]
-    arms += steering.null_arms(nulls, {"backtracking": 2}, (1,))
+    controls = Controls(("shuffled:0",), steering_vectors.directions[:1])
+    arms += steering.control_arms(controls, {"backtracking": 2}, (1,))
     key = steering.STEERED_KEY
     whole = artifacts.Rows(tmp_path / "whole.jsonl", key)
     grid = steering.grid(tiny_llama, asked[:4], arms, store=whole, **OPTIONS)
@@ -167,14 +269,13 @@ def test_a_grid_resumes_to_the_same_bytes(
         ("t0", "none"),
         ("t0", "backtracking"),
         ("t0", "backtracking"),
-        ("t0", "random:0"),
+        ("t0", "shuffled:0"),
     ]
     content = whole.path.read_bytes()
     lines = content.splitlines(keepends=True)
     assert len(lines) == 16
     for kept in (0, 3, 8, 13):
-        cut = artifacts.Rows(tmp_path / f"cut-{kept}.jsonl", key)
-        cut.path.write_bytes(b"".join(lines[:kept]))
+        cut = tiny.killed(whole, f"cut-{kept}.jsonl", b"".join(lines[:kept]))
         assert steering.grid(tiny_llama, asked[:4], arms, store=cut, **OPTIONS) == grid
         assert cut.path.read_bytes() == content
     monkeypatch.setattr(steering.decode, "run", None)

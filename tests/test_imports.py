@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "stllms"
 #: The floors, from the ground up. A module may import from floors below its own, and from
 #: its own floor too, except on the floor of the stages: stages do not import stages.
 FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("records", frozenset({"checks", "provenance", "records"})),
+    ("records", frozenset({"checks", "foreign", "provenance", "records", "terminal"})),
     ("config", frozenset({"config", "gym", "registry"})),
     (
         "pure and file modules",
@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "probes",
                 "progress",
                 "released",
+                "sampling",
                 "sentences",
                 "spans",
                 "tables",
@@ -47,7 +48,10 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
             }
         ),
     ),
-    ("models", frozenset({"kvcache", "loading", "models", "prompts", "rows"})),
+    (
+        "models",
+        frozenset({"kvcache", "loading", "memory", "models", "prompts", "rows", "selfcheck"}),
+    ),
     ("decode and api", frozenset({"api", "decode", "providers", "replies", "sending"})),
     (
         "stages",
@@ -89,6 +93,7 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "published_tables",
                 "questions",
                 "released_effects",
+                "refusals",
                 "report",
                 "run",
                 "waiting",

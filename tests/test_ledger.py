@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from released_files import NAMES, chains, write_comparison
 
 from stllms import artifacts, claims, evaluation, findings, ledger
 from stllms.artifacts import BadFile
@@ -284,7 +285,7 @@ def test_a_change_that_a_random_direction_makes_too_is_not_shown(tmp_path):
     row = of(ledger.ledger(tmp_path), 1, "tiny-thinker")
     assert row["verdict"].item() == f"shown in part {FIXTURE}"
     shown, _, inside = row["note"].item().partition("; ")
-    assert "and outside the range of random directions: backtracking -, uncer" in shown
+    assert "and outside the range of control directions: backtracking -, uncer" in shown
     assert inside == (
         "with Holm p < .05 but inside that range: backtracking +, uncertainty-estimation -"
     )
@@ -297,7 +298,7 @@ def test_without_random_directions_the_note_says_so(tmp_path):
     row = of(ledger.ledger(tmp_path), 1, "tiny-thinker")
     assert row["verdict"].item() == f"shown {FIXTURE}"
     note = row["note"].item()
-    assert note.endswith("; no random directions to compare with")
+    assert note.endswith("; no control directions to compare with")
     assert "outside" not in note
 
 
@@ -345,7 +346,7 @@ def test_five_of_ten_files_do_not_reproduce_an_average_over_ten(released):
     assert rows["on"].str.contains("3 thinking and 2 instruct models of 5 each").all()
     assert "500 of 500 chains count exactly as their file says" in rows["note"].iloc[0]
     assert "20 of 500 chains have segments only with numbered tags" in rows["note"].iloc[2]
-    assert rows["ours"].iloc[0].startswith("backtracking 4.4 (3.5–5.4) and 1.1 (0.3–2.0); ")
+    assert rows["ours"].iloc[0].startswith("backtracking 4.4 (3.5–5.5) and 1.1 (0.3–2.0); ")
     assert rows["ours"].iloc[1].startswith("26.5 (")
     assert rows["ours"].iloc[3].startswith("28.4 (")
 
@@ -364,7 +365,7 @@ def averages(shift: float) -> pd.DataFrame:
             rows.append((kind, "segment fraction", b, (value + shift) / 100))
         rows.append((kind, "segment count", "all", total))
     made = pd.DataFrame(rows, columns=["kind", "metric", "behaviour", "value"])
-    return made.assign(low=made["value"], high=made["value"], models=5)
+    return made.assign(tasks="released", low=made["value"], high=made["value"], models=5)
 
 
 @pytest.mark.parametrize(
@@ -440,3 +441,18 @@ def test_a_missing_folder_of_released_files_is_named(tmp_path, capsys):
 def test_the_ledgers_behaviours_are_all_six():
     assert sorted(claims.ORDER) == sorted(BEHAVIOURS)
     assert set(evaluation.MODES) == {"plain", "positive", "negative"}
+
+
+def test_released_files_of_different_questions_are_not_averaged(tmp_path):
+    """Two thinking models of 100 questions and one of 6: no average of the three is cited."""
+    folder = tmp_path / "released"
+    folder.mkdir()
+    names = [*[n for n in NAMES if "distill" in n][:3], "llama-3.1-8b-instruct"]
+    for name, n in zip(names, (8, 8, 6, 8), strict=True):
+        write_comparison(folder, name, chains(n))
+    rows = of(ledger.ledger(tmp_path / "results", folder), 0)
+    assert len(rows) == 2  # a row a treatment
+    assert rows["verdict"].eq(claims.PART).all()
+    assert rows["ours"].eq("").all()
+    assert rows["on"].str.contains("released files of different questions: thinking").all()
+    assert rows["on"].str.contains(r"8 tasks, \w{4}\), 2 models.*6 tasks, \w{4}\), 1").all()

@@ -18,7 +18,7 @@ from stllms.records import STEERED_KEY, Steered, Task
 TASKS = [Task(f"t{i}", "c", text) for i, text in enumerate(("one", "a longer one", "three"))]
 
 
-@pytest.fixture(scope="module", params=["qwen2", "gemma2"])
+@pytest.fixture(scope="module", params=sorted(tiny.KINDS))
 def model(request):
     return tiny.model(request.param)
 
@@ -123,16 +123,35 @@ def test_batches_and_a_restart_change_nothing(model, written, tmp_path, monkeypa
     whole = Rows(tmp_path / "whole.jsonl", STEERED_KEY)
     monkeypatch.setattr(likelihood, "CHUNK", 5)
     likelihood.scores(model, chains, steering.by_arm(every), store=whole, progress=False)
-    again = Rows(tmp_path / "again.jsonl", STEERED_KEY)
-    lines = whole.path.read_text().splitlines(keepends=True)
-    again.path.write_text("".join(lines[:7]) + lines[7][:20])
+    lines = whole.path.read_bytes().splitlines(keepends=True)
+    again = tiny.killed(whole, "again.jsonl", b"".join(lines[:7]) + lines[7][:20])
     likelihood.scores(model, chains, steering.by_arm(every), store=again, progress=False)
     assert again.path.read_text() == whole.path.read_text()
-    monkeypatch.setattr(likelihood, "BUDGET", 1)  # every chain alone
-    alone = likelihood.scores(model, chains, steering.by_arm(every), progress=False)
-    for a, b in zip(alone, whole.load(), strict=True):
-        assert a["kl"] == pytest.approx(b["kl"], rel=1e-3, abs=1e-6)
-        assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-4)
+    for name in ("TOKENS", "LOGITS"):
+        monkeypatch.setattr(likelihood, name, 1)  # every chain alone, every position alone
+        alone = likelihood.scores(model, chains, steering.by_arm(every), progress=False)
+        for a, b in zip(alone, whole.load(), strict=True):
+            assert a["kl"] == pytest.approx(b["kl"], rel=1e-3, abs=1e-6)
+            assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-4)
+
+
+def test_a_vocabulary_too_large_for_a_batch_of_logits_does_not_shrink_the_batch(monkeypatch):
+    """Twelve chains are one batch, two passes through the layers; the head sees few positions
+    at a time, each of them once a pass, and no padding."""
+    model = tiny.model("qwen2")
+    every = arms_of(model)
+    chains = steering.grid(model, TASKS, every, max_new_tokens=9, progress=False)
+    shapes: dict[str, list] = {"layer": [], "head": []}
+    model.layers[0].register_forward_hook(lambda m, i, h: shapes["layer"].append(h.shape[:2]))
+    model.hf.lm_head.register_forward_hook(lambda m, i, h: shapes["head"].append(h.shape[1]))
+    monkeypatch.setattr(likelihood, "LOGITS", 5 * model.text_config.vocab_size)
+    likelihood.scores(model, chains, steering.by_arm(every), progress=False)
+    longest = max(len(one.response.prompt_ids + one.response.output_ids) for one in chains)
+    assert shapes["layer"] == [(12, longest)] * 2
+    assert max(shapes["head"]) == 5
+    traced = 1  # nnsight's pass keeps the last position
+    tokens = sum(len(one.response.output_ids) for one in chains)
+    assert sum(shapes["head"]) == 2 * tokens + traced
 
 
 def test_a_chain_without_output_has_no_likelihood_and_hurts_no_other(model, written):

@@ -246,3 +246,23 @@ def test_holm_does_not_count_what_is_missing():
     assert np.isnan(found[[0, 2]]).all()
     assert found[[1, 3]] == pytest.approx([0.04, 0.04])
     assert metrics.holm([]).shape == (0,)
+
+
+# --- samples of tasks ---------------------------------------------------------------------
+
+
+def test_samples_are_drawn_with_replacement_and_belong_to_the_names():
+    """Column means and covariances of multinomial counts: 1, and (1 - 1/n, -1/n)."""
+    names = ["b", "a", "d", "c"]
+    found = metrics.resamples(names, draws=20_000, seed=1)
+    assert (found.sum(1) == 4).all()
+    assert found.mean(0) == pytest.approx([1] * 4, abs=0.03)
+    covariance = np.cov(found.T)
+    assert np.diag(covariance) == pytest.approx([3 / 4] * 4, abs=0.04)
+    assert covariance[~np.eye(4, dtype=bool)] == pytest.approx([-1 / 4] * 12, abs=0.03)
+    turned = metrics.resamples(sorted(names), draws=20_000, seed=1)
+    assert (found == turned[:, [1, 0, 3, 2]]).all()
+    for other in (metrics.resamples(names, draws=20_000, seed=2),
+                  metrics.resamples(["b", "a", "d", "e"], draws=20_000, seed=1)):  # fmt: skip
+        assert (found != other).any()
+    assert metrics.resamples([], draws=3, seed=0).shape == (3, 0)

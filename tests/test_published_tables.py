@@ -28,6 +28,7 @@ from stllms import (
     comparison,
     effects,
     ledger,
+    metrics,
     published_tables,
     run,
     vectors,
@@ -74,7 +75,8 @@ def test_group_intervals_equal_a_loop_over_tasks(tmp_path):
     known = both[both["value_plain"].notna()]
     assert len(known) > 6
     assert known["value"].tolist() == pytest.approx(known["value_plain"].tolist())
-    drawn = np.random.default_rng(3).multinomial(12, np.full(12, 1 / 12), size=400)
+    assert compared[0].task_ids == tuple(str(i) for i in range(12))
+    drawn = metrics.resamples(compared[0].task_ids, draws=400, seed=3)
     means = []
     for times in drawn:
         tasks = np.repeat(np.arange(12), times)

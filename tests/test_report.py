@@ -16,9 +16,10 @@ import pandas as pd
 import pytest
 from reports import Page, code, made, png, prose, run_with, uri
 
-from stllms import artifacts, pipeline, report, run
+from stllms import artifacts, pipeline, report, run, sampling
 from stllms.artifacts import BadFile, Folder
 from stllms.config import RunConfig
+from stllms.records import Response
 
 REFERENCE = Path(__file__).resolve().parent.parent / "results" / "reference"
 
@@ -68,6 +69,21 @@ def test_the_result_comes_before_the_notebooks(reference):
     assert {link[1:] for link in links if link.startswith("#")} <= set(Page(text).ids)
     seconds = text.index("<th>seconds</th>")
     assert seconds > text.index('id="configuration"'), "how long it took comes last"
+
+
+def test_the_lines_of_the_sampling_audits_are_in_the_summary_and_nowhere_else(results):
+    folder = run_with("01_generate", prose("# 01"))
+    entry = sampling.entry(100, 1.0, [210.0, 200.0, 100.0, 1, 0.25])
+    chain = Response("t", "c", "", (), (), "", "", 0, "", True, True, entry)
+    noted = {"sampling_audit_responses": sampling.audit([chain]).recorded, "device": "cpu"}
+    Folder(RunConfig()).note(**noted)
+    text = report.write(folder).read_text(encoding="utf-8")
+    line = "responses: sampling audit: 100 tokens; mean -log p - entropy = +0.1000 +- 0.1000"
+    summary = Page(text.partition("<main>")[2].partition("<section>")[0])
+    assert line in summary.text
+    assert Page(text).text.count("100 tokens") == 1
+    assert "devicecpu" in Page(text).text
+    assert "sampling_audit" not in text
 
 
 def test_a_figure_that_was_not_made_is_not_in_the_summary(results):

@@ -47,7 +47,8 @@ def made(stage: str, config: RunConfig, rows: list[dict] | None = None) -> None:
 
 def reply(name: str, status: str, key: str = "", model: str = "m") -> dict:
     """A stored row of an API."""
-    return {"key": key or name, "name": name, "model": model, "status": status, "identity": {}}
+    asked = {"key": key or name, "name": name, "model": model, "identity": {}}
+    return asked | {"status": status, "reason": None if status == "answered" else "why"}
 
 
 def store(folder: Path, *rows: dict) -> None:

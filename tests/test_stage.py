@@ -150,6 +150,7 @@ def steered(tiny_llama) -> list[Steered]:
 @pytest.fixture
 def steered_store(tmp_path, steered) -> Rows:
     rows = Rows(tmp_path / "steered.jsonl", STEERED_KEY)
+    rows.bind({"seed": 0})
     rows.append([to_row(one) for one in steered])
     return rows
 

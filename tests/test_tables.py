@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+import pytest
 
 from stllms import tables
 
@@ -45,3 +46,19 @@ def test_a_missing_answer_is_written_as_a_missing_number_is():
     shown = tables.shown(table)
     assert shown["outside"].tolist() == [True, "n/a", "n/a"]
     assert shown["value"].tolist() == ["1", "2", "n/a"]
+
+
+def test_a_wide_table_refuses_two_numbers_for_one_cell_and_says_what_tells_them_apart():
+    rows = pd.DataFrame(
+        [("t", "grammar", "x", 1.0), ("t", "offline", "x", 3.0), ("t", "grammar", "y", 2.0)],
+        columns=["kind", "annotator", "behaviour", "value"],
+    )
+    with pytest.raises(
+        ValueError, match=r"2 rows share .*kind 't', behaviour 'x'.*of annotator"
+    ):
+        tables.wide(rows, ["kind"], "behaviour")
+    found = tables.wide(rows, ["kind", "annotator"], "behaviour")
+    assert found.index.tolist() == [("t", "grammar"), ("t", "offline")]
+    assert found.columns.tolist() == ["x", "y"]
+    assert found["x"].tolist() == [1.0, 3.0]
+    assert found["y"].isna().tolist() == [False, True]

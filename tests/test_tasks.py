@@ -333,3 +333,36 @@ def test_a_run_can_be_evaluated_on_the_tasks_with_exact_answers():
     assert built == tasks.for_run(replace(setup, tasks="messages"), "build")
     with pytest.raises(ValueError, match="expected grammar, messages, checkable, gym:NAME"):
         RunConfig(tasks="chekable")
+
+
+# -- tasks for control directions ----------------------------------------------------------
+
+
+def test_a_judge_gets_controls_on_a_stated_number_of_tasks_from_every_category():
+    setup = RunConfig(model="owner/name", profile="paper", judge="openai:gpt-4.1")
+    asked = tasks.for_run(setup, "evaluate")
+    some = tasks.for_controls(setup, asked)
+    assert len(some) == setup.settings.n_control == 10
+    assert {task.category for task in some} == set(records.CATEGORIES)
+    assert [task.id for task in asked if task in some] == [task.id for task in some]
+    assert some == tasks.for_controls(setup, asked)
+    assert some != tasks.for_controls(replace(setup, seed=1), asked)
+    replayed = replace(setup, judge="replay:some/folder")
+    assert tasks.for_controls(replayed, asked) == some, "a judge's replies are of these alone"
+
+
+@pytest.mark.parametrize(
+    "options", [{"judge": "offline"}, {"n_control": 50}, {"profile": "full"}]
+)
+def test_controls_get_all_tasks_where_labels_are_free_or_as_many_are_asked_for(options):
+    given = {"model": "owner/name", "profile": "paper", "judge": "openai:gpt-4.1", **options}
+    setup = RunConfig(**given)
+    asked = tasks.for_run(setup, "evaluate")
+    assert tasks.for_controls(setup, asked) == asked
+
+
+def test_categories_of_any_size_share_the_tasks_of_controls():
+    asked = [records.Task(f"a{i}", "a", "?") for i in range(9)] + [records.Task("b", "b", "?")]
+    setup = RunConfig(model="owner/name", judge="openai:x", n_control=4)
+    found = Counter(task.category for task in tasks.for_controls(setup, asked))
+    assert found == {"a": 3, "b": 1}

@@ -27,7 +27,7 @@ def some_means(*, spans: int = 40, signal: float = 3.0, seed: int = 0):
     truth = torch.nn.functional.normalize(draw(N, L, D), dim=-1)
     centre = 5 * draw(L, D)
     made = means.Means.zeros(NAMES, L, D, model="m", sample_layers=(0, 1))
-    samples, labels = [], []
+    samples, labels, owners = [], [], []
     for part in range(means.PARTS):
         for b in range(N):
             x = centre + signal * truth[b] + draw(spans, L, D)
@@ -36,9 +36,15 @@ def some_means(*, spans: int = 40, signal: float = 3.0, seed: int = 0):
             made.squares[part, b] = (x**2).sum(0)
             samples.append(x)
             labels += [b] * spans
+            owners += [part] * spans
         made.overall_sums[part] = made.sums[part].sum(0) / (N * spans)
         made.overall_counts[part] = 1
-    kept = replace(made, samples=torch.cat(samples).float(), sample_labels=torch.tensor(labels))
+    kept = replace(
+        made,
+        samples=torch.cat(samples).float(),
+        sample_labels=torch.tensor(labels),
+        sample_responses=torch.tensor(owners),
+    )
     return kept, truth
 
 
@@ -167,7 +173,8 @@ def alone(made: means.Means, *, others: int = 0) -> means.Means:
     few.counts[0, 1], few.sums[0, 1] = others, others * made.mean()[1]
     rows = (made.sample_labels == 1).cumsum(0).le(others) & (made.sample_labels == 1)
     rows |= made.sample_labels == 0
-    return replace(few, samples=made.samples[rows], sample_labels=made.sample_labels[rows])
+    names = ("samples", "sample_labels", "sample_responses")
+    return replace(few, **{name: getattr(made, name)[rows] for name in names})
 
 
 @pytest.mark.parametrize("estimator", vectors.CONTRASTS)
@@ -329,14 +336,14 @@ def test_max_cosine_equals_the_loop_and_ignores_the_chunk():
         vectors.max_cosine(directions, matrix[:, :15])
 
 
-def test_random_directions_have_the_length_of_the_real_ones():
+def test_isotropic_directions_have_the_length_of_the_real_ones():
     made, _ = some_means()
-    sv = vectors.difference_of_means(made)
-    drawn = vectors.random_directions(sv, 5, seed=1)
+    overall = vectors.difference_of_means(made).overall
+    drawn = vectors.isotropic(overall, 5, seed=1)
     assert drawn.shape == (5, L, D)
-    torch.testing.assert_close(drawn.norm(dim=-1), sv.overall.norm(dim=-1).expand(5, L))
-    assert torch.equal(drawn, vectors.random_directions(sv, 5, seed=1))
-    assert not torch.equal(drawn, vectors.random_directions(sv, 5, seed=2))
+    torch.testing.assert_close(drawn.norm(dim=-1), overall.norm(dim=-1).expand(5, L))
+    assert torch.equal(drawn, vectors.isotropic(overall, 5, seed=1))
+    assert not torch.equal(drawn, vectors.isotropic(overall, 5, seed=2))
 
 
 def test_stability_grows_with_the_share_and_with_the_signal():

@@ -264,7 +264,7 @@ def test_models_at_hand_are_shipped_or_of_runs_whose_weights_are_here(
         for file in files:
             (place / file).write_text(json.dumps({"configuration": {"model": name}}))
     assert benches.at_hand(config) == ["tiny-thinker", here]
-    monkeypatch.setattr(benches, "in_cache", lambda hub_id: hub_id == gone)
+    monkeypatch.setattr(benches.refusals, "in_cache", lambda hub_id: hub_id == gone)
     assert benches.at_hand(RunConfig(gone, results=config.results)) == [
         gone, "tiny-thinker", here,
     ]  # fmt: skip

@@ -12,7 +12,9 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from stllms.files import Rows
 from stllms.models import Model, wrap
+from stllms.provenance import Record
 
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>")
 TAGS = ("<think>", "</think>")
@@ -96,3 +98,13 @@ def save_tiny_model(
     hf_model(kind, seed=seed, **changes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def killed(whole: Rows, name: str, content: bytes) -> Rows:
+    """The store ``name`` beside ``whole`` as a kill leaves it: made from the same, ``content``
+    on the disk, and nothing of it recorded yet."""
+    left = Rows(whole.path.with_name(name), whole.key)
+    record = Record(whole.path.parent)
+    left.bind(record.entry(whole.path)["made_from"])
+    left.path.write_bytes(content)
+    return left

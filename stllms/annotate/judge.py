@@ -23,7 +23,7 @@ class Judge:
     an indexed judge has that in its name, for it is another annotator. ``reader`` reads what a
     rewriting judge returned. Replies are stored in
     ``folder``, by default one folder for all of a person's runs. ``max_cost`` bounds what its
-    replies cost together; ``base_url``, ``concurrency`` and further ``options`` are those of
+    replies cost together; ``base_url`` and further ``options`` are those of
     :class:`stllms.api.Client`.
     """
 
@@ -36,7 +36,6 @@ class Judge:
         reader: str = "tolerant",
         folder: str | os.PathLike[str] | None = None,
         max_cost: float | None = None,
-        concurrency: int = 8,
         **options: Any,
     ) -> None:
         model, _, suffix = model.partition("#")
@@ -48,7 +47,6 @@ class Judge:
             folder=default_folder() if folder is None else folder,
             base_url=base_url,
             max_cost=max_cost,
-            concurrency=concurrency,
             **options,
         )
 

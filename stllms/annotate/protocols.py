@@ -9,13 +9,12 @@ A chain longer than :data:`LONGEST` is judged in parts that end with a paragraph
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stllms import annotate, sentences, spans
+from stllms import annotate, foreign, sentences, spans
 from stllms.records import BEHAVIOURS, Annotation, PlacedSegment, Response
 from stllms.replies import Reply, Request, clean, digest, tokens
 
@@ -197,7 +196,10 @@ class Indexed(Protocol):
     }
 
     def unusable(self, reply: Reply) -> str | None:
-        placed, _ = place(reply.content, reply.row["about"]["pieces"])
+        shown = reply.row.get("about", {}).get("pieces")
+        if isinstance(shown, bool) or not isinstance(shown, int):
+            return "the stored reply does not say how many pieces it is about (about.pieces)"
+        placed, _ = place(reply.content, shown)
         return None if placed else _nothing_in(reply)
 
     def _show(self, text, start, end):
@@ -329,7 +331,7 @@ def _items(content: str) -> tuple[list[tuple[int, int, str]], Counter[str]]:
     """``(first, last, label)`` as written, and the entries that are none."""
     shape = re.search(r"[\[{].*[\]}]", content, re.DOTALL)
     try:
-        value = json.loads(shape[0] if shape else content)
+        value = foreign.loads(shape[0] if shape else content)
     except ValueError:  # half an answer, or lines: prose is full of numbers, so be strict
         read = (_item(match) for match in _ITEM.finditer(content))
         return [item for item in read if _letters(item[2]) in _LABELS], Counter()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stllms.annotate import protocols
-from stllms.provenance import remembered_hash
+from stllms.provenance import BadFile, remembered_hash
 from stllms.records import Annotation, Response
 from stllms.replies import FILE, Reply, Store
 
@@ -40,7 +40,7 @@ class Replay:
             raise ValueError(f"{path} holds no stored replies: there is no {FILE} in it")
         judged = [
             row
-            for row in _rows(Store(path).load())
+            for row in _rows(Store(path))
             if model in (None, row["model"]) and protocol in (None, row["identity"]["protocol"])
         ]
         judges = sorted({(row["model"], row["identity"]["protocol"]) for row in judged})
@@ -79,8 +79,16 @@ class Replay:
 
 
 def _rows(store: Store) -> Iterator[Mapping[str, Any]]:
-    """The rows that judges wrote; a folder may also hold an API model's responses."""
-    for rows in store.rows.values():
-        for row in rows:
-            if row["identity"].get("protocol") in protocols.PROTOCOLS:
-                yield row
+    """The rows that judges wrote; a folder may also hold an API model's responses.
+
+    Raises :class:`~stllms.files.BadFile` that names file, line and field where a row does not
+    say what the judge was shown.
+    """
+    for number, row in store.numbered():
+        if row["identity"].get("protocol") in protocols.PROTOCOLS:
+            if not isinstance(row.get("about", {}).get("shown"), str):
+                raise BadFile(
+                    f"{store.path}, line {number}: a judge's reply without about.shown, the "
+                    "hash of what the judge was shown; mend or delete this line"
+                )
+            yield row

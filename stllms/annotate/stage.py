@@ -18,7 +18,14 @@ from stllms.config import RunConfig
 from stllms.files import Rows
 from stllms.models import Model
 from stllms.provenance import StaleArtefact, digest
-from stllms.records import Annotation, Response, Steered, annotation_from_row, to_row
+from stllms.records import (
+    Annotation,
+    Response,
+    Steered,
+    annotation_from_row,
+    from_rows,
+    to_row,
+)
 
 KEY = ("task_id", "annotator")
 
@@ -63,16 +70,18 @@ def annotations(
     if store is not None:
         store.bind({f"annotator {annotator.name}": made_from(annotator)})
     rows = {} if store is None else store.by_key()
+    path = "" if store is None else store.path
+    stored = dict(zip(rows, from_rows(rows.values(), annotation_from_row, path), strict=True))
     mine = {}
     for response in responses:
-        row = rows.get((response.task_id, annotator.name))
-        if row is not None and row.get("of") != _of(response):
+        key = (response.task_id, annotator.name)
+        if key in rows and rows[key].get("of") != _of(response):
             raise StaleArtefact(
                 f"{store.path.name} labels another chain of task {response.task_id}: the "
                 f"responses changed. --fresh makes it again; or move {store.path} away"
             )
-        if row is not None and row.get("failed") is None:
-            mine[response.task_id] = annotation_from_row(row)
+        if key in rows and stored[key].failed is None:
+            mine[response.task_id] = stored[key]
     todo = [response for response in responses if response.task_id not in mine]
     made = annotator.annotate(todo) if todo else []
     mine |= {
@@ -143,7 +152,7 @@ def _in_tokens(annotation: Annotation, response: Response, model: Model | None) 
 
 def load(store: Rows, annotator: str) -> list[Annotation]:
     """The stored annotations of one annotator."""
-    found = [annotation_from_row(row) for row in store.load()]
+    found = from_rows(store.load(), annotation_from_row, store.path)
     return [annotation for annotation in found if annotation.annotator == annotator]
 
 

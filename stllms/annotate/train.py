@@ -14,17 +14,24 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from stllms import agreement, sentences, spans
+from stllms import agreement, foreign, sentences, spans
 from stllms.annotate import card, features, markup, offline
-from stllms.records import BEHAVIOURS, Annotation, annotation_from_row
+from stllms.files import BadFile, read_json
+from stllms.records import (
+    BEHAVIOURS,
+    Annotation,
+    annotation_from_row,
+    from_rows,
+    response_from_row,
+)
 
 #: Inverse strength of the penalty on the squared weights.
 PENALTY = 0.02
@@ -52,14 +59,15 @@ def read_chains(path: str | Path) -> list[Chain]:
     path = Path(path)
     if path.suffix == ".jsonl":
         beside = path.with_name("responses.jsonl")
-        texts = {row["task_id"]: row["thinking"] for row in _rows(beside)}
-        records = [annotation_from_row(row) for row in _rows(path)]
+        made = from_rows(_rows(beside), response_from_row, beside)
+        texts = {one.task_id: one.thinking for one in made}
+        records = from_rows(_rows(path), annotation_from_row, path)
         unknown = [record.task_id for record in records if record.task_id not in texts]
         if unknown:
             raise ValueError(f"{path}: task {unknown[0]!r} is not in {beside}")
         pairs = [(texts[one.task_id], one) for one in records if one.failed is None]
     else:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path)
         try:
             pairs = [
                 (row["thinking_process"], _released(str(i), row)) for i, row in enumerate(rows)
@@ -81,9 +89,18 @@ def read_chains(path: str | Path) -> list[Chain]:
     ]
 
 
-def _rows(path: Path) -> list[dict]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+def _rows(path: Path) -> list[Any]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFile(f"{path}: cannot be read ({error})") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [foreign.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise BadFile(f"{path}, line {number}: no JSON ({error})") from None
+    return rows
 
 
 def _released(task_id: str, row: dict) -> Annotation:

@@ -1,11 +1,11 @@
 """The directions that ship with the embedded thinking model.
 
 ``python -m stllms.organism.directions`` makes them as notebooks 01 and 02 do at the default
-profile, from the held-out ``build`` questions, and writes ``vectors.safetensors`` beside the
-weights. To be run again whenever the weights change: :func:`load` refuses directions of
-other weights. It also steers at every layer, on more of the ``build`` questions, and
-writes ``layer_sweep.csv``: :data:`stllms.registry.TINY_THINKER_LAYERS` are what :func:`best`
-reads in it. The ``evaluate`` questions take no part.
+profile, from the held-out ``build`` questions, and writes them beside the model's folder: in
+it, other loaders would take ``*.safetensors`` for weights. To be run again whenever the weights
+change: :func:`load` refuses directions of other weights. It also steers at every layer, on more
+of the ``build`` questions: :data:`stllms.registry.TINY_THINKER_LAYERS` are what :func:`best`
+reads in that sweep. The ``evaluate`` questions take no part.
 """
 
 from __future__ import annotations
@@ -34,21 +34,29 @@ from stllms.organism import grammar
 from stllms.vectors import SteeringVectors
 
 HERE = Path(__file__).parent
-FILE = "vectors.safetensors"
-SWEEP = "layer_sweep.csv"
+
+
+def file(name: str) -> Path:
+    """The directions of the embedded model ``name``, beside its folder."""
+    return HERE / f"{name}.vectors.safetensors"
+
+
+def sweep_file(name: str) -> Path:
+    """The layer sweep of the embedded model ``name``, beside its folder."""
+    return HERE / f"{name}.layer_sweep.csv"
 
 
 def shipped(name: str) -> bool:
     """Whether directions ship for the embedded model ``name``."""
-    return (HERE / name / FILE).is_file()
+    return file(name).is_file()
 
 
 def load(name: str) -> SteeringVectors:
     """The shipped directions; ``ValueError`` if they were made for other weights."""
-    found = SteeringVectors.load(HERE / name / FILE)
+    found = SteeringVectors.load(file(name))
     if found.config.get("weights") != weights(name):
         raise ValueError(
-            f"{name}/{FILE} was made for other weights than those beside it: make it again "
+            f"{file(name).name} was made for other weights than those of {name}: make it again "
             "with python -m stllms.organism.directions"
         )
     return found
@@ -93,8 +101,9 @@ def best(swept: pd.DataFrame) -> dict[str, int]:
     """The layer of each behaviour at which the smaller of its two effects, the rise with +1
     and the fall with -1, is largest, among layers where 9 of 10 chains stay well-formed.
 
-    The last layer is left out: only the head comes after it, so that a direction added there
-    is a constant added to the logits.
+    The last layer is left out by choice, though it moves all four behaviours most in the
+    shipped sweep: what is added to its output is read by the final norm and the head alone,
+    and by later tokens only through the token that is chosen. It reweights words.
     """
     swept = swept[swept["layer"] < swept["layer"].max()]
     effect = swept["coefficient"] * (swept["value"] - swept["plain"])
@@ -110,13 +119,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", default="tiny-thinker", help="an embedded model")
     parser.add_argument("--profile", default="default", help="of stllms.run")
-    parser.add_argument("--out", type=Path, help="file (default: beside the weights)")
+    parser.add_argument("--out", type=Path, help="file (default: beside the model's folder)")
     parser.add_argument("--sweep", type=int, default=200, help="questions of the layer sweep")
     given = parser.parse_args(argv)
     config = RunConfig(model=given.model, profile=given.profile, device="cpu")
     if not config.embedded:
         parser.error(f"{config.model} is no embedded model: notebook 02 makes its directions")
-    path = given.out or HERE / config.model / FILE
+    path = given.out or file(config.model)
     made = build(config)
     made.save(path)
     spans = dict(zip(made.behaviours, made.counts.tolist(), strict=True))
@@ -124,8 +133,9 @@ def main(argv: list[str] | None = None) -> None:
     print("unavailable:", made.unavailable or "none")
     if given.sweep:
         swept = sweep(config, made, given.sweep)
-        swept.round(4).to_csv(path.with_name(SWEEP), index=False)
-        print(f"{SWEEP}: steer at {tables.layer_text(best(swept))}")
+        table = given.out.with_suffix(".csv") if given.out else sweep_file(config.model)
+        swept.round(4).to_csv(table, index=False)
+        print(f"{table.name}: steer at {tables.layer_text(best(swept))}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,209 @@
+"""What a loaded model must hold: a tokenizer that loses nothing, a finite residual stream."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+import warnings
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+
+from stllms import detokenize, models, selfcheck
+from stllms.loading import ModelError
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def wrapped(words, kind: str = "llama", **changes) -> models.Model:
+    """A tiny network with as many embeddings as the tokenizer has ids."""
+    hf = tiny.hf_model(kind, hidden_size=8, intermediate_size=8, **changes)
+    hf.resize_token_embeddings(len(words))
+    hf.config.eos_token_id = hf.generation_config.eos_token_id = None
+    return models.wrap(hf, words, name="tried")
+
+
+def byte_level() -> dict:
+    """``vocab`` and ``merges`` of the tiny byte-level tokenizer, without its added tokens."""
+    return json.loads(tiny.tokenizer().backend_tokenizer.to_str())["model"]
+
+
+@pytest.mark.parametrize("kind", sorted(tiny.KINDS))
+def test_every_family_passes_without_a_remark(tiny_model, kind):
+    model = tiny_model(kind)
+    model.self_check()
+    assert model.remarks == ()
+    assert "remarks" not in repr(model)
+    with torch.no_grad():
+        ids = model.tokenizer(selfcheck.SENTENCE, return_tensors="pt")["input_ids"]
+        states = model.hf(input_ids=ids, output_hidden_states=True).hidden_states
+    # The last of them is behind the final norm.
+    for norm, hidden in zip(model.norms, states[1:-1], strict=False):
+        assert norm == pytest.approx(float(hidden[0].norm(dim=-1).median()), rel=1e-5)
+    assert len(model.norms) == model.n_layers
+
+
+def test_a_llama_class_around_a_byte_level_vocabulary_is_refused():
+    """huggingface/transformers#45488: the class brings a Metaspace pre-tokenizer and decoder of
+    its own, and every space is lost."""
+    broken = LlamaTokenizer(**{k: byte_level()[k] for k in ("vocab", "merges")})
+    ids = broken("a  b", add_special_tokens=False)["input_ids"]
+    assert broken.decode(ids) == "ab", "else this is not the defect"
+    with pytest.raises(ModelError) as raised:
+        wrapped(broken).self_check()
+    said = str(raised.value)
+    assert "LlamaTokenizer does not give 'Okay, so I need" in said
+    assert "back but 'Okay,soIneed" in said
+    assert "install transformers>=5.22,<6 (here " in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "qwen2.5"])
+def test_a_real_tokenizer_passes_as_published_and_is_refused_in_the_class_of_another(
+    npm_tokenizer, name
+):
+    folder = npm_tokenizer(name)
+    good = wrapped(AutoTokenizer.from_pretrained(folder))
+    good.self_check()
+    assert good.remarks == ()
+    inner = json.loads((folder / "tokenizer.json").read_text())["model"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in inner["merges"]]
+    with pytest.raises(ModelError, match=r"LlamaTokenizer does not give .* back"):
+        wrapped(LlamaTokenizer(vocab=inner["vocab"], merges=merges)).self_check()
+
+
+def test_smollm2s_tokenizer_passes(smollm2_tokenizer):
+    model = wrapped(smollm2_tokenizer)
+    model.self_check()
+    assert model.remarks == ()
+
+
+def pieces(*more: str) -> LlamaTokenizer:
+    """A tokenizer as SentencePiece makes them: ``▁``, ASCII letters, and what ``more`` adds."""
+    tokens = ["<unk>", "<s>", "</s>", "▁", *map(chr, range(33, 127)), *more]
+    return LlamaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+
+
+def test_sentencepiece_passes_with_bytes_and_with_a_remark_without_them():
+    whole = wrapped(pieces(*(f"<0x{byte:02X}>" for byte in range(256))))
+    whole.self_check()
+    assert whole.remarks == ()
+    model = wrapped(pieces("\n", "\t"))
+    model.self_check()
+    (remark,) = model.remarks
+    assert "LlamaTokenizer changes 3 of its texts: 'naïve café" in remark
+    assert repr(model).endswith("; see its 1 .remarks)")
+
+
+def test_a_tokenizer_that_lacks_ascii_is_refused():
+    with pytest.raises(ModelError, match=r"= 42\.\\n\\nWait, .* back but .*= 42\.Wait, is"):
+        wrapped(pieces()).self_check()  # no newline
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "said"),
+    [
+        ("NFKC", "changes 1 of its texts: .* becomes .*x2 ≥ 0"),
+        ("Lowercase", "changes 4 of its"),
+    ],
+)
+def test_what_a_tokenizer_declares_is_remarked(normalizer, said):
+    words = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
+    words["normalizer"] = {"type": normalizer}
+    inner = Tokenizer.from_str(json.dumps(words))
+    model = wrapped(PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=tiny.SPECIALS[0]))
+    model.self_check()
+    (remark,) = model.remarks
+    assert re.search(said, remark)
+
+
+def test_a_prompt_must_come_back_as_its_text(monkeypatch):
+    model = tiny.model()
+    real = models.Model.prompt_ids
+
+    def lossy(self, messages):
+        text, ids = real(self, messages)
+        return text, ids[:3] + ids[4:]
+
+    monkeypatch.setattr(models.Model, "prompt_ids", lossy)
+    with pytest.raises(ModelError, match=r"does not give '<\|user\|>Okay"):
+        model.self_check()
+
+
+def test_a_special_token_that_is_read_in_pieces_is_refused():
+    model = tiny.model()
+    model.tokenizer.split_special_tokens = True
+    with pytest.raises(ModelError, match=r"reads its special token '<\|end\|>' as \['<', "):
+        model.self_check()
+
+
+def test_the_tokenizer_of_a_larger_vocabulary_is_refused():
+    words = tiny.tokenizer()
+    words.add_tokens(["three spiders"])
+    with pytest.raises(ModelError, match=r"id 261, but the model has 261 embeddings"):
+        models.wrap(tiny.hf_model(), words, name="short").self_check()
+    words = tiny.tokenizer()
+    words.add_special_tokens({"pad_token": "<pad>"})
+    with pytest.raises(ModelError, match="gives its padding the id 261"):
+        models.wrap(tiny.hf_model(), words, name="short").self_check()
+    words = tiny.tokenizer()
+    words.add_special_tokens({"bos_token": "<begin>"})
+    model = models.wrap(tiny.hf_model(), words, name="unused")
+    model.self_check()
+    assert model.remarks == ("no embedding for <begin>: a text that has it cannot be read",)
+
+
+@pytest.mark.parametrize("change", ["gap", "greedy"])
+def test_offsets_that_do_not_follow_the_text_are_refused(monkeypatch, change):
+    real = detokenize.character_ranges
+
+    def wrong(*arguments):
+        ranges = real(*arguments).copy()
+        if change == "gap":
+            ranges[3] = ranges[2]
+        else:
+            ranges[3:6] = (ranges[3, 0], ranges[5, 1])
+        return ranges
+
+    monkeypatch.setattr(detokenize, "character_ranges", wrong)
+    with pytest.raises(ModelError, match=r"characters of the tokens of 'Okay, so I .* found"):
+        tiny.model().self_check()
+
+
+def test_a_layer_that_is_not_finite_is_named_with_its_type():
+    model = tiny.model()
+    with torch.no_grad():
+        model.layers[2].mlp.down_proj.weight[0] = float("inf")
+    with pytest.raises(ModelError, match=r"after layer 2 is not finite in torch.float32"):
+        model.self_check()
+    half = tiny.model()
+    half.hf.to(torch.float16)
+    with torch.no_grad():
+        half.layers[1].mlp.down_proj.weight.fill_(6e4)
+    with pytest.raises(ModelError, match=r"after layer 1 .* torch.float16: try dtype='float32"):
+        half.self_check()
+
+
+def test_an_extreme_residual_stream_is_said_in_its_place_and_not_on_every_load():
+    model = tiny.model()
+    with torch.no_grad():
+        model.hf.get_input_embeddings().weight *= 1000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.self_check()
+        shipped = models.load("tiny-thinker", device="cpu")
+    (remark,) = model.remarks
+    assert remark.startswith("the residual stream is extreme from layer 0 on: its norm reaches")
+    assert "ordinary models of width 32 stay below 566" in remark
+    assert any("extreme" in remark for remark in shipped.remarks)
+    assert ".remarks)" in repr(shipped)
+
+
+def test_the_release_that_errors_name_is_the_one_that_is_required():
+    settings = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    assert f"transformers{selfcheck.TRANSFORMERS}" in settings["project"]["dependencies"]

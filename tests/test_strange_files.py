@@ -1,0 +1,353 @@
+"""Files of strangers: directions, effects, chains and weights. Whatever a file holds, it is
+read or refused by name; no code in it runs, and it unfolds to no more than it may."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from released_files import chains, layer_effects, mean_vectors
+
+from stllms import bench, compare, export, files, published_tables, released, vectors
+from stllms.config import RunConfig
+from stllms.files import BadFile
+from stllms.loading import ModelError
+from stllms.vectors import SteeringVectors
+
+#: A mean that is fine, and where each odd one is put.
+GOOD = {"mean": torch.full((4, 8), 2.0), "count": 50}
+
+
+@pytest.fixture
+def stored() -> SteeringVectors:
+    directions = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    return SteeringVectors(
+        ("backtracking", "deduction"), directions, directions, directions[0],
+        torch.tensor([9, 9]), "m", {"min_spans": 5}, {"initializing": 1}, {"other": 2},
+    )  # fmt: skip
+
+
+# -- damage ------------------------------------------------------------------------------------
+
+
+def damaged(content: bytes, n: int, seed: int):
+    """``n`` versions: cut, with flipped, repeated, inserted, zeroed and swapped bytes."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        made, where = bytearray(content), rng.randrange(len(content))
+        length = rng.choice((1, 2, 8, 64))
+        kind = rng.randrange(6)
+        if kind == 0:
+            del made[where:]
+        elif kind == 1:
+            made[where] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            made[where:where] = made[where : where + length]
+        elif kind == 3:
+            made[where:where] = rng.randbytes(length)
+        elif kind == 4:
+            made[where : where + length] = bytes(min(length, len(made) - where))
+        else:
+            made[where : where + length] = b"\xff" * min(length, len(made) - where)
+        yield bytes(made)
+
+
+def write_pt(content: object) -> Callable[[Path], None]:
+    return lambda path: torch.save(content, path)
+
+
+def write_old(content: object) -> Callable[[Path], None]:
+    return lambda path: torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def write_json(content: object) -> Callable[[Path], None]:
+    return lambda path: path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def read_counts_and_labels(path: Path) -> None:
+    published_tables.read_counts(path)
+    for reader in compare.READERS.values():
+        compare.of_released(path, reader)
+
+
+MEANS, EFFECTS = mean_vectors(layers=4), layer_effects(layers=4, responses=3)
+FORMATS = {
+    "means": ("mean_vectors_x.pt", write_pt(MEANS), vectors.load_published),
+    "means, old form": ("mean_vectors_x.pt", write_old(MEANS), vectors.load_published),
+    "effects": ("layer_effects_x.pt", write_pt(EFFECTS), published_tables.read_effects),
+    "comparison": (
+        "reasoning_comparison_x.json",
+        write_json(chains(3)),
+        read_counts_and_labels,
+    ),
+}
+
+
+def is_refused(read: Callable[[Path], object], path: Path) -> bool:
+    """Whether a file is refused, in one line with its name; any other error is one."""
+    said = ""
+    try:
+        read(path)
+    except BadFile as error:
+        said = str(error)
+    assert (str(path) in said and "\n" not in said) or not said
+    return bool(said)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_damaged_file_is_read_or_refused_by_name(tmp_path, kind):
+    name, write, read = FORMATS[kind]
+    path = tmp_path / name
+    write(path)
+    read(path)
+    refused = 0
+    for content in damaged(path.read_bytes(), 300, seed=0):
+        path.write_bytes(content)
+        refused += is_refused(read, path)
+    assert refused > 60, "most damage is seen"
+
+
+def test_damaged_directions_are_read_or_refused_by_name(tmp_path, stored):
+    path = tmp_path / "vectors.safetensors"
+    stored.save(path)
+    refused = 0
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for part in (*damaged(content[:header], 500, seed=1), *damaged(content, 100, seed=2)):
+        path.write_bytes(part if len(part) > header else part + content[header:])
+        refused += is_refused(SteeringVectors.load, path)
+        status = export.main([str(path), "--out", str(tmp_path / "out.safetensors")])
+        assert status in (0, 2)
+    assert refused > 300
+
+
+# -- what torch would take ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        [],
+        {"mean": [[1.0]], "count": 50},
+        {**GOOD, "mean": torch.ones(8)},
+        {**GOOD, "mean": torch.ones(0, 8)},
+        {**GOOD, "mean": torch.ones(4, 8, dtype=torch.complex64)},
+        {**GOOD, "mean": torch.ones(4, 8, dtype=torch.int64)},
+        {**GOOD, "mean": torch.randn(4, 8).to_sparse()},
+        {**GOOD, "mean": torch.empty(4, 8, device="meta")},
+        {**GOOD, "mean": torch.quantize_per_tensor(torch.randn(4, 8), 0.1, 0, torch.qint8)},
+        {**GOOD, "mean": torch.ones(1, 1).expand(2**20, 2**20)},
+        {**GOOD, "mean": torch.nn.Parameter(torch.randn(4, 8))},
+        {**GOOD, "count": 2**70},
+        {**GOOD, "count": -1},
+        {**GOOD, "count": True},
+        {**GOOD, "count": 5.0},
+    ],
+    ids=lambda entry: " ".join(str(entry).split())[:40],
+)
+def test_an_entry_that_is_no_mean_is_named(tmp_path, entry):
+    path = tmp_path / "mean_vectors_x.pt"
+    torch.save({"overall": GOOD, "backtracking": entry}, path)
+    with pytest.raises(BadFile, match=r"_x\.pt: expected label .* at 'backtracking'"):
+        vectors.load_published(path)
+
+
+def test_a_label_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "mean_vectors_x.pt"
+    torch.save({"overall": GOOD, 3: GOOD}, path)
+    with pytest.raises(BadFile, match="at 3"):
+        vectors.load_published(path)
+
+
+def unfolding(depth: int) -> list:
+    """A list of a few hundred bytes that holds 100 to the power of ``depth`` numbers."""
+    made: list = [1.0] * 100
+    for _ in range(depth - 1):
+        made = [made] * 100
+    return made
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        unfolding(6),
+        [[1.0] * 200_000] * 200_000,
+        [[1.0], [1.0, 2.0]],
+        [1.0],
+        [["1"]],
+        [[None]],
+        [[True]],
+        [[1j]],
+        [[10**400]],
+        [[[1.0]]],
+        {"a": 1},
+        "text",
+        3,
+        torch.ones(3),
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(1, 1).expand(2**20, 2**20),
+    ],
+    ids=lambda values: " ".join(str(type(values)).split()),
+)
+def test_effects_that_are_no_table_are_named(tmp_path, values):
+    path = tmp_path / "layer_effects_x.pt"
+    torch.save({"backtracking": values}, path)
+    with pytest.raises(BadFile, match=r"_x\.pt: .*'backtracking'"):
+        released.load_layer_effects(path)
+
+
+def test_tables_of_numbers_are_read_as_they_are(tmp_path):
+    path = tmp_path / "layer_effects_x.pt"
+    torch.save({"a": [[1, 2.5], [float("nan"), -3]], "b": [], "c": torch.ones(2, 3)}, path)
+    found = released.load_layer_effects(path)
+    assert {name: tuple(values.shape) for name, values in found.items()} == {
+        "a": (2, 2), "b": (0, 0), "c": (2, 3),
+    }  # fmt: skip
+    assert found["a"][1, 0].isnan()
+    assert found["a"][[0, 0, 1], [0, 1, 1]].tolist() == [1, 2.5, -3]
+
+
+# -- code and size -----------------------------------------------------------------------------
+
+
+class Code:
+    """Makes a folder as soon as it is unpickled."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.made),)
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "pickle"])
+@pytest.mark.parametrize(
+    "read", [released.load_torch, vectors.load_published, released.load_layer_effects]
+)
+def test_no_code_of_a_file_runs(tmp_path, form, read):
+    path, made = tmp_path / "mean_vectors_x.pt", tmp_path / "made"
+    content = {"overall": GOOD, "backtracking": Code(made)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps({"overall": Code(made)}))
+    else:
+        (write_pt if form == "zip" else write_old)(content)(path)
+    with pytest.raises(BadFile, match="no code of it was run"):
+        read(path)
+    assert not made.exists()
+    torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(
+        path.read_bytes()
+    )
+    assert made.is_dir(), "the file of this test is harmless"
+
+
+def test_no_code_in_the_weights_of_a_folder_runs(tmp_path, save_tiny_model):
+    folder, made = tmp_path / "model", tmp_path / "made"
+    save_tiny_model(folder, "llama")
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Code(made)}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        bench._model(RunConfig(str(folder), device="cpu"))
+    assert not made.exists()
+
+
+def test_a_file_that_unpacks_to_more_than_it_may_is_refused_unread(tmp_path, monkeypatch):
+    path = tmp_path / "mean_vectors_x.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("x/data/0", bytes(33 << 20))
+    assert path.stat().st_size < 1 << 16
+    monkeypatch.setattr(released, "LARGEST", 32 << 20)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(BadFile, match=r"_x\.pt: 33 MiB, a released file has at most 32 MiB"):
+        released.load_torch(path)
+
+
+@pytest.mark.parametrize("read", [released.load_torch, released.load_comparison])
+def test_a_file_that_is_too_large_is_refused_unread(tmp_path, monkeypatch, read):
+    path = tmp_path / "reasoning_comparison_x.json"
+    with path.open("wb") as sparse:
+        sparse.truncate(released.LARGEST + 1)
+    monkeypatch.setattr(released, "read_json", lambda _: pytest.fail("it was read"))
+    with pytest.raises(BadFile, match="a released file has at most"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a":' * 50_000, "1" * 5000, "[1e999999]x"]
+)
+def test_json_that_python_stumbles_over_is_named(tmp_path, content):
+    path = tmp_path / "reasoning_comparison_x.json"
+    path.write_text(content)
+    for read in (files.read_json, released.load_comparison):
+        with pytest.raises(BadFile, match=r"_x\.json: "):
+            read(path)
+
+
+# -- directions of a stranger ------------------------------------------------------------------
+
+
+def rewritten(path: Path, change: Callable[[dict], None]) -> None:
+    """The header of a safetensors file, changed by hand."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[end:])
+
+
+def meta(**values: str) -> Callable[[dict], None]:
+    return lambda header: header["__metadata__"].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (meta(behaviours='"backtracking"'), "behaviours"),
+        (meta(behaviours="[1, 2]"), "behaviours"),
+        (meta(behaviours='["a", "a"]'), "behaviours"),
+        (meta(behaviours="[[], {}]"), "behaviours"),
+        (meta(behaviours='["a"]'), "directions should have shape"),
+        (meta(behaviours="[" * 50_000), "metadata"),
+        (meta(model="3"), "model"),
+        (meta(config="[]"), "config"),
+        (meta(unavailable='{"a": "b"}'), "unavailable"),
+        (meta(left_out="null"), "left_out"),
+        (meta(surprise="1"), "surprise"),
+        (lambda header: header.update(extra=header["counts"]), "safetensors"),
+        (lambda header: header.update(extra=header.pop("means")), "means, extra"),
+        (lambda header: header["counts"].update(dtype="F64"), "counts"),
+        (lambda header: header["directions"].update(dtype="I32"), "directions"),
+        (lambda header: header["overall"].update(shape=[4, 3]), "shape"),
+        (lambda header: header["overall"].update(shape=[2**40, 2**40]), "safetensors"),
+    ],
+)  # fmt: skip
+def test_directions_that_were_not_written_here_are_named(
+    tmp_path, stored, capsys, change, words
+):
+    path = tmp_path / "vectors.safetensors"
+    stored.save(path)
+    rewritten(path, change)
+    with pytest.raises(BadFile, match=r"vectors\.safetensors") as caught:
+        SteeringVectors.load(path)
+    assert words in str(caught.value)
+    assert export.main([str(path), "--out", str(tmp_path / "out")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_what_is_written_is_read(tmp_path, stored):
+    stored.save(tmp_path / "v.safetensors")
+    found = SteeringVectors.load(tmp_path / "v.safetensors")
+    assert torch.equal(found.directions, stored.directions)
+    assert (found.behaviours, found.unavailable, found.left_out) == (
+        stored.behaviours, stored.unavailable, stored.left_out,
+    )  # fmt: skip
