@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -293,13 +294,13 @@ def collect(
         path: a cache of this computation, saved after every :data:`SAVE_EVERY` responses. Layer
             effects there that began the same work (model, dtype, directions, controls,
             objectives, ids, spans and positions) are taken up and completed; of a file with
-            more responses the first ones are returned and the file stays. Layer effects of any
-            other work are replaced.
+            more responses the first ones are returned and the file stays.
 
     Raises:
         ValueError: lists of different length or of other tasks, a task twice, targets without
             a direction, or effects that are not finite (naming the response).
-        artifacts.BadFile: ``path`` is a file of something else; it stays as it is.
+        StaleArtefact: ``path`` holds the effects of other work, which is named.
+        artifacts.BadFile: ``path`` is a file of something else. It stays as it is.
     """
     names = steering_vectors.behaviours
     targets = names if targets is None else tuple(targets)
@@ -321,6 +322,7 @@ def collect(
         means.digest(torch.cat([steering_vectors.directions, controls.directions])),
         str(model.dtype),
         ledger=ledger_of(annotations) | _counted(chosen),
+        weights=model.identity["weights"],
     ).resume(path, marks)
     result = held.first(len(pairs))
     work = _Work(model, steering_vectors, controls, tuple(objectives), max_rows)
@@ -329,7 +331,7 @@ def collect(
     with token_bar(sum(rows), "layer effects", enabled=progress) as bar:
         bar.skip(sum(rows[:done]))
         for place in range(done, len(pairs)):
-            found = work.of_response(*pairs[place], chosen[place], lambda n: bar.tick(0, n))
+            found = work.of_response(*pairs[place], chosen[place], partial(bar.tick, 0))
             result = result.plus(pairs[place][0].task_id, marks[place], found)
             if path is not None and len(result.response_ids) % SAVE_EVERY == 0:
                 result.save(path)

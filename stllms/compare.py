@@ -115,6 +115,7 @@ def _responses(
         return kept, None, _lacking(config, folder, asked, made, kept)
     model = models.for_run(config)
     folder.note(device=str(model.device), dtype=str(model.dtype))
+    folder.made_with(model.identity)
     made = generate.responses(model, asked, store=folder.rows(folder.responses), **options)
     folder.note(sampling_audit_responses=sampling.audit(made).recorded)
     return made, model, []

@@ -25,6 +25,7 @@ from torch import Tensor
 from stllms import artifacts, metrics
 from stllms.means import is_build, mark
 from stllms.metrics import bootstrap
+from stllms.provenance import StaleArtefact
 from stllms.records import Annotation, Response, is_control
 from stllms.vectors import default_layer
 
@@ -47,8 +48,9 @@ class LayerEffects:
     NaN where a response has no position of that kind. Keys are sorted, as a file has them: a
     run that was stopped and one that was not make the same tables. ``directions`` is a hash of
     those that were measured, ``dtype`` the model's, ``fingerprints`` holds the
-    :func:`fingerprint` of every response, ``ledger`` is :func:`ledger_of` all that was given.
-    A file of an earlier version has none of the last three.
+    :func:`fingerprint` of every response, ``ledger`` is :func:`ledger_of` all that was given,
+    ``weights`` the checksum of the model's (:attr:`stllms.models.Model.identity`). A file of an
+    earlier version has none of the last four.
     """
 
     effects: dict[str, Tensor]
@@ -59,6 +61,7 @@ class LayerEffects:
     dtype: str = ""
     fingerprints: tuple[str, ...] = ()
     ledger: dict[str, int] = field(default_factory=dict)
+    weights: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "effects", dict(sorted(self.effects.items())))
@@ -119,28 +122,44 @@ class LayerEffects:
             metadata.get("dtype", ""),
             tuple(metadata.get("fingerprints", ())),
             metadata.get("ledger", {}),
+            metadata.get("weights", ""),
         )
 
     def resume(self, path: Path | None, wanted: Sequence[str]) -> LayerEffects:
         """What ``path`` holds of the work of ``self`` on the responses with the fingerprints
-        ``wanted``, else ``self``.
+        ``wanted``; ``self`` where there is no file.
 
-        It is the same work if model, dtype, directions, behaviours and keys are equal and the
-        shorter of the two lists of fingerprints begins the longer one.
+        It is the same work if model, directions, behaviours and keys are equal and the shorter
+        of the two lists of fingerprints begins the longer one.
 
         Raises:
-            artifacts.BadFile: a file of something else than layer effects.
+            StaleArtefact: effects of other work, naming what is another one; the file stays.
+            BadFile: a file of something else than layer effects.
         """
         if path is None or not path.is_file():
             return self
         found = self.load(path)
         begun = found.fingerprints[: len(wanted)] == tuple(wanted)[: len(found.response_ids)]
-        same = begun and found._work == self._work
-        return replace(found, ledger=self.ledger) if same else self
+        other = [name for name, value in self._work.items() if found._work[name] != value]
+        other += [] if begun else ["responses, spans or sample of positions"]
+        if other:
+            raise StaleArtefact(
+                f"{path.name} was made with other {', '.join(other)}: --fresh of its notebook "
+                f"makes it again; or move {path} away"
+            )
+        return replace(found, ledger=self.ledger)
 
     @property
-    def _work(self) -> tuple[object, ...]:
-        return (self.model, self.dtype, self.directions, self.behaviours, tuple(self.effects))
+    def _work(self) -> dict[str, object]:
+        """What the effects depend on besides the responses, by name."""
+        return {
+            "model": self.model,
+            "weights": self.weights,
+            "dtype": self.dtype,
+            "directions or controls": self.directions,
+            "behaviours": self.behaviours,
+            "objectives or controls": tuple(self.effects),
+        }
 
 
 def null_key(control: str) -> str:

@@ -373,7 +373,7 @@ def _own_kernel(*, quiet: bool) -> Iterator[Path]:
     others. Kernels inherit the environment, thread limits included. Gives the file in which
     they say how far they are; with ``quiet`` that of the caller, else the null device.
     """
-    names = ("JUPYTER_PATH", pipeline.INSIDE, progress.CHANNEL, providers.STARTED)
+    names = ("JUPYTER_PATH", pipeline.INSIDE, providers.STARTED, progress.CHANNEL)
     old = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory(prefix="stllms-") as folder:
         spec = Path(folder) / "kernels" / "python3" / "kernel.json"
@@ -401,10 +401,10 @@ def _own_kernel(*, quiet: bool) -> Iterator[Path]:
         rest = [old["JUPYTER_PATH"]] if old["JUPYTER_PATH"] else []
         os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, *rest])
         os.environ[pipeline.INSIDE] = str(os.getpid())
+        os.environ[providers.STARTED] = str(Path.cwd())
         heard = old[progress.CHANNEL] or os.devnull  # by who called this runner, or nobody
         channel = Path(heard if quiet else Path(folder) / "progress.json")
         os.environ[progress.CHANNEL] = str(channel)
-        os.environ[providers.STARTED] = str(Path.cwd())
         try:
             yield channel
         finally:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Sequence
-from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from nnsight import TransformersModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from stllms import artifacts, config, detokenize, loading, registry, selfcheck
+from stllms import artifacts, config, detokenize, loading, selfcheck
 from stllms.loading import ModelError, pick_device, pick_dtype, quiet
 from stllms.provenance import digest
 from stllms.records import Response
@@ -101,24 +99,22 @@ class Model:
         self.fits = UNLIMITED
         self.norms: tuple[float, ...] = ()
         self.remarks: tuple[str, ...] = ()
-        #: Hash of the files, or the commit, that the weights were read from.
-        self.source: str | None = None
 
-    @cached_property
-    def identity(self) -> dict[str, str]:
-        """What a chain depends on of the model, by name: ``weights``, ``tokenizer``, ``chat
-        template``, ``dtype``. Of a model that was not loaded by :func:`load` the parameters
-        themselves are hashed."""
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What a chain depends on of the model, by name: ``dtype``, ``weights`` (a checksum of
+        every parameter as it is now, so that a change in place counts), ``tokenizer``, ``chat
+        template``, and the ``revision`` that a model of the hub was loaded at."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         words = (
             sorted(self.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
         )
-        template = getattr(self.tokenizer, "chat_template", None)
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
-            "weights": self.source or _hash_parameters(self.hf),
+            "weights": digest([_checksum(*item) for item in self.hf.state_dict().items()]),
             "tokenizer": digest(words),
-            "chat template": digest(template),
+            "chat template": digest(getattr(self.tokenizer, "chat_template", None)),
+            "revision": getattr(self.hf.config, "_commit_hash", None),
         }
 
     def __repr__(self) -> str:
@@ -328,9 +324,6 @@ def load(
     entry = config.resolve(str(name))
     hf, tokenizer = loading.read(entry, place, pick_dtype(dtype, place), quantization, revision)
     model = wrap(hf, tokenizer, name=entry.name)
-    commit = getattr(hf.config, "_commit_hash", None)
-    source = registry.content_of(entry)["weights"] or (commit and f"commit {commit}")
-    model.source = f"{source} {quantization}" if quantization else source
     model.self_check()
     return model
 
@@ -345,7 +338,7 @@ def for_run(setup: config.RunConfig) -> Model:
         quantization=setup.quantization,
         revision=setup.revision,
     )
-    noted = artifacts.Folder(setup).record().get("recorded", {})
+    noted = artifacts.Folder(setup, identity={}).record().get("recorded", {})
     if setup.batch_size is None and noted.get("device") == str(model.device):
         model.fits = noted.get("batch_size") or UNLIMITED
     return model
@@ -394,13 +387,12 @@ def _nnsight_model(hf: nn.Module, tokenizer: Any) -> Traced:
     return Traced(hf, tokenizer=tokenizer, task="text-generation", **placed)
 
 
-def _hash_parameters(hf: nn.Module) -> str:
-    """Sixteen hex digits of the names and bytes of all parameters and buffers."""
-    made = sha256()
-    for name, tensor in sorted(hf.state_dict().items()):
-        made.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        made.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return made.hexdigest()[:16]
+def _checksum(name: str, tensor: Tensor) -> str:
+    """Name, shape, type and the sum of the bits as whole numbers: exact, hence the same on
+    every device and in every order, where a sum of floats is not."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().contiguous().view(whole[tensor.element_size()])
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(bits.sum(dtype=torch.int64))}"
 
 
 def _eos_ids(hf: nn.Module, tokenizer: Any) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ REQUIRES: dict[str, tuple[str, ...]] = {
 #: What a stage must have left, besides the figures that its marker lists.
 ARTEFACTS: dict[str, tuple[str, ...]] = {
     "01_generate": ("responses.jsonl",),
-    "02_train_vectors": ("annotations.jsonl", "vectors.safetensors"),
+    "02_train_vectors": ("annotations.jsonl", "vectors.safetensors", "controls.safetensors"),
     "03_attribute_layers": ("layer_effects.safetensors",),
     "04_steer": ("steered.jsonl", "steering.csv"),
     "05_compare": (),

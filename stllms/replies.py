@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stllms import foreign
-from stllms.files import BadFile
+from stllms.provenance import BadFile
 
 try:
     import fcntl
@@ -146,7 +146,7 @@ class Store:
     def load(self) -> Store:
         """Read the file again. A last line that is no whole JSON was torn and is dropped.
 
-        Raises :class:`~stllms.files.BadFile`, one line that names file, line and field, for
+        Raises :class:`~stllms.provenance.BadFile`, one line that names file, line and field, for
         any other line that is not a stored reply.
         """
         self.rows, self.spent = {}, 0.0

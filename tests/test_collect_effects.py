@@ -11,6 +11,7 @@ import torch
 
 from stllms import artifacts, attribution, effects
 from stllms.effects import LayerEffects
+from stllms.provenance import StaleArtefact
 from stllms.records import Annotation, Response, TokenSpan
 from stllms.vectors import Controls, SteeringVectors, isotropic
 
@@ -115,17 +116,14 @@ def test_controls_are_measured_at_the_positions_of_every_behaviour(tiny_llama, v
     assert not only.effects.keys() & new, "the null is of the exact effect"
 
 
-def test_other_controls_are_measured_anew(collect, vectors, chains, tmp_path):
+def test_effects_beside_other_controls_are_refused(collect, vectors, chains, tmp_path):
     path = tmp_path / "e.safetensors"
-    for seed in (1, 2):
-        controls = some_controls(vectors, 1, seed)
-        fresh = collect(*chains, controls=controls)
-        assert same(collect(*chains, controls=controls, path=path), fresh)
-    renamed = replace(controls, names=("covariance:0",))
-    assert (
-        effects.null_key("covariance:0")
-        in collect(*chains, controls=renamed, path=path).effects
-    )
+    controls = some_controls(vectors, 1, 1)
+    collect(*chains, controls=controls, path=path)
+    with pytest.raises(StaleArtefact, match="other directions or controls"):
+        collect(*chains, controls=some_controls(vectors, 1, 2), path=path)
+    with pytest.raises(StaleArtefact, match="other objectives or controls"):
+        collect(*chains, controls=replace(controls, names=("covariance:0",)), path=path)
 
 
 def many(n: int, spans: int) -> tuple[list[Response], list[Annotation]]:
@@ -218,7 +216,7 @@ def test_effects_of_a_sample_are_means_over_its_positions(tiny_llama, vectors):
     assert found.ledger["positions a behaviour, controls"] == 2
 
 
-def test_another_sample_is_measured_anew_and_the_same_one_taken_up(collect, tmp_path, asked):
+def test_another_sample_is_refused_and_the_same_one_taken_up(collect, tmp_path, asked):
     made, labels = many(6, 6)
     path = tmp_path / "e.safetensors"
     collect(made, labels, n_positions=8, path=path)
@@ -226,9 +224,9 @@ def test_another_sample_is_measured_anew_and_the_same_one_taken_up(collect, tmp_
     again = collect(made, labels, n_positions=8, path=path)
     assert not asked
     for options in ({"n_positions": 6}, {"n_positions": 8, "seed": 1}):
-        want = collect(made, labels, **options)
-        assert not same(want, again)
-        assert same(collect(made, labels, **options, path=path), want)
+        assert not same(collect(made, labels, **options), again)
+        with pytest.raises(StaleArtefact, match="other responses, spans or sample"):
+            collect(made, labels, **options, path=path)
 
 
 def test_rows_are_as_many_as_their_logits_fit_into_the_budget(tiny_llama, monkeypatch):
@@ -359,38 +357,36 @@ def other_work(case, made, spans, vectors):
 
 
 @pytest.mark.parametrize(
-    "case",
-    ["spans", "labels", "ids", "order", "directions", "behaviours", "objectives"],
+    ("case", "named"),
+    [
+        *((case, "responses, spans or sample") for case in ("spans", "labels", "ids", "order")),
+        ("directions", "directions"),
+        ("behaviours", "behaviours"),
+        ("objectives", "objectives"),
+    ],
 )
-def test_a_file_of_other_work_is_replaced(collect, vectors, chains, tmp_path, case):
+def test_a_file_of_other_work_is_refused_by_name_and_stays(
+    collect, vectors, chains, tmp_path, case, named
+):
     path = tmp_path / "e.safetensors"
     collect(*chains, path=path)
-    given = other_work(case, *chains, vectors)
-    want = collect(**given)
-    assert same(collect(**given, path=path), want)
-    assert same(LayerEffects.load(path), want)
+    before = path.read_bytes()
+    with pytest.raises(StaleArtefact, match=rf"e\.safetensors was made with other .*{named}"):
+        collect(**other_work(case, *chains, vectors), path=path)
+    assert path.read_bytes() == before
 
 
-def test_a_file_of_another_model_or_dtype_is_replaced(collect, chains, tmp_path):
+def test_a_file_of_another_model_or_dtype_is_refused(collect, chains, tmp_path):
     path = tmp_path / "e.safetensors"
     collect(*chains, path=path)
+    first = LayerEffects.load(path)
     other = tiny.model("llama", seed=1)
-    other.name = "other"
-    want = collect(*chains, model=other)
-    assert same(collect(*chains, model=other, path=path), want)
+    other.name = first.model
+    with pytest.raises(StaleArtefact, match="other weights:"):
+        collect(*chains, model=other, path=path)
     other.hf.to(torch.bfloat16)
-    want = collect(*chains, model=other)
-    assert want.dtype == "torch.bfloat16"
-    assert same(collect(*chains, model=other, path=path), want)
-
-
-def test_a_file_of_an_earlier_version_is_replaced(collect, chains, tmp_path):
-    path = tmp_path / "e.safetensors"
-    want = collect(*chains)
-    old = {name: getattr(want, name) for name in ("response_ids", "behaviours", "model")}
-    zeros = {key: torch.zeros_like(values) for key, values in want.effects.items()}
-    artifacts.save_tensors(path, zeros, {**old, "directions": want.directions})
-    assert same(collect(*chains, path=path), want)
+    with pytest.raises(StaleArtefact, match="dtype"):
+        collect(*chains, model=other, path=path)
 
 
 def test_a_file_that_holds_no_layer_effects_is_refused_and_stays(

@@ -111,6 +111,15 @@ def test_another_question_or_prompt_style_is_noticed(folder):
         written(folder, tiny.model(), style="published")
 
 
+def test_a_change_of_the_weights_in_place_is_noticed(folder):
+    """By hand, in a notebook: the very model that wrote the first chains."""
+    model = tiny.model()
+    written(folder, model)
+    one_weight(model)
+    with pytest.raises(StaleArtefact, match="another weights"):
+        written(folder, model)
+
+
 def test_rows_that_nothing_is_known_of_are_not_taken_up(folder):
     written(folder, tiny.model())
     with folder.recorded.edit() as content:

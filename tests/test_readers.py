@@ -20,7 +20,7 @@ from stllms import foreign, inputs, records, sending
 from stllms.annotate import markup, protocols
 from stllms.annotate.replay import Replay
 from stllms.annotate.train import read_chains
-from stllms.files import BadFile
+from stllms.provenance import BadFile
 from stllms.records import Annotation, BadRow, PlacedSegment, Response, Steered, TokenSpan
 from stllms.replies import FILE, Reply, Store
 

@@ -18,7 +18,7 @@ from released_files import chains, layer_effects, mean_vectors
 
 from stllms import bench, compare, export, files, published_tables, released, vectors
 from stllms.config import RunConfig
-from stllms.files import BadFile
+from stllms.provenance import BadFile
 from stllms.loading import ModelError
 from stllms.vectors import SteeringVectors
 
@@ -286,7 +286,7 @@ def test_a_file_that_is_too_large_is_refused_unread(tmp_path, monkeypatch, read)
 def test_json_that_python_stumbles_over_is_named(tmp_path, content):
     path = tmp_path / "reasoning_comparison_x.json"
     path.write_text(content)
-    for read in (files.read_json, released.load_comparison):
+    for read in (provenance.read_json, released.load_comparison):
         with pytest.raises(BadFile, match=r"_x\.json: "):
             read(path)
 

@@ -81,7 +81,7 @@ class Replay:
 def _rows(store: Store) -> Iterator[Mapping[str, Any]]:
     """The rows that judges wrote; a folder may also hold an API model's responses.
 
-    Raises :class:`~stllms.files.BadFile` that names file, line and field where a row does not
+    Raises :class:`~stllms.provenance.BadFile` that names file, line and field where a row does not
     say what the judge was shown.
     """
     for number, row in store.numbered():

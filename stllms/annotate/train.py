@@ -24,7 +24,7 @@ import numpy as np
 
 from stllms import agreement, foreign, sentences, spans
 from stllms.annotate import card, features, markup, offline
-from stllms.files import BadFile, read_json
+from stllms.provenance import BadFile, read_json
 from stllms.records import (
     BEHAVIOURS,
     Annotation,
