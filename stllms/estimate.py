@@ -32,8 +32,7 @@ from stllms.records import (
     steered_from_row,
 )
 from stllms.replies import Request
-from stllms.steering import Arm
-from stllms.vectors import SteeringVectors
+from stllms.vectors import Controls, SteeringVectors
 
 #: What stands for a text that is not written yet, where a judge's prompt has to be measured.
 _SENTENCE = (
@@ -98,16 +97,12 @@ def _measured(config: RunConfig) -> Work:
 
 
 def _steered(config: RunConfig) -> Work:
-    asked, settings = tasks.for_run(config, "evaluate"), config.settings
+    settings, grids = config.settings, conditions(config)
     known = all(pipeline.has_run(stage, config) for stage in pipeline.REQUIRES["04_steer"])
     chains, calls = 0, []
-    for name, some, arms in (
-        ("steered.jsonl", asked, conditions(config)),
-        ("sweep.jsonl", asked[: settings.n_sweep], sweep_conditions(config)),
-    ):
+    for name, keys in grids.items():
         store = Rows(config.folder / name, STEERED_KEY)
         stored = {one.key: one for one in map(steered_from_row, store.load())}
-        keys = [arm.key(task.id) for task in some for arm in arms]
         lacking = sum(key not in stored for key in keys)
         bare = [
             one.response
@@ -151,38 +146,45 @@ _OF_STAGE = {
 }
 
 
-def conditions(config: RunConfig) -> list[Arm]:
-    """The conditions of notebook 04, without their directions: as many as there will be, or may
+def conditions(config: RunConfig) -> dict[str, list[tuple]]:
+    """The keys of the rows that notebook 04 writes, by file: as many as there will be, or may
     be where the directions are not made yet."""
-    vectors, layers = _directions(config)
-    coefficients = config.settings.coefficients
-    shape = (config.settings.random_directions, *vectors.overall.shape)
-    nulls = steering.null_arms(torch.zeros(shape), layers, coefficients)
-    return [*steering.arms(vectors, layers, coefficients), *nulls]
-
-
-def sweep_conditions(config: RunConfig) -> list[Arm]:
-    """The conditions of the layer sweep of notebook 04; none where nothing is swept."""
-    if not config.settings.n_sweep:
-        return []
-    vectors, _ = _directions(config, every_layer=True)
-    return steering.sweep_arms(vectors, config.settings.coefficients)
+    settings, asked = config.settings, tasks.for_run(config, "evaluate")
+    vectors, layers, controls = _directions(config)
+    arms = steering.arms(vectors, layers, settings.coefficients)
+    nulls = steering.control_arms(controls, layers, settings.coefficients)
+    some = tasks.for_controls(config, asked)
+    found = {
+        "steered.jsonl": [arm.key(task.id) for task in asked for arm in arms]
+        + [arm.key(task.id) for task in some for arm in nulls]
+    }
+    if settings.n_sweep:
+        vectors, _, controls = _directions(config, every_layer=True)
+        few = controls.first(steering.SWEPT_CONTROLS)
+        arms = steering.sweep_arms(vectors, settings.coefficients, few)
+        swept = asked[: settings.n_sweep]
+        found["sweep.jsonl"] = [arm.key(task.id) for task in swept for arm in arms]
+    return found
 
 
 def _directions(
     config: RunConfig, *, every_layer: bool = False
-) -> tuple[SteeringVectors, dict[str, int]]:
-    """The directions and steering layers of a run; before they are made, as many as there can
-    be, of width 1."""
-    folder = artifacts.Folder(config)
+) -> tuple[SteeringVectors, dict[str, int], Controls]:
+    """The directions, steering layers and controls of a run; before they are made, as many as
+    there can be, of width 1."""
+    folder, n = artifacts.Folder(config), config.settings.random_directions
     if all(pipeline.has_run(stage, config) for stage in pipeline.REQUIRES["04_steer"]):
-        layers = artifacts.read_json(folder / "steering_layers.json")
-        return SteeringVectors.load(folder.vectors), layers
+        return (
+            SteeringVectors.load(folder.vectors),
+            artifacts.read_json(folder / "steering_layers.json"),
+            Controls.load(folder / "controls.safetensors").first(n),
+        )
     layers = config.entry.steering_layers or {b: i for i, b in enumerate(STEERED)}
     n_layers = _n_layers(config) if every_layer else max(layers.values()) + 1
     zeros = torch.zeros(len(STEERED), n_layers, 1)
     counts = torch.zeros(len(STEERED), dtype=torch.long)
-    return SteeringVectors(STEERED, zeros, zeros, zeros[0], counts), layers
+    controls = Controls(tuple(f"control:{i}" for i in range(n)), torch.zeros(n, n_layers, 1))
+    return SteeringVectors(STEERED, zeros, zeros, zeros[0], counts), layers, controls
 
 
 def _n_layers(config: RunConfig) -> int:

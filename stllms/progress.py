@@ -19,11 +19,10 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from tqdm.auto import tqdm
 
@@ -35,8 +34,6 @@ CHANNEL = "STLLMS_PROGRESS"
 WINDOW, FEW = 60.0, 10
 #: Seconds between two changes that are remembered, and between two that are shown.
 STEP, SHOWN_EVERY = 0.1, 0.3
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -248,17 +245,6 @@ def _drawn(total: int) -> Iterator[Callable[[State], None]]:
             bar.set_description_str(state.text())
 
         yield draw
-
-
-def each(
-    items: Sequence[T], what: str, *, unit: str, done: int = 0, enabled: bool = True
-) -> Iterator[T]:
-    """The items one after the other, counted on a bar; ``done`` others were made before."""
-    with token_bar(done + len(items), what, unit=unit, enabled=enabled) as bar:
-        bar.skip(done)
-        for item in items:
-            yield item
-            bar.tick(0, 1)
 
 
 #: What is said before the name of every bar.

@@ -43,6 +43,8 @@ __all__ = [
 
 #: Tasks in a chunk: with all their arms the unit of refill, flush and resume.
 CHUNK = 20
+#: Control directions in the layer sweep of notebook 04.
+SWEPT_CONTROLS = 4
 
 
 def generate(

@@ -24,7 +24,7 @@ from stllms.annotate.judge import Judge
 from stllms.config import RunConfig
 from stllms.files import Rows
 from stllms.records import STEERED, STEERED_KEY, to_row
-from stllms.vectors import SteeringVectors
+from stllms.vectors import Controls, SteeringVectors
 
 TASKS = [
     {"id": f"t{i}", "category": "own", "content": f"What is {i} plus {i + 1}?", "answer": "3"}
@@ -93,21 +93,23 @@ def some_vectors(model) -> SteeringVectors:
 def test_steered_chains_and_the_sweep_are_as_many_as_estimated(config, tiny_llama, monkeypatch):
     config = RunConfig.from_dict({**config.to_dict(), "n_sweep": 2})
     before = work("04_steer", config)
-    # 4 tasks x (plain + 4 behaviours x 3 + 3 controls x 4 layers x 3), 2 x (plain + 4 x 4 x 2)
-    assert (before.chains, before.at_most) == (4 * (1 + 12 + 36) + 2 * (1 + 32), True)
+    # 4 tasks x (plain + 4 behaviours x 3 + 3 controls x 4 layers x 3), 2 x (plain + 7 x 4 x 2)
+    assert (before.chains, before.at_most) == (4 * (1 + 12 + 36) + 2 * (1 + 56), True)
     assert before.tokens == 12 * before.chains
 
     folder, vectors = artifacts.Folder(config).open(), some_vectors(tiny_llama)
     layers = dict(zip(STEERED, (1, 2, 1, 2), strict=True))
     vectors.save(folder.vectors)
+    names = ("shuffled:0", "covariance:0", "shuffled:1")
+    controls = Controls(names, torch.randn(3, *vectors.overall.shape))
+    controls.save(folder / "controls.safetensors")
     artifacts.write_json(folder / "steering_layers.json", layers)
     monkeypatch.setattr(pipeline, "has_run", lambda stage, config: stage < "04")
     left = work("04_steer", config)
     assert not left.at_most
-    nulls = torch.randn(3, *vectors.overall.shape)
     arms = steering.arms(vectors, layers, config.settings.coefficients)
-    arms += steering.null_arms(nulls, layers, config.settings.coefficients)
-    sweep = steering.sweep_arms(vectors, config.settings.coefficients)
+    arms += steering.control_arms(controls, layers, config.settings.coefficients)
+    sweep = steering.sweep_arms(vectors, config.settings.coefficients, controls)
     asked, options = tasks.for_run(config, "evaluate"), generate.options(config)
     written = 0
     for name, some, every in (("steered", asked, arms), ("sweep", asked[:2], sweep)):
@@ -117,7 +119,7 @@ def test_steered_chains_and_the_sweep_are_as_many_as_estimated(config, tiny_llam
         written += lines(path)
         left_now = work("04_steer", config)
         assert left_now.chains == left.chains - written
-    assert written == left.chains == 4 * (1 + 9 + 18) + 2 * (1 + 3 * 4 * 2)
+    assert written == left.chains == 4 * (1 + 9 + 18) + 2 * (1 + 6 * 4 * 2)
 
 
 # -- judges and APIs ---------------------------------------------------------------------------
@@ -145,6 +147,9 @@ def test_a_judge_is_asked_once_a_chain_and_paid_by_its_price(config, tmp_path):
     assert longer.tokens_in - call.tokens_in == 5 * 100, "the chains, and the prompts around"
     (found,) = work("04_steer", judged(config, "openai:dear")).calls
     assert found.calls == work("04_steer", config).chains
+    few = judged(config, "openai:dear", n_control=1)
+    (found,) = work("04_steer", few).calls
+    assert found.calls == work("04_steer", few).chains == 4 * (1 + 12) + 1 * 36
     assert work("02_train_vectors", config).calls == ()
 
 
@@ -176,7 +181,8 @@ def test_what_a_judge_has_answered_or_labelled_is_not_paid_again(config, tiny_ll
     body = {"choices": [{"message": {"content": '["deduction"]x["end-section"]'}}]}
     with replies.Store(config.folder / "judge").writing() as store:
         key = request.key("dear")
-        store.append({"key": key, "status": "answered", "body": body, "name": "t0"})
+        row = {"key": key, "status": "answered", "body": body, "name": "t0", "model": "dear"}
+        store.append({**row, "identity": {}, "about": {}, "reason": None})
     assert work("02_train_vectors", config).n_calls == 4
     label = records.Annotation(made[1].task_id, config.annotator)
     folder.rows(folder.annotations, stage.KEY).append([to_row(label)])

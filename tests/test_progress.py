@@ -205,13 +205,6 @@ def test_a_kernel_tells_a_few_times_a_second_at_most(monkeypatch, tmp_path):
     assert written[-1].done == 5000, "the last one is never left out"
 
 
-def test_items_are_counted_and_those_before_them_too(monkeypatch, tmp_path):
-    monkeypatch.setenv(progress.CHANNEL, str(tmp_path / "told"))
-    assert list(progress.each("abc", "digging", unit="holes", done=4)) == ["a", "b", "c"]
-    told = progress.read(tmp_path / "told")
-    assert (told.done, told.total, told.made, told.unit) == (7, 7, 3, "holes")
-
-
 def test_rows_that_start_again_after_a_full_memory_are_counted_once(monkeypatch):
     real, told = decode._advance, []
 
