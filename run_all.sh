@@ -14,14 +14,20 @@ say() { printf '%s\n' "$*" >&2; }
 # Whether an interpreter has the package (not merely this folder) and what its tests need.
 complete() {
   "$1" -I -c 'import importlib.util as u, sys
-names = "stllms torch transformers nnsight papermill nbval pytest ruff hypothesis".split()
-sys.exit(any(u.find_spec(name) is None for name in names))' 2>/dev/null
+names = "stllms torch transformers nnsight papermill nbval pytest ruff hypothesis nh3 dotenv psutil"
+sys.exit(any(u.find_spec(name) is None for name in names.split()))' 2>/dev/null
 }
 
 install_into() {
   say "installing stllms into $2 (the first time takes some minutes) ..."
   "$1" -m pip install --quiet --disable-pip-version-check --no-compile \
     -c "$root/constraints.txt" -e "$root[test]" >&2
+  # On all cores, which pip does on one: without it every kernel compiles thousands of files as
+  # it starts, wherever Python may not write beside them. Templates that are no Python are left.
+  "$1" - >/dev/null 2>&1 <<'PYTHON'
+import compileall, sysconfig
+compileall.compile_dir(sysconfig.get_path("purelib"), quiet=2, workers=0)
+PYTHON
 }
 
 # The first python of a supported version, 3.11 first: constraints.txt was made with it.

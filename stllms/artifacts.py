@@ -35,6 +35,7 @@ from stllms.provenance import (
     read_json,
     write_json,
 )
+from stllms.records import STEERED_KEY, from_rows, response_from_row
 from stllms.released import load_comparison, load_layer_effects, load_torch, published
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ RECORDED = ("torch", "transformers", "nnsight", "numpy", "scipy", "pandas", "mat
 #: Packages of extras, recorded where they are installed.
 EXTRAS = ("reasoning-gym", "gguf")
 
+
+#: How the values of ``run.json`` begin that hold a sampling audit; the rows' name follows.
+AUDIT = "sampling_audit_"
 
 #: The artefacts of DESIGN, and the sums of a collection under way.
 STANDARD = (
@@ -351,7 +355,7 @@ def verify(folder: str | Path) -> list[Finding]:
     Each artefact: is it there, do its bytes hash to what was recorded, does it hold as many
     rows, are its tensors finite, was it made from the artefacts that are there now? The model:
     are its weights, tokenizer and chat template those of the run, where they are on this
-    machine? Files in ``left_out`` (a copy of a run without its largest files) are known by hash
+    machine? The chains: does the sampling audit of their rows pass? Files in ``left_out`` (a copy of a run without its largest files) are known by hash
     only. Raises :class:`BadFile` where there is no run.
     """
     root = Path(folder)
@@ -380,6 +384,10 @@ def _verified(run: Path) -> Iterator[Finding]:
             yield Finding(name, not why, f"made from something else: {why}" if why else said)
         except ValueError as error:
             yield Finding(name, False, str(error))
+    for key in content.get("recorded", {}):
+        path = run / f"{key.removeprefix(AUDIT)}.jsonl"
+        if key.startswith(AUDIT) and path.is_file():
+            yield _audited(path)
 
 
 def _contents(path: Path, entry: Mapping[str, Any], content: Mapping[str, Any]) -> str:
@@ -408,6 +416,20 @@ def _contents(path: Path, entry: Mapping[str, Any], content: Mapping[str, Any]) 
             raise BadFile(f"not finite: {', '.join(broken)}")
         return f"{len(tensors)} tensors, whole"
     return f"{path.stat().st_size} bytes, whole"
+
+
+def _audited(path: Path) -> Finding:
+    """The sampling audit of a file of chains, computed from its rows."""
+    from stllms import sampling  # torch
+
+    name = f"sampling audit of {path.name}"
+    keys = {"responses.jsonl": ("task_id",)}
+    try:
+        rows = Rows(path, keys.get(path.name, STEERED_KEY)).load()
+        chains = from_rows((row.get("response", row) for row in rows), response_from_row, path)
+        return Finding(name, True, sampling.audit(chains).check().line)
+    except (ValueError, sampling.SamplingError) as error:
+        return Finding(name, False, str(error))
 
 
 def _same_model(content: Mapping[str, Any]) -> Finding | None:

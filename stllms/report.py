@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllms import claims, files, pipeline, provenance
-from stllms.artifacts import BadFile
+from stllms.artifacts import AUDIT, BadFile
 from stllms.config import MODELS, RunConfig
 from stllms.terminal import plain
 
@@ -28,8 +28,6 @@ NAME = "report.html"
 COMPARISON = "comparison"
 #: The verdict of a claim that nothing speaks to yet begins like this.
 NEEDS = "needs the model"
-#: How the values of ``run.json`` begin that hold a sampling audit.
-AUDIT = "sampling_audit_"
 #: The figures of the summary, as far as they were made; the first one is large.
 FIRST = ("steering", "layer_effects_grid", "cosine_heatmap")
 
