@@ -355,8 +355,9 @@ def verify(folder: str | Path) -> list[Finding]:
     Each artefact: is it there, do its bytes hash to what was recorded, does it hold as many
     rows, are its tensors finite, was it made from the artefacts that are there now? The model:
     are its weights, tokenizer and chat template those of the run, where they are on this
-    machine? The chains: does the sampling audit of their rows pass? Files in ``left_out`` (a copy of a run without its largest files) are known by hash
-    only. Raises :class:`BadFile` where there is no run.
+    machine? The chains: does the sampling audit of their rows pass? Files in ``left_out`` (a
+    copy of a run without its largest files) are known by hash only. Raises :class:`BadFile`
+    where there is no run.
     """
     root = Path(folder)
     runs = sorted(path.parent for path in root.rglob(RUN))
