@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from stllms import artifacts, attribution, effects
+from stllms import artifacts, attribution, effects, progress
 from stllms.effects import LayerEffects
 from stllms.provenance import StaleArtefact
 from stllms.records import Annotation, Response, TokenSpan
@@ -239,30 +239,15 @@ def test_rows_are_as_many_as_their_logits_fit_into_the_budget(tiny_llama, monkey
     assert attribution.rows_of(tiny_llama) == attribution.MAX_ROWS
 
 
-def test_the_bar_counts_the_rows_that_are_patched(collect, vectors, monkeypatch):
-    seen = []
-
-    class Bar:
-        def __init__(self, **options):
-            seen.append(options)
-            self.n = options["initial"]
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            seen.append(self.n)
-
-        def update(self, n):
-            self.n += n
-
-    monkeypatch.setattr(attribution, "tqdm", Bar)
+def test_the_bar_counts_the_rows_that_are_patched(collect, vectors, monkeypatch, tmp_path):
+    monkeypatch.setenv(progress.CHANNEL, str(tmp_path / "told"))
     made, labels = many(6, 6)
-    collect(made, labels, n_positions=8, controls=some_controls(vectors, 3))
+    options = {"n_positions": 8, "controls": some_controls(vectors, 3), "progress": True}
+    collect(made, labels, **options)
     # Two behaviours, 8 own and 8 other positions, 2 with 3 controls, all layers; 6 gradients.
     rows = vectors.n_layers * 2 * (8 + 8 + 2 * 3) + 6
-    assert seen[0]["total"] == rows
-    assert seen[1] == rows
+    told = progress.read(tmp_path / "told")
+    assert (told.what, told.done, told.total) == ("layer effects", rows, rows)
 
 
 def same(found: LayerEffects, want: LayerEffects) -> bool:

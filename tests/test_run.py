@@ -205,9 +205,8 @@ def test_fresh_deletes_what_the_package_wrote_and_nothing_else(place):
 
 
 def test_a_killed_run_goes_on_where_it_was(place):
-    work = WORK.format(
-        stage="02_train_vectors", names=["annotations.jsonl", "vectors.safetensors"]
-    )
+    stage = "02_train_vectors"
+    work = WORK.format(stage=stage, names=list(pipeline.ARTEFACTS[stage]))
     kill = (
         "import os, signal\n"
         + "once = folder / 'once'\n"
