@@ -48,21 +48,38 @@ PROG = "python -m stllms.run"
 
 #: Options of the command line that are fields of ``RunConfig``: flag, type, metavar, help.
 SINGLE: tuple[tuple[str, type, str, str], ...] = (
-    ("--judge", str, "WHO", "grammar, lexical, offline, openai:MODEL or replay:FOLDER"),
+    (
+        "--judge",
+        str,
+        "WHO",
+        "who labels the chains: grammar, lexical, offline, openai:MODEL (an API) or "
+        "replay:FOLDER (default: grammar for the embedded models, else offline)",
+    ),
     ("--results", str, "DIR", "folder for the runs (default: results/, or STLLMS_RESULTS)"),
     ("--seed", int, "N", "seed of all sampling"),
-    ("--n-samples", int, "N", "tasks that the directions are built from"),
+    (
+        "--n-samples",
+        int,
+        "N",
+        "tasks that the directions are built from (default: the profile's, as below)",
+    ),
     ("--n-evaluate", int, "N", "tasks that steering is evaluated on"),
-    ("--max-tokens", int, "N", "limit of new tokens, for the comparison as well"),
+    ("--max-tokens", int, "N", "limit of new tokens a chain, in the comparison too"),
     ("--temperature", float, "NUMBER", "0 is greedy"),
-    ("--batch-size", int, "N", "rows decoded at once"),
+    ("--batch-size", int, "N", "chains written at once (default: what suits the device)"),
     ("--device", str, "DEVICE", "auto, cpu, mps, cuda, cuda:N"),
     ("--dtype", str, "DTYPE", "auto, float32, bfloat16, float16"),
     ("--quantization", str, "BITS", "8bit or 4bit (CUDA and bitsandbytes)"),
     ("--revision", str, "COMMIT", "revision of the model on the hub"),
-    ("--tasks", str, "SET", "grammar, messages, checkable, gym:NAME, or a JSONL file"),
+    (
+        "--tasks",
+        str,
+        "SET",
+        "grammar, messages, checkable, gym:NAME, or a JSONL file (default: grammar "
+        "for the embedded models, else messages)",
+    ),
     ("--base-url", str, "URL", "OpenAI-compatible server of a judge or an API model"),
-    ("--max-cost", float, "USD", "bound in US dollars of each judge and each API model"),
+    ("--max-cost", float, "USD", "bound on what each judge and each API model may cost"),
     ("--published", str, "DIR", "folder of the paper's released files; alone: draws them"),
 )
 
@@ -99,7 +116,11 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"registry name, {OTHERS}; may be repeated (default: tiny-thinker)",
     )
-    made.add_argument("--profile", metavar="NAME", help=f"{', '.join(PROFILES)}: see below")
+    made.add_argument(
+        "--profile",
+        metavar="NAME",
+        help=f"how much to do: {', '.join(PROFILES)} (default: default); see below",
+    )
     for flag, kind, word, text in SINGLE:
         made.add_argument(flag, type=kind, metavar=word, help=text)
     made.add_argument(
@@ -109,8 +130,12 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="any other field of RunConfig, see below; may be repeated",
     )
-    made.add_argument("--from", dest="first", metavar="NOTEBOOK", help="first one, 01 to 05")
-    made.add_argument("--to", dest="last", metavar="NOTEBOOK", help="last one, 01 to 05")
+    made.add_argument(
+        "--from", dest="first", metavar="NOTEBOOK", help="first notebook to run, 01 to 05"
+    )
+    made.add_argument(
+        "--to", dest="last", metavar="NOTEBOOK", help="last notebook to run, 01 to 05"
+    )
     made.add_argument(
         "--fresh",
         nargs="?",
@@ -119,7 +144,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         help="delete the run's files first; with NOTEBOOK (01 to 05) those of it and of later "
         "ones that rest on it",
     )
-    made.add_argument("--quiet", action="store_true", help="show no estimate and no progress")
+    made.add_argument(
+        "--quiet", action="store_true", help="show neither the estimate nor the progress"
+    )
     made.add_argument("--list-models", action="store_true", help="list the registry and stop")
     made.add_argument("--configuration", help=argparse.SUPPRESS)
     return made

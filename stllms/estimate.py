@@ -34,7 +34,8 @@ from stllms.records import (
 from stllms.replies import Request
 from stllms.vectors import Controls, SteeringVectors
 
-#: What stands for a text that is not written yet, where a judge's prompt has to be measured.
+#: What stands for a text that is not written yet, where a judge is to be paid for it. It has
+#: 21 tokens; the released chains of three R1 distillations have 19 to 21 a sentence.
 _SENTENCE = (
     "So the next thing to find out is whether this holds for the number that was given. "
 )

@@ -606,7 +606,7 @@ def test_kernels_of_a_run_know_where_it_was_started(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(providers.STARTED, raising=False)
     (tmp_path / ".env").write_text("STLLMS_API_KEY=mine\n")
-    with execute._own_kernel():
+    with execute._own_kernel(quiet=True):
         monkeypatch.chdir("/")  # as a kernel, which works beside its notebook
         assert providers.setting(providers.KEY) == "mine"
     assert providers.setting(providers.KEY) is None

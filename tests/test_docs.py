@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from stllms import cli, pipeline, run
+from stllms import cli, estimate, pipeline, run
 from stllms.config import MODELS, RunConfig, slug
 from stllms.ledger import MARKS
 
@@ -332,23 +332,32 @@ def test_the_small_run_is_in_the_docs():
     assert SMOKE in [command for _, _, command in COMMANDS]
 
 
-def test_the_chains_that_a_judge_is_paid_for_are_counted_as_the_page_says(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    judge_cost = importlib.import_module("judge_cost")
+def test_the_chains_that_a_judge_is_paid_for_are_counted_as_the_page_says(tmp_path):
+    def said(setup):
+        made = estimate.works([(stage, setup) for stage in ("02_train_vectors", "04_steer")])
+        (total,) = estimate._sum(call for work in made for call in work.calls)
+        return total.calls, f"{total.cost:.2f} dollars"
+
     page = (ROOT / "docs" / "gpu_and_costs.md").read_text(encoding="utf-8")
     for name, layers in (
         ("DeepSeek-R1-Distill-Qwen-1.5B", 3),
         ("DeepSeek-R1-Distill-Llama-8B", 1),
     ):
-        setup = RunConfig(model=f"deepseek-ai/{name}", profile="paper", judge="openai:gpt-4.1")
+        setup = RunConfig(
+            model=f"deepseek-ai/{name}",
+            profile="paper",
+            judge="openai:gpt-4.1",
+            results=str(tmp_path),
+        )
         # 500 to build from, 50 plain and with four behaviours up and down, ten controls up and
         # down at every layer on ten tasks, or on all fifty.
         before = 500 + 50 * (1 + 8) + 50 * 20 * layers
         after = 500 + 50 * (1 + 8) + 10 * 20 * layers
-        assert sum(judge_cost.numbers(setup).values()) == after
-        assert sum(judge_cost.numbers(replace(setup, n_control=50)).values()) == before
+        everywhere, here = said(replace(setup, n_control=50)), said(setup)
+        indexed = said(replace(setup, judge="openai:gpt-4.1#indexed"))
+        assert (everywhere[0], here[0], indexed[0]) == (before, after, after)
         row = next(
             line for line in page.splitlines() if line.startswith(f"| {name[9:]} | {before}")
         )
-        assert f"{before} chains" in row
-        assert f"{after} chains" in row
+        cells = [f"{before} chains, {everywhere[1]}", f"{after} chains, {here[1]}", indexed[1]]
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == cells

@@ -138,7 +138,11 @@ def test_the_first_chains_of_a_model_tell_how_long_its_others_take(tmp_path, cap
 def test_ctrl_c_says_in_one_line_what_is_kept_and_how_to_go_on(place):  # noqa: F811
     wait = 'import time\n(folder / "responses.jsonl").write_text("{}\\n" * 7)\ntime.sleep(60)'
     write_notebook(place / "notebooks", "01_generate", work=wait)
-    command = [sys.executable, "-m", "stllms.run", "--to", "01", "--quiet", "--fresh"]
+    code = (  # who runs the tests in the background ignores SIGINT, and so would the runner
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from stllms import run\nsys.exit(run.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "--to", "01", "--quiet", "--fresh"]
     runner = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place
     )
