@@ -206,7 +206,7 @@ def _make(config: RunConfig) -> None:
         flush=True,
     )
     try:
-        pipeline.ensure(STEERS, config)
+        pipeline.prepare(STEERS, config)
     except ChangedConfiguration as error:
         raise ValueError(
             f"{error}. It has no directions yet: finish it (stllms run, with its own "

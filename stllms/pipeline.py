@@ -246,20 +246,35 @@ def ensure(stage: str, config: RunConfig) -> Folder:
     as :func:`check` does, ``LockedFolder`` where another process writes or reads what this
     stage writes, :class:`StageError` with the failing notebook and cell if one of them fails.
     """
-    check(stage, config)
+    prepare(stage, config)
     if not os.environ.get(INSIDE):
-        refusals.check(config, pending([stage], config, again=False), asked=[stage])
-        missing = pending(REQUIRES[stage], config, again=False)
-        if missing:
-            print(f"{stage} needs {', '.join(missing)}: running this first", flush=True)
-            _run_headless(missing, config)
-            check(stage, config)  # what it reads may be another thing now
         renew(stage, config)
         _hold(stage, config)
+        _print_estimate(stage, config)
     folder = folder_of(stage, config).open()
     folder.kept.clear()
     _begun[stage, folder.path] = time.monotonic()
     return folder
+
+
+def prepare(stage: str, config: RunConfig) -> None:
+    """Runs the earlier notebooks that have not run; raises what :func:`ensure` raises."""
+    check(stage, config)
+    if os.environ.get(INSIDE):
+        return
+    refusals.check(config, pending([stage], config, again=False), asked=[stage])
+    missing = pending(REQUIRES[stage], config, again=False)
+    if missing:
+        print(f"{stage} needs {', '.join(missing)}: running this first", flush=True)
+        _run_headless(missing, config)
+        check(stage, config)  # what it reads may be another thing now
+
+
+def _print_estimate(stage: str, config: RunConfig) -> None:
+    from stllms import estimate  # it brings torch
+
+    if said := estimate.line(stage, config):
+        print(said, flush=True)
 
 
 def _hold(stage: str, config: RunConfig) -> None:
