@@ -120,7 +120,7 @@ _CLAUDE_THINKS: dict[str, Any] = {"reasoning": {"effort": "high"}, "temperature"
 
 #: Layers at which the embedded thinking model is steered: what
 #: :func:`stllms.organism.directions.best` reads in the layer sweep beside its folder.
-TINY_THINKER_LAYERS: dict[str, int] | None = _layers(4, 4, 4, 4)
+TINY_THINKER_LAYERS: dict[str, int] | None = _layers(4, 4, 3, 4)
 #: The largest coefficient of each behaviour that leaves the text whole there: the column of
 #: ``results/reference/full/tiny-thinker/steering_suggested.csv`` for the sign ``+``.
 TINY_THINKER_COEFFICIENTS: dict[str, float] = {
