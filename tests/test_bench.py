@@ -142,7 +142,7 @@ def no_child(monkeypatch):
     ran = iter([False, True, True])
     monkeypatch.setattr(pipeline, "has_run", lambda *_: next(ran))
     monkeypatch.setattr(pipeline, "LOOK", 0.0)
-    return lambda stages, config: pipeline._show_stages(stages, config, child)
+    return lambda stages, config: pipeline._show_stages(stages, config, child, int)
 
 
 def test_another_judge_profile_and_seed_are_no_reason_to_refuse_a_run(run, model, results):

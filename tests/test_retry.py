@@ -159,6 +159,7 @@ folder.rows(folder.annotations, ("task_id", "annotator")).write(rows)
 import torch
 made = {"directions": torch.full((1,), float(failed is None))}
 folder.save_tensors(folder.vectors, made, {})
+folder.save_tensors(folder / "controls.safetensors", made, {})
 log = folder.path.parent / "log.txt"
 log.open("a").write("02_train_vectors " + config.model + chr(10))"""
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
 import naive_sampling
 import numpy as np
 import pytest
+import tiny
 import torch
 from scipy import stats
 
-from stllms import artifacts, decode, generate, records, sampling, steering
+from stllms import artifacts, decode, generate, sampling, steering
 from stllms.records import Response, Task
 
 REAL = 151_936  # the vocabulary of Qwen2.5
@@ -457,18 +459,19 @@ def test_a_resumed_run_audits_all_its_tokens(tiny_llama, asked, tmp_path, monkey
     wanted = sampling.audit(made)
     assert wanted.tokens == sum(len(one.output_ids) for one in made)
     assert sampling.audit(generate.read(whole)) == wanted
-    cut = artifacts.Rows(tmp_path / "cut.jsonl")
-    cut.path.write_bytes(b"".join(whole.path.read_bytes().splitlines(keepends=True)[:4]))
+    lines = whole.path.read_bytes().splitlines(keepends=True)
+    cut = tiny.killed(whole, "cut.jsonl", b"".join(lines[:4]))
     again = generate.responses(tiny_llama, asked, store=cut, **OPTIONS)
     assert sampling.audit(again) == wanted
 
 
 def test_rows_of_before_the_audit_are_read_and_counted(tiny_llama, asked, tmp_path):
-    made = generate.responses(tiny_llama, asked[:2], **OPTIONS)
-    rows = [records.to_row(one) for one in made]
+    whole = artifacts.Rows(tmp_path / "whole.jsonl")
+    made = generate.responses(tiny_llama, asked[:2], store=whole, **OPTIONS)
+    rows = whole.load()
     del rows[0]["audit"]
-    store = artifacts.Rows(tmp_path / "old.jsonl")
-    store.append(rows)
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    store = tiny.killed(whole, "old.jsonl", b"".join(lines))
     found = generate.responses(tiny_llama, asked[:2], store=store, **OPTIONS)
     assert found == made
     assert sampling.audit(found).unaudited == 1
