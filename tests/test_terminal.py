@@ -115,7 +115,8 @@ def test_annotate_and_its_errors(capsys, tmp_path):
     assert cli.main(["annotate", str(path), "--judge", "lexical"]) == 0
     out, err = capsys.readouterr()
     assert obeyed(out + err) == []
-    assert json.loads(out.splitlines()[0])["task_id"] == EVIL
+    whole = EVIL.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert json.loads(out.splitlines()[0])["task_id"] == whole, "half a pair is no text"
     assert "\\u001b" in err
 
 
