@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stllms import artifacts
+from stllms import artifacts, provenance
 from stllms.means import MIN_SPANS, PARTS, TENSORS, Means, digest, is_build, mark, part_of
 from stllms.models import Model
 from stllms.progress import token_bar
@@ -175,7 +175,7 @@ def collect(
                 if path is not None and done // SAVE_EVERY > before // SAVE_EVERY:
                     _save(path, means, identity, done)
     if path is not None:
-        path.unlink(missing_ok=True)
+        provenance.remove(path)
     return means
 
 

@@ -31,7 +31,7 @@ class Example(NamedTuple):
 
 #: What the help shows first. Hand-picked: on many questions it shows less (notebook 04).
 EXAMPLE = Example(
-    "Ben has 4 coins and gets 3 more. How many coins does Ben have?", "backtracking", 1.0, 5
+    "Ben has 4 coins and gets 3 more. How many coins does Ben have?", "backtracking", 1.0, 31
 )
 
 EXAMPLES = f"""examples:

@@ -172,6 +172,13 @@ def check(path: str | Path) -> None:
         record.check(path)
 
 
+def remove(path: Path) -> None:
+    """Deletes a file that is done with; the record of the run forgets it."""
+    path.unlink(missing_ok=True)
+    if (record := Record.around(path)) is not None:
+        record.forget([record.name(path)])
+
+
 # -- the record of a run -----------------------------------------------------------------
 
 

@@ -440,6 +440,14 @@ def test_the_command_says_what_does_not_hold(folder, capsys):
     assert cli.main(["verify", str(folder.path / "figures")]) == 2
 
 
+def test_a_file_that_is_done_with_is_forgotten(folder):
+    fill(folder)
+    folder.save_tensors(folder.collecting, {"values": torch.ones(3)}, {})
+    provenance.remove(folder.collecting)
+    assert not folder.collecting.exists()
+    assert [one for one in artifacts.verify(folder.path) if not one.holds] == []
+
+
 def test_files_left_out_of_a_copy_are_known_by_their_hash(folder):
     fill(folder)
     (folder / "steered.jsonl").unlink()
