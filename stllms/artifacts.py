@@ -380,7 +380,7 @@ def _verified(run: Path) -> Iterator[Finding]:
         yield found
     for name, entry in sorted(content["artefacts"].items()):
         try:
-            said = _contents(run / name, entry, content)
+            said = _contents(run / name, entry, left_out=name in content.get("left_out", ()))
             why = record.stale(name)
             yield Finding(name, not why, f"made from something else: {why}" if why else said)
         except ValueError as error:
@@ -391,12 +391,12 @@ def _verified(run: Path) -> Iterator[Finding]:
             yield _audited(path)
 
 
-def _contents(path: Path, entry: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+def _contents(path: Path, entry: Mapping[str, Any], *, left_out: bool) -> str:
     """What a file holds, in words; ``ValueError`` where that is not what was recorded."""
     if not path.is_file():
         if not entry["bytes"]:
             return "nothing was written yet"
-        if path.name in content.get("left_out", ()):
+        if left_out:
             return f"left out here, known by its hash {entry['sha256'][:12]}"
         raise BadFile("is not there")
     check(path)

@@ -450,12 +450,15 @@ def test_a_file_that_is_done_with_is_forgotten(folder):
 
 def test_files_left_out_of_a_copy_are_known_by_their_hash(folder):
     fill(folder)
-    (folder / "steered.jsonl").unlink()
+    names = ["steered.jsonl", "figures/bars.pdf"]
+    for name in names:
+        (folder / name).unlink()
     with folder.recorded.edit() as content:
-        content["left_out"] = ["steered.jsonl"]
+        content["left_out"] = names
     found = {one.artefact: one for one in artifacts.verify(folder.path)}
-    assert found["steered.jsonl"].holds
-    assert "left out" in found["steered.jsonl"].said
+    for name in names:
+        assert found[name].holds
+        assert "left out" in found[name].said
 
 
 def test_another_model_under_the_name_does_not_verify(saved, tmp_path):
