@@ -218,9 +218,9 @@ class Folder:
         for name, value in identity.items():
             if old.get(name) != value:
                 raise StaleArtefact(
-                    f"{self.label} was made with another {name} of the model: "
-                    f"{old.get(name)!r} then, {value!r} now; use --fresh to replace it, or "
-                    "another --results"
+                    f"{self.label}: the {name} of the model changed, {old.get(name)!r} when "
+                    f"the run was made, {value!r} now; use --fresh to replace it, or another "
+                    "--results"
                 )
 
     def mark(self, stage: str, marker: Mapping[str, Any]) -> None:
@@ -445,7 +445,7 @@ def _same_model(content: Mapping[str, Any]) -> Finding | None:
     known = {name: value for name, value in now.items() if value is not None}
     changed = [name for name, value in known.items() if identity.get(name) not in (None, value)]
     if changed:
-        return Finding("model", False, f"another {', '.join(changed)} than the run's")
+        return Finding("model", False, f"changed since the run: {', '.join(changed)}")
     return Finding("model", True, f"{', '.join(known) or 'nothing'} as recorded")
 
 

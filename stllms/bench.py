@@ -186,9 +186,9 @@ def _as_the_run(config: RunConfig) -> RunConfig:
         then = identity.get(name)
         if then != now and (name != "revision" or None not in (then, now)):
             raise ValueError(
-                f"{folder.label}: its directions are of another {name} of the model ({then} "
-                f"then, {now} now): make them again (stllms run --fresh), or name a file "
-                "(--vectors)"
+                f"{folder.label}: the {name} of the model changed since its directions were "
+                f"made ({then} then, {now} now): make them again (stllms run --fresh), or name "
+                "a file (--vectors)"
             )
     return made
 

@@ -66,8 +66,9 @@ class Rows:
         for name, value in made_from.items():
             if name in old and old[name] != value:
                 raise StaleArtefact(
-                    f"{self.path.name} was made with another {name}: {old[name]!r} then, "
-                    f"{value!r} now. --fresh makes it again; or move {self.path} away"
+                    f"{self.path.name} is stale: {name} changed, {old[name]!r} when its rows "
+                    f"were made, {value!r} now. --fresh makes it again; or move {self.path} "
+                    "away"
                 )
         if there and not made_from.keys() - old.keys():
             return

@@ -124,9 +124,9 @@ def check(stage: str, config: RunConfig) -> None:
     for folder in _folders(stage, config):
         if not _holds_nothing(folder):
             folder.check()
-            for name in folder.record().get("artefacts", {}):
-                if name in _files_of(stage, folder):
-                    folder.recorded.check(folder / name)
+            read = {name for one in REQUIRES[stage] for name in ARTEFACTS[one]}
+            for name in sorted(_files_of(stage, folder) | read):
+                folder.recorded.check(folder / name)
             for name in RESUMED[stage]:
                 why = folder.recorded.stale(name)
                 if why and (folder / name).is_file():

@@ -273,12 +273,19 @@ class Record:
         if whole and file_hash(path, written) == entry["sha256"]:
             return
         if entry.get("before") and file_hash(path) == entry["before"]:
-            return  # killed before the new file took its place
+            self._back(path, entry)  # killed before the new file took its place, or put back
+            return
         found = f"{size} bytes, {written} were written" if size < written else "another hash"
         raise DamagedFile(
             f"{path}: not what the run wrote ({found}): damaged, or changed by hand; put the "
             "file back, or move it away and run again to have it made again"
         )
+
+    def _back(self, path: Path, entry: Mapping[str, Any]) -> None:
+        """Records the file that was there before as the one that is there."""
+        rows = {"rows": path.read_bytes().count(b"\n")} if "rows" in entry else {}
+        size = path.stat().st_size
+        self.put(path, sha256=entry["before"], bytes=size, before=None, **rows)
 
     def stale(self, name: str) -> str | None:
         """Why an artefact is stale by its :data:`INPUTS`, ``None`` if it is not."""

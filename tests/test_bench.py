@@ -245,7 +245,8 @@ def test_directions_of_other_weights_or_of_nobody_are_refused(run, model, result
     record["identity"]["weights"] = "0" * 12
     provenance.write_json(folder.run, record)
     with pytest.raises(
-        ValueError, match=r"directions are of another weights of the model \(000000000000 then"
+        ValueError,
+        match=r"the weights of the model changed since its directions were made \(000000000000",
     ):
         pairs.bench(RunConfig(model, results=results))
     folder.run.unlink()

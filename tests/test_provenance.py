@@ -89,7 +89,7 @@ def other_template(model):
 def test_another_model_is_noticed_by_what_changed(folder, change, named):
     written(folder, tiny.model())
     before = folder.responses.read_bytes()
-    with pytest.raises(StaleArtefact, match=rf"responses\.jsonl was made with another {named}"):
+    with pytest.raises(StaleArtefact, match=rf"responses\.jsonl is stale: {named} changed"):
         written(folder, change(tiny.model()))
     assert folder.responses.read_bytes() == before
 
@@ -98,7 +98,7 @@ def test_another_model_is_noticed_by_what_changed(folder, change, named):
 def test_another_option_is_noticed(folder, change):
     written(folder, tiny.model())
     (name, value), *_ = change.items()
-    with pytest.raises(StaleArtefact, match=rf"another {name}: .*{value!r} now.*--fresh"):
+    with pytest.raises(StaleArtefact, match=rf"{name} changed, .*{value!r} now.*--fresh"):
         written(folder, tiny.model(), **change)
 
 
@@ -116,7 +116,7 @@ def test_a_change_of_the_weights_in_place_is_noticed(folder):
     model = tiny.model()
     written(folder, model)
     one_weight(model)
-    with pytest.raises(StaleArtefact, match="another weights"):
+    with pytest.raises(StaleArtefact, match="weights changed"):
         written(folder, model)
 
 
@@ -131,7 +131,7 @@ def test_rows_that_nothing_is_known_of_are_not_taken_up(folder):
 def test_a_run_keeps_to_its_model(folder):
     folder.made_with(tiny.model().identity)
     folder.made_with(tiny.model().identity)
-    with pytest.raises(StaleArtefact, match="another weights of the model"):
+    with pytest.raises(StaleArtefact, match="the weights of the model changed"):
         folder.made_with(one_weight(tiny.model()).identity)
 
 
@@ -231,7 +231,7 @@ def test_labels_of_another_annotator_of_that_name_are_noticed(folder):
     responses = written(folder, tiny.model())
     store = folder.rows(folder.annotations, stage.KEY)
     stage.annotations(Labels(), responses, store=store)
-    with pytest.raises(StaleArtefact, match="another annotator labels"):
+    with pytest.raises(StaleArtefact, match="annotator labels changed"):
         stage.annotations(Labels("2"), responses, store=store)
 
 
@@ -420,9 +420,29 @@ def test_a_kill_before_a_file_takes_its_place_leaves_the_old_one(folder):
     folder.save_table(folder.steering, pd.DataFrame({"a": [2]}))
     folder.steering.write_bytes(old)  # as if the second were recorded and never renamed
     assert artifacts.load_table(folder.steering)["a"].tolist() == [1]
+    assert all(one.holds for one in artifacts.verify(folder.path))
     folder.steering.write_bytes(old.replace(b"1", b"3"))
     with pytest.raises(DamagedFile):
         artifacts.load_table(folder.steering)
+
+
+def test_vectors_that_are_put_back_make_nothing_stale(folder, config):
+    fill(folder)
+    old = folder.vectors.read_bytes()
+    folder.save_tensors(folder.vectors, {"values": torch.zeros(64)}, {})
+    with pytest.raises(StaleArtefact):
+        pipeline.check("04_steer", config)
+    folder.vectors.write_bytes(old)
+    pipeline.check("04_steer", config)
+
+
+def test_a_stage_refuses_a_damaged_artefact_that_it_reads(folder, config):
+    fill(folder)
+    flip(folder.vectors)
+    for name in ("03_attribute_layers", "04_steer"):
+        with pytest.raises(DamagedFile, match="vectors"):
+            pipeline.check(name, config)
+    pipeline.check("01_generate", config)
 
 
 def test_the_command_says_what_does_not_hold(folder, capsys):
@@ -467,7 +487,7 @@ def test_another_model_under_the_name_does_not_verify(saved, tmp_path):
     fill(Folder(config).open())
     flip(model / "model.safetensors")
     bad = [one for one in artifacts.verify(config.results_folder) if not one.holds]
-    assert [one.said for one in bad] == ["another weights than the run's"]
+    assert [one.said for one in bad] == ["changed since the run: weights"]
 
 
 # -- stale ---------------------------------------------------------------------------------
