@@ -30,6 +30,9 @@ from stllms.records import BEHAVIOURS, STEERED
 if TYPE_CHECKING:
     from stllms.annotate import Annotator
 
+#: Controls of the layer sweep at every layer (stllms.steering, which brings torch).
+SWEPT_CONTROLS = 4
+
 #: The stages by number, and what each needs of a configuration.
 LABELS = ("02", "04", "05")
 PARTS = {"01": "build", "04": "evaluate", "05": "compare"}
@@ -300,8 +303,8 @@ def written(config: RunConfig, numbers: set[str]) -> int:
 
 
 def counted(config: RunConfig, number: str) -> int:
-    """The chains that a stage writes or labels at most; each behaviour and each of the random
-    directions is added at every coefficient but 0, and the sweep covers all layers."""
+    """The chains that a stage writes or labels at most: each behaviour, and each control at
+    every steering layer, is added at every coefficient but 0; the sweep covers all layers."""
     wanted = config.settings
     if number in ("01", "02"):
         return wanted.n_build
@@ -310,8 +313,9 @@ def counted(config: RunConfig, number: str) -> int:
     if number != "04":
         return 0
     pushed = sum(coefficient != 0 for coefficient in wanted.coefficients)
-    directions = len(STEERED) + wanted.random_directions
-    layers = _shape(config.entry)[0] * len(STEERED) * 2
+    places = len(set((config.entry.steering_layers or {}).values())) or len(STEERED)
+    directions = len(STEERED) + wanted.random_directions * places
+    layers = _shape(config.entry)[0] * (len(STEERED) + SWEPT_CONTROLS) * 2
     return wanted.n_evaluate * (1 + directions * pushed) + wanted.n_sweep * (1 + layers)
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stllms import artifacts, generate, models, prompts, steering
+from stllms import artifacts, generate, models, prompts, registry, steering
 from stllms.records import Response, Task, to_row
 from stllms.vectors import Controls
 
@@ -112,6 +112,8 @@ def test_the_summary_counts_responses_that_use_a_tag_twice_or_write_before_it():
 )
 def test_offsets_find_the_thinking_in_a_text_with_tags_twice(name, text):
     """Every character of the thinking that a model wrote is covered, none outside it."""
+    if missing := registry.missing_packages(name):
+        pytest.skip(f"not installed: {', '.join(missing)}")
     model = models.load(name)
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     task = Task("t", "own", "Q?")

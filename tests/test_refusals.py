@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub.hf_api import ModelInfo
 
-from stllms import checks, compare, pipeline, providers, refusals, released, run
+from stllms import checks, compare, pipeline, providers, refusals, released, run, steering
 from stllms.config import RunConfig
 from stllms.provenance import BadFile
 from stllms.replies import Store
@@ -150,7 +150,7 @@ def test_an_annotation_that_is_no_text_is_named_with_its_row(tmp_path):
 # -- where the runs go -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ask", [(), ("--fresh",), ("--model", "smollm2")])
+@pytest.mark.parametrize("ask", [(), ("--fresh",), ("--model", "tiny-instruct")])
 def test_results_that_are_a_file_are_refused_with_the_cure(place, capsys, ask):
     (place / "results").write_text("a file")
     line = refused(capsys, "--to", "01", *ask)
@@ -398,6 +398,7 @@ def test_rows_of_the_committed_runs_are_within_the_estimate_and_not_far_below(
 
 def test_the_chains_of_a_run_are_as_many_as_were_written():
     folder, config = REFERENCE / "tiny-thinker", RunConfig(n_sweep=0)
+    assert refusals.SWEPT_CONTROLS == steering.SWEPT_CONTROLS
     counts = {
         "01": (folder / "responses.jsonl").read_bytes().count(b"\n"),
         "02": (folder / "annotations.jsonl").read_bytes().count(b"\n"),
