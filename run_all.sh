@@ -24,7 +24,7 @@ install_into() {
     -c "$root/constraints.txt" -e "$root[test]" >&2
   # On all cores, which pip does on one: without it every kernel compiles thousands of files as
   # it starts, wherever Python may not write beside them. Templates that are no Python are left.
-  "$1" - >/dev/null 2>&1 <<'PYTHON'
+  "$1" - >/dev/null 2>&1 <<'PYTHON' || say "(could not compile the packages: kernels start slowly)"
 import compileall, sysconfig
 compileall.compile_dir(sysconfig.get_path("purelib"), quiet=2, workers=0)
 PYTHON

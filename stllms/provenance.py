@@ -318,7 +318,7 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
 
     ``shared``: with others that only read. ``wait``: until it is free. The operating system
     frees it when its holder dies, however that happens, so a stale file is no obstacle. Where
-    there is no ``fcntl`` (Windows), and in a folder that cannot be written, nothing is held.
+    there is no ``fcntl`` (Windows) nothing is held.
     """
     try:
         import fcntl
