@@ -430,3 +430,7 @@ class RunConfig:
             name: value for name, value in values.items() if value != defaults[name]
         }
         return cell
+
+from stllms.checks import (  # noqa: E402, F401
+    GYM, SIZES, TASK_SETS, absolute, coefficients, content_identity, hardware, has_name, judge_identity, one_of, real, run_folders, task_file, task_identity, whole,
+)

@@ -263,3 +263,5 @@ _RECORDS: dict[str, type] = {
 
 #: The fields of :attr:`Steered.key`, the row key of ``steered.jsonl``.
 STEERED_KEY = ("task_id", "direction", "layer", "coefficient", "operation")
+
+from stllms.foreign import DEEPEST, amount, kind, loads  # noqa: E402, F401

@@ -373,3 +373,5 @@ def _values(text: str) -> set[Fraction]:
     value = Fraction(match["over"]) / under + int(match["whole"] or 0)
     value *= -1 if match["sign"].startswith("-") else 1
     return {value, value / 100} if match["percent"] else {value}
+
+from stllms.gym import GymTask  # noqa: E402, F401

@@ -32,3 +32,7 @@ def plain(text: object) -> str:
 def _written(match: re.Match[str]) -> str:
     units = match[0].encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
+
+from stllms.progress import (  # noqa: E402, F401
+    CHANNEL, FEW, SHOWN_EVERY, STEP, WINDOW, Bar, Meter, State, about, clock, followed, read, report, token_bar, words,
+)

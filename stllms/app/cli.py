@@ -1,0 +1,2 @@
+"""Stub: the names of this module still live at their old addresses."""
+
