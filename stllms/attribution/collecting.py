@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,13 @@ from torch import Tensor
 
 from stllms.annotation.align import check
 from stllms.attribution.effects import PAIRED, SETS, LayerEffects, null_key
-from stllms.attribution.patching import OBJECTIVES, Prefix, exact, layer_effects, rows_of
+from stllms.attribution.patching import (
+    OBJECTIVES,
+    Prefix,
+    exact,
+    layer_effects,
+    rows_of,
+)
 from stllms.models.model import Model
 from stllms.records import Annotation, Response, Span
 from stllms.runs.files import StaleArtefact
@@ -33,6 +39,7 @@ from stllms.vectors.nulls import Controls
 SAVE_EVERY = 10
 #: Of how many sampled positions one is measured with the control directions too.
 CONTROL_SHARE = 4
+NO_CONTROLS = Controls((), torch.empty(0))
 #: Positions of one response: set (``own``, ``others``, ``controls``) -> behaviour -> positions.
 Sample = dict[str, dict[str, tuple[int, ...]]]
 
@@ -43,7 +50,6 @@ def collect(
     annotations: Sequence[Annotation],
     steering_vectors: SteeringVectors,
     *,
-    objectives: Sequence[str] = OBJECTIVES,
     targets: Sequence[str] | None = None,
     controls: Controls | None = None,
     n_positions: int | None = None,
@@ -83,16 +89,10 @@ def collect(
         steering_vectors.index(name)
     pairs = measurable(responses, annotations) if names else []
     chosen = sample(pairs, targets, n_positions, seed=seed)
-    work = _Work(
-        model,
-        steering_vectors,
-        controls or Controls((), steering_vectors.directions[:0]),
-        tuple(objectives),
-        rows_of(model) if max_rows is None else max_rows,
-    )
+    max_rows = rows_of(model) if max_rows is None else max_rows
+    work = _Work(model, steering_vectors, controls or NO_CONTROLS, max_rows)
     marks = [fingerprint(*pair, one) for pair, one in zip(pairs, chosen, strict=True)]
-    held = _resume(path, work.nothing(ledger_of(annotations) | _counted(chosen)), marks)
-    result = held.first(len(pairs))
+    result = _resume(path, work.nothing(ledger_of(annotations) | _counted(chosen)), marks)
     done = len(result.response_ids)
     rows = [work.rows(one) for one in chosen]
     with token_bar(sum(rows), "layer effects", enabled=progress) as bar:
@@ -102,7 +102,7 @@ def collect(
             result = result.plus(pairs[place][0].task_id, marks[place], found)
             if path is not None and len(result.response_ids) % SAVE_EVERY == 0:
                 result.save(path)
-    if path is not None and len(held.response_ids) <= len(pairs):
+    if path is not None:
         result.save(path)
     return result
 
@@ -206,9 +206,7 @@ def _counted(chosen: Sequence[Sample]) -> dict[str, int]:
     """The most positions that any behaviour has in each set of a sample."""
     found = {}
     for which in (*SETS, "controls"):
-        sizes = Counter[str]()
-        for one in chosen:
-            sizes.update({name: len(mine) for name, mine in one[which].items()})
+        sizes = Counter(name for one in chosen for name, mine in one[which].items() for _ in mine)
         found[f"positions a behaviour, {which}"] = max(sizes.values(), default=0)
     return found
 
@@ -227,8 +225,7 @@ def fingerprint(response: Response, annotation: Annotation, sampled: Sample) -> 
 
 def _resume(path: Path | None, new: LayerEffects, wanted: Sequence[str]) -> LayerEffects:
     """What ``path`` holds of the work of ``new`` on the responses with the fingerprints
-    ``wanted``; ``new`` where there is no file. It is the same work if the shorter of the two
-    lists of fingerprints begins the longer one and the rest is equal.
+    ``wanted``; ``new`` where there is no file.
 
     Raises:
         StaleArtefact: effects of other work, naming what differs; the file stays.
@@ -236,22 +233,22 @@ def _resume(path: Path | None, new: LayerEffects, wanted: Sequence[str]) -> Laye
     if path is None or not path.is_file():
         return new
     found = LayerEffects.load(path)
+    begun = found.fingerprints == tuple(wanted)[: len(found.response_ids)]
     same = {
         "model": found.model == new.model,
         "weights": found.weights == new.weights,
         "dtype": found.dtype == new.dtype,
         "directions or controls": found.directions == new.directions,
         "behaviours": found.behaviours == new.behaviours,
-        "objectives or controls": list(found.effects) == list(new.effects),
-        "responses, spans or sample of positions": found.fingerprints[: len(wanted)]
-        == tuple(wanted)[: len(found.response_ids)],
+        "controls": list(found.effects) == list(new.effects),
+        "responses, spans or sample of positions": begun,
     }
     if other := [name for name, equal in same.items() if not equal]:
         raise StaleArtefact(
             f"{path.name} was made with other {', '.join(other)}: --fresh of its notebook "
             f"makes it again; or move {path} away"
         )
-    return LayerEffects(**{**vars(found), "ledger": new.ledger})
+    return replace(found, ledger=new.ledger)
 
 
 # --- one response ------------------------------------------------------------------------
@@ -264,16 +261,26 @@ class _Work:
     model: Model
     vectors: SteeringVectors
     controls: Controls
-    objectives: tuple[str, ...]
     max_rows: int
+
+    @property
+    def directions(self) -> Tensor:
+        """Those of the behaviours, then the controls, ``[N + K, L, D]`` float32."""
+        every = [self.vectors.directions]
+        return torch.cat([*every, self.controls.directions] if self.controls else every).float()
+
+    @property
+    def keys(self) -> list[str]:
+        """Those of the effects that are measured."""
+        keys = [f"{objective}/{which}" for objective in OBJECTIVES for which in SETS]
+        if self.controls:
+            keys += [PAIRED, *map(null_key, self.controls.names)]
+        return keys
 
     def nothing(self, ledger: dict[str, int]) -> LayerEffects:
         """The effects of no response yet."""
-        keys = [f"{objective}/{which}" for objective in self.objectives for which in SETS]
-        if "kl" in self.objectives and len(self.controls):
-            keys += [PAIRED, *map(null_key, self.controls.names)]
         return LayerEffects(
-            dict.fromkeys(keys, torch.empty(0, *self.vectors.directions.shape[:2])),
+            dict.fromkeys(self.keys, torch.empty(0, *self.vectors.directions.shape[:2])),
             (),
             self.vectors.behaviours,
             self.model.name,
@@ -283,32 +290,23 @@ class _Work:
             weights=self.model.identity["weights"],
         )
 
-    @property
-    def directions(self) -> Tensor:
-        """Those of the behaviours, then the controls, ``[N + K, L, D]`` float32."""
-        return torch.cat([self.vectors.directions, self.controls.directions]).float()
-
-    def pairs(self, chosen: Sample) -> dict[tuple[int, int], int]:
-        """(direction, position) of the exact effects -> its place."""
-        n = len(self.vectors.behaviours)
-        found = [
-            (self.vectors.index(name), t)
-            for which in SETS
-            for name, mine in chosen[which].items()
-            for t in mine
-        ]
-        found += [
-            (n + k, t)
-            for mine in chosen["controls"].values()
-            for t in mine
-            for k in range(len(self.controls))
-        ]
-        return {pair: place for place, pair in enumerate(dict.fromkeys(found))}
+    def exact_means(self, chosen: Sample) -> list[_Mean]:
+        """The means of exact effects that a response's sample asks for."""
+        n, found = len(self.vectors.behaviours), []
+        controls = dict(zip(map(null_key, self.controls.names), range(n, n + len(self.controls)),
+                            strict=True))
+        for which, by_name in chosen.items():
+            for name, mine in by_name.items():
+                row = self.vectors.index(name)
+                if which in SETS:
+                    found.append(_Mean(row, {f"kl/{which}": row}, mine))
+                elif controls:
+                    found.append(_Mean(row, {PAIRED: row, **controls}, mine))
+        return found
 
     def rows(self, chosen: Sample) -> int:
         """Rows of short passes that a response takes; the published objective counts as one."""
-        exact = len(self.pairs(chosen)) * self.vectors.n_layers
-        return exact * ("kl" in self.objectives) + ("published" in self.objectives)
+        return 1 + len(_pairs(self.exact_means(chosen))) * self.vectors.n_layers
 
     def of_response(
         self,
@@ -320,58 +318,47 @@ class _Work:
         """The new entry of one response: ``[N, L]`` under every key."""
         check(response, annotation.spans)
         ids = torch.tensor([*response.prompt_ids, *response.output_ids])
-        found: dict[str, Tensor] = {}
-        if "published" in self.objectives:
-            found |= self._published(response, ids, annotation)
-            tick(1)
-        if "kl" in self.objectives:
-            found |= self._exact(response, ids, chosen, tick)
-        return found
-
-    def _published(
-        self, response: Response, ids: Tensor, annotation: Annotation
-    ) -> dict[str, Tensor]:
+        found = {
+            key: torch.full(self.vectors.directions.shape[:2], torch.nan) for key in self.keys
+        }
         starts = sorted({span.start - 1 for span in annotation.spans if span.start > 1})
         effects = layer_effects(
             self.model, ids, starts, self.vectors.directions, objective="published",
             max_rows=self.max_rows,
         )  # fmt: skip
         _refuse_not_finite(effects, response, "published")
-        found = {}
-        for which in SETS:
-            rows = torch.full(effects.shape[:2], torch.nan)
-            for row, name in enumerate(self.vectors.behaviours):
+        for row, name in enumerate(self.vectors.behaviours):
+            for which in SETS:
                 if mine := positions(annotation.spans, name, which):
-                    rows[row] = effects[row][:, [starts.index(t) for t in mine]].mean(-1)
-            found[f"published/{which}"] = rows
-        return found
-
-    def _exact(
-        self, response: Response, ids: Tensor, chosen: Sample, tick: Callable[[int], object]
-    ) -> dict[str, Tensor]:
-        pairs = self.pairs(chosen)
-        n, effects = len(self.vectors.behaviours), torch.zeros(len(pairs), self.vectors.n_layers)
-        if pairs:
+                    columns = [starts.index(t) for t in mine]
+                    found[f"published/{which}"][row] = effects[row][:, columns].mean(-1)
+        tick(1)
+        means = self.exact_means(chosen)
+        if pairs := _pairs(means):
             which, where = torch.tensor(list(pairs)).T
             prefix = Prefix(self.model, ids, where, self.directions)
             effects = exact(prefix, self.directions, which, where, self.max_rows, tick)
             _refuse_not_finite(effects, response, "kl")
-
-        def averaged(which: str, control: int | None = None) -> Tensor:
-            found = torch.full((n, self.vectors.n_layers), torch.nan)
-            for name, mine in chosen[which].items():
-                row = self.vectors.index(name)
-                one = row if control is None else n + control
-                if mine:
-                    found[row] = effects[[pairs[one, t] for t in mine]].mean(0)
-            return found
-
-        found = {f"kl/{which}": averaged(which) for which in SETS}
-        if len(self.controls):
-            found[PAIRED] = averaged("controls")
-            for k, name in enumerate(self.controls.names):
-                found[null_key(name)] = averaged("controls", k)
+        for mean in means:
+            for key, direction in mean.directions.items() if mean.positions else ():
+                places = [pairs[direction, t] for t in mean.positions]
+                found[key][mean.row] = effects[places].mean(0)
         return found
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """The behaviour ``row``'s exact effects over some positions: key -> row of directions."""
+
+    row: int
+    directions: dict[str, int]
+    positions: tuple[int, ...]
+
+
+def _pairs(means: Sequence[_Mean]) -> dict[tuple[int, int], int]:
+    """(row of directions, position) -> place, each once."""
+    pairs = ((d, t) for one in means for t in one.positions for d in one.directions.values())
+    return {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
 
 
 def _refuse_not_finite(effects: Tensor, response: Response, objective: str) -> None:

@@ -70,15 +70,6 @@ class LayerEffects:
             fingerprints=(*self.fingerprints, mark),
         )
 
-    def first(self, n: int) -> LayerEffects:
-        """Of the first ``n`` responses, or of all if there are fewer."""
-        return replace(
-            self,
-            effects={key: values[:n] for key, values in self.effects.items()},
-            response_ids=self.response_ids[:n],
-            fingerprints=self.fingerprints[:n],
-        )
-
     def of(self, key: str) -> np.ndarray:
         """The effects under ``key`` as an array ``[R, N, L]``.
 

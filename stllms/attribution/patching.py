@@ -108,11 +108,11 @@ class _Cache(DynamicCache):
     frozen = False
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **more: Any
     ) -> tuple[Tensor, Tensor]:
         """The keys and values a layer attends to: the stored ones, then those of the rows."""
         if not self.frozen:
-            return super().update(key_states, value_states, layer_idx, *args, **options)
+            return super().update(key_states, value_states, layer_idx, *args, **more)
         layer = self.layers[layer_idx]
         keys = torch.cat([layer.keys, key_states], dim=-2)
         return keys, torch.cat([layer.values, value_states], dim=-2)
@@ -124,7 +124,9 @@ class Prefix:
     Raises ``ValueError`` for what :func:`layer_effects` refuses.
     """
 
-    def __init__(self, model: Model, ids: Tensor, positions: Tensor, directions: Tensor) -> None:
+    def __init__(
+        self, model: Model, ids: Tensor, positions: Tensor, directions: Tensor
+    ) -> None:
         _check(model, ids, positions, directions)
         self.model = model
         self.ids = ids.to(model.device)
