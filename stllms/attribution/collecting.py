@@ -206,7 +206,9 @@ def _counted(chosen: Sequence[Sample]) -> dict[str, int]:
     """The most positions that any behaviour has in each set of a sample."""
     found = {}
     for which in (*SETS, "controls"):
-        sizes = Counter(name for one in chosen for name, mine in one[which].items() for _ in mine)
+        sizes = Counter(
+            name for one in chosen for name, mine in one[which].items() for _ in mine
+        )
         found[f"positions a behaviour, {which}"] = max(sizes.values(), default=0)
     return found
 
@@ -287,14 +289,19 @@ class _Work:
             hashlib.sha256(self.directions.numpy().tobytes()).hexdigest(),
             str(self.model.dtype),
             ledger=ledger,
-            weights=self.model.identity["weights"],
+            weights=self.model.identity["weights"] or "",
         )
 
     def exact_means(self, chosen: Sample) -> list[_Mean]:
         """The means of exact effects that a response's sample asks for."""
         n, found = len(self.vectors.behaviours), []
-        controls = dict(zip(map(null_key, self.controls.names), range(n, n + len(self.controls)),
-                            strict=True))
+        controls = dict(
+            zip(
+                map(null_key, self.controls.names),
+                range(n, n + len(self.controls)),
+                strict=True,
+            )
+        )
         for which, by_name in chosen.items():
             for name, mine in by_name.items():
                 row = self.vectors.index(name)

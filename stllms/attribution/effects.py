@@ -1,7 +1,7 @@
 """Layer effects of a run: their file, curves, the best layer, agreement of objectives.
 
-Effects are per response, ``[R, N, L]`` (made by :mod:`stllms.attribution.collecting`), NaN where
-a response has no position for a behaviour. Nothing here touches a model.
+Effects are per response, ``[R, N, L]`` (made by :mod:`.collecting`), NaN where a response has
+no position for a behaviour. Nothing here touches a model.
 
 **Relative to the null.** Any vector of a direction's length changes the next token, the more so
 the longer it is: the absolute curve grows with the layers. So the steering layer is chosen by
@@ -259,15 +259,15 @@ class BestLayer:
     behaviour: str
     layer: int
     reason: str
-    peak: float
-    relative: float
-    held_out: float
-    null_held_out: float
-    rank_in_other_half: float
-    support: float
-    low: float
-    high: float
-    n: int
+    peak: float = np.nan
+    relative: float = np.nan
+    held_out: float = np.nan
+    null_held_out: float = np.nan
+    rank_in_other_half: float = np.nan
+    support: float = np.nan
+    low: float = np.nan
+    high: float = np.nan
+    n: int = 0
 
 
 def best_layer(
@@ -296,7 +296,7 @@ def best_layer(
             f"default: {build.sum()} responses with effects in the build half and "
             f"{(~build).sum()} in the other, at least {LEAST} needed in each"
         )
-        return BestLayer(behaviour, default, reason, *[np.nan] * 8, len(effects))
+        return BestLayer(behaviour, default, reason, n=len(effects))
     flat = np.ones((1, *effects.shape)) if null is None else null[:, known]
     chooses, confirms = (_ratios(effects[half], flat[:, half]) for half in (build, ~build))
     peak = int(chooses[0].argmax())

@@ -331,10 +331,14 @@ def _groups(batch: list[_Job], n: int) -> Tensor:
 def _units(means: Means) -> Tensor:
     """Unit directions of the build half, ``[N, L, D]`` float32."""
     build = HALVES["build"]
-    return torch.nn.functional.normalize(means.mean(build) - means.overall(build), dim=-1).float()
+    return torch.nn.functional.normalize(
+        means.mean(build) - means.overall(build), dim=-1
+    ).float()
 
 
-def _empty(means: Means, model: Model, n: int, n_groups: int, weights: Tensor) -> dict[str, Tensor]:
+def _empty(
+    means: Means, model: Model, n: int, n_groups: int, weights: Tensor
+) -> dict[str, Tensor]:
     """Room for the results of all layers, made at once: small tensors allocated between the
     layers would keep the heap from reusing what the large activations leave."""
     layers, width, spans = model.n_layers, model.d_model, weights.shape[1]

@@ -33,7 +33,9 @@ CONTRASTS: tuple[str, ...] = ("difference-from-others", "probe")
 #: Of the probe: the weight of ``||a||^2 / 2`` beside the mean loss.
 PENALTY = 1e-2
 #: Where the embedded models and their directions lie (in ``organism`` until the data moves).
-FIXTURES = PACKAGE / ("fixtures" if (PACKAGE / "fixtures" / "tiny-thinker").is_dir() else "organism")
+FIXTURES = PACKAGE / "fixtures"
+if not (FIXTURES / "tiny-thinker").is_dir():
+    FIXTURES = PACKAGE / "organism"
 
 
 @dataclass(frozen=True)

@@ -166,10 +166,13 @@ def _gguf_package() -> Any:
     " vectors.safetensors."
 )
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--format", "kind", type=click.Choice(["safetensors", "gguf"]),
-              default="safetensors")
+@click.option(
+    "--format", "kind", type=click.Choice(["safetensors", "gguf"]), default="safetensors"
+)
 @click.option("--behaviour", multiple=True, help="gguf: exactly one; default: all")
-@click.option("--layer", multiple=True, type=int, help="may be repeated; default: all (gguf: none)")
+@click.option(
+    "--layer", multiple=True, type=int, help="may be repeated; default: all (gguf: none)"
+)
 @click.option("--coefficient", default=1.0, help="multiplied into the tensors")
 @click.option("--model-hint", help="gguf: the architecture in llama.cpp, e.g. qwen2")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="the file to write")
