@@ -94,8 +94,6 @@ def collect(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size should be at least 1, it is {batch_size}")
-    if controls < 0:
-        raise ValueError(f"controls should be at least 0, it is {controls}")
     behaviours, keep = tuple(behaviours), tuple(dict.fromkeys(keep))
     if unknown := [layer for layer in keep if not 0 <= layer < model.n_layers]:
         last = model.n_layers - 1

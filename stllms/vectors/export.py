@@ -25,9 +25,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import click
 from torch import Tensor
@@ -55,15 +53,17 @@ def safetensors(
     """Write ``<behaviour>.<layer>`` tensors ``[D]``, float32; returns the path.
 
     All behaviours and layers where none are named. The metadata (JSON texts) says model,
-    behaviours, layers, layer index, operation, rescaling and coefficient. Raises
-    ``ValueError`` for an unknown behaviour or layer, naming what there is.
+    behaviours, layers, layer index, operation, rescaling and coefficient.
+
+    Raises:
+        ValueError: an unknown behaviour or layer, naming what there is.
     """
-    names = list(vectors.behaviours if behaviours is None else behaviours)
-    chosen = _layers(vectors, range(vectors.n_layers) if layers is None else layers)
+    names = list(behaviours or vectors.behaviours)
+    chosen = sorted(set(range(vectors.n_layers) if layers is None else layers))
     tensors = {
-        f"{name}.{layer}": _direction(vectors, name, layer, coefficient)
+        f"{name}.{layer}": added
         for name in names
-        for layer in chosen
+        for layer, added in _added(vectors, name, chosen, coefficient).items()
     }
     metadata = {
         "format": "stllms directions 1",
@@ -97,28 +97,33 @@ def gguf(
     (``--control-vector-scaled FILE:SCALE``). ``model_hint`` should be the model's architecture
     in llama.cpp (``qwen2``), default ``vectors.model``; llama.cpp does not check it.
 
-    Raises ``ValueError`` for layer 0, which llama.cpp cannot steer, for an unknown behaviour
-    or layer, and where the package ``gguf`` is missing (with the command that installs it).
-
     Source: ``common_control_vector_load`` and ``llama_adapter_cvec`` in llama.cpp.
+
+    Raises:
+        ValueError: layer 0, which llama.cpp cannot steer, an unknown behaviour or layer, or
+            the package ``gguf`` is missing.
     """
-    chosen = _layers(vectors, layers)
-    if 0 in chosen:
+    added = _added(vectors, behaviour, layers, coefficient)
+    if 0 in added:
         raise ValueError(
             "layer 0: llama.cpp cannot steer its block 0; choose a layer of"
             f" 1 to {vectors.n_layers - 1}, or safetensors"
         )
-    package = _gguf_package()
+    try:
+        from gguf import GGUFWriter
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"a GGUF file needs the package {error.name}: pip install 'stllms[gguf]'"
+        ) from None
     with replacing(Path(path)) as beside:
-        writer = package.GGUFWriter(beside, "controlvector")
+        writer = GGUFWriter(beside, "controlvector")
         writer.add_string("controlvector.model_hint", model_hint or vectors.model or "unknown")
-        writer.add_int32("controlvector.layer_count", len(chosen))
+        writer.add_int32("controlvector.layer_count", len(added))
         writer.add_name(f"{behaviour}, {vectors.model}")
         writer.add_description(f"{RESCALING}; direction.N acts on the output of block N")
         writer.add_float32("stllms.coefficient", float(coefficient))
-        for layer in chosen:
-            added = _direction(vectors, behaviour, layer, coefficient)
-            writer.add_tensor(f"direction.{layer}", added.numpy())
+        for layer, direction in added.items():
+            writer.add_tensor(f"direction.{layer}", direction.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -126,35 +131,20 @@ def gguf(
     return Path(path)
 
 
-def _direction(
-    vectors: SteeringVectors, behaviour: str, layer: int, coefficient: float
-) -> Tensor:
-    try:
-        return (coefficient * vectors.direction(behaviour, layer)).float().contiguous()
-    except KeyError as error:
-        raise ValueError(f"behaviour: {error.args[0]}") from None
-
-
-def _layers(vectors: SteeringVectors, layers: Iterable[int]) -> list[int]:
-    """Distinct and in order; ``ValueError`` for none, or one that the model does not have."""
+def _added(
+    vectors: SteeringVectors, name: str, layers: Iterable[int], coefficient: float
+) -> dict[int, Tensor]:
+    """Layer -> what is added there, distinct layers in order."""
     chosen = sorted(set(layers))
     if not chosen:
         raise ValueError("layers: none given")
-    for layer in chosen:
-        if not 0 <= layer < vectors.n_layers:
-            last = vectors.n_layers - 1
-            raise ValueError(f"layer {layer}: the vectors have layers 0 to {last}")
-    return chosen
-
-
-def _gguf_package() -> Any:
     try:
-        return import_module("gguf")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"a GGUF file needs the package {error.name}: pip install 'stllms[gguf]'"
-            " (or: pip install gguf)"
-        ) from None
+        return {
+            layer: (coefficient * vectors.direction(name, layer)).float().contiguous()
+            for layer in chosen
+        }
+    except (KeyError, IndexError) as error:
+        raise ValueError(error.args[0]) from None
 
 
 # --- the command -------------------------------------------------------------------------
@@ -213,16 +203,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "python -m stllms.vectors.export"
     try:
         command.main(arguments, prog_name=name, standalone_mode=False)
-    except (ValueError, OSError) as error:
-        return _refused(name, plain(error))
-    except click.ClickException as error:
-        return _refused(name, error.format_message())
+    except (ValueError, OSError, click.ClickException) as error:
+        why = error.format_message() if isinstance(error, click.ClickException) else error
+        print(f"{name}: {plain(why)}", file=sys.stderr)
+        return 2
     return 0
-
-
-def _refused(name: str, why: str) -> int:
-    print(f"{name}: {why}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":
