@@ -180,13 +180,13 @@ SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "control_vector
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 def test_llama_cpp_and_our_steering_do_the_same(tmp_path):
     """The benchmark's rows for one prompt, the float32 file and both signs at one layer."""
-    from stllms.models import loading
+    from stllms.models.loading import load
 
     spec = importlib.util.spec_from_file_location("control_vectors", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script  # dataclasses look their module up
     spec.loader.exec_module(script)
-    model = loading.load("smollm2", device="cpu", dtype="float32")
+    model = load("smollm2", device="cpu", dtype="float32")
     prompt = model.prompt_ids("How many days are there in three weeks?")[1]
     found = script.directions(model, prompt, seed=0)
     chains = script.arms(
