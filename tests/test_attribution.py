@@ -13,7 +13,6 @@ import tiny
 import torch
 from scipy.stats import spearmanr
 
-from stllms import terminal
 from stllms.attribution import collecting, effects, patching
 from stllms.attribution.effects import LayerEffects
 from stllms.attribution.patching import layer_effects
@@ -429,17 +428,6 @@ def test_effects_of_a_sample_are_means_over_its_positions(tiny_llama, collect, v
     )
 
 
-def test_the_bar_counts_the_rows_that_are_patched(collect, vectors, monkeypatch, tmp_path):
-    monkeypatch.setenv(terminal.CHANNEL, str(tmp_path / "told"))
-    made, labels = many(6, 6)
-    options = {"n_positions": 8, "controls": some_controls(vectors, 3), "progress": True}
-    collect(made, labels, **options)
-    # Two behaviours, 8 own and 8 other positions, 2 with 3 controls, all layers; 6 gradients.
-    rows = vectors.n_layers * 2 * (8 + 8 + 2 * 3) + 6
-    told = terminal.read(tmp_path / "told")
-    assert (told.what, told.done, told.total) == ("layer effects", rows, rows)
-
-
 def test_a_stopped_run_is_taken_up_and_ends_the_same(collect, vectors, tmp_path, monkeypatch):
     monkeypatch.setattr(collecting, "SAVE_EVERY", 2)
     made, labels = many(5, 6)
@@ -597,30 +585,21 @@ def with_controls(own, null, ids=None, everywhere=None) -> LayerEffects:
     return replace(found, effects={**found.effects, **paired, **chance})
 
 
-def test_a_null_is_the_range_of_the_controls_means():
-    values = np.ones((2, 2, 3))
-    found = measured(kl_own=values)
-    rows = effects.table({"kl/own": found.of("kl/own")}, NAMES)
-    assert effects.beside_nulls(rows, found)["null_low"].isna().all(), "none was measured"
-    found = with_controls(values, [values * (k + 1) for k in range(3)])
-    beside = effects.beside_nulls(rows, found)
-    pd.testing.assert_frame_equal(beside[rows.columns], rows)
-    assert beside["null_low"].tolist() == pytest.approx([1.0] * 6)
-    assert beside["null_high"].tolist() == pytest.approx([3.0] * 6)
-    others = {**found.effects, "kl/others": found.effects["kl/own"]}
-    sets = effects.agreement(replace(found, effects=others), "kl/own", NAMES)
-    assert set(sets["set"]) == {"kl/others"}, "chance is no set"
-
-
-def test_a_null_of_a_part_of_the_positions_is_carried_to_all_of_them():
+def test_a_null_is_the_range_of_the_controls_carried_to_all_positions():
     """At the controls' positions the direction has 2 and the controls 1 and 3; at all positions
     it has 10: the controls, half and one and a half times it, would have 5 and 15 there."""
-    own, all_of_them = np.full((2, 2, 3), 2.0), np.full((2, 2, 3), 10.0)
-    found = with_controls(own, [own / 2, own * 1.5], everywhere=all_of_them)
-    rows = effects.table({"kl/own": found.of("kl/own")}, NAMES)
+    own, everywhere = np.full((2, 2, 3), 2.0), np.full((2, 2, 3), 10.0)
+    rows = effects.table({"kl/own": everywhere}, NAMES)
+    none = effects.beside_nulls(rows, measured(kl_own=everywhere))
+    assert none["null_low"].isna().all(), "none was measured"
+    found = with_controls(own, [own / 2, own * 1.5], everywhere=everywhere)
     beside = effects.beside_nulls(rows, found)
+    pd.testing.assert_frame_equal(beside[rows.columns], rows)
     assert beside["null_low"].tolist() == pytest.approx([5.0] * 6)
     assert beside["null_high"].tolist() == pytest.approx([15.0] * 6)
+    others = {**found.effects, "kl/others": found.effects["kl/own"]}
+    sets = effects.agreement(replace(found, effects=others), "kl/own", NAMES)
+    assert set(sets["set"]) == {"kl/others"}, "a control is no set"
 
 
 def test_relative_effects_are_of_the_responses_with_controls():

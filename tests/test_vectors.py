@@ -10,11 +10,13 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from released_files import mean_vectors
 from torch.nn.functional import cosine_similarity, normalize
 
+from stllms import registry
 from stllms.labels import BEHAVIOURS, CONTROLS, HEATMAP, STEERED
 from stllms.runs.files import BadFile, save_tensors
 from stllms.vectors import directions, nulls, quality
@@ -349,6 +351,23 @@ def test_shipped_directions_are_of_the_shipped_weights(monkeypatch, tmp_path):
         directions.load_shipped("tiny-thinker")
 
 
+def test_the_steering_layers_of_the_fixture_are_those_of_its_sweep():
+    """The layer at which the smaller of the rise with +1 and the fall with -1 is largest, among
+    those that keep 9 of 10 chains well-formed; the last layer is left out by choice."""
+    swept = pd.read_csv(directions.FIXTURES / "tiny-thinker.layer_sweep.csv")
+    best = {}
+    for name, rows in swept.groupby("behaviour"):
+        smaller = {}
+        for layer, two in rows.groupby("layer"):
+            moved = (two["value"] - two["plain"]) * two["coefficient"]
+            smaller[layer] = min(moved) if min(two["well-formed"]) >= 0.9 else -1
+        del smaller[max(smaller)]
+        best[name] = max(smaller, key=smaller.get)
+    assert best == registry.TINY_THINKER_LAYERS
+    weights = (directions.FIXTURES / "tiny-thinker").glob("*.safetensors")
+    assert [path.name for path in weights] == ["model.safetensors"], "a loader takes them all"
+
+
 # --- quality ---------------------------------------------------------------------------------
 
 
@@ -515,9 +534,8 @@ def test_precision_is_a_row_for_every_behaviour_at_its_layer():
     for by in quality.UNITS:
         error = quality.relative_error(made, by=by)[[2, 0], [1, 0]]
         assert table[f"error by {by}"].tolist() == pytest.approx(error.tolist())
-        cosine = quality.expected_cosine(error)
+        cosine = (1 - error**2).sqrt()
         assert table[f"cosine by {by}"].tolist() == pytest.approx(cosine.tolist())
-    assert quality.precision(made, {}).empty
     with pytest.raises(ValueError, match="by span or by part, not by 'token'"):
         quality.relative_error(made, by="token")
 
@@ -540,22 +558,16 @@ def values(table, quantity):
     return rows.pivot(index="behaviour", columns="direction", values="value")
 
 
-def test_every_direction_has_its_numbers_and_only_draws_have_intervals():
-    made, _ = some_means(spans=12)
-    table = quality.table(made, LAYERS, draws=20)
+def test_real_directions_stand_out_and_only_draws_have_intervals():
+    made, _ = some_means(spans=40)
+    table = quality.table(made, LAYERS, draws=50)
     assert tuple(table.columns) == quality.COLUMNS
-    assert set(table["direction"]) == {*directions.ESTIMATORS, *CONTROLS}
-    per_behaviour = 2 * len(set(table["direction"])) + 2
-    assert len(table) == len(NAMES) * per_behaviour
+    assert len(table) == len(NAMES) * (2 * len({*directions.ESTIMATORS, *CONTROLS}) + 2)
     drawn = table["direction"].isin(CONTROLS)
     assert table.loc[drawn, ["low", "high"]].notna().all(axis=None)
     assert table.loc[~drawn, ["low", "high"]].isna().all(axis=None)
     assert (table.loc[drawn, "low"] <= table.loc[drawn, "value"]).all()
-
-
-def test_real_directions_stand_out_and_meaningless_ones_do_not():
-    made, _ = some_means(spans=40)
-    auc = values(quality.table(made, LAYERS, draws=50), "AUC")
+    auc = values(table, "AUC")
     assert (auc[list(directions.ESTIMATORS)] > 0.95).all(axis=None)
     assert (auc[list(CONTROLS)] - 0.5).abs().max(axis=None) < 0.2
 
@@ -563,8 +575,7 @@ def test_real_directions_stand_out_and_meaningless_ones_do_not():
 def test_pure_noise_stands_out_nowhere():
     made, _ = some_means(spans=40, signal=0.0)
     table = quality.table(made, LAYERS, draws=50)
-    auc = values(table, "AUC")
-    assert (auc - 0.5).abs().max(axis=None) < 0.15
+    assert (values(table, "AUC") - 0.5).abs().max(axis=None) < 0.15
     lengths = table[table["quantity"] == "length"].set_index(["behaviour", "direction"])
     for name in NAMES:
         real, null = (lengths.loc[(name, d)] for d in ("difference-of-means", "shuffled"))
@@ -607,18 +618,6 @@ def test_labels_are_permuted_within_responses_and_every_order_is_as_likely():
     assert set(map(tuple, second)) == {(0, 0, 1), (0, 1, 0), (1, 0, 0)}
 
 
-def test_controls_of_a_response_a_span_cannot_be_shuffled():
-    """Where every span is a response of its own, a permutation within responses moves nothing:
-    a shuffled control is the direction itself."""
-    made, _ = some_means(spans=4)
-    alone = replace(made, sample_responses=torch.arange(len(made.samples)))
-    build = alone.half("build")
-    got = quality._controls(build, 1, 1, 5, torch.Generator().manual_seed(0))
-    want = directions.differences(build, "difference-of-means", [1])[1, 0]
-    torch.testing.assert_close(got["shuffled"], want.expand(5, -1), atol=1e-5, rtol=1e-5)
-    assert got["covariance"].shape == got["isotropic"].shape == (5, made.width)
-
-
 def test_the_seed_gives_the_draws_and_few_spans_leave_a_behaviour_out():
     made, _ = some_means(spans=10)
     first, second = (quality.table(made, LAYERS, draws=5, seed=3) for _ in range(2))
@@ -640,9 +639,3 @@ def test_a_behaviour_alone_has_no_contrast_with_others():
     assert set(found["direction"]) == {"difference-of-means", *CONTROLS}
     assert found.loc[found["quantity"] == "AUC", "value"].isna().all()
     assert found.loc[found["quantity"] != "AUC", "value"].notna().all()
-
-
-def test_areas_are_a_half_for_ties_and_missing_without_others():
-    values = np.array([[0.0], [0.0], [0.0]])
-    assert quality.area(values, np.array([True, False, False])).tolist() == [0.5]
-    assert np.isnan(quality.area(values, np.array([True, True, True]))).all()
