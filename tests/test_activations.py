@@ -528,8 +528,8 @@ def test_matched_controls_take_turns_and_survive_a_file(tmp_path, collected):
     assert torch.equal(uniform.directions, nulls.controls("isotropic", made, 2, seed=5))
 
 
-def test_what_cannot_be_had_is_refused_by_name(tmp_path, tiny_llama, collected):
-    made, responses, spans = collected
+def test_what_cannot_be_had_is_refused_by_name(tmp_path, collected):
+    made, _, _ = collected
     with pytest.raises(ValueError, match="'random' are not one of shuffled, covariance, iso"):
         nulls.controls("random", made, 1)
     with pytest.raises(ValueError, match=f"9 shuffled controls asked for, {K} were collected"):

@@ -353,9 +353,9 @@ def best_layers(measured: LayerEffects, key: str, names: Sequence[str]) -> pd.Da
 
 def chosen_layers(best: pd.DataFrame, known: Mapping[str, int] | None) -> dict[str, int]:
     """The steering layers: those of the registry where the model has them, else the chosen."""
-    if known:
-        return dict(known)
-    return {row["behaviour"]: int(row["layer"]) for _, row in best.iterrows()}
+    return dict(
+        known or zip(best["behaviour"], best["layer"].astype(int).tolist(), strict=True)
+    )
 
 
 def reasons(best: pd.DataFrame) -> str:

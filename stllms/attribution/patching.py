@@ -1,22 +1,11 @@
 """Layer effects: how much a direction at a layer and a position matters to the next token.
 
-Method, section 7. Positions ``t = s - 1`` are the tokens *before* span starts ``s``.
-
-* ``"kl"``, the exact causal effect, in nats: add ``c * direction[b][l]`` to ``h[l, t]`` at that
-  one position, run the rest, and take ``KL(p_clean || p_patched)`` of the next token at ``t``.
-* ``"published"``: ``| < u[b][l], dJ(t)/dh[l, t] > |`` with the unit direction ``u`` and the
-  surrogate ``J(t) = -(1/V) * sum_j stopgrad(log p_j) * log p_j`` of the released values.
-
-**One pass.** Position ``t`` reaches the logits at ``t`` only through its own stream. One
-forward over the response keeps keys and values; then every row of a second, short pass is one
-token at its own position, attending to the cached positions before it and to itself. One
-backward there gives every gradient; exact patching adds a row for each layer, direction and
-position. A row patched at layer ``l`` equals the clean one below ``l``, so it begins with the
-clean output of layer ``l`` and the layers before are skipped: half the work.
-
-**Precision.** In float32 this equals the naive loops to rounding. In bfloat16 products of
-another size round otherwise: a coefficient of 0 need not give 0 nats, and effects depend a
-little on ``max_rows``.
+Method, section 7, in one pass. Position ``t`` reaches the logits at ``t`` only through its own
+stream. One forward pass over the response keeps keys and values; then every row of a second,
+short pass is one token at its own position, attending to the cached positions before it and to
+itself. One backward pass there gives every gradient; exact patching adds a row for each layer,
+direction and position. A row patched at layer ``l`` equals the clean one below ``l``, so it
+begins with the clean output of layer ``l`` and the layers before are skipped: half the work.
 """
 
 from __future__ import annotations
@@ -53,12 +42,19 @@ def layer_effects(
 ) -> Tensor:
     """Effects of all directions at every layer and position of one response.
 
+    * ``"kl"``, the exact causal effect, in nats: add ``c * direction[b][l]`` to ``h[l, t]`` at
+      that one position, run the rest, and take ``KL(p_clean || p_patched)`` of the next token.
+    * ``"published"``: ``| < u[b][l], dJ(t)/dh[l, t] > |`` with the unit direction ``u`` and the
+      :func:`surrogate` ``J`` of the released values.
+
+    In bfloat16 a coefficient of 0 need not give 0 nats: products of another size round
+    otherwise.
+
     Args:
         input_ids: ``[T]``, prompt and output.
         positions: ``[P]`` positions ``t`` in ``1 .. T - 1``; ``s - 1`` for a span ``[s, e)``.
-        directions: ``[N, L, D]``; ``"published"`` uses them at unit length.
-        objective: ``"kl"`` (nats, full-length directions times ``coefficient``) or
-            ``"published"`` (absolute values; takes no coefficient).
+        directions: ``[N, L, D]``.
+        objective: ``"kl"`` or ``"published"``, which takes no coefficient.
         max_rows: rows of a short pass (:func:`rows_of`, unless said); in float32 the result
             does not depend on it.
 

@@ -6,9 +6,8 @@ Method, section 6. For a span ``[s, e)`` of ``prompt_ids + output_ids`` and laye
     response mean = average of h[l, first span's start ... last span's end - 1]
 
 Both are rows of one averaging matrix ``A [B, S, T]``, so a layer costs one batched product
-``A @ h[l]`` inside the nnsight trace of the decoder, after which ``h[l]`` is free: nothing of
-the size tokens x layers is kept. The sums of control directions (method, section 13) are linear
-in the span means and made in the same pass.
+``A @ h[l]`` inside the trace, after which ``h[l]`` is free. The sums of control directions
+(method, section 13) are linear in the span means and made in the same pass.
 """
 
 from __future__ import annotations

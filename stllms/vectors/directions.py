@@ -137,14 +137,11 @@ def _strange(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> list
     wrong = [name for name in DTYPES if name not in tensors]
     wrong += [name for name, one in tensors.items() if one.dtype != DTYPES.get(name)]
     wrong += [n for n, value in metadata.items() if not isinstance(value, METADATA.get(n, ()))]
-    names = metadata["behaviours"]
-    if "behaviours" not in wrong and (
-        not all(isinstance(name, str) for name in names) or len(set(names)) < len(names)
-    ):
+    names = metadata["behaviours"] if "behaviours" not in wrong else []
+    if len({name for name in names if isinstance(name, str)}) < len(names):
         wrong.append("behaviours")
-    for what in ("unavailable", "left_out"):
-        values = metadata.get(what, {}) if what not in wrong else {}
-        wrong += [what] * any(type(n) is not int for n in values.values())
+    for what in {"unavailable", "left_out"} - set(wrong):
+        wrong += [what] * any(type(n) is not int for n in metadata.get(what, {}).values())
     return wrong
 
 

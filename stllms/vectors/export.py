@@ -1,21 +1,9 @@
 """Directions for other engines: safetensors, and GGUF control vectors for llama.cpp.
 
-**The layer index.** Layer ``l`` is the output of decoder layer ``l``, counted from 0: the
-residual stream after it, where this package reads and steers. The same place is called
-
-=====================  =====================================================================
-transformers           ``model.model.layers[l]``'s output; ``hidden_states[l + 1]`` (entry 0 is
-                       the embedding; the last entry has passed the final norm, so that the
-                       output of the last layer is not among them)
-nnsight                ``model.model.layers[l].output``
-llama.cpp              ``direction.l``: added after block ``l``. Block 0 cannot be steered
-vLLM with EasySteer    layer ``l`` of a ``DirectionVector``, ``direction.l`` of its GGUF files
-=====================  =====================================================================
-
-Every tensor is what is **added** to each position, prompt included: ``coefficient`` times the
-direction (method, section 6), which is as long as the mean residual at its layer.
-``tests/test_gguf.py`` proves the GGUF file against llama.cpp, ``benchmarks/control_vectors.py``
-measures by how much the engines differ.
+Layer ``l`` is the output of decoder layer ``l``, counted from 0: ``hidden_states[l + 1]`` of
+transformers (whose last entry has passed the final norm), ``direction.l`` of llama.cpp (whose
+block 0 cannot be steered) and of EasySteer for vLLM. Every tensor is what is **added** to each
+position, prompt included: ``coefficient`` times the direction (method, section 6).
 
     python -m stllms.vectors.export results/tiny-thinker --format gguf \
         --behaviour backtracking --layer 4 --out backtracking.gguf

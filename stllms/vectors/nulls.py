@@ -1,14 +1,11 @@
 """Control directions: as long as a behaviour's, but meaning nothing (method, section 13).
 
-Each kind asks its own question of an effect:
-
-* ``"shuffled"``: the formula of :mod:`stllms.vectors.directions` for one target behaviour,
-  after the labels of the spans were permuted within each response. Would any spans of the same
-  responses do as well? What all spans have in common against the whole text stays in it.
-* ``"covariance"``: ``sum_i e_i (m_i - m)`` over all span means ``m_i`` and their average ``m``,
-  with independent random signs ``e_i``. Would any direction along which spans differ do?
-* ``"isotropic"``: uniform on the sphere. Would any vector of that length do? A weak opponent:
-  of ``D`` dimensions few matter to the model, and it lies mostly in the others.
+* ``shuffled``: the directions' formula for one target behaviour, after the labels of the spans
+  were permuted within each response. Would any spans of the same responses do as well?
+* ``covariance``: ``sum_i e_i (m_i - m)`` over all span means ``m_i`` and their average ``m``,
+  with random signs ``e_i``. Would any direction do along which spans differ?
+* ``isotropic``: uniform on the sphere. Would any vector of that length do? A weak opponent: of
+  ``D`` dimensions few matter to the model, and it lies mostly in the others.
 """
 
 from __future__ import annotations
