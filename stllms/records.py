@@ -265,3 +265,6 @@ _RECORDS: dict[str, type] = {
 STEERED_KEY = ("task_id", "direction", "layer", "coefficient", "operation")
 
 from stllms.foreign import DEEPEST, amount, kind, loads  # noqa: E402, F401
+
+#: The new name of :class:`TokenSpan`, until the owner of the records renames it.
+Span = TokenSpan
