@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from stllms.annotation.annotators import Grammar, annotations, steered
+from stllms.annotation import annotators
 from stllms.config import PROFILES
 from stllms.fixtures import FOLDER, grammar
 from stllms.generation.responses import responses
@@ -40,11 +40,15 @@ COEFFICIENTS = (-1.0, 1.0)
 def build(model: Model, tasks: Sequence[Task], decoding: dict[str, Any]) -> SteeringVectors:
     """Directions of an embedded model as notebook 02 makes them."""
     made = responses(model, tasks, **decoding)
-    labelled = annotations(Grammar(), made, model=model)
+    labelled = annotators.annotations(annotators.Grammar(), made, model=model)
     means = collect(model, made, [one.spans for one in labelled], batch_size=16)
     built = difference_of_means(means)
-    origin = {"weights": weights(model.name), "annotator": Grammar.name}
-    origin |= {"responses": len(made), "seed": decoding["seed"]}
+    origin: dict[str, Any] = {
+        "weights": weights(model.name),
+        "annotator": "grammar",
+        "responses": len(made),
+    }
+    origin |= {"seed": decoding["seed"]}
     return replace(built, config={**built.config, **origin})
 
 
@@ -57,7 +61,9 @@ def sweep(
     """
     conditions = sweep_conditions(built, COEFFICIENTS)
     chains = grid(model, tasks, conditions, **decoding)
-    measured = measures.measure(steered(Grammar(), chains, model=model), tasks)
+    measured = measures.measure(
+        annotators.steered(annotators.Grammar(), chains, model=model), tasks
+    )
     by = ["direction", "layer", "coefficient"]
     whole = measured.groupby(by)["well-formed"].mean().reset_index()
     whole = whole.rename(columns={"direction": "behaviour"})

@@ -259,7 +259,7 @@ def train(recipe: Recipe, out: Path, *, device: str = "cpu", save_every: int = 1
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(recipe, out)
-    model = build_model(recipe, tokenizer).to(device).train()
+    model = build_model(recipe, tokenizer).to(device).train()  # type: ignore[arg-type]
     steppers = optimisers(model, recipe)
     step, seen, seconds = _resume(out, model, steppers, recipe)
     bar = tqdm(total=recipe.steps, initial=step, desc=f"tiny-{recipe.style}", unit="step")

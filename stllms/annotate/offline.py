@@ -1,3 +1,3 @@
 """Old address of names that moved; deleted at the end."""
 
-from stllms.annotation.offline import (WEIGHTS, log_softmax, Classifier, Offline)  # noqa: F401
+from stllms.annotation.offline import (WEIGHTS, Classifier, Offline)  # noqa: F401

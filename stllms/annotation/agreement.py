@@ -34,8 +34,8 @@ class Agreement:
     ``confusion [N, N]`` holds shares of the compared characters, rows the first annotator,
     columns the second. ``difference`` maps a label to its share by the second minus that by the
     first, with its interval ``(value, low, high)``. ``compared`` is the share of the
-    ``characters`` that both have labelled. ``kappa`` and its interval are NaN where undefined: nothing compared, or
-    both always gave the same one label.
+    ``characters`` that both have labelled. ``kappa`` and its interval are NaN where undefined:
+    nothing compared, or both always gave the same one label.
     """
 
     first: str
@@ -103,8 +103,8 @@ def compare(
     total = counts.sum(axis=0)
     n = total.sum()
     shares = total / n if n else total
-    draws = rng.integers(len(counts), size=(RESAMPLES, len(counts))) if len(counts) else []
-    drawn = np.array([counts[draw].sum(axis=0) for draw in draws]).reshape(-1, *total.shape)
+    draws = rng.integers(max(1, len(counts)), size=(RESAMPLES, len(counts)))
+    drawn = np.array([counts[draw].sum(axis=0) for draw in draws])
     gaps, drawn_gaps = shares.sum(axis=0) - shares.sum(axis=1), _gaps(drawn)
     low, high = _interval(_kappas(drawn))
     return Agreement(
@@ -120,7 +120,8 @@ def compare(
         labels=tuple(labels),
         confusion=shares,
         difference={
-            name: (float(gaps[i]), *_interval(drawn_gaps[:, i])) for i, name in enumerate(labels)
+            name: (float(gaps[i]), *_interval(drawn_gaps[:, i]))
+            for i, name in enumerate(labels)
         },
     )
 
@@ -168,7 +169,8 @@ def kappa(confusion: np.ndarray) -> float:
 def label_indices(
     annotation: Annotation, length: int, labels: Sequence[str] = BEHAVIOURS
 ) -> np.ndarray:
-    """The label of each of the ``length`` characters of a chain: its place in ``labels``, or -1."""
+    """The label of each of the ``length`` characters of a chain: an index into ``labels``, -1
+    for none."""
     marks = np.full(length, -1)
     for segment in annotation.segments:
         if segment.label in labels:

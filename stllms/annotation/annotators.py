@@ -9,8 +9,6 @@
 =================  ======================================================================
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -59,7 +57,7 @@ class Annotator(Protocol):
 
 def annotator(name: str, **options: Any) -> Annotator:
     """The annotator called ``name``, one of :data:`NAMES`; ``options`` are its own."""
-    kind, colon, rest = name.partition(":")
+    kind, _, rest = name.partition(":")
     if kind in ("openai", "replay") and rest:
         from stllms.annotation import judge
 
@@ -125,8 +123,8 @@ def annotations(
     annotator: Annotator,
     responses: Sequence[Response],
     *,
-    model: Model | None = None,
-    store: Rows | None = None,
+    model: "Model | None" = None,
+    store: "Rows | None" = None,
 ) -> list[Annotation]:
     """One annotation per response, in order.
 
@@ -170,8 +168,8 @@ def steered(
     annotator: Annotator,
     chains: Sequence[Steered],
     *,
-    model: Model,
-    store: Rows | None = None,
+    model: "Model",
+    store: "Rows | None" = None,
 ) -> list[Steered]:
     """The chains with their annotations; ``store`` is rewritten with what was missing."""
     if store is not None:
@@ -193,13 +191,13 @@ def labelled(one: Steered, annotator: str) -> bool:
     return label is not None and label.annotator == annotator and label.failed is None
 
 
-def load(store: Rows, annotator: str) -> list[Annotation]:
+def load(store: "Rows", annotator: str) -> list[Annotation]:
     """The stored annotations of one annotator."""
     found = from_rows(store.load(), annotation_from_row, store.path)
     return [annotation for annotation in found if annotation.annotator == annotator]
 
 
-def table(made: Sequence[Annotation]) -> pd.DataFrame:
+def table(made: Sequence[Annotation]) -> "pd.DataFrame":
     """One row per segment: ``task_id, label, start, end, text``; the data of chain figures."""
     import pandas as pd
 
@@ -213,7 +211,7 @@ def table(made: Sequence[Annotation]) -> pd.DataFrame:
 
 
 def _annotated(
-    annotator: Annotator, responses: Sequence[Response], model: Model | None
+    annotator: Annotator, responses: Sequence[Response], model: "Model | None"
 ) -> list[Annotation]:
     """New annotations, with token spans where a model and the ids are known."""
     made = annotator.annotate(responses) if responses else []
@@ -225,7 +223,7 @@ def _annotated(
     ]
 
 
-def _bind(store: Rows, annotator: Annotator) -> None:
+def _bind(store: "Rows", annotator: Annotator) -> None:
     """Notes in the record of ``store`` what its labels depend on; refuses other ones."""
     made_from = getattr(annotator, "fingerprint", None) or f"stllms {__version__}"
     store.bind({f"annotator {annotator.name}": made_from})

@@ -1,7 +1,7 @@
 """The trained annotator: a small sentence classifier, run with numpy alone.
 
-For a sentence with features ``x`` (hashed words, word pairs, cue words and shape of the sentence
-and its neighbours, place in the chain) and ``a`` (how often cues occur around it)::
+For a sentence with features ``x`` (hashed words, word pairs, cue words and shape of the
+sentence and its neighbours, place in the chain) and ``a`` (how often cues occur around it)::
 
     s = 0.7 log softmax(x W + a V + b)                          a linear model
       + 0.3 log softmax([relu(x E + c), relu(a F + d)] O + e)   and a network
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 
 from stllms.annotation import placing, sentences
 from stllms.records import Annotation, Response
@@ -34,12 +35,6 @@ WEIGHTS = Path(__file__).with_name("offline.npz")
 
 _OWN, _NEIGHBOURS = 0.8, 0.2  # how much a sentence and the transitions count
 _NETWORK = 0.3  # how much of a sentence's score comes from the network
-
-
-def log_softmax(scores: np.ndarray) -> np.ndarray:
-    """Logarithms of probabilities over the last axis."""
-    scores = scores - scores.max(axis=-1, keepdims=True)
-    return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,9 @@ class Classifier:
         around = rows.around @ w["hidden_around"] + w["hidden_around_bias"]
         hidden = np.maximum(np.hstack([words, around]), 0)
         network = hidden @ w["out"] + w["out_bias"]
-        return (1 - _NETWORK) * log_softmax(linear) + _NETWORK * log_softmax(network)
+        return (1 - _NETWORK) * log_softmax(linear, axis=1) + _NETWORK * log_softmax(
+            network, axis=1
+        )
 
     def probabilities(self, rows: Features) -> np.ndarray:
         """``[n, N]`` for the sentences of one chain, each row adding up to 1."""

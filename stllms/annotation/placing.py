@@ -1,4 +1,4 @@
-"""Segments -> characters of the thinking text -> half-open token spans, with full coverage counts.
+"""Segments -> characters of the thinking text -> half-open token spans; nothing uncounted.
 
 :func:`align` places what an annotator returned. The tolerant method is one global, monotone
 alignment: the longest common subsequence of the words of the text and of the words of all
@@ -104,13 +104,38 @@ def align(
             rejected.append((segment, NOT_FOUND if segment.text.strip() else EMPTY))
         else:
             placed.append(PlacedSegment(segment.label, text[slice(*at)], *at))
-    made = _counted(placed, rejected, elsewhere, text)
+    made = place(placed, text, rejected, elsewhere)
     return made if offsets is None else replace(made, spans=token_spans(placed, offsets, text))
 
 
-def place(placed: Iterable[PlacedSegment], text: str) -> Alignment:
-    """The :class:`Alignment` of an annotator that knows the places (rules, grammar, model)."""
-    return _counted(placed, [], [], text)
+def place(
+    placed: Iterable[PlacedSegment],
+    text: str,
+    rejected: Sequence[tuple[Segment, str]] = (),
+    elsewhere: Sequence[tuple[str, int, int]] = (),
+) -> Alignment:
+    """The :class:`Alignment` of segments whose places are known: of rules, a grammar, a model.
+
+    Every character of ``text`` is labelled or counted under a reason; ``elsewhere`` holds
+    ``(reason, start, end)`` of rejected pieces that were located.
+    """
+    placed = sorted(placed, key=lambda segment: (segment.start, segment.end))
+    names = ["labelled", *dict.fromkeys(reason for reason, _, _ in elsewhere), LEFT_OUT]
+    state = np.full(len(text), len(names) - 1)
+    for reason, start, end in elsewhere:
+        state[start:end] = names.index(reason)
+    for segment in placed:
+        state[segment.start : segment.end] = 0
+    counts = np.bincount(state[solid(text)], minlength=len(names)).tolist()
+    total = sum(counts)
+    return Alignment(
+        placed=tuple(placed),
+        rejected=tuple(rejected),
+        ambiguous=sum(text.find(s.text) != text.rfind(s.text) for s in placed),
+        coverage=counts[0] / total if total else 1.0,
+        total=total,
+        characters={n: c for n, c in zip(names, counts, strict=True) if c or n == "labelled"},
+    )
 
 
 def annotation(alignment: Alignment, task_id: str, annotator: str, **ledger: Any) -> Annotation:
@@ -130,35 +155,6 @@ def failed(text: str, task_id: str, annotator: str, why: str, **ledger: Any) -> 
 def solid(text: str) -> np.ndarray:
     """Which characters of a text are not white space, ``[len(text)]`` booleans."""
     return np.array([not c.isspace() for c in text], dtype=bool)
-
-
-def _counted(
-    placed: Iterable[PlacedSegment],
-    rejected: Sequence[tuple[Segment, str]],
-    elsewhere: Sequence[tuple[str, int, int]],
-    text: str,
-) -> Alignment:
-    """The alignment with every character of ``text`` labelled or counted under a reason.
-
-    ``elsewhere`` holds ``(reason, start, end)`` of rejected pieces that were located.
-    """
-    placed = sorted(placed, key=lambda segment: (segment.start, segment.end))
-    names = ["labelled", *dict.fromkeys(reason for reason, _, _ in elsewhere), LEFT_OUT]
-    state = np.full(len(text), len(names) - 1)
-    for reason, start, end in elsewhere:
-        state[start:end] = names.index(reason)
-    for segment in placed:
-        state[segment.start : segment.end] = 0
-    counts = np.bincount(state[solid(text)], minlength=len(names)).tolist()
-    total = sum(counts)
-    return Alignment(
-        placed=tuple(placed),
-        rejected=tuple(rejected),
-        ambiguous=sum(text.find(s.text) != text.rfind(s.text) for s in placed),
-        coverage=counts[0] / total if total else 1.0,
-        total=total,
-        characters={n: c for n, c in zip(names, counts, strict=True) if c or n == "labelled"},
-    )
 
 
 # --- the two ways to find a segment ------------------------------------------------------
