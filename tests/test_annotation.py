@@ -396,7 +396,6 @@ def test_a_ledger_that_does_not_add_up_is_refused_by_name():
 # --- the released chains -----------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_released_chains_are_counted_as_stored_and_covered(published):
     """Coverage: 95 % for thinking models, or within a point of what the judge returned. The
     published method places 74 % of one of the two that lose most (method, section 4)."""

@@ -224,9 +224,6 @@ def test_answers_are_those_that_the_questions_ask_for_and_what_is_said_is_right(
     assert len(answers) > 1, "an answer that never changes tests nothing"
 
 
-# --- the chains --------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, list[grammar.Chain]]:
     """Chains of both styles, the families in turn."""
@@ -521,12 +518,5 @@ def test_what_lies_beside_the_embedded_models_is_shipped():
     patterns = settings["tool"]["setuptools"]["package-data"]["stllms.fixtures"]
     shipped = {path for pattern in patterns for path in FOLDER.glob(pattern)}
     assert {path for path in FOLDER.glob("tiny-*") if path.is_file()} <= shipped
-    assert directions.file("tiny-thinker") in shipped
+    assert directions.shipped_file("tiny-thinker") in shipped
     assert FOLDER / "tiny-thinker" / "model.safetensors" in shipped
-
-
-def test_the_shipped_directions_are_of_the_shipped_weights():
-    made = directions.load("tiny-thinker")
-    assert made.config["weights"] == directions.weights("tiny-thinker")
-    assert made.config["profile"] == "default"
-    assert not made.unavailable

@@ -29,7 +29,12 @@ from stllms.records import Task
 from stllms.steering import dose, measures
 from stllms.steering.conditions import grid, sweep_conditions
 from stllms.vectors.activations import collect
-from stllms.vectors.directions import SteeringVectors, difference_of_means, file, weights
+from stllms.vectors.directions import (
+    SteeringVectors,
+    difference_of_means,
+    shipped_file,
+    weights_of,
+)
 
 MODEL = "tiny-thinker"
 #: The layer sweep of the model, beside its folder, and the coefficients that it steers by.
@@ -44,7 +49,7 @@ def build(model: Model, tasks: Sequence[Task], decoding: dict[str, Any]) -> Stee
     means = collect(model, made, [one.spans for one in labelled], batch_size=16)
     built = difference_of_means(means)
     origin: dict[str, Any] = {
-        "weights": weights(model.name),
+        "weights": weights_of(model.name),
         "annotator": "grammar",
         "responses": len(made),
     }
@@ -99,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": seed,
     }
     model = load(MODEL, device="cpu")
-    path = given.out or file(MODEL)
+    path = given.out or shipped_file(MODEL)
     made = build(model, grammar.tasks("build", profile.n_build, seed=seed), decoding)
     made = replace(made, config=made.config | {"profile": given.profile})
     made.save(path)
