@@ -253,7 +253,7 @@ def test_openings_of_different_behaviours_do_not_collide():
         assert not longer.startswith(shorter), (label, one, other, two)
 
 
-def test_wordings_cover_the_behaviours_and_have_at_most_one_slot():
+def test_wordings_cover_the_behaviours_have_at_most_one_slot_and_fall_in_frequency():
     assert set(grammar.WORDINGS) == set(BEHAVIOURS)
     assert set(grammar.HINTS) == set(STEERED)
     for texts in grammar.WORDINGS.values():
@@ -263,9 +263,6 @@ def test_wordings_cover_the_behaviours_and_have_at_most_one_slot():
             assert text.count("{") <= 1
             assert len(re.findall(r"[.?!]", text)) == 1, "one sentence"
             assert opening(text)
-
-
-def test_zipf_weights_fall_with_the_rank():
     for label, texts in grammar.WORDINGS.items():
         weights = grammar.zipf(label)
         assert len(weights) == len(texts)
@@ -325,7 +322,7 @@ def test_chains_end_in_the_conclusion_and_hints_are_the_end_of_the_question(draw
     assert 0.4 < hinted / DRAWS < 0.6
 
 
-def test_what_the_grammar_cannot_have_written_has_no_label():
+def test_what_the_grammar_cannot_have_written_has_no_label_and_the_last_answer_is_read():
     for text in (
         "",
         "So 2 is even",
@@ -339,9 +336,6 @@ def test_what_the_grammar_cannot_have_written_has_no_label():
         "Hello there.",
     ):
         assert grammar.label_of(text) is None, text
-
-
-def test_the_last_answer_of_a_text_is_read():
     assert grammar.read_answer("So the answer is 3. The answer is 2/5.") == "2/5"
     assert grammar.read_answer("The answer is near.") == "near"
     assert grammar.read_answer("No answer.") is None
@@ -352,25 +346,15 @@ def test_the_last_answer_of_a_text_is_read():
 
 def response(chain: grammar.Chain, style: str = "thinker", **changes) -> Response:
     """A chain as a model's response; ``changes`` are fields to damage."""
-    thinking = chain.thinking if style == "thinker" else f"{chain.thinking} {chain.final}"
-    written = f"{thinking}\n</think>\n\n{chain.final}" if style == "thinker" else thinking
-    fields = {
-        "task_id": "t",
-        "category": chain.puzzle.category,
-        "prompt_text": "",
-        "prompt_ids": (),
-        "output_ids": (),
-        "text": written,
-        "thinking": thinking,
-        "thinking_start": 0,
-        "answer": chain.final if style == "thinker" else written,
-        "closed": True,
-        "finished": True,
-    }
-    return Response(**fields | changes)
+    thinker, text = style == "thinker", chain.thinking
+    thinking = text if thinker else f"{text} {chain.final}"
+    written = f"{text}\n</think>\n\n{chain.final}" if thinker else thinking
+    answer = chain.final if thinker else written
+    made = Response("t", "own", "", (), (), written, thinking, 0, answer, True, True)
+    return replace(made, **changes)
 
 
-def test_the_annotator_gives_back_the_true_labels_and_a_ledger_of_everything(drawn):
+def test_drawn_chains_are_well_formed_and_the_annotator_gives_back_their_labels(drawn):
     for style in STYLES:
         made = [response(chain, style) for chain in drawn[style][:300]]
         annotations = Grammar().annotate(made)
@@ -380,6 +364,7 @@ def test_the_annotator_gives_back_the_true_labels_and_a_ledger_of_everything(dra
                 told.append(("deduction", chain.final))
             assert [(s.label, s.text) for s in one.segments] == told
             assert one.ledger["unknown"] == []
+        assert all(grammar.well_formed(one, thinker=style == "thinker") for one in made)
         assert placing.summarise(annotations).characters.keys() == {"labelled"}
     assert isinstance(Grammar(), Annotator)
 
@@ -394,13 +379,6 @@ def test_unknown_sentences_are_in_the_ledger_and_left_out(drawn):
     whole = placing.summarise(annotations)
     left_out = len("Themoonischeese.andthen") * 50
     assert whole.characters[placing.LEFT_OUT] == left_out
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_drawn_chains_are_well_formed(drawn, style):
-    thinker = style == "thinker"
-    for chain in drawn[style][:300]:
-        assert grammar.well_formed(response(chain, style), thinker=thinker)
 
 
 def damaged(chain: grammar.Chain) -> dict[str, Response]:
