@@ -561,14 +561,6 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return round(value, 5) if isinstance(value, float) else value
-
-
 # --- the command -------------------------------------------------------------------------
 
 
@@ -600,7 +592,8 @@ def train(paths: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     replace(fit(data, {"trained_on": digests}), correction=correction).save(out)
     numbers = measure(chains, data, probabilities, chosen, names)
     numbers |= {"trained_on": digests, "correction": correction, "penalty": PENALTY}
-    numbers = _rounded(numbers | {"weights_bytes": out.stat().st_size})
+    text = json.dumps(numbers | {"weights_bytes": out.stat().st_size})
+    numbers = json.loads(text, parse_float=lambda number: round(float(number), 5))
     stem = out.with_name(out.stem + "_card")
     stem.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     stem.with_suffix(".md").write_text(page(numbers), encoding="utf-8")

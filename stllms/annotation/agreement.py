@@ -40,7 +40,6 @@ class Agreement:
 
     first: str
     second: str
-    chains: int
     characters: int
     compared: float
     accuracy: float
@@ -50,19 +49,6 @@ class Agreement:
     labels: tuple[str, ...]
     confusion: np.ndarray
     difference: dict[str, tuple[float, float, float]]
-
-    def by_first(self) -> np.ndarray:
-        """``confusion`` with rows that add up to 1, NaN for a label the first never gave."""
-        sums = self.confusion.sum(axis=1, keepdims=True)
-        return np.divide(
-            self.confusion, sums, out=np.full_like(self.confusion, np.nan), where=sums > 0
-        )
-
-    def kappa_text(self) -> str:
-        """``0.63 (0.59 to 0.66)``, or ``n/a`` where it is undefined."""
-        if np.isnan(self.kappa):
-            return "n/a"
-        return f"{self.kappa:.2f} ({self.kappa_low:.2f} to {self.kappa_high:.2f})"
 
 
 def annotators(name: str, *, embedded: bool) -> tuple[str, ...]:
@@ -110,7 +96,6 @@ def compare(
     return Agreement(
         first=first[0].annotator if first else "",
         second=second[0].annotator if second else "",
-        chains=len(responses),
         characters=characters,
         compared=float(n / characters) if characters else 0.0,
         accuracy=float(np.trace(shares)) if n else float("nan"),
@@ -148,15 +133,18 @@ def report(compared: Sequence[Agreement]) -> pd.DataFrame:
 
 
 def confusions(compared: Sequence[Agreement]) -> pd.DataFrame:
-    """:meth:`Agreement.by_first` as rows: annotator, label by the first, one column a label."""
+    """Rows of ``annotator``, ``label`` by the first, and one column per label: how often this
+    annotator gave it there. Rows add up to 1, or are NaN for a label the first never gave."""
     import pandas as pd
 
-    made = [
-        pd.DataFrame(found.by_first(), columns=list(found.labels)).assign(
-            annotator=found.second, label=found.labels
+    made = []
+    for found in compared:
+        with np.errstate(invalid="ignore"):
+            rows = found.confusion / found.confusion.sum(axis=1, keepdims=True)
+        labels = list(found.labels)
+        made.append(
+            pd.DataFrame(rows, columns=labels).assign(annotator=found.second, label=labels)
         )
-        for found in compared
-    ]
     joined = pd.concat(made, ignore_index=True)
     return joined[["annotator", "label", *compared[0].labels]]
 
