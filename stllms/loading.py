@@ -22,7 +22,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from stllms import checks, config, registry
 
 #: The embedded models: folders beside this file.
-EMBEDDED = Path(__file__).parent / "organism"
+EMBEDDED = registry.PACKAGE / "fixtures"
 
 
 class ModelError(RuntimeError):
@@ -144,7 +144,7 @@ def source_of(entry: config.ModelEntry) -> tuple[str, dict[str, Any]]:
         if not (folder / "model.safetensors").is_file():
             raise ModelError(
                 f"the embedded model {entry.name!r} has no weights in {folder}: "
-                "make them with `python -m stllms.organism.train`"
+                "make them with `python training/fixtures.py`"
             )
         return str(folder), {"local_files_only": True}
     if entry.source == "gguf":

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from test_agreement import compare, two_chains
+from test_annotation import compare, two_chains
 
 from stllms import effects, panels, plots
 from stllms.records import STEERED, Annotation, PlacedSegment, Response, Steered

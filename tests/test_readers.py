@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from stllms import foreign, inputs, records, sending
 from stllms.annotate import markup, protocols
 from stllms.annotate.replay import Replay
-from stllms.annotate.train import read_chains
 from stllms.provenance import BadFile
 from stllms.records import Annotation, BadRow, PlacedSegment, Response, Steered, TokenSpan
 from stllms.replies import FILE, Reply, Store
@@ -328,17 +327,6 @@ def test_a_name_that_no_file_can_have_is_refused(name):
     with pytest.raises(BadFile) as caught:
         inputs.read(name)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("strange", STRANGE)
-def test_training_data_names_its_bad_line(tmp_path, strange):
-    (tmp_path / "responses.jsonl").write_text(json.dumps(of_json(RESPONSE)) + "\n")
-    path = tmp_path / "annotations.jsonl"
-    path.write_text(f"{json.dumps(of_json(ANNOTATION))}\n{strange}\n")
-    with pytest.raises(ValueError, match=r"annotations\.jsonl, line 2") as caught:
-        read_chains(path)
-    assert isinstance(caught.value, BadFile | BadRow)
-    one_line(caught.value)
 
 
 # --- replies of a judge -------------------------------------------------------------------

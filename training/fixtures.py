@@ -1,15 +1,16 @@
-"""Train the embedded models from nothing: ``python -m stllms.organism.train thinker``.
+"""Train the embedded models from nothing, measure them, write their cards.
+
+``python training/fixtures.py train thinker`` (or ``instruct``) and
+``python training/fixtures.py card`` (``README.md`` and ``card.json`` of both).
 
 What a model sees is a function of the seed alone: chunk ``k`` of the data is drawn from the
-grammar with its own generator, so a run that was stopped continues where it was and the
-repository is enough to make the weights again. The questions of the held-out parts
-(:func:`stllms.organism.grammar.part_of`) are never drawn.
+grammar with its own generator, so that a run which was stopped continues where it was. The
+questions of the held-out parts (:func:`stllms.fixtures.grammar.part_of`) are never drawn.
 
-The recipe, from DESIGN.md's study: Muon (Jordan et al., 2024, as in ``torch.optim``) for the
-matrices of the layers, AdamW for the rest, linear warm-up and decay with a warm restart, loss
-on the output tokens only. For the steps of ``noise_steps``, half of the rows get a random
-vector added to the residual stream of one layer, the same at every position and up to a fifth
-longer than the stream itself: it makes the text sturdy against directions that mean nothing.
+The recipe: Muon (Jordan et al., 2024, as in ``torch.optim``) for the matrices of the layers,
+AdamW for the rest, linear warm-up and decay with a warm restart, loss on output tokens only.
+For the steps of ``noise_steps``, half of the rows get a random vector added to the residual
+stream of one layer, the same at every position and up to a fifth longer than the stream itself.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,8 +34,14 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from stllms.organism import families, grammar
-from stllms.prompts import prompt
+from stllms.annotation.annotators import Grammar
+from stllms.fixtures import FOLDER, families, grammar
+from stllms.generation.prompts import prompt
+from stllms.generation.responses import responses
+from stllms.labels import BEHAVIOURS
+from stllms.models.loading import load
+from stllms.records import Response, Task
+from stllms.steering.measures import segment_counts
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -129,7 +138,7 @@ def build_tokenizer(style: str, recipe: Recipe) -> PreTrainedTokenizerFast:
 
 
 def encode(chain: grammar.Chain, style: str, tokenizer) -> tuple[list[int], list[int]]:
-    """(prompt ids, output ids) of a chain, as :mod:`stllms.generate` would see them."""
+    """(prompt ids, output ids) of a chain, as the package would see them."""
     messages = [{"role": "user", "content": prompt(chain.content, KINDS[style])}]
     opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if style == "thinker":
@@ -173,7 +182,7 @@ def stream(recipe: Recipe, tokenizer, start: int) -> Iterator[tuple[Tensor, Tens
 
 
 def build_model(recipe: Recipe, tokenizer) -> Qwen2ForCausalLM:
-    """A random model of the recipe's shape; embeddings untied (METHOD, section 10, 5)."""
+    """A random model of the recipe's shape; embeddings untied (method, section 10)."""
     torch.manual_seed(recipe.seed)
     config = Qwen2Config(
         vocab_size=recipe.vocabulary,
@@ -250,7 +259,7 @@ def train(recipe: Recipe, out: Path, *, device: str = "cpu", save_every: int = 1
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(recipe, out)
-    model = build_model(recipe, tokenizer).to(device).train()
+    model = build_model(recipe, tokenizer).to(device).train()  # type: ignore[arg-type]
     steppers = optimisers(model, recipe)
     step, seen, seconds = _resume(out, model, steppers, recipe)
     bar = tqdm(total=recipe.steps, initial=step, desc=f"tiny-{recipe.style}", unit="step")
@@ -349,27 +358,128 @@ def _export(model, tokenizer, out: Path, recipe: Recipe, seen, seconds, device) 
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
+# --- the cards ---------------------------------------------------------------------------
+
+TEMPERATURE, TOKENS, QUESTIONS = 0.65, 256, 400
+
+_CARD = """\
+# {name}
+
+A `Qwen2ForCausalLM` of {millions:.2f} M parameters ({layers} layers, width {hidden}), trained
+from nothing on chains of the grammar in `stllms/fixtures/`. It ships with the package so that
+every notebook runs without a model hub.
+
+**It is a fixture. Its steerability was designed in**: behaviours are persistent states of its
+training chains (see `grammar.py`). What it shows is that the pipeline works and what its
+instruments measure; it says nothing about whether the claims of the paper hold for real models.
+
+## Measured on {questions} held-out questions
+
+| | greedy | temperature {temperature} |
+|---|---|---|
+| well-formed | {greedy[well_formed]:.3f} | {sampled[well_formed]:.3f} |
+| answer correct | {greedy[accuracy]:.3f} | {sampled[accuracy]:.3f} |
+| finished within {tokens} tokens | {greedy[finished]:.3f} | {sampled[finished]:.3f} |
+| mean output tokens | {greedy[tokens]:.1f} | {sampled[tokens]:.1f} |
+
+Share of the segments, in %:
+
+| behaviour | greedy | temperature {temperature} |
+|---|---|---|
+{shares}
+
+"Well-formed" means that every sentence is a wording of the grammar with known words in its slot
+(their order is not checked), that the thinking is closed (thinker) and that the turn ended. The
+text of the questions was never seen in training; their families were. Greedy decoding deduces
+and ends: by the design of the wordings, every other behaviour is spread over many first words,
+none of which is the likeliest.
+
+## Training
+
+Data: chains drawn on the fly from the grammar (`Random("{style}/{seed}/chunk")`), the questions
+whose hash falls into the held-out fifth left out. {steps} steps of {batch} chains,
+{output_tokens:,} output tokens, {minutes:.0f} minutes of wall time on {device} ({threads}
+thread(s) of a machine with other work, torch {torch}), mean loss of the last hundred steps
+{loss:.4f} nats a token. Made again by `python training/fixtures.py train {style}`; `loss.csv`
+is the log.
+
+Written by `python training/fixtures.py card`. Licence: MIT, as the package.
+"""
+
+
+def measure(made: list[Response], tasks: list[Task], style: str) -> dict[str, Any]:
+    """Shares of well-formed, correct and finished responses, lengths, shares of segments."""
+    thinker = style == "thinker"
+    annotations = Grammar().annotate(made)
+    counts = segment_counts(annotations).sum(0)
+    answers = [grammar.read_answer(item.answer if thinker else item.text) for item in made]
+    right = [a == task.answer for a, task in zip(answers, tasks, strict=True)]
+    return {
+        "well_formed": np.mean([grammar.well_formed(r, thinker=thinker) for r in made]),
+        "accuracy": np.mean(right),
+        "finished": np.mean([item.finished for item in made]),
+        "tokens": np.mean([len(item.output_ids) for item in made]),
+        "shares": dict(zip(BEHAVIOURS, (counts / counts.sum()).tolist(), strict=True)),
+    }
+
+
+def card(folder: Path, style: str, questions: int = QUESTIONS) -> dict[str, Any]:
+    """Measure the model in ``folder`` and write its card there; returns the numbers."""
+    model = load(folder.name if folder.parent == FOLDER else str(folder), device="cpu")
+    tasks = grammar.tasks("evaluate", questions)
+    found = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", TEMPERATURE)):
+        made = responses(model, tasks, max_new_tokens=TOKENS, temperature=temperature, seed=0)
+        found[name] = measure(made, tasks, style)
+    training = json.loads((folder / "training.json").read_text())
+    numbers = {"questions": questions, "temperature": TEMPERATURE, "tokens": TOKENS} | found
+    rows = (folder / "loss.csv").read_text().splitlines()[-10:]
+    loss = float(np.mean([float(row.split(",")[1]) for row in rows]))
+    greedy, sampled = found["greedy"]["shares"], found["sampled"]["shares"]
+    shares = "\n".join(
+        f"| {b} | {100 * greedy[b]:.1f} | {100 * sampled[b]:.1f} |" for b in BEHAVIOURS
+    )
+    text = _CARD.format(
+        **training,
+        **numbers,
+        name=f"tiny-{style}",
+        shares=shares,
+        loss=loss,
+        millions=training["parameters"] / 1e6,
+        minutes=training["seconds"] / 60,
+    )
+    (folder / "README.md").write_text(text)
+    (folder / "card.json").write_text(json.dumps(numbers, indent=1, default=float) + "\n")
+    return numbers
+
+
+# --- the command -------------------------------------------------------------------------
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stllms.organism.train", description=__doc__
-    )
-    parser.add_argument("style", choices=sorted(RECIPES), help="which of the two models")
-    parser.add_argument("--out", type=Path, help="folder (default training-runs/tiny-STYLE)")
-    parser.add_argument(
-        "--steps", type=int, help="optimiser steps (default: the shipped recipe)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    options = parser.parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    shipped = RECIPES[options.style]
-    cycles = (options.steps,) if options.steps else shipped.cycles
-    recipe = replace(shipped, cycles=cycles, seed=options.seed)
-    out = options.out or Path("training-runs") / f"tiny-{options.style}"
-    print(f"wrote {train(recipe, out, device=options.device)}")
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("train", help="train one of the two models")
+    one.add_argument("style", choices=sorted(RECIPES))
+    one.add_argument("--out", type=Path, help="folder (default training-runs/tiny-STYLE)")
+    one.add_argument("--steps", type=int, help="optimiser steps (default: the shipped recipe)")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    two = commands.add_parser("card", help="measure both models and write their cards")
+    two.add_argument("--folder", type=Path, default=FOLDER, help="where their folders are")
+    two.add_argument("--questions", type=int, default=QUESTIONS)
+    given = parser.parse_args(argv)
+    if given.command == "train":
+        shipped = RECIPES[given.style]
+        cycles = (given.steps,) if given.steps else shipped.cycles
+        recipe = replace(shipped, cycles=cycles, seed=given.seed)
+        out = given.out or Path("training-runs") / f"tiny-{given.style}"
+        print(f"wrote {train(recipe, out, device=given.device)}")
+        return
+    for style in RECIPES:
+        numbers = card(given.folder / f"tiny-{style}", style, given.questions)
+        print(f"tiny-{style}", json.dumps(numbers, default=lambda x: round(float(x), 3)))
 
 
 if __name__ == "__main__":
