@@ -17,7 +17,7 @@ from stllms.comparison import groups, released
 from stllms.comparison.groups import Member
 from stllms.config import RunConfig
 from stllms.generation import remote, responses, sampling
-from stllms.models import loading
+from stllms.models.loading import load
 from stllms.models.model import Model
 from stllms.records import Annotation, Response, Task
 from stllms.registry import resolve
@@ -79,7 +79,7 @@ def of_model(config: RunConfig, folder: Folder) -> Member:
     if config.entry.source == "api":
         chains, lacking = _from_api(config, folder, asked, decoding)
     else:
-        model = loading.load(config.model, **config.loading)
+        model = load(config.model, **config.loading)
         folder.made_with(model)
         chains = responses.responses(
             model, asked, store=folder.rows(folder.responses), **decoding

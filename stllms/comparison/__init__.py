@@ -12,7 +12,19 @@ Takes annotations, tables and released files; gives tables, captions and verdict
 
 # --- old addresses, deleted at the end
 from stllms.comparison.groups import (  # noqa: F401
-    DRAWS, Member, Setup, caption, colours, group_intervals, member, ordered, pairs, setups,
-    table, treatments, unpaired, width,
+    DRAWS,
+    Member,
+    Setup,
+    caption,
+    colours,
+    group_intervals,
+    member,
+    ordered,
+    pairs,
+    setups,
+    table,
+    treatments,
+    unpaired,
+    width,
 )  # fmt: skip
 from stllms.comparison.groups import overview as ledger  # noqa: F401

@@ -222,7 +222,7 @@ def groups(members: Sequence[Member]) -> dict[tuple[str, Setup], list[Member]]:
 
 def _couples(members: Sequence[Member]) -> list[tuple[Member, Member, Setup, Setup]]:
     """Every thinking model beside its instruct model of the same source, with their setups."""
-    known = {
+    known: dict[tuple[str | None, str], tuple[Member, Setup]] = {
         (one.name, one.source): (one, setup)
         for one, setup in zip(members, setups(members), strict=True)
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -215,13 +215,13 @@ def _fractions(treatment: str, pair: str = "") -> Cells:
 def _released_comparison(folder: Path) -> Iterator[Cells]:
     """Averages over the released files: nothing is reproduced with fewer files than the
     paper's, and files of different tasks are not averaged with each other."""
-    columns = ("treatment", "kind", "tasks", "metric", "behaviour", "models")
-    groups = _table(folder / "comparison_groups.csv", *columns, *VALUES)
-    columns = ("chains", "equal_stored", "recovered")
-    changes = _table(folder / "comparison_changes.csv", *columns)
+    columns = ("treatment", "kind", "tasks", "metric", "behaviour", "models", *VALUES)
+    groups = _table(folder / "comparison_groups.csv", *columns)
+    sums = ("chains", "equal_stored", "recovered")
+    changes = _table(folder / "comparison_changes.csv", *sums)
     if groups is None or changes is None or not {*KINDS} <= {*groups["kind"]}:
         return
-    chains, equal, recovered = (int(changes[name].sum()) for name in columns)
+    chains, equal, recovered = (int(changes[name].sum()) for name in sums)
     for treatment, note in (
         ("published", f"{equal} of {chains} chains count exactly as their file says"),
         ("apart", f"{recovered} of {chains} chains have segments only with numbered tags read"),
@@ -229,14 +229,9 @@ def _released_comparison(folder: Path) -> Iterator[Cells]:
         rows = groups[groups["treatment"] == treatment]
         if (rows.groupby("kind")["tasks"].nunique() == 1).all():
             yield from _averages(rows, treatment, note)
-            continue
-        different = _listed_groups(rows.drop_duplicates(["kind", "tasks"]))
-        on = f"released files of different questions: {different}"
-        yield _fractions(treatment) | {"on": on, "verdict": PART, "note": note}
-
-
-def _listed_groups(rows: pd.DataFrame) -> str:
-    return "; ".join(f"{r.kind} {r.tasks}, {r.models} models" for r in rows.itertuples())
+        else:
+            on = "released files of different tasks, which are not averaged"
+            yield _fractions(treatment) | {"on": on, "verdict": PART, "note": note}
 
 
 def _averages(rows: pd.DataFrame, treatment: str, note: str) -> Iterator[Cells]:
@@ -285,13 +280,14 @@ def _pairs(folder: Path) -> Iterator[Cells]:
     p < .05."""
     columns = ("model", "source", "behaviour", "metric", *VALUES)
     rows = _table(folder / "comparison.csv", *columns)
-    columns = ("thinking", "instruct", "behaviour", "difference", "n", "p_holm")
-    pairs = _table(folder / "comparison_pairs.csv", *columns)
+    tested = ("thinking", "instruct", "behaviour", "difference", "n", "p_holm")
+    pairs = _table(folder / "comparison_pairs.csv", *tested)
     if rows is None or pairs is None:
         return
     rows = rows[(rows["metric"] == "segment fraction") & (rows["source"] == "run")]
     cells = rows.set_index(["model", "behaviour"])[list(VALUES)]
-    signs = np.sign(np.subtract(*(COMPARISON["published"][kind][0] for kind in KINDS)))
+    thinking, instruct = (np.array(COMPARISON["published"][kind][0]) for kind in KINDS)
+    signs = np.sign(thinking - instruct)
     for names, pair in pairs.groupby(["thinking", "instruct"], sort=False):
         if not {*names} <= {*rows["model"]}:
             continue
@@ -314,10 +310,9 @@ def _pairs(folder: Path) -> Iterator[Cells]:
 
 def _steering(results: Path) -> Iterator[Cells]:
     columns = ("behaviour", "direction", "coefficient", "metric", "value", "ci_low", "p_holm")
-    columns += ("null_low", "null_high")
+    paths = sorted(results.glob("*/steering.csv"))
     found = {
-        path.parent.name: _table(path, *columns)
-        for path in sorted(results.glob("*/steering.csv"))
+        path.parent.name: _table(path, *columns, "null_low", "null_high") for path in paths
     }
     for slug in STEERING:
         if slug not in found:
@@ -346,7 +341,9 @@ def _steered(run: Run, table: pd.DataFrame) -> Cells:
         (table["metric"] == "token fraction") & (table["behaviour"] == table["direction"])
     ]
     p_holm = own.set_index(["behaviour", "coefficient"])["p_holm"]
-    ours, shown, inside = {}, [], []
+    ours: dict[str, str] = {}
+    shown: list[str] = []
+    inside: list[str] = []
     for b in STEERED:
         cells = [bars.loc[(b, mode)] for mode in measures.MODES]
         ours[b] = " / ".join(_number(*cell[list(VALUES)]) for cell in cells)
@@ -453,7 +450,7 @@ def _released_peaks(slug: str, peaks: pd.DataFrame) -> Iterator[Cells]:
 def _peaks(slug: str, found: LayerEffects) -> dict[str, pd.DataFrame]:
     """Peaks of a run by set (``published/others``, ``kl/own``), where any behaviour has one."""
     layers = MODELS[slug].steering_layers if slug in MODELS else None
-    measured = {}
+    measured: dict[str, pd.DataFrame] = {}
     for name in ("published/others", "kl/own"):
         if name in found.effects:
             values = dict(zip(found.behaviours, found.of(name).swapaxes(0, 1), strict=True))
@@ -536,7 +533,7 @@ def _upper(matrix: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
     return square[np.triu_indices(len(names), 1)], names
 
 
-def _triangle(values: Sequence[float], n: int = len(HEATMAP)) -> str:
+def _triangle(values: Iterable[float], n: int = len(HEATMAP)) -> str:
     """``.36 .32 .28 .17; .64 .33 .60; ...``, a part for each row."""
     rest = iter(f"{value:.2f}".replace("0.", ".") for value in values)
     return "; ".join(" ".join(next(rest) for _ in range(k)) for k in range(n - 1, 0, -1))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -35,7 +36,6 @@ from stllms.comparison.groups import Member
 from stllms.labels import BEHAVIOURS, HEATMAP, STEERED
 from stllms.plotting import axes as plots
 from stllms.plotting import text
-from stllms.records import Annotation
 from stllms.registry import MODELS, ModelEntry
 from stllms.runs import files
 from stllms.runs.files import BadFile
@@ -133,17 +133,17 @@ def _matrix(values: Any) -> torch.Tensor:
 
     if isinstance(values, torch.Tensor) and files.is_plain(values) and values.ndim == 2:
         return values.float()
-    rows = values if isinstance(values, list | tuple) else [None]
-    if not all(isinstance(row, list | tuple) for row in rows):
+    lists = isinstance(values, list | tuple)
+    if not lists or not all(isinstance(row, list | tuple) for row in values):
         raise ValueError("no list of lists")
-    lengths = sorted({len(row) for row in rows})
+    lengths = sorted({len(row) for row in values})
     if len(lengths) > 1:
         raise ValueError(f"rows of {lengths[0]} to {lengths[-1]} numbers")
-    if sum(lengths) * len(rows) > LARGEST:
+    if sum(lengths) * len(values) > LARGEST:
         raise ValueError("more numbers than a released file may have")
-    if not all(type(value) in (int, float) for row in rows for value in row):
+    if not all(type(value) in (int, float) for row in values for value in row):
         raise ValueError("something that is no number")
-    return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), sum(lengths))
+    return torch.tensor(values, dtype=torch.float32).reshape(len(values), sum(lengths))
 
 
 class Effects(NamedTuple):
@@ -203,8 +203,8 @@ def entry_of(path: Path) -> ModelEntry:
     for entry in MODELS.values():
         if entry.hub_id and entry.hub_id.split("/")[-1].lower() == name.lower():
             return entry
-    kind = "instruct" if "instruct" in name.lower() else "unknown"
-    return ModelEntry(name=name, hub_id=None, display=name, kind=kind)
+    instruct = "instruct" in name.lower()
+    return ModelEntry(name, None, name, kind="instruct" if instruct else "unknown")
 
 
 def of_file(path: Path, reader: str) -> Member:
@@ -212,17 +212,22 @@ def of_file(path: Path, reader: str) -> Member:
 
     The member's tasks are the places in the file: all released files share their 100 tasks.
     """
-    chains = [
-        Annotation(
-            str(place),
-            "released",
-            tuple(markup.read(row["annotated_response"], reader=reader).segments),
-            ledger={"reader": reader},
-        )
-        for place, row in enumerate(load_comparison(path))
-    ]
-    return groups.member(
-        entry_of(path), chains, source="released", tasks="released", annotator="released"
+    entry, chains = entry_of(path), load_comparison(path)
+    read = [markup.read(one["annotated_response"], reader=reader).segments for one in chains]
+    tasks = tuple(str(place) for place in range(len(chains)))
+    counts = [Counter(segment.label for segment in segments) for segments in read]
+    return Member(
+        name=entry.name,
+        display=entry.display,
+        kind=entry.kind,
+        pair=entry.pair,
+        task_ids=tasks,
+        counts=np.array([[one[b] for b in BEHAVIOURS] for one in counts], dtype=float),
+        source="released",
+        tasks="released",
+        annotator="released",
+        reader=reader,
+        asked=tasks,
     )
 
 
@@ -291,11 +296,11 @@ def peaks(
 
 def _spread(name: str, drawn: np.ndarray | None) -> dict[str, float]:
     """The value (first) and the central 95 % of its bootstrap samples (the rest)."""
-    found = (np.nan, np.nan, np.nan)
-    if drawn is not None:
-        limits = np.quantile(drawn[1:], [0.025, 0.975], method="nearest")
-        found = int(drawn[0]), *map(int, limits)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+    names = (name, f"{name}_low", f"{name}_high")
+    if drawn is None:
+        return dict.fromkeys(names, np.nan)
+    low, high = np.quantile(drawn[1:], [0.025, 0.975], method="nearest")
+    return dict(zip(names, (int(drawn[0]), int(low), int(high)), strict=True))
 
 
 def changes(
@@ -514,7 +519,9 @@ def _draw_comparison(target: Path, chains: Mapping[Path, list[Chain]]) -> None:
     for name, parts in tables.items():
         files.save_table(target / f"comparison{name}.csv", pd.concat(parts, ignore_index=True))
     stored = {entry_of(path).display: rows for path, rows in chains.items()}
-    files.save_table(target / "comparison_changes.csv", changes(*found.values(), stored))
+    files.save_table(
+        target / "comparison_changes.csv", changes(found["published"], found["apart"], stored)
+    )
 
 
 def _comparison_figures(
