@@ -27,4 +27,3 @@ from stllms.comparison.groups import (  # noqa: F401
     unpaired,
     width,
 )  # fmt: skip
-from stllms.comparison.groups import overview as ledger  # noqa: F401
