@@ -16,7 +16,8 @@ from stllms.annotation import annotators
 from stllms.comparison import groups, released
 from stllms.comparison.groups import Member
 from stllms.config import RunConfig
-from stllms.generation import remote, responses, sampling
+from stllms.generation import remote, sampling
+from stllms.generation.responses import responses
 from stllms.models.loading import load
 from stllms.models.model import Model
 from stllms.records import Annotation, Response, Task
@@ -81,9 +82,7 @@ def of_model(config: RunConfig, folder: Folder) -> Member:
     else:
         model = load(config.model, **config.loading)
         folder.made_with(model)
-        chains = responses.responses(
-            model, asked, store=folder.rows(folder.responses), **decoding
-        )
+        chains = responses(model, asked, store=folder.rows(folder.responses), **decoding)
         folder.note(sampling_audit_responses=sampling.audit(chains).recorded)
     annotations = annotators.annotations(
         annotators.annotator(config.annotator, **config.annotating),
