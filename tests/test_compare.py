@@ -12,7 +12,6 @@ from released_files import chain, write_comparison
 from server import Server
 
 from stllms import registry
-from stllms import tasks as task_sets
 from stllms.app import compare
 from stllms.comparison import groups
 from stllms.comparison.groups import Member
@@ -63,7 +62,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
 
 @pytest.fixture
 def members(server: Server, tmp_path: Path) -> Callable[..., list[Member]]:
-    """The members of a comparison of a model on four tasks, which the lexical annotator labels."""
+    """The members of a comparison on four tasks, labelled by the lexical annotator."""
     rows = [
         f'{{"id": "q{i}", "category": "verbal logic", "content": "{text}"}}'
         for i, text in enumerate(("Is two more than one?", *QUESTIONS))
@@ -134,18 +133,24 @@ def test_a_limit_that_a_provider_refuses_is_named_before_any_call(server, member
     assert server.total == 0
 
 
-def test_an_embedded_model_writes_its_chains_and_labels(members, tmp_path):
-    (one,) = members("tiny-instruct", tasks="grammar", judge="auto", max_tokens=24)
-    assert (one.name, one.tasks, one.annotator) == ("tiny-instruct", "grammar", "grammar")
-    config = RunConfig(model="tiny-instruct", n_compare=4, n_evaluate=4)
-    asked = task_sets.select("compare", **config.tasks_of("compare"))
-    assert one.task_ids == tuple(task.id for task in asked)
+def test_embedded_models_write_their_chains_and_labels_and_share_their_tasks(members, tmp_path):
+    given = {
+        "tasks": "grammar",
+        "judge": "auto",
+        "max_tokens": 24,
+        "compare": ("tiny-thinker",),
+    }
+    thinking, instruct = members("tiny-instruct", **given)
+    assert (thinking.name, instruct.name) == ("tiny-thinker", "tiny-instruct")
+    assert thinking.tasks == instruct.tasks == thinking.annotator == "grammar"
+    assert len(thinking.task_ids) == 4
+    assert thinking.task_ids == instruct.task_ids
     folder = tmp_path / "r" / "comparison" / "tiny-instruct"
     for name in ("responses.jsonl", "annotations.jsonl"):
         assert len((folder / name).read_text().splitlines()) == 4
     before = (folder / "responses.jsonl").stat().st_mtime_ns
-    (again,) = members("tiny-instruct", tasks="grammar", judge="auto", max_tokens=24)
-    assert np.array_equal(again.counts, one.counts)
+    again = members("tiny-instruct", **given)[1]
+    assert np.array_equal(again.counts, instruct.counts)
     assert (folder / "responses.jsonl").stat().st_mtime_ns == before
 
 

@@ -119,7 +119,9 @@ def test_pairs_share_a_hue_the_instruct_model_is_paler_and_no_colour_is_used_twi
 
 def test_the_caption_names_chains_fixtures_and_who_was_measured_otherwise():
     alike = [annotation("a", "deduction")]
-    own = [groups.member(MODELS[n], alike, tasks="grammar", annotator="grammar") for n in PAIRED]
+    own = [
+        groups.member(MODELS[n], alike, tasks="grammar", annotator="grammar") for n in PAIRED
+    ]
     text = groups.caption(own)
     assert text == (
         "tiny-thinker (1 chains), tiny-instruct (1 chains). "
@@ -329,7 +331,7 @@ def test_an_interval_changes_with_its_own_models_only():
         return rows[rows["kind"] == "instruct"].reset_index(drop=True)
 
     for of, base, same, changed in (
-        (model, [thinker], [without(other, "task-0"), turned(thinker)], [without(thinker, "task-1")]),
+        (model, [thinker], [other, turned(thinker)], [without(thinker, "task-1")]),
         (
             group,
             [thinker, instruct, other],

@@ -247,7 +247,9 @@ def test_the_papers_model_counts_in_the_papers_profile_only(tmp_path, changed, d
 
 
 def test_the_record_of_a_run_gives_its_profile(tmp_path):
-    config = RunConfig(results=str(tmp_path), profile="paper", judge="offline", tasks="messages")
+    config = RunConfig(
+        results=str(tmp_path), profile="paper", judge="offline", tasks="messages"
+    )
     run = ledger.Run.of(Folder(config).open().path)
     assert (run.annotator, run.tasks, run.profile) == ("offline", "messages", "profile paper")
     other = Folder.comparison(RunConfig(results=str(tmp_path), n_compare=9))
@@ -286,7 +288,7 @@ def peaked(layers: int, peaks: tuple[int, ...], *others: int) -> dict:
 def gram_vectors() -> dict:
     """Means whose directions have the paper's cosines: the rows of a Cholesky factor."""
     matrix = np.eye(5)
-    matrix[np.triu_indices(5, 1)] = (.36, .32, .28, .17, .64, .33, .60, .19, .51, .45)
+    matrix[np.triu_indices(5, 1)] = (0.36, 0.32, 0.28, 0.17, 0.64, 0.33, 0.60, 0.19, 0.51, 0.45)
     factor = np.linalg.cholesky(np.triu(matrix) + np.triu(matrix, 1).T)
     content = mean_vectors(width=8)
     for name, row in zip(HEATMAP, factor, strict=True):

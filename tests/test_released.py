@@ -247,7 +247,11 @@ def test_the_published_treatment_equals_the_stored_counts(tmp_path, figures):
     )
     (changes,) = table(tmp_path, "comparison_changes").to_dict("records")
     assert changes["chains"] == changes["equal_stored"] == 7
-    assert (changes["empty_published"], changes["empty_sound"], changes["recovered"]) == (2, 1, 1)
+    assert (changes["empty_published"], changes["empty_sound"], changes["recovered"]) == (
+        2,
+        1,
+        1,
+    )
     assert changes["otherwise_changed"] == 0
     rows[1]["label_counts"] = {"deduction": 77}
     write_comparison(tmp_path, MODEL, rows)
@@ -384,7 +388,7 @@ NAN = {"mean": torch.full((28, 8), torch.nan), "count": 40}
         ("comparison", [*chains(2), {"response": "x"}], "[2]['label_counts'] Field required"),
         ("comparison", [{**chain(), "annotated_response": None}], "[0]['annotated_response']"),
         ("comparison", [{**chain(), "label_counts": ["deduction"]}], "['label_counts']"),
-        ("comparison", [{**chain(), "label_counts": {"a\nb": "3"}}], r"['label_counts']['a\nb']"),
+        ("comparison", [{**chain(), "label_counts": {"a\nb": "3"}}], r"['a\nb']"),
     ],
 )  # fmt: skip
 def test_a_foreign_file_is_named(folder, tmp_path, kind, content, words):
