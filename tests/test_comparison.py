@@ -358,20 +358,6 @@ def test_a_group_of_one_has_the_interval_of_its_model():
     pd.testing.assert_frame_equal(group[own.columns].loc[own.index], own, check_exact=True)
 
 
-def test_models_of_a_group_share_their_samples_although_one_lacks_a_chain():
-    """Two models with the same numbers, one chain of one missing: the mean of the two varies
-    like one of them. With samples of their own it would be narrower by a root of two."""
-    one = sampled("tiny-instruct", n=60)
-    two = replace(without(one, "task-3"), name="smollm2", display="two")
-
-    def width(members):
-        found = groups.group_intervals(members, empty="published")
-        row = found[(found["behaviour"] == "all")].iloc[0]
-        return row["high"] - row["low"]
-
-    assert width([one, two]) / width([one]) == pytest.approx(1, abs=0.06)
-
-
 def test_group_intervals_equal_a_loop_over_tasks():
     pair = [sampled("tiny-instruct", n=12), without(sampled("smollm2", n=12), "task-5")]
     found = groups.group_intervals(pair, empty="apart", draws=400, seed=3)

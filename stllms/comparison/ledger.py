@@ -82,7 +82,6 @@ TRIANGLE = (0.36, 0.32, 0.28, 0.17, 0.64, 0.33, 0.60, 0.19, 0.51, 0.45)
 REPRODUCED, DIFFERS = "reproduced from released files", "differs from released files"
 PART = "from part of the released files"
 NEEDS = "needs the model; run with ./run_all.sh {models} --profile paper --judge openai:gpt-4.1"
-NOT_RUN = "not run here"
 #: A difference is significant below this, after Holm's correction.
 LEVEL = 0.05
 #: Two directions with a larger cosine are not called distinct (the paper's largest is .64).
@@ -91,6 +90,8 @@ SAME = 0.9
 #: The cells of a row, without the claim.
 Cells = dict[str, str]
 COLUMNS = ("claim", "where", "published", "ours", "on", "verdict", "note")
+#: A number with its interval, in the tables that are read.
+VALUES = ("value", "low", "high")
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,9 @@ def slug_of(name: str) -> str:
     return next((slug for slug, entry in MODELS.items() if entry.display == name), name)
 
 
-def _needs(*slugs: str) -> str:
-    return NEEDS.format(models=" ".join(f"--model {MODELS[slug].hub_id}" for slug in slugs))
+def _not_run(*slugs: str) -> Cells:
+    models = " ".join(f"--model {MODELS[slug].hub_id}" for slug in slugs)
+    return {"on": "not run here", "verdict": NEEDS.format(models=models)}
 
 
 def _from_files(equal: bool, whole: bool = True) -> str:
@@ -193,10 +195,7 @@ def _table(path: Path, *columns: str) -> pd.DataFrame | None:
 
 def _comparison(results: Path) -> Iterator[Cells]:
     rows = [*_released_comparison(results / "published"), *_pairs(results / "comparison")]
-    if rows:
-        yield from rows
-    else:
-        yield _fractions("published") | {"on": NOT_RUN, "verdict": _needs(*PAIR)}
+    yield from rows or [_fractions("published") | _not_run(*PAIR)]
 
 
 def _fractions(treatment: str, pair: str = "") -> Cells:
@@ -238,7 +237,7 @@ def _averages(rows: pd.DataFrame, treatment: str, note: str) -> Iterator[Cells]:
     """Fractions, and segments a response, of one task set under one treatment."""
     cells = rows.set_index(["kind", "metric", "behaviour"]).sort_index()
     models = [int(cells.loc[kind, "models"].iloc[0]) for kind in KINDS]
-    whole = models == [GROUP, GROUP]
+    part = models != [GROUP, GROUP]
     on = "released files, {} thinking and {} instruct models of {} each".format(*models, GROUP)
     paper = [COMPARISON[treatment][kind] for kind in KINDS]
 
@@ -247,32 +246,26 @@ def _averages(rows: pd.DataFrame, treatment: str, note: str) -> Iterator[Cells]:
         said = " and ".join(_number(*one, scale=scale) for one in found)
         return np.array([scale * one["value"] for one in found]), said
 
-    def verdict(equal: bool) -> str:
-        return _from_files(equal) if whole else PART
-
     found = {b: numbers("segment fraction", b, 100) for b in ORDER}
     mine = np.array([values for values, _ in found.values()])
     theirs = np.array([one[0] for one in paper]).T
     signs = int((np.sign(np.diff(mine)) == np.sign(np.diff(theirs))).sum())
     fractions = _fractions(treatment) | {
         "on": on,
-        "verdict": verdict(np.array_equal(mine.round(), theirs)),
+        "verdict": PART if part else _from_files(np.array_equal(mine.round(), theirs)),
         "ours": _listed({b: said for b, (_, said) in found.items()}),
         "note": f"{note}; {signs} of {len(ORDER)} differences have the paper's sign",
     }
     yield fractions
     totals, said = numbers("segment count", "all", 1)
+    counts = [one[1] for one in paper]
     yield fractions | {
         "where": fractions["where"].replace("per cent of the segments", "segments a response"),
-        "published": " and ".join(str(one[1]) for one in paper),
-        "verdict": verdict(totals.round(1).tolist() == [one[1] for one in paper]),
+        "published": " and ".join(map(str, counts)),
+        "verdict": PART if part else _from_files(totals.round(1).tolist() == counts),
         "ours": said,
         "note": "",
     }
-
-
-#: A number with its interval.
-VALUES = ("value", "low", "high")
 
 
 def _pairs(folder: Path) -> Iterator[Cells]:
@@ -316,7 +309,7 @@ def _steering(results: Path) -> Iterator[Cells]:
     }
     for slug in STEERING:
         if slug not in found:
-            yield _effect_of_steering(Run(slug)) | {"on": NOT_RUN, "verdict": _needs(slug)}
+            yield _effect_of_steering(Run(slug)) | _not_run(slug)
     for slug, table in found.items():
         if table is not None:
             yield _steered(Run.of(results / slug), table)
@@ -382,7 +375,7 @@ def _effects(results: Path) -> Iterator[Cells]:
         if found is not None and len(found):
             yield from _released_peaks(slug, found)
         elif slug not in runs:
-            yield _largest(slug) | {"on": NOT_RUN, "verdict": _needs(slug)}
+            yield _largest(slug) | _not_run(slug)
     for slug, path in runs.items():
         measured = _peaks(slug, LayerEffects.load(path))
         if measured:
@@ -497,7 +490,7 @@ def _heatmap(results: Path) -> Iterator[Cells]:
         matrix = found.pivot(index="behaviour", columns="other", values="cosine")
         yield paper | _released_heatmap(matrix)
     elif HEATMAP_MODEL not in runs:
-        yield paper | {"on": NOT_RUN, "verdict": _needs(HEATMAP_MODEL)}
+        yield paper | _not_run(HEATMAP_MODEL)
     for slug, matrix in runs.items():
         run = Run.of(results / slug)
         cosines, names = _upper(matrix)
@@ -545,7 +538,7 @@ def _embedding(results: Path) -> Iterator[Cells]:
     paper = {"where": where.format(""), "published": "figure only"}
     runs = _of_runs(results, "similarity_embedding", "behaviour", "layer 0")
     if not {*runs} & {*STEERING}:
-        yield paper | {"on": NOT_RUN, "verdict": _needs(HEATMAP_MODEL)}
+        yield paper | _not_run(HEATMAP_MODEL)
     for slug, table in runs.items():
         run = Run.of(results / slug)
         first, last = table.iloc[:, 0].to_numpy(float), table.iloc[:, -1].to_numpy(float)
