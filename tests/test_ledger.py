@@ -340,6 +340,7 @@ def paper_chains(kind: str) -> list[dict]:
     return rows + [chain()] * (100 - len(rows))
 
 
+@pytest.mark.slow
 def test_averages_need_all_ten_files(tmp_path, folder):
     for place, name in enumerate(NAMES):
         write_comparison(folder, name, paper_chains(("thinking", "instruct")[place % 2]))

@@ -62,6 +62,7 @@ def caption(figure) -> str:
 # -- everything of a folder ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_returned_is_what_is_there(folder, tmp_path):
     paths = released.run(folder, tmp_path)
     there = [path for path in (tmp_path / "published").rglob("*") if path.is_file()]
