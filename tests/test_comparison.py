@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from stllms import stats
@@ -110,10 +109,10 @@ def test_pairs_share_a_hue_the_instruct_model_is_paler_and_no_colour_is_used_twi
     for one in every:
         if one.kind == "thinking" and one.pair:
             mine, theirs = (
-                colorsys.rgb_to_hls(*to_rgb(chosen[name]))
+                colorsys.rgb_to_hls(*chosen[name])
                 for name in (one.display, MODELS[one.pair].display)
             )
-            assert mine[0] == pytest.approx(theirs[0], abs=0.01)
+            assert mine[0] == pytest.approx(theirs[0], abs=1e-6)
             assert theirs[1] > mine[1] + 0.1
     assert groups.colours([]) == {}
 

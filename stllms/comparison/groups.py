@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.colors import to_hex
 
 from stllms import stats
 from stllms.labels import BEHAVIOURS
@@ -140,8 +140,8 @@ def ordered(members: Sequence[Member]) -> list[Member]:
 # -- how a figure shows them -------------------------------------------------------------
 
 
-def colours(members: Sequence[Member]) -> dict[str, str]:
-    """Display name -> ``#rrggbb``: one hue for each pair of one source, the instruct model paler.
+def colours(members: Sequence[Member]) -> dict[str, tuple[float, float, float]]:
+    """Display name -> colour: one hue for each pair of one source, the instruct model paler.
 
     The palette has ten hues; more than ten are spread over the colour circle.
     """
@@ -152,7 +152,7 @@ def colours(members: Sequence[Member]) -> dict[str, str]:
     for one, key in zip(members, keys, strict=True):
         base = np.array(palette[hues.index(key)])
         pale = base if one.kind == "thinking" else base + 0.55 * (1 - base)
-        chosen[one.display] = to_hex(pale)
+        chosen[one.display] = mpl.colors.to_rgb(tuple(pale))
     return chosen
 
 
