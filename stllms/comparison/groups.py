@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -140,8 +140,9 @@ def ordered(members: Sequence[Member]) -> list[Member]:
 # -- how a figure shows them -------------------------------------------------------------
 
 
-def colours(members: Sequence[Member]) -> dict[str, tuple[float, float, float]]:
-    """Display name -> colour: one hue for each pair of one source, the instruct model paler.
+def colours(members: Sequence[Member]) -> dict[str, Any]:
+    """Display name -> (red, green, blue): one hue for each pair of one source, the instruct
+    model paler.
 
     The palette has ten hues; more than ten are spread over the colour circle.
     """
