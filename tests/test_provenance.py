@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 
+from stllms.runs.files import save_tensors
 from stllms import (
     artifacts,
     cli,
@@ -347,7 +348,7 @@ def fill(folder: Folder) -> None:
             store = folder.rows(path, ROWS.get(name, ("task_id",)))
             store.append([{**base, "task_id": f"t{number}"} for number in range(5)])
         elif path.suffix == ".safetensors":
-            folder.save_tensors(path, {"values": torch.arange(64.0)}, {"name": name})
+            save_tensors(path, {"values": torch.arange(64.0)}, {"name": name})
         elif path.suffix == ".json":
             artifacts.write_json(path, {"backtracking": 3})
         else:
@@ -429,7 +430,7 @@ def test_a_kill_before_a_file_takes_its_place_leaves_the_old_one(folder):
 def test_vectors_that_are_put_back_make_nothing_stale(folder, config):
     fill(folder)
     old = folder.vectors.read_bytes()
-    folder.save_tensors(folder.vectors, {"values": torch.zeros(64)}, {})
+    save_tensors(folder.vectors, {"values": torch.zeros(64)}, {})
     with pytest.raises(StaleArtefact):
         pipeline.check("04_steer", config)
     folder.vectors.write_bytes(old)
@@ -462,7 +463,7 @@ def test_the_command_says_what_does_not_hold(folder, capsys):
 
 def test_a_file_that_is_done_with_is_forgotten(folder):
     fill(folder)
-    folder.save_tensors(folder.collecting, {"values": torch.ones(3)}, {})
+    save_tensors(folder.collecting, {"values": torch.ones(3)}, {})
     provenance.remove(folder.collecting)
     assert not folder.collecting.exists()
     assert [one for one in artifacts.verify(folder.path) if not one.holds] == []
@@ -497,7 +498,7 @@ def test_other_vectors_make_what_was_made_from_them_stale(folder, config):
     fill(folder)
     for name in pipeline.STAGES[2:4]:
         pipeline.check(name, config)
-    folder.save_tensors(folder.vectors, {"values": -3 * torch.arange(64.0)}, {})
+    save_tensors(folder.vectors, {"values": -3 * torch.arange(64.0)}, {})
     for stage_name, name in (
         ("03_attribute_layers", "layer_effects.safetensors"),
         ("04_steer", "steered.jsonl"),
@@ -513,7 +514,7 @@ def test_other_vectors_make_what_was_made_from_them_stale(folder, config):
 def test_the_same_vectors_written_again_make_nothing_stale(folder, config):
     fill(folder)
     values = {"values": torch.arange(64.0)}
-    folder.save_tensors(folder.vectors, values, {"name": "vectors.safetensors"})
+    save_tensors(folder.vectors, values, {"name": "vectors.safetensors"})
     for name in pipeline.STAGES[:4]:
         pipeline.check(name, config)
 
@@ -533,6 +534,7 @@ def test_fresh_of_a_stage_takes_what_rests_on_it_and_nothing_before(folder, conf
 # -- who writes ----------------------------------------------------------------------------
 
 HOLD = """import sys
+from stllms.runs.files import save_tensors
 from stllms import pipeline
 from stllms.config import RunConfig
 config = RunConfig.from_dict({config})
