@@ -201,11 +201,21 @@ def resolve(name: str) -> ModelEntry:
         return api_entry(str(name).strip()[len(API) :].strip())
     folder = Path(name).expanduser()
     if wanted and folder.is_dir():
-        return _folder_entry(folder.resolve())
+        if not (folder / "config.json").is_file():
+            raise UnknownModel(
+                f"the folder {folder} holds no model: it has no config.json "
+                "(expected: a folder written by save_pretrained)"
+            )
+        place = folder.resolve()
+        return ModelEntry(str(place), None, place.name, source="folder")
     if _HUB_ID.fullmatch(str(name).strip()):
         hub_id = str(name).strip()
         return ModelEntry(name=hub_id, hub_id=hub_id, display=hub_id.split("/")[1])
-    raise UnknownModel(_unknown(str(name)))
+    known = [*MODELS, *(entry.hub_id for entry in _ENTRIES if entry.hub_id)]
+    raise UnknownModel(
+        f"unknown model {str(name)!r}{did_you_mean(name, known)}; expected a registry name "
+        f"(--list-models), {OTHERS}"
+    )
 
 
 def api_entry(model_id: str) -> ModelEntry:
@@ -236,21 +246,6 @@ def _names(entry: ModelEntry) -> set[str]:
     """What a model is called, without the owner and in lower case."""
     names = (entry.name, entry.hub_id, entry.api_id)
     return {name.rpartition("/")[2].lower() for name in names if name}
-
-
-def _folder_entry(folder: Path) -> ModelEntry:
-    if not (folder / "config.json").is_file():
-        raise UnknownModel(
-            f"the folder {folder} holds no model: it has no config.json "
-            "(expected: a folder written by save_pretrained)"
-        )
-    return ModelEntry(name=str(folder), hub_id=None, display=folder.name, source="folder")
-
-
-def _unknown(name: str) -> str:
-    known = [*MODELS, *(entry.hub_id for entry in _ENTRIES if entry.hub_id)]
-    hint = did_you_mean(name, known)
-    return f"unknown model {name!r}{hint}; expected a registry name (--list-models), {OTHERS}"
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:

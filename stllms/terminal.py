@@ -11,6 +11,7 @@ a kernel of the runner one line of JSON in a file that the runner reads (:data:`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,8 +19,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 #: Controls other than line feed and tab (C0, DEL and C1, U+0085 among them), line separators
@@ -144,14 +144,20 @@ class Bar:
         unit: str = "rows",
         *,
         most: int | None = None,
-        show: Callable[[State], None] = lambda state: None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.total, self.what, self.unit, self.most = total, what, unit, most
+        self.what = " ".join([*_ABOUT, what])
+        self.total, self.unit, self.most, self.ended = total, unit, most, False
         self.done = self.made = self.tokens = 0
-        self._show, self._now = show, now
+        self._now = now
+        self._show: Callable[[State], None] | None = None
         self._shown = -SHOWN_EVERY
         self._past = deque([(now(), 0, 0)])
+
+    def shown_by(self, show: Callable[[State], None]) -> None:
+        """Shows the numbers with ``show``, now and from now on."""
+        self._show = show
+        self.show()
 
     def skip(self, rows: int) -> None:
         """``rows`` were there already: they are done, and say nothing about the speed."""
@@ -198,27 +204,13 @@ class Bar:
     def show(self, *, ended: bool = False) -> None:
         """Shows the numbers, unless that was done a moment ago."""
         now = time.monotonic()
-        if not ended and now - self._shown < SHOWN_EVERY:
+        if self._show is None or (not ended and now - self._shown < SHOWN_EVERY):
             return
-        self._shown = now
-        self._show(
-            State(
-                " ".join([*_ABOUT, self.what]),
-                self.done,
-                self.total,
-                self.unit,
-                self.made,
-                self.tokens,
-                self.most,
-                self.rate,
-                self.left,
-                self.note,
-                ended,
-            )
-        )
+        self._shown, self.ended = now, ended
+        self._show(State(**{one.name: getattr(self, one.name) for one in fields(State)}))
 
 
-@contextmanager
+@contextlib.contextmanager
 def token_bar(
     total: int,
     what: str,
@@ -232,24 +224,17 @@ def token_bar(
     ``enabled=False`` counts and shows nothing.
     """
     channel = os.environ.get(CHANNEL)
-    if not enabled:
-        yield Bar(total, what, unit, most=most)
-    elif channel:
-        path = Path(channel)
-        bar = Bar(total, what, unit, most=most, show=lambda state: report(path, state))
-        bar.show()
-        try:
-            yield bar
-        finally:
-            bar.show(ended=True)
-    else:
-        with _drawn(total) as draw:
-            bar = Bar(total, what, unit, most=most, show=draw)
-            bar.show()
-            yield bar
+    with contextlib.ExitStack() as stack:
+        bar = Bar(total, what, unit, most=most)
+        if enabled and channel:
+            bar.shown_by(lambda state: report(Path(channel), state))
+            stack.callback(bar.show, ended=True)
+        elif enabled:
+            bar.shown_by(stack.enter_context(_drawn(total)))
+        yield bar
 
 
-@contextmanager
+@contextlib.contextmanager
 def _drawn(total: int) -> Iterator[Callable[[State], None]]:
     """tqdm's bar, of a notebook or of a terminal, and the function that draws a state on it."""
     from tqdm.auto import tqdm  # it imports IPython in a kernel
@@ -264,7 +249,7 @@ def _drawn(total: int) -> Iterator[Callable[[State], None]]:
         yield draw
 
 
-@contextmanager
+@contextlib.contextmanager
 def about(words: str) -> Iterator[None]:
     """Puts ``words`` before the name of every bar inside the block (which model it is)."""
     _ABOUT.append(words)
@@ -277,7 +262,7 @@ def about(words: str) -> Iterator[None]:
 # -- from a kernel to its runner -----------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def followed() -> Iterator[tuple[dict[str, str], Callable[[], None]]]:
     """For the caller of a quiet runner: variables for its environment, and a function, to be
     called now and then, that shows on a bar how far its kernels are."""
