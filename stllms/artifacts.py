@@ -15,6 +15,7 @@ from stllms.runs.artifacts import (  # noqa: F401
     verify,
     versions,
 )
+from stllms.runs.files import ARTEFACTS as STANDARD  # noqa: F401
 from stllms.runs.files import (  # noqa: F401
     BadFile,
     DamagedFile,

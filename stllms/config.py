@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stllms import registry
+from stllms import labels, registry
 from stllms.hashes import digest, file_hash, remembered_hash
 from stllms.registry import ModelEntry, did_you_mean, resolve, slug
 
@@ -72,8 +72,6 @@ CHOICES: dict[str, tuple[str, str]] = {
     "empty_chains": ("apart", "published"),
 }
 
-#: Kinds of control directions; ``matched`` is shuffled and covariance in turn.
-CONTROLS = ("matched", "shuffled", "covariance", "isotropic")
 #: What a judge may be; the last two take a model, and a folder of stored replies.
 ANNOTATORS = ("auto", "grammar", "lexical", "offline", "openai:MODEL", "replay:FOLDER")
 
@@ -105,7 +103,7 @@ _LEAST = dict.fromkeys(("seed", "random_directions", "n_sweep"), 0) | dict.fromk
 #: Field -> its values.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "profile": tuple(PROFILES),
-    "controls": CONTROLS,
+    "controls": ("matched", *labels.CONTROLS),  # matched: shuffled and covariance in turn
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization": (None, "8bit", "4bit"),
     **CHOICES,
@@ -444,12 +442,11 @@ class RunConfig:
                 hint = did_you_mean(name, known)
                 listed = "" if hint else f"; expected one of {', '.join(known)}"
                 raise ValueError(f"unknown option {name!r}{hint}{listed}")
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-            }
-        )
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**given)
 
     @classmethod
     def from_parameters(

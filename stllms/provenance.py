@@ -13,3 +13,4 @@ from stllms.runs.files import (  # noqa: F401
     replacing,
     write_json,
 )
+from stllms.runs.store import INPUTS  # noqa: F401

@@ -139,8 +139,13 @@ def to_row(record: Any) -> dict[str, Any]:
 #: Deeper lists and objects are refused: nothing that is read here has more than ten levels.
 DEEPEST = 100
 
-_KINDS = {"a boolean": bool, "a number": (int, float), "a text": str, "a list": list,
-          "an object": dict}  # fmt: skip
+_KINDS: dict[str, Any] = {
+    "a boolean": bool,
+    "a number": (int, float),
+    "a text": str,
+    "a list": list,
+    "an object": dict,
+}
 
 
 def loads(text: str | bytes) -> Any:

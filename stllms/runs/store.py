@@ -195,4 +195,6 @@ def resumed(
 
 
 # --- old addresses, deleted at the end
-from stllms.runs.files import RUN, LockedFolder, locked  # noqa: E402, F401
+from stllms.runs.files import ARTEFACTS, RUN, LockedFolder, locked  # noqa: E402, F401
+
+INPUTS = {name: one.made_from for name, one in ARTEFACTS.items() if one.made_from}
