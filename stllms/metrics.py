@@ -24,6 +24,8 @@ def positions(spans: Sequence[TokenSpan], behaviour: str, which: str = "own") ->
 
 
 def __getattr__(name: str):
+    if name.startswith("__"):
+        raise AttributeError(name)
     from stllms.steering import measures
 
     return getattr(measures, name)

@@ -38,7 +38,7 @@ class Condition:
     intervention: Intervention | None
     operation: str = "add"
 
-    def key(self, task_id: str) -> tuple:
+    def key(self, task_id: str) -> tuple[str, str, int, float, str]:
         """The row key of a task under this condition."""
         return (task_id, self.direction, self.layer, self.coefficient, self.operation)
 
@@ -214,7 +214,11 @@ def grid(
     """
     every = list(every)
     cells = [(condition, task) for task in tasks for condition in every]
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
     if store is not None and cells:
         _check_storable(every)
         store.bind({**model.identity, **options, **decode.fingerprints(by_condition(every))})

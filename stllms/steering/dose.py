@@ -8,6 +8,7 @@ null interval, the range of control directions of the same length.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -132,7 +133,11 @@ def summary(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> pd
         plain = own.loc[behaviour, "none", 0.0]
         for sign in (1, -1):
             at = suggested(rows, behaviour, sign, limits)
-            row = {"behaviour": behaviour, "sign": "+-"[sign < 0], "coefficient": at}
+            row: dict[str, Any] = {
+                "behaviour": behaviour,
+                "sign": "+-"[sign < 0],
+                "coefficient": at,
+            }
             row |= {"plain": plain["value"], "plain_low": plain["ci_low"]}
             row |= {"plain_high": plain["ci_high"]}
             if at is not None:
@@ -145,7 +150,7 @@ def summary(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> pd
     return pd.DataFrame(made, columns=[*columns, "well-formed", "accuracy"])
 
 
-def _beside(found: pd.Series, plain: pd.Series, sign: int) -> dict[str, object]:
+def _beside(found: pd.Series, plain: pd.Series, sign: int) -> dict[str, Any]:
     """A value beside the edge of the baseline's interval and that of the null interval."""
     edges = {"outside plain": plain["ci_high" if sign > 0 else "ci_low"]}
     edges["outside controls"] = found["null_high" if sign > 0 else "null_low"]

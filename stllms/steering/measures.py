@@ -359,7 +359,7 @@ def texts(steered: Sequence[Steered]) -> pd.DataFrame:
     rows = [
         (one.task_id, one.direction, one.coefficient, s.label, s.start, s.end, s.text)
         for one in steered
-        for s in one.annotation.segments
+        for s in (one.annotation.segments if one.annotation else ())
     ]
     columns = ["task_id", "direction", "coefficient", "label", "start", "end", "text"]
     return pd.DataFrame(rows, columns=columns)
