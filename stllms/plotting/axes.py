@@ -77,14 +77,15 @@ def caption(figure: Figure, text: str) -> None:
     figure.supxlabel(text, fontsize=7, color="#555555", x=0.01, ha="left")
 
 
-def legend(figure: Figure, handles: Sequence[Artist], *, columns: int | None = None) -> None:
-    """A legend above a figure, where it hides nothing."""
-    figure.legend(
-        handles=handles,
-        loc="outside upper center",
-        ncols=columns or len(handles),
-        frameon=False,
-    )
+def legend(panels: Sequence[Axes], handles: Sequence[Artist] = (), columns: int = 6) -> None:
+    """A legend above the figure of ``panels``, where it hides nothing and only once: of what is
+    labelled in the fullest of them, or of ``handles``."""
+    figure = panels[0].get_figure(root=True)
+    drawn = max((axes.get_legend_handles_labels()[0] for axes in panels), key=len)
+    handles = handles or drawn
+    if figure is not None and handles and not figure.legends:
+        columns = min(columns, len(handles))
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def side_legend(figure: Figure, axes: Axes) -> None:
@@ -109,14 +110,6 @@ def missing(axes: Axes, text: str) -> Axes:
     if len(axes.get_shared_y_axes().get_siblings(axes)) == 1:
         axes.set_yticks([])
     return axes
-
-
-def _behaviours(names: Sequence[str]) -> list[Artist]:
-    return [Patch(facecolor=COLOURS[name], alpha=0.5, label=name) for name in names]
-
-
-def _null(label: str = "null interval", **look: Any) -> Artist:
-    return Patch(**{**NULL, **look}, label=label)
 
 
 # --- bars --------------------------------------------------------------------------------
@@ -175,10 +168,11 @@ def bars(
 
 def steering_bars(axes: Axes, table: pd.DataFrame) -> Axes:
     """The paper's bars from :func:`stllms.steering.measures.bars`, with the null interval."""
-    bars(axes, table, x="behaviour", hue="mode", palette=MODES, label="token fraction")
-    handles, labels = axes.get_legend_handles_labels()
-    names = {"plain": "baseline", "positive": "positive (+1)", "negative": "negative (-1)"}
-    axes.legend(handles, [names.get(label, label) for label in labels])
+    words = {"plain": "baseline", "positive": "positive (+1)", "negative": "negative (-1)"}
+    named = table.assign(mode=table["mode"].map(words))
+    palette = {words[mode]: colour for mode, colour in MODES.items()}
+    bars(axes, named, x="behaviour", hue="mode", palette=palette, label="token fraction")
+    legend([axes])
     return axes
 
 
@@ -195,7 +189,7 @@ def compare(axes: Axes, rows: pd.DataFrame, *, metric: str, palette: Mapping[str
         x="behaviour",
         hue="model",
         palette=palette,
-        label=f"{metric} (mean over tasks)",
+        label=metric,
         hatches={name: hatch for name, (hatch, _) in _measured(rows).items()},
     )
 
@@ -235,8 +229,7 @@ def models_legend(
         hatch, way = ways.get(name, ("", ""))
         label = f"{name}\n({way})" if way else name
         patches.append(Patch(facecolor=colour, label=label, **_hatched(hatch)))
-    columns = int(figure.get_figwidth() / 2.2)
-    legend(figure, patches, columns=max(1, min(5, columns, len(patches))))
+    legend(figure.axes, patches, columns=max(1, min(5, int(figure.get_figwidth() / 2.2))))
 
 
 def _hatched(hatch: str) -> dict[str, Any]:
@@ -426,16 +419,14 @@ def effect_panels(
     for axes in panels:
         axes.label_outer()
         axes.grid(axis="x", visible=not mark)  # dotted lines would be lost
-    handles: list[Artist] = [Line2D([], [], color="#333333", marker=MARKERS[0], label="mean")]
     words = "95% interval" if band == "interval" else "one standard deviation"
-    handles.append(Patch(facecolor="#333333", alpha=0.2, label=words))
-    handles += [_null()] if "null_low" in table else []
-    handles += [Line2D([], [], color="#333333", linestyle=":", label="steering layer")] * bool(
-        mark
-    )
-    figure = panels[0].get_figure(root=True)
-    if figure and not figure.legends:
-        legend(figure, handles)
+    handles = [
+        Line2D([], [], color="#333333", marker=MARKERS[0], label="mean"),
+        Patch(facecolor="#333333", alpha=0.2, label=words),
+        Patch(**NULL, label="null interval") if "null_low" in table else None,
+        Line2D([], [], color="#333333", ls=":", label="steering layer") if mark else None,
+    ]
+    legend(panels, [handle for handle in handles if handle])
     return panels
 
 
@@ -490,7 +481,7 @@ def doses(figure: Figure, table: pd.DataFrame) -> Figure:
     shares = [name for name in effects if name not in UNITS]
     others = [name for name in UNITS if name in effects]
     rows = [names[i : i + 4] for names in (shares, others) for i in range(0, len(names), 4)]
-    rows.insert(0, list(STEERED))
+    rows = [list(STEERED), *sorted(rows, key=len)]  # a full row has the ticks of all columns
     grid = figure.subplots(len(rows), 4, sharex=True, squeeze=False)
     for line, names in zip(grid, rows, strict=True):
         for axes, name in zip_longest(line, names):
@@ -502,15 +493,12 @@ def doses(figure: Figure, table: pd.DataFrame) -> Figure:
         line[0].set_ylabel(
             "own token fraction" if names[0] in STEERED else line[0].get_ylabel()
         )
-    for column in grid.T:
-        last = [axes for axes in column if axes.axison][-1]
-        last.set_xlabel("coefficient")
-        last.tick_params(labelbottom=True)
-    steered = table["steered"].unique()
-    names = [name for name in STEERED if name in steered]
+    for axes in grid[-1]:
+        axes.set_xlabel("coefficient")
+    names = [name for name in STEERED if name in set(table["steered"])]
     lines = [Line2D([], [], color=COLOURS[n], marker=MARKERS[0], label=n) for n in names]
     band = Patch(facecolor="#333333", alpha=0.2, label="95% interval")
-    legend(figure, [*lines, band, _null()], columns=3)
+    legend(figure.axes, [*lines, band, Patch(**NULL, label="null interval")], columns=3)
     return figure
 
 
@@ -539,8 +527,7 @@ def _dose(axes: Axes, rows: pd.DataFrame, title: str) -> None:
         axes.set_ylim(bottom=0)
         axes.set_ylabel(UNITS[title])
     else:
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+        _shares(axes)
 
 
 def sweep(
@@ -556,43 +543,31 @@ def sweep(
             missing(axes, "not run" if table.empty else "unavailable")
             continue
         for coefficient, rows in found.groupby("coefficient"):
-            colour, at = _signed(coefficient), rows["layer"]
-            edges = rows["ci_low"], rows["ci_high"]
-            axes.plot(at, rows["value"], color=colour, marker=MARKERS[0])
-            axes.fill_between(at, *edges, color=colour, alpha=0.2, linewidth=0)
-            null = rows["null_low"], rows["null_high"]
-            axes.fill_between(at, *null, **_swept(coefficient))
-        axes.axhline(found["plain"].iloc[0], color=MODES["plain"], linestyle="--")
+            mode, hatch = ("positive", "//////") if coefficient > 0 else ("negative", "......")
+            colour, at, sign = MODES[mode], rows["layer"], f"{coefficient:+g}"
+            edges, null = (
+                (rows["ci_low"], rows["ci_high"]),
+                (rows["null_low"], rows["null_high"]),
+            )
+            look = {**NULL, "edgecolor": colour, "hatch": hatch}
+            axes.plot(at, rows["value"], color=colour, marker=MARKERS[0], label=sign)
+            axes.fill_between(at, *edges, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(at, *null, **look, label=f"null interval {sign}")
+        plain = found["plain"].iloc[0]
+        axes.axhline(plain, color=MODES["plain"], linestyle="--", label="baseline")
         if name in marks:
-            axes.axvline(marks[name], color="#555555", linestyle=":")
+            axes.axvline(marks[name], color="#555555", linestyle=":", label="steering layer")
         axes.set_xlabel("layer")
-        axes.set_ylim(bottom=0)
+        _shares(axes)
     panels[0].set_ylabel("own token fraction")
-    figure = panels[0].get_figure(root=True)
-    if figure and len(table):
-        legend(figure, _sweep_handles(sorted(table["coefficient"].unique())))
+    legend(panels)
     return panels
 
 
-def _signed(coefficient: float) -> str:
-    return MODES["positive" if coefficient > 0 else "negative"]
-
-
-def _swept(coefficient: float) -> dict[str, Any]:
-    hatch = "//////" if coefficient > 0 else "......"
-    return {**NULL, "edgecolor": _signed(coefficient), "hatch": hatch}
-
-
-def _sweep_handles(coefficients: Sequence[float]) -> list[Artist]:
-    handles: list[Artist] = []
-    for c in reversed(coefficients):
-        handles.append(
-            Line2D([], [], color=_signed(c), marker=MARKERS[0], label=f"coefficient {c:+g}")
-        )
-        handles.append(_null(f"null interval {c:+g}", **_swept(c)))
-    handles.append(Line2D([], [], color=MODES["plain"], linestyle="--", label="baseline"))
-    handles.append(Line2D([], [], color="#555555", linestyle=":", label="steering layer"))
-    return handles
+def _shares(axes: Axes) -> None:
+    """The axis of shares, the same in every panel."""
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
 
 
 # --- chains ------------------------------------------------------------------------------
@@ -668,7 +643,8 @@ def chains(figure: Figure, shown: Sequence[tuple[str, str, Sequence[PlacedSegmen
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, (title, text, segments) in zip(panels, shown, strict=True):
         chain(axes, text, segments, title=title, rows=rows)
-    legend(figure, _behaviours(BEHAVIOURS), columns=3)
+    patches = [Patch(facecolor=COLOURS[name], alpha=0.5, label=name) for name in BEHAVIOURS]
+    legend(panels, patches, columns=3)
     return figure
 
 
