@@ -66,6 +66,7 @@ def shown(**data: str) -> dict:
     names = {"png": "image/png", "html": "text/html", "plain": "text/plain"}
     return {
         "output_type": "display_data",
+        "metadata": {},
         "data": {names.get(name, name.replace("__", "/")): text for name, text in data.items()},
     }
 

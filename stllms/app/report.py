@@ -41,8 +41,8 @@ COMMITTED = "committed"
 #: The tags that stay, with their text. The text of :data:`GONE` goes with them.
 TAGS = {
     "a", "b", "blockquote", "br", "code", "dd", "del", "div", "dl", "dt", "em", "h1", "h2",
-    "h3", "h4", "h5", "h6", "hr", "i", "img", "li", "ol", "p", "pre", "s", "small", "span", "strong",
-    "sub", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "u", "ul",
+    "h3", "h4", "h5", "h6", "hr", "i", "img", "li", "ol", "p", "pre", "s", "small", "span",
+    "strong", "sub", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "u", "ul",
 }  # fmt: skip
 GONE = {
     "script", "style", "title", "iframe", "object", "noscript", "template", "svg", "math",
@@ -117,7 +117,7 @@ def write(folder: str | Path) -> Path:
         "sentence": _sentence(record),
         "effects": _effects(folder),
         "warnings": _warnings(folder, record),
-        "figures": [_picture(path) for path in figures if path.is_file()],
+        "figures": _pictures(folder, figures),
         "ledger": _ledger(folder),
         "tables": list(_tables(places)),
         "details": _details(record),
@@ -302,8 +302,7 @@ def _cells(folder: Path, readings: bool) -> Iterator[nbformat.NotebookNode]:
         marker = _record(folder).get("stages", {}).get(stage, {})
         path = folder / "notebooks" / f"{stage}.ipynb"
         saved = [folder / name for name in marker.get("files", []) if name.endswith(".png")]
-        own = [p for p in saved if p.resolve().parent == (folder / "figures").resolve()]
-        figures = [] if path.is_file() else [_picture(p) for p in own if p.is_file()]
+        figures = [] if path.is_file() else _pictures(folder, saved)
         section = {"stage": stage, "state": _state(folder, stage), "figures": figures}
         section["seconds"] = marker.get("seconds")
         # Cells of a notebook are made anew below: none of them can pass for a heading.
@@ -313,7 +312,7 @@ def _cells(folder: Path, readings: bool) -> Iterator[nbformat.NotebookNode]:
 
 
 def _notebook(path: Path, readings: bool) -> Iterator[nbformat.NotebookNode]:
-    from nbformat import from_dict, v4
+    from nbformat import ValidationError, from_dict, v4
 
     content = read_json(path)
     try:
@@ -326,8 +325,8 @@ def _notebook(path: Path, readings: bool) -> Iterator[nbformat.NotebookNode]:
                 outputs = from_dict(cell["outputs"])
                 source = _RESULTS.sub(r"\1\2", source)
                 yield v4.new_code_cell(source, outputs=[_joined(one) for one in outputs])
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        words = f"{type(error).__name__}: {error}"
+    except (KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
+        words = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise BadFile(f"{path}: not a Jupyter notebook of version 4 ({words})") from None
 
 
@@ -345,9 +344,13 @@ def _joined(output: Any) -> Any:
     return output
 
 
-def _picture(path: Path) -> dict[str, str]:
-    """The name and the content of a figure, in base64."""
-    return {"name": path.stem, "content": base64.b64encode(path.read_bytes()).decode()}
+def _pictures(folder: Path, paths: Sequence[Path]) -> list[dict[str, str]]:
+    """The names and the contents, in base64, of those figures that are in the folder itself."""
+    return [
+        {"name": path.stem, "content": base64.b64encode(path.read_bytes()).decode()}
+        for path in paths
+        if path.is_file() and path.resolve() == folder / "figures" / path.name
+    ]
 
 
 # --- tables ------------------------------------------------------------------------------
@@ -365,7 +368,8 @@ def _tables(places: Sequence[Path]) -> Iterator[tuple[str, Markup]]:
     """The tables of a run that are not the data of a figure: name and HTML."""
     for place in places:
         for path in sorted(place.glob("*.csv")):
-            if path.read_bytes().strip():  # a table without a column has nothing to show
+            # A link leads elsewhere, and a table without a column has nothing to show.
+            if path.resolve() == path and path.read_bytes().strip():
                 yield f"{place.name}/{path.name}", _html(load_table(path))
 
 
