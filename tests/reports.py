@@ -8,9 +8,9 @@ import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
-from stllms import report
-from stllms.artifacts import Folder
+from stllms.app import report
 from stllms.config import RunConfig
+from stllms.runs.artifacts import Folder
 
 
 class Page(HTMLParser):

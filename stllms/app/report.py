@@ -161,7 +161,8 @@ def clean(html: str, classes: str = "") -> Markup:
         url_schemes={"http", "https", "data"},
         filter_style_properties=STYLES,
     )
-    return Markup(kept if Markup(kept).striptags() or " src=" in kept else "")
+    seen = Markup(kept).striptags() or " src=" in kept or " alt=" in kept
+    return Markup(kept if seen else "")
 
 
 # --- the summary -------------------------------------------------------------------------
