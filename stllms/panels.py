@@ -1,6 +1,6 @@
 """Old address, deleted at the end."""
 
-from stllms.plotting.axes import (HEAD_AND_FOOT, LINE_HEIGHT, MOST_LINES, chains, doses, effect_rows, pair as twins, released_effects, sweep)  # noqa: E501, F401
+from stllms.plotting.axes import (HEAD_AND_FOOT, LINE_HEIGHT, MOST_LINES, chains, doses, pair as twins, released_effects, sweep)  # noqa: E501, F401
 
 
 def confusions(panels, compared):

@@ -320,17 +320,12 @@ def test_one_huge_layer_does_not_hide_the_others_on_a_logarithmic_axis(band):
     assert heights[True] > 0.2
 
 
-def test_effects_have_a_row_a_model_with_its_own_layers_and_marks():
-    sizes = {"one": 4, "two": 6}
-    table = pd.concat(effect_table(n).assign(model=model) for model, n in sizes.items())
-    figure = plt.figure(figsize=(7, 4))
-    draw.effect_rows(figure, table, {"two": {STEERED[1]: 3}})
-    for part, (model, n) in zip(figure.subfigs, sizes.items(), strict=True):
-        assert part.axes[0].get_ylabel().startswith(model)
-        assert written(part.axes[0]) == ["left out:\nno released values"]
-        assert [len(axes.lines[0].get_xdata()) for axes in part.axes[1:]] == [n] * 3
-    assert list(figure.subfigs[1].axes[1].lines[1].get_xdata()) == [3, 3]
-    assert len(figure.subfigs[0].axes[1].lines) == 1
+def test_released_effects_say_which_behaviours_were_left_out():
+    _, panels = plt.subplots(1, 4)
+    draw.released_effects(panels, effect_table(), label="x", mark={STEERED[1]: 3})
+    assert written(panels[0]) == ["left out:\nno released values"]
+    assert list(panels[1].lines[1].get_xdata()) == [3, 3]
+    assert len(panels[2].lines) == 1
 
 
 # --- doses -------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ TASKS = [Task(f"t{i}", "c", "?", str(i)) for i in range(6)]
 
 def chain(
     task: str,
-    arm: tuple[str, int, float] = PLAIN,
+    condition: tuple[str, int, float] = PLAIN,
     tokens: tuple[int, int] = (5, 5),
     *,
     answer: str = "The answer is 0.",
@@ -72,7 +72,7 @@ def chain(
         closed=closed,
         finished=finished,
     )
-    return Steered(task, *arm, operation, response, made)
+    return Steered(task, *condition, operation, response, made)
 
 
 def grid() -> list[Steered]:
@@ -397,8 +397,8 @@ def test_chains_that_cannot_be_measured_are_refused_by_name():
     steered = measures.measure([chain("t0", ("backtracking", 3, 1.0))], TASKS)
     with pytest.raises(ValueError, match="no plain chains"):
         measures.table(steered)
-    arm = ("backtracking", 3, 1.0)
-    two = [chain("t0"), chain("t0", arm), chain("t0", arm, operation="ablate")]
+    condition = ("backtracking", 3, 1.0)
+    two = [chain("t0"), chain("t0", condition), chain("t0", condition, operation="ablate")]
     with pytest.raises(ValueError, match="each operation apart"):
         measures.table(measures.measure(two, TASKS))
 
@@ -429,9 +429,9 @@ def test_p_values_are_paired_by_task_and_not_by_row():
     # Every task rises by one, whatever its level: paired p = 2/64. By row the levels mix.
     plain = {task.id: k for task, k in zip(TASKS, (1, 8, 2, 7, 3, 5), strict=True)}
     moved = {task: k + 1 for task, k in plain.items()}
-    arm = ("backtracking", 3, 1.0)
+    condition = ("backtracking", 3, 1.0)
     chains = [chain(t, PLAIN, (k, 10 - k)) for t, k in plain.items()]
-    chains += [chain(t, arm, (k, 10 - k)) for t, k in reversed(moved.items())]
+    chains += [chain(t, condition, (k, 10 - k)) for t, k in reversed(moved.items())]
     found = cell(
         measures.table(measures.measure(chains, TASKS)),
         *("backtracking", 1.0, "token fraction", "backtracking"),
@@ -478,9 +478,9 @@ def test_a_null_of_some_tasks_is_compared_on_these_tasks():
     0.2 there would end 0.2 above the mean of all plain chains, not at its own 0.3."""
     hard = [task.id for task in TASKS[:2]]
     plain = {task.id: 1 if task.id in hard else 7 for task in TASKS}
-    arm = ("backtracking", 3, 1.0)
+    condition = ("backtracking", 3, 1.0)
     chains = [chain(t, PLAIN, (k, 10 - k)) for t, k in plain.items()]
-    chains += [chain(t, arm, (k + 1, 9 - k)) for t, k in plain.items()]
+    chains += [chain(t, condition, (k + 1, 9 - k)) for t, k in plain.items()]
     for i, more in enumerate((0, 2)):
         name = (f"shuffled:{i}", 3, 1.0)
         chains += [chain(t, name, (plain[t] + more, 10 - plain[t] - more)) for t in hard]
@@ -543,22 +543,26 @@ def test_changes_are_of_all_six_shares_against_plain(rows):
 
 
 def test_the_showcase_is_the_finished_chain_that_rose_most():
-    arm = ("backtracking", 3, 1.0)
+    condition = ("backtracking", 3, 1.0)
     chains = [chain(t.id) for t in TASKS[:3]]
     chains += [
-        chain("t0", arm, (9, 1), finished=False),
-        chain("t1", arm, (8, 2)),
-        chain("t2", arm, (6, 4)),
+        chain("t0", condition, (9, 1), finished=False),
+        chain("t1", condition, (8, 2)),
+        chain("t2", condition, (6, 4)),
     ]
     measured = measures.measure(chains, TASKS)
     plain, positive = measures.showcase(chains, measured, STEERED)
-    assert (plain.key[:4], positive.key[:4]) == (("t1", *PLAIN), ("t1", *arm))
+    assert (plain.key[:4], positive.key[:4]) == (("t1", *PLAIN), ("t1", *condition))
     chains.append(chain("t0", ("adding-knowledge", 3, 1.0), (0, 10)))
     measured = measures.measure(chains, TASKS)
     _, positive = measures.showcase(chains, measured, STEERED)
     assert positive.key[:2] == ("t0", "adding-knowledge"), "it rose more than backtracking did"
     assert measures.showcase(chains, measured, ["deduction"]) is None, "nothing was steered"
-    chains = [chain("t0"), chain("t0", arm, (9, 1), finished=False), chain("t1", arm, (0, 10))]
+    chains = [
+        chain("t0"),
+        chain("t0", condition, (9, 1), finished=False),
+        chain("t1", condition, (0, 10)),
+    ]
     measured = measures.measure([*chains, chain("t1")], TASKS)
     assert measures.showcase(chains, measured, STEERED) is None, "no finished chain rose"
 

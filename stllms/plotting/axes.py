@@ -80,10 +80,10 @@ def caption(figure: Figure, text: str) -> None:
 def legend(panels: Sequence[Axes], handles: Sequence[Artist] = (), columns: int = 6) -> None:
     """A legend above the figure of ``panels``, where it hides nothing and only once: of what is
     labelled in the fullest of them, or of ``handles``."""
-    figure = panels[0].get_figure(root=True)
+    figure = panels[0].figure
     drawn = max((axes.get_legend_handles_labels()[0] for axes in panels), key=len)
     handles = handles or drawn
-    if figure is not None and handles and not figure.legends:
+    if handles and not figure.legends:
         columns = min(columns, len(handles))
         figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
@@ -121,7 +121,7 @@ def bars(
     *,
     x: str,
     hue: str,
-    palette: Mapping[str, str],
+    palette: Mapping[str, Any],
     label: str,
     hatches: Mapping[str, str] | None = None,
 ) -> Axes:
@@ -176,7 +176,7 @@ def steering_bars(axes: Axes, table: pd.DataFrame) -> Axes:
     return axes
 
 
-def compare(axes: Axes, rows: pd.DataFrame, *, metric: str, palette: Mapping[str, str]) -> Axes:
+def compare(axes: Axes, rows: pd.DataFrame, *, metric: str, palette: Mapping[str, Any]) -> Axes:
     """Bars of one metric by behaviour, a bar a model, from rows of ``comparison.csv``.
 
     Models that were measured another way than the first (other tasks, another annotator or
@@ -194,7 +194,7 @@ def compare(axes: Axes, rows: pd.DataFrame, *, metric: str, palette: Mapping[str
     )
 
 
-def totals(axes: Axes, rows: pd.DataFrame, *, palette: Mapping[str, str]) -> Axes:
+def totals(axes: Axes, rows: pd.DataFrame, *, palette: Mapping[str, Any]) -> Axes:
     """Segments a chain of every model, hatched as in :func:`compare`, from the same rows."""
     chosen = rows[(rows["metric"] == "segment count") & (rows["behaviour"] == "all")]
     hatches = _measured(rows)
@@ -216,7 +216,7 @@ def totals(axes: Axes, rows: pd.DataFrame, *, palette: Mapping[str, str]) -> Axe
 
 
 def models_legend(
-    figure: Figure, palette: Mapping[str, str], rows: pd.DataFrame | None = None
+    figure: Figure, palette: Mapping[str, Any], rows: pd.DataFrame | None = None
 ) -> None:
     """The models' colours above a figure, as many columns as fit.
 
@@ -441,20 +441,6 @@ def _logarithmic(panels: Sequence[Axes], table: pd.DataFrame) -> None:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def effect_rows(
-    figure: Figure, table: pd.DataFrame, marks: Mapping[str, Mapping[str, int]]
-) -> Figure:
-    """A row of four panels a model from rows of :func:`stllms.attribution.effects.table` with a
-    ``model`` column, and the layers of ``marks`` (model -> behaviour -> layer)."""
-    groups = list(table.groupby("model", sort=False))
-    parts = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
-    for part, (model, rows) in zip(parts, groups, strict=True):
-        axes = part.subplots(1, len(STEERED), sharex=True, sharey=True)
-        label = f"{model}\nsurrogate gradient"
-        released_effects(axes, rows, label=label, mark=marks.get(str(model)))
-    return figure
 
 
 def released_effects(
