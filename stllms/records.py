@@ -134,6 +134,9 @@ class TokenSpan:
     end: int
 
 
+Span = TokenSpan  # the new word, until this file moves
+
+
 @dataclass(frozen=True)
 class Annotation:
     """The labelled parts of one chain, in characters and in tokens, and the ledger.

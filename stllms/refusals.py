@@ -335,7 +335,7 @@ def _shape(entry: ModelEntry) -> tuple[int, int]:
     there: the estimate is then too small, and the run is not refused for it."""
     path: Any = Path(entry.name) / "config.json"
     if entry.source == "embedded":
-        path = registry.PACKAGE / "organism" / entry.name / "config.json"
+        path = registry.PACKAGE / "fixtures" / entry.name / "config.json"
     elif entry.source == "hub":
         import huggingface_hub
 

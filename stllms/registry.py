@@ -119,7 +119,7 @@ _CLAUDE_THINKS: dict[str, Any] = {"reasoning": {"effort": "high"}, "temperature"
 
 
 #: Layers at which the embedded thinking model is steered: what
-#: :func:`stllms.organism.directions.best` reads in the layer sweep beside its folder.
+#: ``training/directions.py`` reads in the layer sweep beside its folder.
 TINY_THINKER_LAYERS: dict[str, int] | None = _layers(4, 4, 3, 4)
 #: The largest coefficient of each behaviour that leaves the text whole there: the column of
 #: ``results/reference/full/tiny-thinker/steering_suggested.csv`` for the sign ``+``.
@@ -314,7 +314,7 @@ def content_of(entry: ModelEntry) -> dict[str, str | None]:
     if entry.source == "gguf":
         return made | {"weights": _hash_of(gguf_files())}
     folder = {
-        "embedded": PACKAGE / "organism" / entry.name,
+        "embedded": PACKAGE / "fixtures" / entry.name,
         "folder": Path(entry.name),
     }.get(entry.source)
     if folder is None or not (folder / "config.json").is_file():

@@ -23,7 +23,7 @@ from stllms.models import selfcheck
 from stllms.models.model import Model, ModelError, quiet, wrap
 
 #: The folder of the embedded models.
-EMBEDDED = registry.PACKAGE / "organism"
+EMBEDDED = registry.PACKAGE / "fixtures"
 
 
 def load(

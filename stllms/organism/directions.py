@@ -33,7 +33,7 @@ from stllms.config import RunConfig
 from stllms.organism import grammar
 from stllms.vectors import SteeringVectors
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "fixtures"
 
 
 def file(name: str) -> Path:
