@@ -51,8 +51,15 @@ def responses(
     entry = entry_of(model_id)
     check_limit(entry, max_new_tokens)
     name, kind = str(entry.api_id), kind or entry.kind
-    sent = {"temperature": temperature, "kind": kind, "style": style, "extra": extra}
-    asked = requests(entry, tasks, max_new_tokens=max_new_tokens, **sent)
+    asked = requests(
+        entry,
+        tasks,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        kind=kind,
+        style=style,
+        extra=extra,
+    )
     replies = api.Client(name, folder=folder, **options).replies(asked, unusable)
     made, failed = [], []
     for task, request, reply in zip(tasks, asked, replies, strict=True):

@@ -51,6 +51,8 @@ NO_KEY = "no-key-needed"
 #: was started in, for its kernels, which work elsewhere; a file in the shape of
 #: ``prices.json`` whose entries go before ours.
 KEY, STARTED, PRICES = "STLLMS_API_KEY", "STLLMS_STARTED", "STLLMS_PRICES"
+#: The package's prices.
+SHIPPED = PACKAGE / "prices.json"
 
 
 class MissingKey(RuntimeError):  # noqa: N818 - named as a person reads it
@@ -136,8 +138,9 @@ def _choice(body: Any) -> Mapping[str, Any]:
     """The first choice of a chat completion that has a message; empty if there is none."""
     choices = body.get("choices") if isinstance(body, dict) else None
     first = choices[0] if isinstance(choices, list) and choices else None
-    good = isinstance(first, dict) and isinstance(first.get("message"), dict)
-    return first if good else {}
+    if isinstance(first, dict) and isinstance(first.get("message"), dict):
+        return first
+    return {}
 
 
 def clean(text: str) -> str:
@@ -185,14 +188,15 @@ def default_folder() -> Path:
 
 
 class Store:
-    """The replies of one folder: ``rows`` by key, in the order in which they were written.
+    """The replies of one folder: ``lines`` as they were written, ``rows`` the same by key.
 
     A row is one request that was sent: its key, who asked what, when, what it cost, and the
-    body that came back. ``spent`` is what the rows cost together.
+    body that came back. ``spent`` is what all of them cost together.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / FILE
+        self.lines: list[dict[str, Any]] = []
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.spent = 0.0
 
@@ -202,7 +206,7 @@ class Store:
         Raises :class:`BadFile`, one line that names file, line and field, for any other line
         that is not a stored reply.
         """
-        self.rows, self.spent = {}, 0.0
+        self.lines, self.rows, self.spent = [], {}, 0.0
         data = self.path.read_bytes() if self.path.is_file() else b""
         for number, line in enumerate(data[: _whole(data)].split(b"\n"), 1):
             if line.strip():
@@ -211,13 +215,14 @@ class Store:
                     _Row.model_validate(row, strict=True)
                 except ValueError as error:
                     raise BadFile(
-                        f"{self.path}, line {number}: not a stored reply ({_said(error)}); mend "
-                        "or delete this line, the others are kept"
+                        f"{self.path}, line {number}: not a stored reply ({_said(error)}); "
+                        "mend or delete this line, the others are kept"
                     ) from None
                 self._add(row)
         return self
 
     def _add(self, row: dict[str, Any]) -> None:
+        self.lines.append(row)
         self.rows.setdefault(row["key"], []).append(row)
         self.spent += row.get("cost") or 0.0
 
@@ -360,8 +365,9 @@ def setting(name: str) -> str | None:
     """
     if os.environ.get(name):
         return os.environ[name]
-    for folder in filter(None, (os.environ.get(STARTED), Path.cwd(), repository())):
-        places = (Path(folder), *Path(folder).parents)
+    started, root = os.environ.get(STARTED), repository()
+    for folder in (Path(started) if started else None, Path.cwd(), root):
+        places = (folder, *folder.parents) if folder else ()
         file = next((place / ".env" for place in places if (place / ".env").is_file()), None)
         if file and (found := dotenv_values(file, interpolate=False).get(name)):
             return found
@@ -426,8 +432,9 @@ def price(model: str, url: str) -> Price | None:
     bare = model.rpartition("/")[2]
     plain_name = bare.partition(":")[0]
     undated = re.sub(r"[-@](\d{4}-\d{2}-\d{2}|\d{8}|\d{3})$", "", plain_name)
-    free, own = model.endswith(":free"), setting(PRICES)
-    for path in [Path(own).expanduser()] * bool(own) + [PACKAGE / "prices.json"]:
+    free = model.endswith(":free")
+    own = Path(setting(PRICES) or SHIPPED).expanduser()
+    for path in (own, SHIPPED):
         try:
             prices = _Prices.model_validate_json(path.read_bytes())
         except (OSError, ValueError) as error:
@@ -513,9 +520,14 @@ class Client:
         self.url = base_url(self.model, self.base_url)
         self.price = price(self.model, self.url)
 
-    def pending(self, requests: Sequence[Request], check: Check | None = None) -> list[Request]:
-        """The requests that :meth:`replies` would send now, each once."""
-        return list(self._pending(Store(self.folder).load(), requests, check).values())
+    def estimate(self, requests: Sequence[Request], check: Check | None = None) -> Estimate:
+        """What :meth:`replies` would send now. Sends nothing, needs no key."""
+        pending = self._pending(Store(self.folder).load(), requests, check)
+        return self._estimate(pending, len(requests))
+
+    def _estimate(self, pending: Mapping[str, Request], asked: int) -> Estimate:
+        stored = asked - len(pending)
+        return estimate(pending.values(), self.price, model=self.model, stored=stored)
 
     def replies(self, requests: Sequence[Request], check: Check | None = None) -> list[Reply]:
         """The reply to every request, in the order of the requests; sends only what is missing.
@@ -553,25 +565,28 @@ class Client:
     def _send(
         self, store: Store, pending: Mapping[str, Request], asked: int, check: Check | None
     ) -> None:
-        key, stored = api_key(self.url), asked - len(pending)
-        planned = estimate(pending.values(), self.price, model=self.model, stored=stored)
+        key, planned = api_key(self.url), self._estimate(pending, asked)
         if self.progress:
             print(planned)
-        if self.max_cost is not None and planned.cost is None:
-            raise CostLimit(
-                f"nothing sent: max_cost needs the price of {self.model}. Add it to a file "
-                f"like stllms/prices.json, named by {PRICES}, or drop max_cost"
-            )
-        if self.max_cost is not None and store.spent + planned.cost > self.max_cost:
-            raise CostLimit(
-                f"nothing sent ({planned}): with {store.spent:.4f} already spent in "
-                f"{self.folder} that is more than max_cost={self.max_cost:g}. Raise it, or ask "
-                "for less"
-            )
+        if self.max_cost is not None:
+            self._refuse_cost(planned, store.spent, self.max_cost)
         sending = _Sending(self, key, store, check)
         sending.run(pending)
         if sending.stopped is not None:
             raise sending.stopped
+
+
+    def _refuse_cost(self, planned: Estimate, spent: float, bound: float) -> None:
+        if planned.cost is None:
+            raise CostLimit(
+                f"nothing sent: max_cost needs the price of {self.model}. Add it to a file "
+                f"like stllms/prices.json, named by {PRICES}, or drop max_cost"
+            )
+        if spent + planned.cost > bound:
+            raise CostLimit(
+                f"nothing sent ({planned}): with {spent:.4f} already spent in {self.folder} "
+                f"that is more than max_cost={bound:g}. Raise it, or ask for less"
+            )
 
 
 class _Sending:

@@ -328,7 +328,7 @@ def _checksum(name: str, tensor: Tensor) -> str:
 
 def _eos_ids(hf: nn.Module, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends a turn, from generation config, config, tokenizer and vocabulary."""
-    found: list[int] = []
+    found: list[Any] = []
     sources = (getattr(hf, "generation_config", None), hf.config)
     for value in [getattr(source, "eos_token_id", None) for source in sources]:
         found += value if isinstance(value, list | tuple) else [value]
