@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from stllms.annotation import markup, placing, sentences
+from stllms.hashes import remembered_hash
 from stllms.labels import BEHAVIOURS
 from stllms.models import api
 from stllms.records import Annotation, PlacedSegment, Response, loads
-from stllms.runs.files import BadFile, remembered_hash
+from stllms.runs.files import BadFile
 
 #: The longest part of a chain that is judged at once, in UTF-8 bytes (about 6,000 tokens).
 LONGEST = 24_000

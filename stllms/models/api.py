@@ -575,7 +575,6 @@ class Client:
         if sending.stopped is not None:
             raise sending.stopped
 
-
     def _refuse_cost(self, planned: Estimate, spent: float, bound: float) -> None:
         if planned.cost is None:
             raise CostLimit(

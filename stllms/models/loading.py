@@ -22,9 +22,6 @@ from stllms import config, registry
 from stllms.models import selfcheck
 from stllms.models.model import Model, ModelError, quiet, wrap
 
-#: The folder of the embedded models.
-EMBEDDED = registry.PACKAGE / "fixtures"
-
 
 def load(
     name: str | Path,
@@ -152,7 +149,7 @@ def source_of(entry: registry.ModelEntry) -> tuple[str, dict[str, Any]]:
     if entry.source == "folder":
         return entry.name, {"local_files_only": True}
     if entry.source == "embedded":
-        folder = EMBEDDED / entry.name
+        folder = registry.FIXTURES / entry.name
         if not (folder / "model.safetensors").is_file():
             raise ModelError(
                 f"the embedded model {entry.name!r} has no weights in {folder}: "

@@ -18,8 +18,8 @@ from nnsight import TransformersModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from stllms.hashes import digest
 from stllms.records import Response
-from stllms.runs.files import digest
 
 if hasattr(object, "save"):
     # Importing nnsight hangs ``save`` on every object of the process. What looks at all
