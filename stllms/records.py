@@ -89,9 +89,6 @@ class Span:
     end: int
 
 
-Span = TokenSpan  # the new word, until this file moves
-
-
 @dataclass(frozen=True)
 class Annotation:
     """The labelled segments of one chain, in characters and in tokens.
