@@ -208,7 +208,7 @@ def test_retry_after_is_honoured(server, tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("gone", r"no model 'gone' at http://127.0.0.1:\d+/v1, or a wrong URL"),
+        ("gone", r"http://127.0.0.1:\d+/v1: no model 'gone', or a wrong URL"),
         ("quota", "no quota left"),
         ("forbidden", r"\(STLLMS_API_KEY\) is missing or wrong"),
     ],

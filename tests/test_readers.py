@@ -215,14 +215,3 @@ def test_a_name_that_no_file_can_have_is_refused(name):
     with pytest.raises(BadFile) as caught:
         prompts.read(name)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("strange", STRANGE)
-def test_training_data_names_its_bad_line(tmp_path, strange):
-    (tmp_path / "responses.jsonl").write_text(json.dumps(of_json(RESPONSE)) + "\n")
-    path = tmp_path / "annotations.jsonl"
-    path.write_text(f"{json.dumps(of_json(ANNOTATION))}\n{strange}\n")
-    with pytest.raises(ValueError, match=r"annotations\.jsonl, line 2") as caught:
-        read_chains(path)
-    assert isinstance(caught.value, BadFile | BadRow)
-    one_line(caught.value)

@@ -286,14 +286,12 @@ def _said(error: ValueError) -> str:
 
 # -- servers and keys ----------------------------------------------------------------------
 
+_GOOGLE = "generativelanguage.googleapis.com"
 #: What the name of a model begins with -> URL and variable of the key. The first that fits is
 #: taken for a model without a base URL; ``owner/name`` goes to ``/``, the last takes the rest.
 PROVIDERS = {
     "claude-": ("https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
-    "gemini-": (
-        "https://generativelanguage.googleapis.com/v1beta/openai",
-        "GEMINI_API_KEY",
-    ),
+    "gemini-": (f"https://{_GOOGLE}/v1beta/openai", "GEMINI_API_KEY"),
     "deepseek-": ("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY"),
     "/": ("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
     "": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
@@ -599,13 +597,8 @@ class _Sending:
         self._refused: set[str] = set()  # optional fields that this server does not take
 
     def run(self, pending: Mapping[str, Request]) -> None:
-        """Ask everything, from a script or from inside a running event loop (Jupyter), where
-        the work has a thread of its own; :attr:`stopped` says why it ended early."""
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            asyncio.run(self._all(pending))
-            return
+        """Ask everything; :attr:`stopped` says why it ended early. In a thread of its own, for
+        Jupyter has a running event loop. After an interrupt the calls under way still end."""
         with ThreadPoolExecutor(1) as pool:
             try:
                 pool.submit(asyncio.run, self._all(pending)).result()
@@ -629,8 +622,8 @@ class _Sending:
 
         async def one(key: str, request: Request) -> None:
             async with room:
-                if self._may_send(request):
-                    expected = self._expected(request)
+                expected = client.price.of(*request.size) if client.price else 0.0
+                if self._may_send(expected):
                     self._reserved += expected
                     row = await self._ask(key, request)
                     self._reserved -= expected
@@ -640,11 +633,8 @@ class _Sending:
             with bar as self._bar:
                 await asyncio.gather(*(one(*item) for item in pending.items()))
 
-    def _expected(self, request: Request) -> float:
-        return self.client.price.of(*request.size) if self.client.price else 0.0
-
-    def _may_send(self, request: Request) -> bool:
-        bound, expected = self.client.max_cost, self._expected(request)
+    def _may_send(self, expected: float) -> bool:
+        bound = self.client.max_cost
         if bound is not None and self.store.spent + self._reserved + expected > bound:
             self._stop(CostLimit, f"the next call would cost more than max_cost={bound:g}")
         return self.stopped is None
@@ -705,9 +695,8 @@ class _Sending:
         the retries of the ``openai`` package, which counts them in a header."""
         import openai
 
-        limit = "max_tokens"
-        if "//api.openai.com" in self.client.url:
-            limit = "max_completion_tokens"
+        openais = "//api.openai.com" in self.client.url
+        limit = "max_completion_tokens" if openais else "max_tokens"
         optional = {k: v for k, v in request.optional.items() if k not in dropped}
         try:
             answer = await self._http.chat.completions.with_raw_response.create(
@@ -730,16 +719,15 @@ class _Sending:
 
     def _stop_if_useless(self, status: int, body: Any, why: str) -> None:
         """Stops the run after what sending more cannot mend."""
-        url, names = self.client.url, " or ".join(key_names(self.client.url))
         useless = {
-            401: f"the key for {url} ({names}) is missing or wrong",
-            402: f"no credit left at {url}",
-            404: f"no model {self.client.model!r} at {url}, or a wrong URL",
+            401: f"the key ({' or '.join(key_names(self.client.url))}) is missing or wrong",
+            402: "no credit left",
+            404: f"no model {self.client.model!r}, or a wrong URL",
         }
         if "insufficient_quota" in json.dumps(body):
-            useless[429] = f"no quota left at {url}"
+            useless[429] = "no quota left"
         if status in useless:
-            self._stop(ApiError, f"{useless[status]} ({why})")
+            self._stop(ApiError, f"{self.client.url}: {useless[status]} ({why})")
 
 
 def _no_completion(status: int, body: Any) -> str | None:

@@ -385,17 +385,13 @@ def _windowed(decode: Decode, ids: Sequence[int], whole: str) -> list[tuple[int,
         text = decode(ids[begin : k + 1])
         if text.endswith(REPLACEMENT) and k + 1 < len(ids):
             continue
-        added = text[len(prefix) :]
+        n = len(prefix)
+        added = text[n:]
         if not text.startswith(prefix) or not whole.startswith(added, settled):
             return None
         for j in range(group, k):
             complete, begun = _mark(decode(ids[begin : j + 1]), text)
-            marks.append(
-                (
-                    settled + max(0, complete - len(prefix)),
-                    settled + max(0, begun - len(prefix)),
-                )
-            )
+            marks.append((settled + max(0, complete - n), settled + max(0, begun - n)))
         settled += len(added)
         marks.append((settled, settled))
         begin, group = group, k + 1
