@@ -93,8 +93,9 @@ def judge(text: str) -> str:
 class Server:
     """The server in a thread: ``with Server() as server: ... server.url``.
 
-    ``calls`` counts requests by model, ``texts`` and ``times`` hold what the requests were about and when they came, ``fields`` the
-    last one as it came, ``peak`` the largest number of requests under way at a time.
+    ``calls`` counts requests by model, ``texts`` and ``times`` hold what they were about and
+    when they came, ``fields`` the last one as it came, ``peak`` the largest number of requests
+    under way at a time.
     """
 
     def __init__(self, port: int = 0, *, key: str | None = None) -> None:
@@ -238,12 +239,12 @@ def reply(model: str, text: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Message, finish reason and usage of the model's answer to a text."""
     thoughts, words = f"I think about: {text}", f"My answer to: {text}"
     judged = judge(text) if "<pieces>\n" in text or "<reasoning>\n" in text else words
-    found = re.findall(r"\d+ [a-z-]+", judged)
+    lines = (": ".join(item.split()) for item in re.findall(r"\d+ [a-z-]+", judged))
     messages: dict[str, dict[str, str]] = {
-        "prose": {"content": "An interesting chain of 3 deduction steps! I need more context."},
+        "prose": {"content": "An interesting chain of 3 deduction steps! I need more."},
         "half": {"content": judged[: len(judged) // 2]},
         "wrong-numbers": {"content": json.dumps({"labels": WRONG})},
-        "lines": {"content": "Here you are:\n" + "\n".join(": ".join(i.split()) for i in found)},
+        "lines": {"content": "Here you are:\n" + "\n".join(lines)},
         "silent": {"content": ""},
         "thinker": {"content": words, "reasoning_content": thoughts},
         "router": {"content": words, "reasoning": thoughts},

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import openai._base_client
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from server import KEY, Server
 
@@ -154,12 +154,6 @@ def test_a_failure_is_recorded_with_its_reason_and_asked_again_on_the_next_run(
         assert server.total == calls
 
 
-def test_one_bad_request_leaves_the_others_alone(server, tmp_path):
-    replies = client(server, "picky", tmp_path).replies(requests("a", "unlucky", "b"))
-    reason = "HTTP 500: I do not like this one (3 attempts)"
-    assert [reply.failed for reply in replies] == [None, reason, None]
-
-
 @pytest.mark.parametrize(
     ("model", "reason", "attempts"),
     [
@@ -169,24 +163,19 @@ def test_one_bad_request_leaves_the_others_alone(server, tmp_path):
         ("wrapped", "no chat completion in the answer: upstream is down", 1),
         ("html", "no chat completion in the answer: <html>login please</html>", 1),
         ("patient", "HTTP 429: come back later", 1),
+        ("picky", "HTTP 500: I do not like this one (3 attempts)", 3),
     ],
 )
 def test_a_server_that_misbehaves_gives_a_recorded_failure(
     server, tmp_path, model, reason, attempts
 ):
     limit = 0.2 if model == "hangs" else 5.0
-    replies = client(server, model, tmp_path, timeout=limit).replies(requests("a", "b"))
+    asked = requests("unlucky a", "unlucky b")
+    replies = client(server, model, tmp_path, timeout=limit).replies(asked)
     assert all(reason in reply.failed for reply in replies)
     assert [reply.row["attempts"] for reply in replies] == [attempts, attempts]
     assert server.total == 2 * attempts
     assert len(Store(tmp_path).load().rows) == 2
-
-
-def test_nobody_listening_gives_a_recorded_failure(tmp_path):
-    with Server() as gone:
-        pass
-    (reply,) = client(gone, "test", tmp_path).replies(requests("a"))
-    assert reply.failed.startswith(f"no answer from {gone.url}/v1")
 
 
 def test_a_server_that_only_fails_is_not_asked_for_ever(server, tmp_path, monkeypatch):
@@ -224,7 +213,7 @@ def test_an_unusable_reply_is_stored_and_asked_again_once(server, tmp_path):
     asked = client(server, "prose", tmp_path)
 
     def check(reply: Reply) -> str | None:
-        return None if "opinion" in reply.content else "no labels"
+        return None if "I agree" in reply.content else "no labels"
 
     for calls in (1, 2, 2, 2):
         (reply,) = asked.replies(requests("a"), check)
@@ -260,15 +249,16 @@ api.Client("slow", folder=Path({folder!r}), base_url={url!r}, concurrency=2,
 """
 
 
-def test_a_killed_run_goes_on_where_it_was(server, tmp_path):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_or_interrupted_run_goes_on_where_it_was(server, tmp_path, end):
     code = CHILD.format(here=str(HERE), folder=str(tmp_path), url=server.url)
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    child = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=-3)
     deadline = time.monotonic() + 30
     while server.total < 6 and time.monotonic() < deadline:
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.send_signal(end)
+    child.wait(timeout=30)
     stored = {row["name"] for row in Store(tmp_path).load().lines}
     assert 4 <= len(stored) < len(NAMES)
     replies = client(server, "slow", tmp_path).replies(requests(*NAMES))
@@ -552,27 +542,8 @@ def test_no_key_is_stored_or_shown(tmp_path, monkeypatch, capsys, key):
     assert f"provided: {key}" not in shown + (tmp_path / FILE).read_text()
     assert key not in os.environ.values()
     assert server.total == 1
-
-
-def test_the_right_key_is_sent(tmp_path, monkeypatch):
     monkeypatch.setenv(api.KEY, KEY)
     with Server(key=KEY) as server:
-        (reply,) = client(server, "instruct", tmp_path).replies(requests("a"))
+        (reply,) = client(server, "test", tmp_path).replies(requests("a"))
     assert reply.failed is None
     assert KEY not in (tmp_path / FILE).read_text()
-
-
-@settings(max_examples=100, deadline=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
-@given(st.dictionaries(st.sampled_from(list(ROW)), st.none() | st.text() | st.lists(st.text())))
-def test_whatever_a_row_holds_the_store_names_its_line_or_takes_it(tmp_path, change):
-    stored(tmp_path / "fuzz", json.dumps(ROW), json.dumps(ROW | change))
-    try:
-        lines = Store(tmp_path / "fuzz").load().lines
-    except BadFile as error:
-        assert "line 2" in str(error)
-        assert "\n" not in str(error)
-        return
-    for row in lines:
-        reply = Reply(row)
-        assert isinstance(reply.content + reply.reasoning, str)

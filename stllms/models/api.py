@@ -594,22 +594,24 @@ class _Sending:
         self.stopped: ApiError | None = None
         self._reserved = 0.0  # the expected cost of the calls under way
         self._failures = 0  # in a row
+        self._cancel: Callable[[], Any] = lambda: None
         self._refused: set[str] = set()  # optional fields that this server does not take
 
     def run(self, pending: Mapping[str, Request]) -> None:
         """Ask everything; :attr:`stopped` says why it ended early. In a thread of its own, for
-        Jupyter has a running event loop. After an interrupt the calls under way still end."""
+        Jupyter has a running event loop; an interrupt cancels the calls under way."""
         with ThreadPoolExecutor(1) as pool:
             try:
                 pool.submit(asyncio.run, self._all(pending)).result()
             except KeyboardInterrupt:
-                self._stop(ApiError, "interrupted")
+                self._cancel()
                 raise
 
     async def _all(self, pending: Mapping[str, Request]) -> None:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient  # slow to import
 
-        client = self.client
+        client, loop, task = self.client, asyncio.get_running_loop(), asyncio.current_task()
+        self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
         bar = token_bar(len(pending), client.model, unit="calls", enabled=client.progress)
         room = asyncio.Semaphore(client.concurrency)
         http = AsyncOpenAI(
