@@ -611,7 +611,7 @@ class _Sending:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient  # slow to import
 
         client, loop, task = self.client, asyncio.get_running_loop(), asyncio.current_task()
-        self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+        self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
         bar = token_bar(len(pending), client.model, unit="calls", enabled=client.progress)
         room = asyncio.Semaphore(client.concurrency)
         http = AsyncOpenAI(
