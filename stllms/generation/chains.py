@@ -39,7 +39,7 @@ def responses(
         batch_size: rows at a time; ``None`` suits the device.
         temperature: 0 is greedy.
         seed: of the sampling noise, with the task's id (:mod:`stllms.generation.sampling`).
-        style: ``"sound"`` or ``"published"`` prompts (:func:`stllms.generation.prompts.prompt`).
+        style: of the prompts, ``"sound"`` or ``"published"`` (:data:`prompts.STYLES`).
         store: rows by ``task_id``; what it holds is not made again, what is made is added
             chunk by chunk.
 

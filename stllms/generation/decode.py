@@ -390,8 +390,9 @@ def _record(
             continue
         if broken[i]:
             raise sampling.SamplingError(
-                f"{batch.rows[i].key}: the logits after {len(written[place])} new tokens are not "
-                "finite, so no token can be drawn: use a smaller coefficient, or dtype float32"
+                f"{batch.rows[i].key}: the logits after {len(written[place])} new tokens are "
+                "not finite, so no token can be drawn: use a smaller coefficient, or dtype "
+                "float32"
             )
         sums[place] += measured[i]
         written[place].append(tokens[i])
@@ -474,7 +475,7 @@ class BufferedLayer(DynamicLayer):
 
 
 class BatchCache(Cache):
-    """The cache of a whole decoder for a batch whose rows come and go; padding is on the left."""
+    """The cache of a decoder for a batch whose rows come and go; padding is on the left."""
 
     def __init__(self, n_layers: int) -> None:
         super().__init__(layers=[BufferedLayer() for _ in range(n_layers)])

@@ -1,7 +1,7 @@
 """How far steering takes a chain from what the plain model would have written.
 
-A written chain is fed again, once as it was written (with its interventions) and once plain, one
-forward each. Over its output tokens ``t`` (at temperature 1, whatever it was sampled at):
+A written chain is fed again, once as it was written (with its interventions) and once plain,
+one forward each. Over its output tokens ``t`` (at temperature 1, whatever it was sampled at):
 
 * ``perplexity = exp(-mean_t log p_plain(token_t))``, of the chain under the plain model;
 * ``kl = mean_t KL(p_steered || p_plain)``, in nats per token, what the intervention changed in
@@ -43,7 +43,7 @@ def scores(
     store: Rows | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """One row per chain, in order: its key, ``kl`` and ``perplexity`` (``None`` without output).
+    """One row per chain, in order: its key, ``kl`` and ``perplexity``, ``None`` if empty.
 
     Args:
         interventions: what each condition does, by ``(direction, layer, coefficient,

@@ -77,7 +77,7 @@ def split(text: str, *, opened: bool) -> tuple[str, int, str, bool]:
     first, close = text.find(OPEN), text.find(CLOSE)
     if not opened and first < 0 and close < 0:
         return *_stripped(text, 0, len(text)), text.strip(), True
-    start = first + len(OPEN) if not opened and 0 <= first and not 0 <= close < first else 0
+    start = first + len(OPEN) if not opened and first >= 0 and not 0 <= close < first else 0
     while (again := _LEADING.match(text, start)) is not None:
         start = again.end()
     stop = text.find(CLOSE, start)
@@ -103,9 +103,11 @@ def irregular(responses: Sequence[Response]) -> dict[str, int]:
     ``"<think> again"`` (counting the one in the prompt), ``"</think> again"``, ``"text before
     <think>"``: in all three cases the text is kept (:func:`split`).
     """
-    opens = [one.prompt_text.rstrip().endswith(OPEN) + one.text.count(OPEN) for one in responses]
     return {
-        f"{OPEN} again": sum(count > 1 for count in opens),
+        f"{OPEN} again": sum(
+            one.prompt_text.rstrip().endswith(OPEN) + one.text.count(OPEN) > 1
+            for one in responses
+        ),
         f"{CLOSE} again": sum(one.text.count(CLOSE) > 1 for one in responses),
         f"text before {OPEN}": sum(bool(before(one)) for one in responses),
     }

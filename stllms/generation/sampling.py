@@ -56,7 +56,7 @@ def hash_key(seed: int, key: str) -> int:
 
 def gumbel(key: Tensor, step: Tensor, ids: Tensor) -> Tensor:
     """Standard Gumbel noise ``[B, K]`` in float64, for ``key [B]`` (:func:`hash_key`), ``step
-    [B]`` and ``ids`` ``[K]`` or ``[B, K]``: a token's id from 0, and ``-1 - b`` for block ``b``.
+    [B]`` and ``ids`` ``[K]`` or ``[B, K]``: a token's id, and ``-1 - b`` for block ``b``.
 
     Integer arithmetic modulo ``2**64``: the same bits in every batch and on every device. Rows
     of one key (a task, plain and steered) share their noise. Within a row and a step no two ids
