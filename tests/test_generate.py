@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from stllms import artifacts, generate, models, prompts, registry, steering
-from stllms.records import Response, Task, to_row
+from stllms import artifacts, generate, steering
+from stllms.records import Task, to_row
 from stllms.vectors import Controls
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "seed": 1, "progress": False}

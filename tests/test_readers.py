@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stllms import foreign, inputs, records, sending
+from stllms import foreign, records, sending
 from stllms.annotate import markup, protocols
 from stllms.annotate.replay import Replay
 from stllms.annotate.train import read_chains
@@ -300,34 +299,7 @@ def test_whatever_a_row_holds_a_record_is_made_or_a_bad_row_raised(which, data):
     assert make(records.to_row(made)) == made
 
 
-# --- a person's file ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a"])
-@pytest.mark.parametrize("strange", STRANGE)
-def test_a_persons_file_is_read_or_refused_in_one_line(tmp_path, name, strange):
-    places, refused = [], 0
-    for text in (strange, f'{{"text": {strange}}}', f'{{"text": "a", "task_id": {strange}}}'):
-        content = f"[{text}]" if name.endswith("json") else f'{{"text": "a b."}}\n{text}'
-        path = tmp_path / name
-        path.write_text(content, encoding="utf-8")
-        try:
-            made = inputs.read(str(path))
-        except BadFile as error:
-            one_line(error, str(path))
-            places += re.findall(r"line 2|chain 1|no whole JSON", str(error))
-            refused += 1
-            continue
-        for one in made:
-            (one.task_id + one.text + one.thinking + one.answer).encode()  # can be stored
-    assert len(places) == refused
-
-
-@pytest.mark.parametrize("name", ["a\x00b", "~nobody-of-this-name/x", "x" * 5_000])
-def test_a_name_that_no_file_can_have_is_refused(name):
-    with pytest.raises(BadFile) as caught:
-        inputs.read(name)
-    assert "\n" not in str(caught.value)
+# --- training data ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strange", STRANGE)

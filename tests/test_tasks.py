@@ -345,10 +345,12 @@ class TestSelect:
 
     def test_the_grammars_parts_share_no_question(self):
         found = {
-            part: tasks.select(part, source="grammar", n=40, seed=2) for part in tasks.PARTS_OF_RUN
+            part: tasks.select(part, source="grammar", n=40, seed=2)
+            for part in tasks.PARTS_OF_RUN
         }
         assert found["evaluate"] == found["compare"]
-        assert not {t.content for t in found["build"]} & {t.content for t in found["evaluate"]}
+        built, held_out = ({t.content for t in found[p]} for p in ("build", "evaluate"))
+        assert not built & held_out
 
     def test_a_persons_file_builds_with_its_first_tasks_and_skips_them_after(self, tmp_path):
         path = tmp_path / "mine.jsonl"
@@ -356,7 +358,7 @@ class TestSelect:
         options = {"source": str(path), "seed": 0}
         assert ids(tasks.select("build", n=4, **options)) == list("0123")
         assert ids(tasks.select("evaluate", n=5, skip=4, **options)) == list("45678")
-        with pytest.raises(ValueError, match=r"mine\.jsonl, evaluate: 10 .* 1 and 9 can be had"):
+        with pytest.raises(ValueError, match="evaluate: 10 tasks .* 1 and 9 can be had"):
             tasks.select("evaluate", n=6, skip=4, **options)
 
     def test_an_unknown_part_is_refused(self):
@@ -618,14 +620,18 @@ def package(monkeypatch):
     tasks._dataset.cache_clear()
 
 
+def gym(name: str, part: str = "build", n: int = 1, seed: int = 0) -> list[Task]:
+    return tasks.select(part, source=f"gym:{name}", n=n, seed=seed)
+
+
 def question(seed: int, index: int) -> str:
-    return Sums(tasks.BLOCK, seed * tasks.INDICES)[index]["question"] if index < tasks.BLOCK else ""
+    return Sums(tasks.BLOCK, seed * tasks.INDICES)[index]["question"]
 
 
 def test_tasks_come_from_name_seed_and_index_alone(package):
-    few, many = (tasks.gym_tasks("chain_sum", "build", n, seed=3) for n in (5, 250))
+    few, many = (gym("chain_sum", "build", n, 3) for n in (5, 250))
     assert many[:5] == few
-    assert few != tasks.gym_tasks("chain_sum", "build", 5, seed=4)
+    assert few != gym("chain_sum", "build", 5, 4)
     for task in few:
         assert task.id == f"gym-chain_sum-{task.index:06d}"
         assert task.category == "chain_sum"
@@ -634,7 +640,7 @@ def test_tasks_come_from_name_seed_and_index_alone(package):
 
 
 def test_items_go_on_behind_the_first_block(package):
-    late = next(t for t in tasks.gym_tasks("chain_sum", "build", 250) if t.index >= tasks.BLOCK)
+    late = next(t for t in gym("chain_sum", "build", 250) if t.index >= tasks.BLOCK)
     whole = Sums(10 * tasks.BLOCK, 0)
     assert late.content == whole[late.index]["question"]
 
@@ -642,7 +648,7 @@ def test_items_go_on_behind_the_first_block(package):
 def test_no_question_is_in_two_parts_even_of_another_seed(package):
     questions = {
         part: {
-            t.content for seed in (0, 1) for t in tasks.gym_tasks("chain_sum", part, 60, seed=seed)
+            t.content for seed in (0, 1) for t in gym("chain_sum", part, 60, seed)
         }
         for part in tasks.PARTS_OF_RUN
     }
@@ -655,20 +661,20 @@ def test_a_question_is_asked_once_and_too_few_of_them_are_counted(package):
     for part in tasks.PARTS_OF_RUN:
         mine = {one for one in found if tasks.gym_part(one) == part}
         if mine:
-            made = tasks.gym_tasks("coins", part, len(mine))
+            made = gym("coins", part, len(mine))
             assert {task.content for task in made} == mine
         words = f"{len(mine)} different questions to {part}"
         with pytest.raises(ValueError, match=words):
-            tasks.gym_tasks("coins", part, len(mine) + 1)
+            gym("coins", part, len(mine) + 1)
 
 
 def test_a_dataset_that_needs_options_says_so(package):
     with pytest.raises(ValueError, match=r"gym:composite cannot be made.*at least one"):
-        tasks.gym_tasks("composite", "build", 1)
+        gym("composite", "build", 1)
 
 
 def test_the_verifier_scores_and_not_the_string(package):
-    task = tasks.gym_tasks("chain_sum", "build", 1)[0]
+    task = gym("chain_sum", "build", 1)[0]
     right, wrong = f"{int(task.answer):,}", str(int(task.answer) + 1)
     assert tasks.score(task, f"<think>\nHm.\n</think>\nThe answer is {right}.") == 1.0
     assert tasks.score(task, f"So it is **{task.answer}**.") == 1.0
@@ -703,10 +709,6 @@ def test_other_tasks_are_scored_as_before():
 )
 def test_the_readings_of_an_answer(text, several_lines, expected):
     assert tasks.readings(text, "plain", several_lines=several_lines) == expected
-
-
-def gym(name: str, part: str = "build", n: int = 1, seed: int = 0) -> list[Task]:
-    return tasks.select(part, source=f"gym:{name}", n=n, seed=seed)
 
 
 @pytest.mark.parametrize(
