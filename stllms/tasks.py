@@ -503,8 +503,8 @@ _VALUE = re.compile(
 
 def _values(text: str) -> set[Fraction]:
     """The values that a short text can stand for: empty unless it has exactly one number."""
-    for value, word in enumerate(_COUNTING.split()):
-        text = re.sub(rf"(?<![\w-]){word}(?![\w-])", str(value), text, flags=re.IGNORECASE)
+    for number, word in enumerate(_COUNTING.split()):
+        text = re.sub(rf"(?<![\w-]){word}(?![\w-])", str(number), text, flags=re.IGNORECASE)
     text = re.sub(r"\b(?:minus|negative)\s+", "-", text, flags=re.IGNORECASE)
     match = _VALUE.search(text)
     if match is None or len(text) > 200:
@@ -514,9 +514,9 @@ def _values(text: str) -> set[Fraction]:
     attached = re.search(r"[\w.,:/]$", before) or re.search(r"\d", before + after)
     if attached or not under or len(f"{before} {after}".split()) > 5:
         return set()
-    value = Fraction(match["over"]) / under + int(match["whole"] or 0)
-    value *= -1 if match["sign"].startswith("-") else 1
-    return {value, value / 100} if match["percent"] else {value}
+    size = Fraction(match["over"]) / under + int(match["whole"] or 0)
+    signed = -size if match["sign"].startswith("-") else size
+    return {signed, signed / 100} if match["percent"] else {signed}
 
 
 # --- old addresses, deleted at the end

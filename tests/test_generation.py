@@ -4,6 +4,7 @@ each token, with hooks."""
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -110,7 +111,12 @@ def test_the_summary_counts_responses_that_use_a_tag_twice_or_write_before_it():
     assert chains.summary([])["<think> again"] == 0
 
 
-@pytest.mark.parametrize("name", ["tiny-thinker", "smollm2"])
+load = functools.cache(models.load)
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny-thinker", pytest.param("smollm2", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "text",
     [
@@ -123,7 +129,7 @@ def test_offsets_find_the_thinking_in_a_text_with_tags_twice(name, text):
     """Every character of the thinking that a model wrote is covered, none outside it."""
     if missing := registry.missing_packages(name):
         pytest.skip(f"not installed: {', '.join(missing)}")
-    model = models.load(name)
+    model = load(name)
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     task = Task("t", "own", "Q?")
     one = prompts.response(model, task, ("Q <think>\n", [0]), ids)

@@ -39,8 +39,8 @@ def above(work):
 model = tiny.model("llama", hidden_size={WIDTH}, num_hidden_layers={LAYERS},
                    max_position_embeddings={TOKENS})
 ids = [n % 256 for n in range({TOKENS})]
-rows = [Response(f"task-{{n}}", "c", "", tuple(ids[:9]), tuple(ids[9:]), "", "", 0, "", True, True)
-        for n in range({16 * BATCH})]
+rest = ("c", "", tuple(ids[:9]), tuple(ids[9:]), "", "", 0, "", True, True)
+rows = [Response(f"task-{{n}}", *rest) for n in range({16 * BATCH})]
 rows = [row for row in rows if means.is_build(row.task_id)]  # batches of one half are full
 assert len(rows) >= {4 * BATCH}
 spans = [Span("deduction", at, at + 20) for at in range(10, {TOKENS} - 20, 20)]

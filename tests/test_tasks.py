@@ -358,7 +358,7 @@ class TestSelect:
         options = {"source": str(path), "seed": 0}
         assert ids(tasks.select("build", n=4, **options)) == list("0123")
         assert ids(tasks.select("evaluate", n=5, skip=4, **options)) == list("45678")
-        with pytest.raises(ValueError, match="evaluate: 10 tasks .* 1 and 9 can be had"):
+        with pytest.raises(ValueError, match=r"evaluate: 10 tasks .* 1 and 9 can be had"):
             tasks.select("evaluate", n=6, skip=4, **options)
 
     def test_an_unknown_part_is_refused(self):

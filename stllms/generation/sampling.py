@@ -192,7 +192,8 @@ def _measure(scaled: Tensor, p: Tensor, token: Tensor) -> Tensor:
     taken = log_p.gather(-1, token[:, None])[:, 0]
     entropy = -torch.linalg.vecdot(p, log_p)
     variance = torch.linalg.vecdot(p, log_p.add_(entropy[:, None]).square_())
-    tail = torch.nn.functional.threshold_(p.neg_(), -RARE, 0.0).sum(-1)  # -p below RARE, or 0
+    below = torch.nn.functional.threshold(p.neg_(), -RARE, 0.0, inplace=True)  # -p, or 0
+    tail = below.sum(-1)
     return torch.stack([-taken, entropy, variance, (taken.exp() < RARE).float(), -tail], -1)
 
 
