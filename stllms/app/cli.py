@@ -100,7 +100,10 @@ Examples:
   stllms run --published DIR                  the paper's own files, no model
   stllms run --option reader=published --option coefficients=-1,-0.5,0,0.5,1"""
 
-STEER = f"""Profiles:
+STEER = f"""Behaviours:
+  {", ".join(STEERED)}
+
+Profiles:
 {_PROFILES}
 
 Examples:
@@ -361,8 +364,9 @@ def configurations(argv: Sequence[str]) -> list[RunConfig]:
 
     Raises ``click.UsageError`` for words that are no options, ``ValueError`` for wrong values.
     """
-    with cli.make_context("stllms", ["run"]), run.make_context("run", list(argv)) as context:
-        return _configurations(context.params)
+    with cli.make_context("stllms", ["run"]) as parent:
+        context = run.make_context("run", list(argv), parent=parent)
+    return _configurations(context.params)
 
 
 def _configurations(given: dict[str, Any]) -> list[RunConfig]:
@@ -462,7 +466,7 @@ def _judge_options(given: dict[str, Any]) -> dict[str, Any]:
     required=True,
     type=OneOf(BEHAVIOURS),
     metavar="NAME",
-    help=", ".join(STEERED),
+    help="what is added or removed; see below",
 )
 @option("Steering", "--coefficient", type=float, default=1.0, metavar="X",
         help="adds the behaviour, below 0 removes it (default: 1)")  # fmt: skip
