@@ -369,7 +369,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_downloaded(
     info = ModelInfo(id="owner/model", siblings=listed)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
     free(monkeypatch, 20 << 30)
-    assert "may need 30." in refused(capsys, "--model", "owner/model")
+    assert "may need 31." in refused(capsys, "--model", "owner/model")
     nothing_began(place)
     free(monkeypatch, 40 << 30)
     preflight.check(RunConfig("owner/model"), ["01_generate"])

@@ -14,14 +14,12 @@ import nbformat
 import pytest
 
 from stllms.app import cli, runner, stages
-from stllms.app.preflight import Work
 from stllms.app.stages import StageError
 from stllms.config import RunConfig
 from stllms.models import api
 from stllms.records import STEERED_KEY
 from stllms.runs.artifacts import Folder
 from stllms.runs.store import Rows
-from stllms.terminal import State, report
 
 PARAMETERS = """model = "tiny-thinker"
 profile = "default"
@@ -451,7 +449,6 @@ def test_lines_say_what_is_to_do_and_how_far_the_kernel_is(digging, capsys):
     assert any("/120 rows" in line and "tokens/s" in line for line in dug)
     assert "\r" not in said.err
     assert "\x1b" not in said.err
-    # No speed is told, as no chain is left after these.
     assert said.out.splitlines()[:2] == [
         "01_generate tiny-thinker: 200 chains to write, at most 51,200 tokens",
         "no calls to an API",
@@ -474,32 +471,6 @@ def test_a_notebook_that_runs_earlier_ones_shows_how_far_they_are(digging, capsy
     assert "1 of 1: 01_generate, tiny-thinker, 200 tasks ..." in said.out
     assert "/120 rows" in said.err
     assert "digging" in said.err
-
-
-def test_the_first_chains_of_a_model_tell_how_long_its_others_take(tmp_path, capsys):
-    """34,000 tokens in 340 chains: 100 each; 1,400 and 260 chains are left, of which those of
-    an earlier notebook and of another model are none: 166,000 tokens at 2,000 a second."""
-    works = [
-        Work("01_generate", "tiny-thinker", 999),
-        Work("04_steer", "tiny-thinker", 1740),
-        Work("05_compare", "tiny-thinker", 260),
-        Work("05_compare", "smollm2", 5000),
-    ]
-    channel = tmp_path / "told"
-    progress = runner.Progress(channel, works)
-    progress.begin(runner.Job("04_steer", RunConfig()), 31, "4 of 5")
-    told = {"made": 340, "tokens": 34_000, "most": 256, "rate": 2000.0, "left": 190.0}
-    for early in ({"made": 99}, {"rate": None}, {"most": None}, {}, {}):
-        assert capsys.readouterr().out == ""
-        report(channel, State("steered", 340, 1740, **(told | early)))
-        progress.look()
-        if not early:
-            break
-    progress.look()
-    assert capsys.readouterr().out == (
-        "tiny-thinker: at 2,000 tokens/s and 100 tokens a chain, 1,660 chains still to write "
-        "take about 83 s\n"
-    )
 
 
 def test_ctrl_c_says_in_one_line_what_is_kept_and_how_to_go_on(place):

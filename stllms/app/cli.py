@@ -554,7 +554,7 @@ def _as_text(chains: Sequence[Steered], *, colour: bool) -> str:
         shown = text.terminal(chain.response.thinking, segments, colour=colour)
         parts.append(f"{plain(bench.title(chain))}\n{shown}\n({plain(bench.note(chain))})")
     titles = [plain(bench.title(chain)) for chain in chains]
-    shares = [bench.shares(chain) for chain in chains]
+    shares = [bench.shares(chain).tolist() for chain in chains]
     parts.append(text.terminal_shares(titles, shares, colour=colour))
     return "\n\n".join(parts)
 
@@ -605,7 +605,7 @@ def _chain_as_json(chain: Steered) -> dict[str, Any]:
 @option("Output", "--out", metavar="FILE",
         help="write the segments here instead of printing them")  # fmt: skip
 def annotate(file: str, out: str | None, **given: Any) -> int:
-    """Label the behaviours in the chains of FILE: text, JSONL, JSON, or - for standard input."""
+    """Label the behaviours in the chains of FILE (text, JSONL, JSON; - is standard input)."""
     options = _judge_options(given)
     if out is not None:
         _check_out(file, out)

@@ -246,23 +246,23 @@ def released(folder: str) -> None:
 
 def disk(config: RunConfig, size: int, weights: int = 0) -> None:
     """Refuses a run of so many bytes that its disk, or that of the hub's cache, lacks."""
-    wanted = {config.results_folder: size}
+    wanted = {_existing(config.results_folder): size}
     if weights:
-        wanted[Path(huggingface_hub.constants.HF_HUB_CACHE)] = weights
-    folders: dict[int, Path] = {}
-    sizes: Counter[int] = Counter()
+        cache = _existing(Path(huggingface_hub.constants.HF_HUB_CACHE))
+        same = [one for one in wanted if one.stat().st_dev == cache.stat().st_dev]
+        wanted[same[0] if same else cache] = weights + (size if same else 0)
     for folder, needed in wanted.items():
-        there = next(p for p in (folder, *folder.parents) if p.is_dir())
-        device = there.stat().st_dev
-        folders.setdefault(device, there)
-        sizes[device] += needed
-    for device, needed in sizes.items():
-        usage = shutil.disk_usage(folders[device])
+        usage = shutil.disk_usage(folder)
         if usage.total and usage.free < needed:  # some file systems do not say how large
             raise Refused(
-                f"the run may need {_amount(needed)} on the disk of {folders[device]}, which "
-                f"has {_amount(usage.free)} free: make room, or choose another --results"
+                f"the run may need {_amount(needed)} on the disk of {folder}, which has "
+                f"{_amount(usage.free)} free: make room, or choose another --results"
             )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
 
 
 def written(config: RunConfig, chains: dict[str, int]) -> int:
@@ -503,28 +503,30 @@ def _merged(calls: Iterable[api.Estimate]) -> tuple[api.Estimate, ...]:
     """One estimate a model, without those that send nothing."""
     found: dict[str, api.Estimate] = {}
     for one in calls:
-        old = found.get(one.model)
-        if old and one.calls:
-            known = old.cost is not None and one.cost is not None
-            sums = {
-                name: getattr(old, name) + getattr(one, name)
-                for name in ("calls", "stored", "tokens_in", "tokens_out")
-            }
-            found[one.model] = replace(old, **sums, cost=old.cost + one.cost if known else None)
-        elif one.calls:
+        if one.calls and (old := found.get(one.model)):
+            unknown = old.cost is None or one.cost is None
+            one = replace(
+                one,
+                calls=old.calls + one.calls,
+                stored=old.stored + one.stored,
+                tokens_in=old.tokens_in + one.tokens_in,
+                tokens_out=old.tokens_out + one.tokens_out,
+                cost=None if unknown else (old.cost or 0.0) + (one.cost or 0.0),
+            )
+        if one.calls:
             found[one.model] = one
     return tuple(found.values())
 
 
 def _cost(calls: Iterable[api.Estimate]) -> str:
     """What calls cost at most, by currency, and whose price nobody knows."""
-    sums: Counter[str] = Counter()
+    sums: dict[str, float] = {}
     unknown = []
     for one in calls:
         if one.cost is None:
             unknown.append(f"price of {one.model} unknown")
         else:
-            sums[one.currency] += one.cost
+            sums[one.currency] = sums.get(one.currency, 0.0) + one.cost
     known = [f"at most {value:,.2f} {currency}" for currency, value in sums.items()]
     return ", ".join([*known, *unknown])
 
@@ -561,7 +563,9 @@ def _failed(stage: str, folder: Folder, config: RunConfig) -> list[str]:
 
 def _requests(folder: Path, model: str) -> tuple[set[str], set[str], set[str]]:
     """Names of the stored requests to a model: with a good reply, to be sent again, not."""
-    good, waits, ended = set(), set(), set()
+    good: set[str] = set()
+    waits: set[str] = set()
+    ended: set[str] = set()
     for tries in api.Store(folder).load().rows.values():
         if tries[-1].get("model") != model:
             continue

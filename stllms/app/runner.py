@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from stllms import terminal
 from stllms.app import stages
@@ -25,15 +25,12 @@ from stllms.app.stages import STAGES, StageError
 from stllms.config import RunConfig
 from stllms.runs.artifacts import Folder
 
-if TYPE_CHECKING:
-    from stllms.app.preflight import Work
-
 #: Lines of a failing cell and of its error that are shown.
 HEAD, TAIL = 5, 8
 #: Seconds between two looks at what the kernel has done, and between two lines about it.
 LOOK, SAY = 0.5, 15.0
-#: Chains after which the speed of a model is known well enough to be told.
-MEASURED = 100
+#: A kernel; without the log level it warns that its sockets on localhost are plain.
+KERNEL = ("-m", "ipykernel_launcher", "--log-level=ERROR", "-f", "{connection_file}")
 #: The notebook that writes into another folder than the others.
 COMPARE = STAGES[-1]
 
@@ -214,13 +211,14 @@ def _report(chosen: Sequence[Job]) -> None:
 
 def draw_released(published: str, results: str | None) -> None:
     """``--published`` without a model: its figures, its tables and the ledger, no notebook."""
-    from stllms.comparison import ledger, released
+    from stllms.comparison import released
+    from stllms.comparison.ledger import write as write_ledger
 
     folder = RunConfig(results=results).results_folder
     check_writable([folder])
     for path in released.run(published, folder):
         print(path)
-    ledger.write(folder, published)
+    write_ledger(folder, published)
     print(folder / "ledger.csv")
 
 
@@ -238,13 +236,11 @@ def execute(jobs: Sequence[Job], *, quiet: bool = False) -> None:
     for job in jobs:
         with job.lock():
             """Is it free? Refused before the first notebook, not in the middle of the run."""
-    works: list[Work] = []
     if not quiet:
         from stllms.app import preflight
 
-        works = preflight.works(jobs, stages.has_directions)
-        print(preflight.table(works), flush=True)
-    with _progress(works, quiet=quiet) as progress:
+        print(preflight.table(preflight.works(jobs, stages.has_directions)), flush=True)
+    with _progress(quiet=quiet) as progress:
         for number, job in enumerate(jobs, 1):
             progress.begin(job, cells[job], f"{number} of {len(jobs)}")
             with job.lock():
@@ -318,8 +314,7 @@ def _register_engine() -> None:
 
     class ThisPython(AsyncKernelManager):
         kernel_spec = KernelSpec(
-            # Without the log level a kernel warns that its sockets on localhost are plain.
-            argv=[sys.executable, *"-m ipykernel_launcher --log-level=ERROR -f {connection_file}".split()],
+            argv=[sys.executable, *KERNEL],
             display_name="Python 3",
             language="python",
             env={"PYDEVD_DISABLE_FILE_VALIDATION": "1"},
@@ -391,11 +386,11 @@ class Progress:
     for papermill's own bar, one a notebook, and for the file of a notebook's output.
     """
 
-    def __init__(self, channel: Path, works: Sequence[Work] = ()) -> None:
-        self.channel, self.works = channel, works
+    def __init__(self, channel: Path, *, quiet: bool = False) -> None:
+        self.channel, self.quiet = channel, quiet
         self.done = self.cells = 0
         self._job: Job | None = None
-        self._rest, self._told = "", set[str]()
+        self._rest = ""
         self._begun = self._said = time.monotonic()
 
     @property
@@ -413,7 +408,7 @@ class Progress:
         self._begun = self._said = time.monotonic()
         if str(self.channel) != os.devnull:
             self.channel.write_text("", encoding="utf-8")
-        if self.works:
+        if not self.quiet:
             print(f"{place}: {job.title}", file=sys.stderr, flush=True)
 
     def look(self) -> None:
@@ -421,37 +416,15 @@ class Progress:
         if self._job is None:
             return
         state = terminal.read(self.channel)
-        if state is not None:
-            self._tell_speed(self._job, state)
         now = time.monotonic()
         if now - self._said >= SAY:
             self._said = now
             at = min(max(1, self.done), self.cells)  # papermill has added a cell near the top
-            idle = state is None or state.ended
-            said = f"{terminal.clock(now - self._begun)} in this cell" if idle else state.text()
+            said = f"{terminal.clock(now - self._begun)} in this cell"
+            if state is not None and not state.ended:
+                said = state.text()
             line = f"{self._job.title}, cell {at}/{self.cells}: {said}"
             print(line, file=sys.stderr, flush=True)
-
-    def _tell_speed(self, job: Job, state: terminal.State) -> None:
-        """Once a model: how long its other chains will take, when some have been written."""
-        model = job.config.model
-        writes_chains = state.most is not None and state.rate and state.made
-        if model in self._told or job.stage == COMPARE or not writes_chains:
-            return
-        if state.made < MEASURED and not state.ended:
-            return
-        self._told.add(model)
-        later = STAGES[STAGES.index(job.stage) :]
-        mine = [one for one in self.works if one.model == model and one.stage in later]
-        rest, mean = sum(one.chains for one in mine) - state.made, state.tokens / state.made
-        if rest > 0:
-            up_to = "up to " if any(one.at_most for one in mine) else ""
-            print(
-                f"{model}: at {state.rate:,.0f} tokens/s and {mean:.0f} tokens a chain, "
-                f"{up_to}{rest:,} chains still to write take about "
-                f"{terminal.words(rest * mean / state.rate)}",
-                flush=True,
-            )
 
     # What papermill takes for its progress bar.
 
@@ -480,15 +453,15 @@ class Progress:
 
 
 @contextmanager
-def _progress(works: Sequence[Work], *, quiet: bool) -> Iterator[Progress]:
+def _progress(*, quiet: bool) -> Iterator[Progress]:
     """A :class:`Progress` with a thread that looks; where ``quiet``, it says nothing, and
     kernels tell whoever called this runner, or nobody, how far they are."""
     if quiet:
-        yield Progress(Path(os.environ.get(terminal.CHANNEL) or os.devnull))
+        yield Progress(Path(os.environ.get(terminal.CHANNEL) or os.devnull), quiet=True)
         return
     closed = threading.Event()
     with tempfile.TemporaryDirectory(prefix="stllms-") as folder:
-        made = Progress(Path(folder) / "progress.json", works)
+        made = Progress(Path(folder) / "progress.json")
 
         def watch() -> None:
             while not closed.wait(LOOK):
