@@ -1,8 +1,8 @@
 """What a run needs and what it will do, asked before its first expensive step.
 
 :func:`check` refuses in one line what would stop a run later, :func:`works` says what is left
-to be written, sent and paid; both count the chains of :func:`rows`. :func:`asked_again` counts
-those that failed. Nothing is loaded, written, paid or downloaded here.
+to be written, sent and paid; both count the chains of :func:`rows`. Nothing is loaded, written,
+paid or downloaded here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stllms import registry
 from stllms import tasks as sets
 from stllms.annotation import annotators
 from stllms.annotation.annotators import Annotator
-from stllms.annotation.judge import EMPTY, Judge
+from stllms.annotation.judge import Judge
 from stllms.comparison import released as files
 from stllms.config import RunConfig, hardware, has_name
 from stllms.generation import remote
@@ -39,12 +39,8 @@ from stllms.vectors.directions import SteeringVectors
 
 #: The part of the tasks that a stage asks.
 PARTS = {"01": "build", "02": "build", "04": "evaluate", "05": "compare"}
-#: The files of a stage that hold annotations of chains.
-LABELLED: dict[str, tuple[str, ...]] = {
-    "02": ("annotations.jsonl",),
-    "04": ("steered.jsonl", "sweep.jsonl"),
-    "05": ("annotations.jsonl",),
-}
+#: The stages that label chains.
+LABELS = ("02", "04", "05")
 #: Bytes of a row for each new token (text and ids, or labels and spans) and beside them, both
 #: above what any committed run has (tests/test_preflight.py).
 TOKEN, ROW = 32, 3000
@@ -89,7 +85,7 @@ def check(config: RunConfig, stages: Sequence[str], *, asked: Sequence[str] = ()
                 api_model(own)
         weights = sum(model(own) for own in local)
         chains = {stage: tasks(config, stage) for stage in stages}
-        if n := sum(chains[stage] for stage in stages if stage[:2] in LABELLED):
+        if n := sum(chains[stage] for stage in stages if stage[:2] in LABELS):
             annotator(config, n)
         if config.published is not None:
             released(config.published)
@@ -434,7 +430,7 @@ def _of_local(stage: str, folder: Folder, made: bool) -> Work:
         there = {key: stored[key] for key in keys if key in stored}
         lacking = len(keys) - len(there)
         missing += lacking
-        if stage[:2] in LABELLED:
+        if stage[:2] in LABELS:
             done = _labelled(folder) if built else _labelled_rows(there, config.annotator)
             bare = [row for key, row in there.items() if key not in done]
             responses = [response_from_row(row.get("response", row)) for row in bare]
@@ -529,50 +525,3 @@ def _cost(calls: Iterable[api.Estimate]) -> str:
             sums[one.currency] = sums.get(one.currency, 0.0) + one.cost
     known = [f"at most {value:,.2f} {currency}" for currency, value in sums.items()]
     return ", ".join([*known, *unknown])
-
-
-def asked_again(stage: str, folder: Folder, config: RunConfig) -> int:
-    """The chains of a stage without labels or text that the next run asks for again.
-
-    Not asked again: a chain without text, one of a replay, one answered as often as the client
-    asks.
-    """
-    found = 0
-    for own in _runs(stage, config):
-        place = folder.member(own.model) if stage == "05_compare" else folder
-        if own.entry.source == "api":
-            good, waits, _ = _requests(place / "api", str(own.entry.api_id))
-            found += len(waits - good)
-        bad = [] if own.annotator.startswith("replay:") else _failed(stage, place, own)
-        name = own.annotator.removeprefix("openai:").partition("#")[0]
-        _, waits, ended = _requests(own.folder / "judge", name)
-        found += sum(task_id not in ended - waits for task_id in bad)
-    return found
-
-
-def _failed(stage: str, folder: Folder, config: RunConfig) -> list[str]:
-    """The tasks of the chains with text for which the run's annotator has failed."""
-    found = []
-    for name in LABELLED.get(stage[:2], ()):
-        key = annotators.KEY if name == "annotations.jsonl" else STEERED_KEY
-        labels = [row.get("annotation", row) for row in Rows(folder / name, key).load()]
-        mine = [one for one in labels if one and one["annotator"] == config.annotator]
-        found += [one["task_id"] for one in mine if one["failed"] not in (None, EMPTY)]
-    return found
-
-
-def _requests(folder: Path, model: str) -> tuple[set[str], set[str], set[str]]:
-    """Names of the stored requests to a model: with a good reply, to be sent again, not."""
-    good: set[str] = set()
-    waits: set[str] = set()
-    ended: set[str] = set()
-    for tries in api.Store(folder).load().rows.values():
-        if tries[-1].get("model") != model:
-            continue
-        answers = [row["status"] for row in tries if row["status"] != "failed"]
-        usable = answers[-1:] == ["answered"]
-        again = not usable and len(answers) < api.Limits().asks
-        (waits if again else ended).add(tries[-1]["name"])
-        if usable:
-            good.add(tries[-1]["name"])
-    return good, waits, ended

@@ -24,9 +24,11 @@ from typing import IO
 
 from stllms import __version__
 from stllms.config import RunConfig
+from stllms.records import STEERED_KEY
 from stllms.registry import PACKAGE, repository
 from stllms.runs.artifacts import Folder, now
 from stllms.runs.files import StaleArtefact, digest, read_json
+from stllms.runs.store import Rows
 from stllms.terminal import followed
 
 #: The stages in order; each is the notebook of that name.
@@ -58,6 +60,13 @@ RESUMED: dict[str, tuple[str, ...]] = {
     "03_attribute_layers": ("layer_effects.safetensors",),
     "04_steer": ("steered.jsonl", "sweep.jsonl", "likelihood.jsonl"),
     "05_compare": (),
+}
+
+#: The files of a stage that hold annotations of chains, and the keys of their rows.
+LABELLED: dict[str, dict[str, tuple[str, ...]]] = {
+    "02_train_vectors": {"annotations.jsonl": ("task_id", "annotator")},
+    "04_steer": {"steered.jsonl": STEERED_KEY, "sweep.jsonl": STEERED_KEY},
+    "05_compare": {"annotations.jsonl": ("task_id", "annotator")},
 }
 
 #: A line that begins like this says what an API would cost; the runner shows it at once.
@@ -298,8 +307,6 @@ def finish(stage: str, config: RunConfig) -> None:
     The marker holds how many chains failed and will be asked again by the next run. Raises
     :class:`StageError` if an artefact that the stage promises is not there.
     """
-    from stllms.app import preflight
-
     folder = folder_of(stage, config).open()
     lacking = [name for name in ARTEFACTS[stage] if not (folder / name).is_file()]
     if lacking:
@@ -307,7 +314,7 @@ def finish(stage: str, config: RunConfig) -> None:
     begun = _begun.get((stage, folder.path))
     names = folder.kept | set(ARTEFACTS[stage])
     written = sorted(name for name in names if (folder / name).is_file())
-    n_failed = preflight.asked_again(stage, folder, config)
+    n_failed = _asked_again(stage, folder, config)
     folder.mark(
         stage,
         {
@@ -332,6 +339,65 @@ def _listed(written: Sequence[str]) -> str:
     others = [name for name in written if not name.startswith("figures/")]
     drawn = f"figures {', '.join(sorted(figures))}" if figures else ""
     return "; ".join(part for part in (", ".join(others), drawn) if part) or "nothing"
+
+
+# -- chains that failed --------------------------------------------------------------------
+
+
+def _asked_again(stage: str, folder: Folder, config: RunConfig) -> int:
+    """The chains of a stage without labels or text that the next run asks for again.
+
+    Not asked again: a chain without text, one of a replay, one answered as often as the client
+    asks.
+    """
+    found = 0
+    for model in config.models if stage == "05_compare" else (config.model,):
+        own = config.for_model(model)
+        place = folder.member(model) if stage == "05_compare" else folder
+        if own.entry.source == "api":
+            good, waits, _ = _requests(place / "api", str(own.entry.api_id))
+            found += len(waits - good)
+        if own.annotator.startswith("replay:") or not (bad := _failed(stage, place, own)):
+            continue
+        name = own.annotator.removeprefix("openai:").partition("#")[0]
+        _, waits, ended = _requests(own.folder / "judge", name)
+        found += sum(task_id not in ended - waits for task_id in bad)
+    return found
+
+
+def _failed(stage: str, folder: Folder, config: RunConfig) -> list[str]:
+    """The tasks of the chains with text for which the run's annotator has failed."""
+    rows = [
+        row.get("annotation", row)
+        for name, key in LABELLED.get(stage, {}).items()
+        for row in Rows(folder / name, key).load()
+    ]
+    bad = [one for one in rows if one and one["annotator"] == config.annotator]
+    bad = [one for one in bad if one["failed"] is not None]
+    if not bad:
+        return []
+    from stllms.annotation.judge import EMPTY  # it brings torch
+
+    return [one["task_id"] for one in bad if one["failed"] != EMPTY]
+
+
+def _requests(folder: Path, model: str) -> tuple[set[str], set[str], set[str]]:
+    """Names of the stored requests to a model: with a good reply, to be sent again, not."""
+    from stllms.models.api import Limits, Store
+
+    good: set[str] = set()
+    waits: set[str] = set()
+    ended: set[str] = set()
+    for tries in Store(folder).load().rows.values():
+        if tries[-1].get("model") != model:
+            continue
+        answers = [row["status"] for row in tries if row["status"] != "failed"]
+        usable = answers[-1:] == ["answered"]
+        again = not usable and len(answers) < Limits().asks
+        (waits if again else ended).add(tries[-1]["name"])
+        if usable:
+            good.add(tries[-1]["name"])
+    return good, waits, ended
 
 
 # -- earlier notebooks in a process of their own -------------------------------------------
