@@ -388,6 +388,7 @@ class Progress:
 
     def __init__(self, channel: Path, *, quiet: bool = False) -> None:
         self.channel, self.quiet = channel, quiet
+        self._started = str(Path.cwd())  # papermill works in the folder of the notebooks
         self.done = self.cells = 0
         self._job: Job | None = None
         self._rest = ""
@@ -399,7 +400,7 @@ class Progress:
         to say how far it is."""
         from stllms.models.api import STARTED
 
-        own = {STARTED: str(Path.cwd()), terminal.CHANNEL: str(self.channel)}
+        own = {STARTED: self._started, terminal.CHANNEL: str(self.channel)}
         return {**os.environ, **own, stages.INSIDE: str(os.getpid())}
 
     def begin(self, job: Job, cells: int, place: str) -> None:
