@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment if it is not there, and hands over to `python -m stllms.run "$@"`.
+# Makes the environment if it is not there, and hands over to `stllms run "$@"`.
 #   ./run_all.sh --help               what can be run
 #   ./run_all.sh --environment-only   only make the environment; prints its python
 # An active environment (venv, or conda other than base) is used as it is, and completed with
@@ -14,14 +14,22 @@ say() { printf '%s\n' "$*" >&2; }
 # Whether an interpreter has the package (not merely this folder) and what its tests need.
 complete() {
   "$1" -I -c 'import importlib.util as u, sys
-names = "stllms torch transformers nnsight papermill nbval pytest ruff hypothesis nh3 dotenv psutil"
+names = """stllms torch transformers nnsight papermill click sklearn statsmodels math_verify openai nh3 dotenv
+psutil nbval pytest xdist hypothesis html5lib ruff mypy importlinter vulture"""
 sys.exit(any(u.find_spec(name) is None for name in names.split()))' 2>/dev/null
 }
 
 install_into() {
   say "installing stllms into $2 (the first time takes some minutes) ..."
-  "$1" -m pip install --quiet --disable-pip-version-check --no-compile \
-    -c "$root/constraints.txt" -e "$root[test]" >&2
+  # torch by pip, which knows the indexes that are set up for it; the rest by uv where there is
+  # one, in a minute instead of ten.
+  pip=("$1" -m pip install --quiet --disable-pip-version-check --no-compile -c "$root/constraints.txt")
+  "${pip[@]}" torch >&2
+  if command -v uv >/dev/null; then
+    uv pip install --quiet --python "$1" -c "$root/constraints.txt" -e "$root[test]" >&2
+  else
+    "${pip[@]}" -e "$root[test]" >&2
+  fi
   # On all cores, which pip does on one: without it every kernel compiles thousands of files as
   # it starts, wherever Python may not write beside them. Templates that are no Python are left.
   "$1" - >/dev/null 2>&1 <<'PYTHON' || say "(could not compile the packages: kernels start slowly)"
@@ -80,4 +88,4 @@ if [ "${1:-}" = --environment-only ]; then
   printf '%s\n' "$python"
   exit 0
 fi
-exec "$python" -m stllms.run "$@"
+exec "$python" -m stllms run "$@"

@@ -29,9 +29,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 
-from stllms import activations
-from stllms.models import Model
-from stllms.records import BEHAVIOURS, Response, TokenSpan
+from stllms.labels import BEHAVIOURS
+from stllms.models.model import Model
+from stllms.records import Response, Span
+from stllms.vectors import activations
 
 #: What a subprocess does; see :func:`child`.
 MODES = ("build", "decoder", "plain", "collect")
@@ -56,14 +57,14 @@ def work(model: Model, n: int, least: int, most: int, seed: int) -> tuple[list, 
         at, mine = cut, []
         while at < length:
             end = min(at + draw.randrange(10, 31), length)
-            mine.append(TokenSpan(draw.choice(BEHAVIOURS), at, end))
+            mine.append(Span(draw.choice(BEHAVIOURS), at, end))
             at = end
         spans.append(mine)
     return responses, spans
 
 
 def naive(model: Model, responses: list, spans: list) -> tuple[dict, torch.Tensor]:
-    """Means by METHOD section 6, one response and one span at a time."""
+    """Means by the method, section 6, one response and one span at a time."""
     sums = {
         b: torch.zeros(model.n_layers, model.d_model, dtype=torch.float64) for b in BEHAVIOURS
     }

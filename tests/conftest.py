@@ -1,5 +1,6 @@
 """Options and fixtures of the whole suite. Fixtures named ``tiny_<family>`` are a
-:class:`stllms.models.Model` with random weights and a byte-level tokenizer (:mod:`tiny`)."""
+:class:`stllms.models.model.Model` with random weights and a byte-level tokenizer
+(:mod:`tiny`)."""
 
 from __future__ import annotations
 
@@ -148,8 +149,9 @@ def smollm2_tokenizer():
         pytest.skip(f"not installed: {', '.join(missing)}")
     import transformers
 
-    from stllms import config, loading
+    from stllms import registry
+    from stllms.models import loading
 
-    source, options = loading.source_of(config.resolve("smollm2"))
+    source, options = loading.source_of(registry.resolve("smollm2"))
     with loading.quiet():
         return transformers.AutoTokenizer.from_pretrained(source, **options)

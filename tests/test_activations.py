@@ -1,20 +1,27 @@
-"""Span means against a naive loop, written from METHOD section 6: one plain forward with
-``output_hidden_states``-free hooks for every response, one Python loop over its spans."""
+"""Span means and control directions as they are collected from a model, against naive loops
+written from the method, sections 6 and 13: one plain forward pass per response with hooks, one
+Python loop over its spans. Stopped, resumed and short of memory, too."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import normalize
 
-from stllms import activations, means, vectors
-from stllms.records import BEHAVIOURS, Response, TokenSpan
+from stllms.labels import BEHAVIOURS, CONTROLS, STEERED, is_control
+from stllms.records import Response, Span
+from stllms.runs.files import BadFile, load_tensors, save_tensors
+from stllms.vectors import activations, directions, nulls, quality
+from stllms.vectors.means import HALVES, MIN_SPANS, PARTS, Means, is_build, mark, part_of
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
+K = 8
 
 
 def response(number: int, prompt: list[int], output: list[int]) -> Response:
@@ -33,7 +40,7 @@ def response(number: int, prompt: list[int], output: list[int]) -> Response:
     )
 
 
-def sample(n: int = 24, seed: int = 0) -> tuple[list[Response], list[list[TokenSpan]]]:
+def sample(n: int = 24, seed: int = 0) -> tuple[list[Response], list[list[Span]]]:
     """Random responses of different length, spans of 1 to 20 tokens, some at token 0."""
     draw = random.Random(seed)
     responses, spans = [], []
@@ -43,10 +50,14 @@ def sample(n: int = 24, seed: int = 0) -> tuple[list[Response], list[list[TokenS
         at, mine = draw.choice([0, 1, 5, 6]), []
         while at < 40:
             end = at + draw.randrange(1, 21)
-            mine.append(TokenSpan(draw.choice(BEHAVIOURS), at, min(end, len(ids))))
+            mine.append(Span(draw.choice(BEHAVIOURS), at, min(end, len(ids))))
             at = end + draw.randrange(0, 3)
         spans.append(mine)
     return responses, spans
+
+
+def collect(*given, **options) -> Means:
+    return activations.collect(*given, progress=False, **options)
 
 
 def hidden_states(model, ids) -> torch.Tensor:
@@ -87,7 +98,7 @@ def naive(model, responses, spans):
 def test_means_equal_the_naive_loop(tiny_model, kind):
     model = tiny_model(kind)
     responses, spans = sample(8)
-    got = activations.collect(model, responses, spans, batch_size=3, progress=False)
+    got = collect(model, responses, spans, batch_size=3)
     by_behaviour, overall = naive(model, responses, spans)
     assert got.counts.sum(0).tolist() == [len(by_behaviour[b]) for b in BEHAVIOURS]
     torch.testing.assert_close(got.overall(), sum(overall) / len(overall), atol=1e-4, rtol=1e-4)
@@ -98,85 +109,67 @@ def test_means_equal_the_naive_loop(tiny_model, kind):
         torch.testing.assert_close(squares, (x**2).sum(0), atol=1e-3, rtol=1e-4)
 
 
-def test_batched_is_unbatched(tiny_llama):
+def test_batched_is_unbatched_and_the_order_does_not_matter(tiny_llama):
     responses, spans = sample()
-    options = {"keep": (1, 3), "progress": False}
-    alone = activations.collect(tiny_llama, responses, spans, batch_size=1, **options)
-    for size in (2, 7, 64):
-        batched = activations.collect(tiny_llama, responses, spans, batch_size=size, **options)
-        assert torch.equal(batched.counts, alone.counts)
+    options = {"keep": (1, 3)}
+    alone = collect(tiny_llama, responses, spans, batch_size=1, **options)
+    others = [
+        collect(tiny_llama, responses, spans, batch_size=size, **options) for size in (2, 7, 64)
+    ]
+    others.append(collect(tiny_llama, responses[::-1], spans[::-1], **options))
+    for other in others:
+        assert torch.equal(other.counts, alone.counts)
+        assert other.ledger == alone.ledger
         for name in ("sums", "squares", "overall_sums"):
             torch.testing.assert_close(
-                getattr(batched, name), getattr(alone, name), atol=2e-5, rtol=1e-4
+                getattr(other, name), getattr(alone, name), atol=2e-5, rtol=1e-4
             )
 
 
-def test_order_and_shards_do_not_matter(tiny_llama):
+def test_parts_follow_the_task_alone(tiny_llama):
     responses, spans = sample()
-    whole = activations.collect(tiny_llama, responses, spans, progress=False)
-    back = activations.collect(tiny_llama, responses[::-1], spans[::-1], progress=False)
-    shards = activations.collect(tiny_llama, responses[:9], spans[:9], progress=False).merge(
-        activations.collect(tiny_llama, responses[9:], spans[9:], progress=False)
-    )
-    for other in (back, shards):
-        assert torch.equal(other.counts, whole.counts)
-        torch.testing.assert_close(other.sums, whole.sums, atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(other.squares, whole.squares, atol=1e-4, rtol=1e-4)
-        assert {name: other.ledger[name] for name in whole.ledger} == whole.ledger
-        assert other.task_ids == whole.task_ids == tuple(sorted(r.task_id for r in responses))
-
-
-def test_parts_follow_the_task_alone_and_halves_add_up(tiny_llama):
-    responses, spans = sample()
-    got = activations.collect(tiny_llama, responses, spans, progress=False)
-    per_part = torch.zeros(means.PARTS, dtype=torch.int64)
-    for one in responses:
-        per_part[means.part_of(one.task_id)] += 1
-    assert torch.equal(got.overall_counts, per_part)
-    build, test = got.half("build"), got.half("test")
-    assert torch.equal(build.counts + test.counts, got.counts)
-    n_build = sum(means.is_build(one.task_id) for one in responses)
-    assert int(build.overall_counts.sum()) == n_build == len(build.task_ids)
-    assert {*build.task_ids, *test.task_ids} == {one.task_id for one in responses}
+    got = collect(tiny_llama, responses, spans)
+    counted = [sum(part_of(one.task_id) == part for one in responses) for part in range(PARTS)]
+    assert got.overall_counts.tolist() == counted
+    n_build = sum(is_build(one.task_id) for one in responses)
+    assert 0 < int(got.overall_counts[HALVES["build"]].sum()) == n_build < len(responses)
 
 
 def test_the_test_half_is_projected_on_directions_of_the_build_half(tiny_llama):
     responses, spans = sample(40)
-    got = activations.collect(
-        tiny_llama, responses, spans, keep=range(4), batch_size=5, progress=False
-    )
+    got = collect(tiny_llama, responses, spans, keep=range(4), batch_size=5)
     n = len(got.projection_labels)
     assert n == int(got.half("test").counts.sum())
     # Samples follow the order of reading: the build half, then the test half.
     held_out, labels = got.samples[-n:], got.sample_labels[-n:]
     assert torch.equal(labels, got.projection_labels)
     build = got.half("build")
-    directions = torch.nn.functional.normalize(build.mean() - build.overall(), dim=-1).float()
+    directions = normalize(build.mean() - build.overall(), dim=-1).float()
     want = torch.einsum("sld,nld->sln", held_out, directions)
     torch.testing.assert_close(got.projections, want, atol=1e-4, rtol=1e-4)
-    result = means.separability(got, min_spans=5)
+    result = quality.separability(got, min_spans=5)
     assert torch.isfinite(result.auc).all()
     assert ((result.auc >= 0) & (result.auc <= 1)).all()
 
 
 def test_samples_are_the_span_means(tiny_qwen2):
     responses, spans = sample(6)
-    got = activations.collect(tiny_qwen2, responses, spans, keep=range(4), progress=False)
-    one = activations.collect(tiny_qwen2, responses, spans, keep=(3, 1, 3), progress=False)
+    got = collect(tiny_qwen2, responses, spans, keep=range(4))
+    one = collect(tiny_qwen2, responses, spans, keep=(3, 1, 3))
     assert one.sample_layers == (3, 1)
     assert torch.equal(one.samples, got.samples[:, [3, 1]])
     for b in range(len(BEHAVIOURS)):
         own = got.samples[got.sample_labels == b].double().sum(0)
         torch.testing.assert_close(own, got.sums.sum(0)[b], atol=1e-4, rtol=1e-4)
-    assert vectors.estimate(got, "probe", min_spans=1).directions.shape == (6, 4, 32)
+    assert directions.estimate(got, "probe", min_spans=1).directions.shape == (6, 4, 32)
 
 
 def test_text_after_the_last_span_is_not_read(tiny_llama):
     one = response(1, [1, 2], list(range(10, 40)))
     longer = replace(one, output_ids=(*one.output_ids, *range(60, 90)))
-    spans = [[TokenSpan("deduction", 4, 20), TokenSpan("backtracking", 20, 31)]]
-    a = activations.collect(tiny_llama, [one], spans, progress=False)
-    b = activations.collect(tiny_llama, [longer], spans, progress=False)
+    spans = [[Span("deduction", 4, 20), Span("backtracking", 20, 31)]]
+    a = collect(tiny_llama, [one], spans)
+    b = collect(tiny_llama, [longer], spans)
     assert torch.equal(a.sums, b.sums)
     assert torch.equal(a.overall_sums, b.overall_sums)
 
@@ -186,13 +179,13 @@ def test_what_is_not_used_is_counted(tiny_llama):
     responses = [response(0, ids[:2], ids[2:]), response(1, ids[:2], ids[2:])]
     spans = [
         [
-            TokenSpan("deduction", 0, 3),
-            TokenSpan("deduction", 3, 9),
-            TokenSpan("summing", 9, 12),
+            Span("deduction", 0, 3),
+            Span("deduction", 3, 9),
+            Span("summing", 9, 12),
         ],
         [],
     ]
-    got = activations.collect(tiny_llama, responses, spans, progress=False)
+    got = collect(tiny_llama, responses, spans)
     assert got.ledger == {
         "spans": 1,
         "spans at token 0": 1,
@@ -201,17 +194,15 @@ def test_what_is_not_used_is_counted(tiny_llama):
         "responses without spans": 1,
     }
     assert int(got.counts.sum()) == 1
-    only_zero = activations.collect(
-        tiny_llama, responses[:1], [[TokenSpan("deduction", 0, 3)]], progress=False
-    )
-    assert int(only_zero.counts.sum()) == 0
-    assert int(only_zero.overall_counts.sum()) == 1
+    unused = collect(tiny_llama, responses[:1], [[Span("deduction", 0, 3)]])
+    assert int(unused.counts.sum()) == 0
+    assert int(unused.overall_counts.sum()) == 1
 
 
 def test_no_responses_give_empty_means(tiny_llama):
-    got = activations.collect(tiny_llama, [], [], progress=False)
+    got = collect(tiny_llama, [], [])
     assert int(got.counts.sum()) == 0
-    assert means.separability(got).behaviours == ()
+    assert quality.separability(got).behaviours == ()
 
 
 @pytest.mark.parametrize("span", [(5, 5), (6, 5), (28, 31), (-1, 4)])
@@ -220,31 +211,20 @@ def test_bad_spans_are_named(tiny_llama, span):
     with pytest.raises(
         ValueError, match=r"response 'task-3': span .* of 'deduction' is empty or"
     ):
-        activations.collect(
-            tiny_llama, [one], [[TokenSpan("deduction", *span)]], progress=False
-        )
+        collect(tiny_llama, [one], [[Span("deduction", *span)]])
 
 
 def test_bad_arguments_are_named(tiny_llama):
     one = response(3, [1], list(range(29)))
     with pytest.raises(ValueError, match="1 responses but spans of 2"):
-        activations.collect(tiny_llama, [one], [[], []], progress=False)
-    spans = [[TokenSpan("deduction", 3, 9)]]
+        collect(tiny_llama, [one], [[], []])
+    spans = [[Span("deduction", 3, 9)]]
     with pytest.raises(ValueError, match=r"no layer 9 to keep: .* has layers 0 to 3"):
-        activations.collect(tiny_llama, [one], spans, keep=[1, 9], progress=False)
-    with pytest.raises(ValueError, match=r"\(4, 32\), expected \[N, L, D\] \(6, 4, 32\)"):
-        activations.collect(
-            tiny_llama, [one], spans, readout=torch.zeros(4, 32), progress=False
-        )
-    broken = torch.ones(6, 4, 32)
-    broken[2, 3, 7] = float("nan")
-    message = f"readout is not finite: {BEHAVIOURS[2]} at layer 3"
-    with pytest.raises(ValueError, match=message):
-        activations.collect(tiny_llama, [one], spans, readout=broken, progress=False)
+        collect(tiny_llama, [one], spans, keep=[1, 9])
     with pytest.raises(ValueError, match=r"'task-3' is given 2 times.*each response once"):
-        activations.collect(tiny_llama, [one, one], spans * 2, progress=False)
+        collect(tiny_llama, [one, one], spans * 2)
     with pytest.raises(ValueError, match="batch_size should be at least 1"):
-        activations.collect(tiny_llama, [one], spans, batch_size=0, progress=False)
+        collect(tiny_llama, [one], spans, batch_size=0)
 
 
 def test_activations_that_are_not_finite_are_named_by_layer_and_response():
@@ -253,12 +233,12 @@ def test_activations_that_are_not_finite_are_named_by_layer_and_response():
         model.hf.get_input_embeddings().weight[77] = float("inf")
         model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
     good = response(4, [1], list(range(29)))
-    spans = [[TokenSpan("deduction", 3, 9)]]
+    spans = [[Span("deduction", 3, 9)]]
     with pytest.raises(ValueError, match="layer 2, response 'task-4'"):
-        activations.collect(model, [good], spans, progress=False)
+        collect(model, [good], spans)
     bad = replace(good, task_id="task-5", prompt_ids=(77,))
     with pytest.raises(ValueError, match="layer 0, response 'task-5'"):
-        activations.collect(model, [bad], spans, progress=False)
+        collect(model, [bad], spans)
 
 
 def test_bfloat16_models_are_averaged_in_float32_and_summed_in_float64():
@@ -269,9 +249,9 @@ def test_bfloat16_models_are_averaged_in_float32_and_summed_in_float64():
     read = []
     for layer in model.layers:
         layer.register_forward_hook(lambda _m, _i, output: read.append(output[0].double()))
-    got = activations.collect(model, responses, spans, batch_size=1, keep=[2], progress=False)
+    got = collect(model, responses, spans, batch_size=1, keep=[2])
     order = sorted(
-        range(6), key=lambda i: (not means.is_build(f"task-{i}"), -max(s.end for s in spans[i]))
+        range(6), key=lambda i: (not is_build(f"task-{i}"), -max(s.end for s in spans[i]))
     )
     want, overall = [], 0.0
     for turn, i in enumerate(order):
@@ -297,44 +277,283 @@ def test_a_layer_is_read_on_the_device_of_its_output():
         assert [tuple(x.shape) for x in found] == [(2, 4, 4), (5, 4), (3, 4), (3, 4), (5, 6)]
 
 
-def test_shards_on_one_readout_separate_as_the_whole_does(tiny_llama):
+# --- stopped, or short of memory -------------------------------------------------------------
+
+
+def stopped(monkeypatch, after: int, *given, **options) -> None:
+    """Collects until ``after`` batches were read, then stops as a keyboard interrupt does."""
+    read, seen = activations._add, []
+
+    def add(*arguments):
+        if len(seen) == after:
+            raise KeyboardInterrupt
+        seen.append(arguments)
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(activations, "SAVE_EVERY", 4)
+        patch.setattr(activations, "_add", add)
+        with pytest.raises(KeyboardInterrupt):
+            collect(*given, **options)
+
+
+@pytest.mark.parametrize(
+    ("after", "half"), [(2, "build"), (4, "build"), (5, "test"), (8, "test")]
+)
+def test_a_stopped_collection_goes_on_bit_for_bit(
+    tiny_llama, tmp_path, monkeypatch, after, half
+):
+    work = (tiny_llama, *sample())
+    build = sum(is_build(one.task_id) for one in work[1])
+    options = {"batch_size": 3, "keep": (1, 3), "controls": 4}
+    whole = collect(*work, **options)
+    path = tmp_path / "collecting.safetensors"
+    stopped(monkeypatch, after, *work, path=path, **options)
+    saved = load_tensors(path)[1]["done"]
+    assert 0 < saved < len(work[1])
+    assert (saved > build) == (half == "test")
+    seen, read = [], activations._add
+    monkeypatch.setattr(activations, "_add", lambda *a: seen.extend(a[2]) or read(*a))
+    resumed = collect(*work, path=path, **options)
+    assert len(seen) == len(work[1]) - saved
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(getattr(resumed, name), tensor), name
+    assert (resumed.config, resumed.ledger) == (whole.config, whole.ledger)
+    assert not path.exists()
+
+
+def test_a_collection_of_something_else_is_refused_by_name(tiny_model, tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    responses, spans = sample()
+    path = tmp_path / "collecting.safetensors"
+    options = {"batch_size": 4, "path": path}
+    stopped(monkeypatch, 3, model, responses, spans, **options)
+    kept = path.read_bytes()
+
+    def refused(message, model=model, responses=responses, spans=spans, **changes):
+        with pytest.raises(ValueError, match=rf"something else: {message}.*; delete it"):
+            collect(model, responses, spans, **{**options, **changes})
+
+    refused("model was 'tiny-random-llama.* now 'tiny-random-qwen2", tiny_model("qwen2"))
+    refused("responses was '24, .* now '23, ", responses=responses[1:], spans=spans[1:])
+    other = [replace(responses[0], prompt_ids=(7,) * 5), *responses[1:]]
+    refused("responses was '24, .* now '24, ", responses=other)
+    *others, last = spans[0]
+    label = next(name for name in BEHAVIOURS if name != last.label)
+    refused("spans was ", spans=[[*others, replace(last, label=label)], *spans[1:]])
+    refused("spans was ", spans=[[*others, replace(last, start=last.end - 1)], *spans[1:]])
+    refused(r"spans was .*behaviours was \['initializing'", behaviours=BEHAVIOURS[1:])
+    refused(r"keep was \[\] and is now \[2\]", keep=[2])
+    refused("number of controls was 0 and is now 5", controls=5)
+    assert path.read_bytes() == kept
+    save_tensors(path, {"kl/own": torch.zeros(1)}, {})
+    with pytest.raises(BadFile, match="no unfinished collection, but kl/own"):
+        collect(model, responses, spans, **options)
+
+
+def short_of_memory(model, most: int, where: str) -> list[int]:
+    """Layer 1 runs out of memory for more than ``most`` rows; the rows of every try."""
+    tried = []
+
+    def hook(_module, _arguments, output):
+        tried.append(len(output))
+        if len(output) > most:
+            raise torch.OutOfMemoryError(where)
+
+    model.layers[1].register_forward_hook(hook)
+    return tried
+
+
+def test_out_of_memory_halves_the_batch_and_adds_nothing_twice():
+    responses, spans = sample()
+    want = collect(tiny.model("llama"), responses, spans, batch_size=2, keep=[2])
+    model = tiny.model("llama")
+    tried = short_of_memory(model, 2, "layer 1")
+    with pytest.warns(UserWarning, match="out of memory: going on with batches of") as warned:
+        got = collect(model, responses, spans, batch_size=8, keep=[2])
+    assert [str(one.message).split()[-2] for one in warned] == ["4", "2"]
+    assert tried[:3] == [8, 4, 2]
+    assert model.fits == 2
+    for name, tensor in want.tensors.items():
+        assert torch.equal(getattr(got, name), tensor), name
+    tried.clear()
+    collect(model, responses, spans, batch_size=8)
+    assert max(tried) == 2
+
+
+def test_one_response_that_does_not_fit_is_out_of_memory():
+    responses, spans = sample()
+    model = tiny.model("llama")
+    short_of_memory(model, 0, "no room")
+    with (
+        pytest.warns(UserWarning, match="batches of 1 responses"),
+        pytest.raises(torch.OutOfMemoryError, match="no room"),
+    ):
+        collect(model, responses, spans, batch_size=2)
+
+
+# --- control directions ----------------------------------------------------------------------
+
+
+def span_means(model, responses, spans):
+    """``[S, L, D]`` float64 of all spans with a token before them, the index of the response of
+    each, the label of each; and the overall mean ``[L, D]``."""
+    vectors_of, owners, labels = [], [], []
+    overall = 0.0
+    for row, (one, mine) in enumerate(zip(responses, spans, strict=True)):
+        for span in mine:
+            if span.start:
+                alone, _ = naive(model, [one], [[span]])
+                vectors_of += alone[span.label]
+                owners.append(row)
+                labels.append(span.label)
+        overall = overall + naive(model, [one], [mine])[1][0] / len(responses)
+    return torch.stack(vectors_of), owners, labels, overall
+
+
+@pytest.fixture(scope="module")
+def collected(tiny_llama):
     responses, spans = sample(40)
-    whole = activations.collect(tiny_llama, responses, spans, progress=False)
-    build = whole.half("build")
-    readout = vectors.differences(build, "difference-of-means", range(build.n_layers))
+    made = collect(tiny_llama, responses, spans, controls=K, seed=3)
+    return made, responses, spans
 
-    def shard(chosen, **options):
-        rows = [i for i, one in enumerate(responses) if chosen(i, one)]
-        mine = [responses[i] for i in rows], [spans[i] for i in rows]
-        return activations.collect(tiny_llama, *mine, progress=False, **options)
 
-    def built(_, one):
-        return means.is_build(one.task_id)
+@pytest.fixture(scope="module")
+def kept(tiny_llama, collected):
+    return span_means(tiny_llama, *collected[1:])
 
-    def held_out(_, one):
-        return not means.is_build(one.task_id)
 
-    shards = [
-        [shard(lambda i, _, k=k: i % 3 == k, readout=readout) for k in range(3)],
-        [shard(built), shard(held_out, readout=readout)],
-        [shard(held_out, readout=readout), shard(built)],
-        [shard(lambda *_: False), whole],
+def generator(responses, row: int, kind: int) -> np.random.Generator:
+    return np.random.default_rng([3, mark(responses[row].task_id), kind])
+
+
+def rescaled(raw, overall):
+    return (raw * (overall.norm(dim=-1) / raw.norm(dim=-1))[:, None]).float()
+
+
+def test_shuffled_controls_are_the_formula_after_a_permutation_within_responses(
+    collected, kept
+):
+    made, responses, _ = collected
+    m, owners, labels, overall = kept
+    draws = {row: generator(responses, row, 0) for row in set(owners)}
+    found = nulls.controls("shuffled", made, K)
+    for i in range(K):
+        permuted = list(labels)
+        for row in sorted(set(owners)):
+            mine = [place for place, owner in enumerate(owners) if owner == row]
+            shuffled = draws[row].permutation([BEHAVIOURS.index(labels[p]) for p in mine])
+            for place, label in zip(mine, shuffled, strict=True):
+                permuted[place] = BEHAVIOURS[label]
+        target = STEERED[i % 4]
+        assert permuted.count(target) == labels.count(target)
+        chosen = torch.tensor([name == target for name in permuted])
+        raw = m[chosen].mean(0) - overall
+        torch.testing.assert_close(found[i], rescaled(raw, overall), atol=1e-4, rtol=1e-3)
+
+
+def test_covariance_controls_are_signed_sums_of_centred_span_means(collected, kept):
+    made, responses, _ = collected
+    m, owners, _, overall = kept
+    draws = {row: generator(responses, row, 1) for row in set(owners)}
+    found = nulls.controls("covariance", made, K)
+    for i in range(K):
+        signs = torch.zeros(len(m), dtype=torch.float64)
+        for row in sorted(set(owners)):
+            mine = [place for place, owner in enumerate(owners) if owner == row]
+            signs[mine] = torch.from_numpy(1.0 - 2 * draws[row].integers(0, 2, len(mine)))
+        raw = sum(e * (x - m.mean(0)) for e, x in zip(signs, m, strict=True))
+        torch.testing.assert_close(found[i], rescaled(raw, overall), atol=1e-4, rtol=1e-3)
+
+
+def test_covariance_directions_vary_as_the_span_means_do(collected, kept):
+    """``E[d d']`` is the scatter of the span means (independent signs): along the unit
+    direction in which spans vary most, a covariance control has on average that direction's
+    share of the variance, an isotropic one ``1 / D``."""
+    _, responses, spans = collected
+    model = tiny.model("llama")
+    made = collect(model, responses, spans, controls=400)
+    raw = (made.signed - made.signs[:, None, None] * kept[0].mean(0))[:, 2]
+    centred = (kept[0] - kept[0].mean(0))[:, 2]
+    scatter = centred.T @ centred
+    values, axes = torch.linalg.eigh(scatter)
+    along = (raw @ axes[:, -1]) ** 2
+    error = float(along.std() / 400**0.5)
+    assert abs(float(along.mean() - values[-1])) < 4 * error
+    share = values[-1] / values.sum()
+    assert share > 3 / model.d_model, "spans differ along few dimensions"
+    uniform = nulls.controls("isotropic", made, 400, seed=1)[:, 2].double()
+    lying = (normalize(uniform, dim=-1) @ axes[:, -1]) ** 2
+    assert abs(float(lying.mean()) - 1 / model.d_model) < 4 * float(lying.std() / 400**0.5)
+
+
+def test_controls_depend_on_the_seed_and_the_response_alone(tiny_llama, collected):
+    made, responses, spans = collected
+    fewer = collect(
+        tiny_llama, responses[::-1], spans[::-1], controls=3, seed=3, batch_size=5,
+    )  # fmt: skip
+    other = collect(tiny_llama, responses, spans, controls=3)
+    for kind in nulls.MATCHED:
+        few = nulls.controls(kind, fewer, 3)
+        torch.testing.assert_close(few, nulls.controls(kind, made, 3), atol=1e-4, rtol=1e-3)
+        assert not torch.allclose(few, nulls.controls(kind, other, 3), atol=1e-2)
+    plain = collect(tiny_llama, responses, spans)
+    assert torch.equal(plain.sums, made.sums), "the means do not know of the controls"
+    assert (
+        directions.difference_of_means(plain).config
+        == directions.difference_of_means(made).config
+    )
+
+
+def test_matched_controls_take_turns_and_survive_a_file(tmp_path, collected):
+    made = collected[0]
+    found = nulls.control_directions(made, "matched", 5)
+    lengths = made.overall().float().norm(dim=-1)
+    for kind in CONTROLS:
+        drawn = nulls.controls(kind, made, K)
+        torch.testing.assert_close(drawn.norm(dim=-1), lengths.expand(K, -1))
+    assert found.names == (
+        "shuffled:0", "covariance:0", "shuffled:1", "covariance:1", "shuffled:2",
+    )  # fmt: skip
+    assert torch.equal(found.directions[3], nulls.controls("covariance", made, 2)[1])
+    assert all(is_control(name) for name in found.names)
+    assert not any(map(is_control, ("backtracking", "none", "shuffled", "other:1")))
+    path = tmp_path / "controls.safetensors"
+    found.save(path)
+    again = nulls.Controls.load(path)
+    assert (again.names, again.config) == (found.names, found.config)
+    assert torch.equal(again.directions, found.directions)
+    assert again.first(2).names == found.names[:2]
+    uniform = nulls.control_directions(made, "isotropic", 2, seed=5)
+    assert torch.equal(uniform.directions, nulls.controls("isotropic", made, 2, seed=5))
+
+
+def test_what_cannot_be_had_is_refused_by_name(tmp_path, collected):
+    made, _, _ = collected
+    with pytest.raises(ValueError, match="'random' are not one of shuffled, covariance, iso"):
+        nulls.controls("random", made, 1)
+    with pytest.raises(ValueError, match=f"9 shuffled controls asked for, {K} were collected"):
+        nulls.controls("shuffled", made, 9)
+    with pytest.raises(ValueError, match="0 were collected"):
+        nulls.controls("covariance", made.half("build"), 1)
+    with pytest.raises(BadFile, match=r"no control directions, which notebook 02 makes"):
+        nulls.Controls.load(tmp_path / "controls.safetensors")
+    save_tensors(tmp_path / "x.safetensors", {"kl/own": torch.zeros(1)}, {})
+    with pytest.raises(BadFile, match="no control directions, but kl/own"):
+        nulls.Controls.load(tmp_path / "x.safetensors")
+
+
+def test_targets_are_the_steered_behaviours_with_spans_enough(tiny_llama, collected):
+    made, responses, spans = collected
+    assert made.config["controls"]["targets"] == list(STEERED)
+    renamed = [
+        [replace(s, label="deduction") if s.label != "backtracking" else s for s in mine]
+        for mine in spans
     ]
-    want = means.separability(whole, min_spans=5)
-    assert want.auc.std() > 0.01
-    for first, *others in shards:
-        merged = first
-        for other in others:
-            merged = merged.merge(other)
-        assert merged.ledger == whole.ledger
-        got = means.separability(merged, min_spans=5)
-        assert got.behaviours == want.behaviours
-        torch.testing.assert_close(got.auc, want.auc, atol=2e-3, rtol=0)
-        torch.testing.assert_close(got.d_prime, want.d_prime, atol=1e-3, rtol=1e-3)
-    apart = [shard(lambda i, _, k=k: i % 2 == k) for k in (0, 1)]
-    for first, second in ((shard(built), shard(held_out)), apart):
-        merged = first.merge(second)
-        assert merged.ledger[means.NOT_PROJECTED] == merged.tested == whole.tested
-        torch.testing.assert_close(merged.sums, whole.sums, atol=2e-5, rtol=1e-4)
-        with pytest.raises(ValueError, match=r"0 of \d+ spans .* with the same readout="):
-            means.separability(merged, min_spans=5)
+    few = collect(tiny_llama, responses, renamed, controls=2)
+    assert few.config["controls"]["targets"] == ["backtracking"]
+    none = collect(tiny_llama, responses[:1], spans[:1], controls=2)
+    assert none.config["controls"]["targets"] == []
+    assert len(nulls.control_directions(none, "matched", 2)) == 0
+    with pytest.raises(ValueError, match=f"no behaviour has the {MIN_SPANS} spans"):
+        nulls.controls("shuffled", none, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from stllms import colab
+from stllms.app import colab
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 COPIES = ROOT / "notebooks" / "colab"
+
+PUBLISHED = "https://example.org/them/theirs"
 
 each = pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
 
@@ -35,19 +36,25 @@ def source(cell: dict) -> str:
 
 
 def test_the_copies_are_what_the_command_makes(tmp_path):
-    made = colab.write(ROOT / "notebooks", tmp_path)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    made = colab.write(tmp_path / "notebooks", tmp_path / "copies", colab.address(ROOT))
     assert [path.name for path in made] == [path.name for path in NOTEBOOKS]
     assert {path.name for path in COPIES.glob("*")} == {path.name for path in made}
     for path in made:
         committed = COPIES / path.name
-        assert committed.read_bytes() == path.read_bytes(), "run: python -m stllms.colab"
+        assert committed.read_bytes() == path.read_bytes(), "run: python -m stllms.app.colab"
+        source = (ROOT / "notebooks" / path.name).read_bytes()
+        assert source == (tmp_path / "notebooks" / path.name).read_bytes(), "its badge"
 
 
 @each
-def test_a_copy_is_its_notebook_behind_an_install_cell_without_outputs(name):
-    first, *rest = cells(COPIES / f"{name}.ipynb")
+def test_a_copy_is_its_notebook_behind_an_install_cell_without_outputs(name, tmp_path):
+    (tmp_path / "one").mkdir()
+    shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "one")
+    (path,) = colab.write(tmp_path / "one", tmp_path / "copies", PUBLISHED)
+    first, *rest = cells(path)
     original = cells(ROOT / "notebooks" / f"{name}.ipynb")
-    assert source(first) == colab.INSTALL
+    assert f'"git+{PUBLISHED}@main"' in source(first)
     assert [cell["id"] for cell in rest] == [cell["id"] for cell in original]
     for copy, cell in zip(rest, original, strict=True):
         if cell["cell_type"] == "code":
@@ -57,29 +64,6 @@ def test_a_copy_is_its_notebook_behind_an_install_cell_without_outputs(name):
             assert copy["metadata"].get("tags") == cell["metadata"].get("tags")
         else:
             assert "Open in Colab" not in source(copy)
-
-
-@each
-def test_the_badges_of_the_notebook_and_of_the_readme_open_its_copy(name):
-    title = source(cells(ROOT / "notebooks" / f"{name}.ipynb")[0]).splitlines()
-    assert title[2] == colab.badge(name), "after the title and an empty line"
-    assert colab.badge(name) in (ROOT / "README.md").read_text(encoding="utf-8")
-    address = re.search(r"\]\((\S+)\)$", colab.badge(name))[1]
-    path = address.partition(f"/blob/{colab.BRANCH}/")[2]
-    assert (ROOT / path).is_file(), "where the badge points there is a copy"
-
-
-def test_the_repository_is_named_in_one_place_only():
-    """Outside the generated texts (badges and install cells) no file knows the address."""
-    owner = colab.REPOSITORY.removeprefix("https://")
-    named = []
-    for folder in ("stllms", "notebooks", "messages", "benchmarks"):
-        for path in sorted((ROOT / folder).glob("*.*")):
-            text = path.read_text(encoding="utf-8") if path.suffix in (".py", ".md") else ""
-            named += [path.name] if owner in text else []
-    readme = re.sub(r"\[!\[Open in Colab\].*?\.ipynb\)", "", (ROOT / "README.md").read_text())
-    assert named == ["colab.py"]
-    assert owner not in readme
 
 
 # -- what the command does ---------------------------------------------------------------
@@ -96,7 +80,7 @@ def write_book(path: Path, *texts: str) -> None:
         for number, text in enumerate(texts)
     ]
     book = {"cells": made, "metadata": {"widgets": {}}, "nbformat": 4, "nbformat_minor": 5}
-    path.write_text(json.dumps(book), encoding="utf-8")
+    path.write_text(json.dumps(book, indent=1) + "\n", encoding="utf-8")
 
 
 def test_a_copy_whose_notebook_is_gone_is_deleted(tmp_path):
@@ -117,29 +101,36 @@ def test_a_folder_without_notebooks_is_refused(tmp_path):
         colab.write(tmp_path, tmp_path / "copies")
 
 
-def test_another_repository_reaches_every_badge_and_nothing_else(tmp_path, monkeypatch):
-    readme, book = tmp_path / "README.md", tmp_path / "01_generate.ipynb"
-    readme.write_text(
-        f"# A\n\n{colab.badge('01_generate')} {colab.badge('02_x')}\n[a](b.ipynb)"
+def test_a_badge_is_below_the_title_where_an_address_is_configured_and_nowhere_else(tmp_path):
+    path = tmp_path / "01_x.ipynb"
+    write_book(path, "# 01\n\n**Question.** Why?", "Text.")
+    before = path.read_bytes()
+    (copy,) = colab.write(tmp_path, tmp_path / "copies", PUBLISHED)
+    title, empty, badge, *rest = source(cells(path)[0]).splitlines()
+    assert (title, empty, rest) == ("# 01", "", ["", "**Question.** Why?"])
+    address = (
+        "colab.research.google.com/github/them/theirs/blob/main/notebooks/colab/01_x.ipynb"
     )
-    write_book(book, f"# 01\n\n{colab.badge('01_generate')}\n\nText.")
-    before = source(cells(book)[0])
-    monkeypatch.setattr(colab, "REPOSITORY", "https://example.org/them/theirs")
-    assert colab.renew_badges([readme, book]) == [readme, book]
-    assert readme.read_text().count("/them/theirs/blob/main/notebooks/colab/") == 2
-    assert readme.read_text().endswith("[a](b.ipynb)")
-    assert colab.badge("02_x") in readme.read_text()
-    after = source(cells(book)[0])
-    assert after == f"# 01\n\n{colab.badge('01_generate')}\n\nText." != before
-    assert colab.renew_badges([readme, book]) == [], "nothing left to change"
+    assert badge.startswith("[![Open in Colab](")
+    assert badge.endswith(f"](https://{address})")
+    assert source(cells(copy)[1]) == "# 01\n\n**Question.** Why?", "no gap in the copy"
+    assert cells(copy)[1]["metadata"] == {"tags": ["a"]}
+    assert "widgets" not in json.loads(copy.read_text())["metadata"]
+    colab.write(tmp_path, tmp_path / "copies", PUBLISHED.replace("theirs", "ours"))
+    assert source(cells(path)[0]).count("Open in Colab") == 1
+    assert "/them/ours/blob/" in source(cells(path)[0])
+    (copy,) = colab.write(tmp_path, tmp_path / "copies")
+    assert path.read_bytes() == before, "as Jupyter writes it, and without a badge"
+    assert "git+" not in source(cells(copy)[0])
+    assert 'glob.glob("stllms-*.whl")' in source(cells(copy)[0])
 
 
-def test_a_badge_leaves_no_gap_in_a_copy(tmp_path):
-    write_book(tmp_path / "01_x.ipynb", f"# 01\n\n{colab.badge('01_x')}\n\n**Question.** Why?")
-    (made,) = colab.write(tmp_path, tmp_path / "copies")
-    assert source(cells(made)[1]) == "# 01\n\n**Question.** Why?"
-    assert cells(made)[1]["metadata"] == {"tags": ["a"]}
-    assert "widgets" not in json.loads(made.read_text())["metadata"]
+def test_the_address_is_that_of_the_project(tmp_path):
+    project = tmp_path / "pyproject.toml"
+    project.write_text('[project]\nname = "x"\n')
+    assert colab.address(tmp_path) is None
+    project.write_text(f'[project.urls]\nRepository = "{PUBLISHED}"\n')
+    assert colab.address(tmp_path) == PUBLISHED
 
 
 def test_the_machine_names_its_gpu_or_says_how_to_get_one(monkeypatch):

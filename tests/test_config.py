@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import pathlib
 import re
 
 import pytest
 
-from stllms import checks, config, tasks
-from stllms.config import CHOICES, MODELS, PROFILES, RunConfig, UnknownModel, resolve, slug
-from stllms.records import STEERED
+from stllms import config, registry, tasks
+from stllms.config import CHOICES, PROFILES, RunConfig
+from stllms.labels import STEERED
+from stllms.registry import MODELS, UnknownModel, resolve, slug
 
 # -- the registry ------------------------------------------------------------------------
 
@@ -107,7 +109,7 @@ def test_anything_else_is_unknown(name):
 
 
 def test_close_names_are_offered():
-    with pytest.raises(UnknownModel, match=r"close: llama-3\.1-8b-instruct"):
+    with pytest.raises(UnknownModel, match=r"did you mean llama-3\.1-8b-instruct"):
         resolve("llama-3.1-8b-instuct")
 
 
@@ -139,16 +141,17 @@ def test_own_values_replace_those_of_the_profile_and_no_others():
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("task_set", checks.SIZES)
+@pytest.mark.parametrize("task_set", config.SIZES)
 def test_every_profile_finds_its_tasks_in_messages(profile, task_set):
     setup = RunConfig(model="smollm2", profile=profile, tasks=task_set)
-    asked = {part: len(tasks.for_run(setup, part)) for part in ("build", "evaluate", "compare")}
     full = len(tasks.load("evaluate" if task_set == "messages" else "checkable"))
-    assert checks.SIZES[task_set] == {"n_build": len(tasks.load("train")), "n_evaluate": full}
-    assert asked["evaluate"] == min(PROFILES[profile].n_evaluate, full)
-    assert asked["build"] == min(PROFILES[profile].n_build, 500)
-    with pytest.raises(ValueError, match="can be had"):
-        tasks.for_run(dataclasses.replace(setup, n_evaluate=full + 1), "evaluate")
+    assert config.SIZES[task_set] == {"n_build": len(tasks.load("train")), "n_evaluate": full}
+    asked = {part: setup.tasks_of(part)["n"] for part in ("build", "evaluate")}
+    profiles = PROFILES[profile]
+    assert asked == {
+        "build": min(profiles.n_build, 500),
+        "evaluate": min(profiles.n_evaluate, full),
+    }
 
 
 def test_only_embedded_models_sweep_the_layers_without_being_told():
@@ -174,7 +177,7 @@ def test_a_token_limit_also_limits_the_comparison():
     ],
 )
 def test_what_auto_means(model, judge, annotator, tasks, models, monkeypatch):
-    monkeypatch.setattr(config.registry, "missing_packages", lambda name: ("gguf",))
+    monkeypatch.setattr(registry, "missing_packages", lambda name: ("gguf",))
     made = RunConfig(model=model, judge=judge)
     assert (made.annotator, made.task_set, made.models) == (annotator, tasks, models)
 
@@ -191,9 +194,9 @@ def test_what_auto_means(model, judge, annotator, tasks, models, monkeypatch):
     ],
 )
 def test_smollm2_joins_an_embedded_model_where_it_is_installed(options, joins, monkeypatch):
-    monkeypatch.setattr(config.registry, "missing_packages", lambda name: ())
+    monkeypatch.setattr(registry, "missing_packages", lambda name: ())
     assert ("smollm2" in RunConfig(**options).models) == joins
-    monkeypatch.setattr(config.registry, "missing_packages", lambda name: ("gguf",))
+    monkeypatch.setattr(registry, "missing_packages", lambda name: ("gguf",))
     assert "smollm2" not in RunConfig(**options).models
 
 
@@ -206,9 +209,9 @@ def test_compared_models_are_normalised_and_named_once():
 
 def test_where_results_go(monkeypatch, tmp_path):
     monkeypatch.delenv("STLLMS_RESULTS", raising=False)
-    root = config.repository()
+    root = registry.repository()
     assert RunConfig().folder == root / "results" / "tiny-thinker"
-    monkeypatch.setattr(config, "repository", lambda: None)
+    monkeypatch.setattr(registry, "repository", lambda: None)
     monkeypatch.chdir(tmp_path)
     assert RunConfig().folder == tmp_path / "results" / "tiny-thinker"
     monkeypatch.setenv("STLLMS_RESULTS", str(tmp_path / "env"))
@@ -223,7 +226,7 @@ def test_where_results_go(monkeypatch, tmp_path):
     ("values", "parts"),
     [
         ({"model": "nothing-like-it"}, ["nothing-like-it"]),
-        ({"profile": "papr"}, ["profile", "papr", "smoke, default, full, paper"]),
+        ({"profile": "papr"}, ["profile", "smoke, default, full, paper (did you mean paper?)"]),
         ({"max_tokens": -1}, ["max_tokens", "-1", "at least 1"]),
         ({"max_tokens": 0}, ["max_tokens", "0"]),
         ({"n_samples": 2.5}, ["n_samples", "2.5"]),
@@ -238,12 +241,15 @@ def test_where_results_go(monkeypatch, tmp_path):
         ({"coefficients": [0]}, ["coefficients"]),
         ({"coefficients": [float("inf")]}, ["coefficients", "inf"]),
         ({"judge": "gpt-4.1"}, ["judge", "gpt-4.1", "openai:MODEL"]),
+        ({"judge": "lexicon"}, ["judge", "did you mean lexical?"]),
         ({"judge": "openai:"}, ["judge", "openai:"]),
         ({"judge": "grammar", "model": "smollm2"}, ["judge", "smollm2"]),
         ({"device": "gpu"}, ["device", "gpu"]),
         ({"dtype": "fp8"}, ["dtype", "fp8"]),
         ({"quantization": "2bit"}, ["quantization", "8bit"]),
         ({"tasks": "no/such.jsonl"}, ["tasks", "no/such.jsonl"]),
+        ({"tasks": "gym:"}, ["tasks", "gym:NAME"]),
+        ({"tasks": "mesages"}, ["tasks", "did you mean messages?"]),
         ({"results": " "}, ["results"]),
         ({"compare": "smollm2"}, ["compare", "list"]),
         ({"folders": "results/x"}, ["folders", "list"]),
@@ -259,8 +265,10 @@ def test_a_bad_value_is_refused_by_name(values, parts):
 
 
 def test_unknown_options_are_refused_with_close_ones():
-    with pytest.raises(ValueError, match=r"'n_sample'.*n_samples"):
+    with pytest.raises(ValueError, match=r"'n_sample' \(did you mean n_samples"):
         RunConfig.from_dict({"n_sample": 3})
+    with pytest.raises(ValueError, match=r"'xyz'; expected one of model, profile"):
+        RunConfig.from_dict({"xyz": 3})
     with pytest.raises(ValueError, match="seed has a parameter of its own"):
         RunConfig.from_parameters("tiny-thinker", options={"seed": 3})
 
@@ -290,7 +298,7 @@ FULL = RunConfig(
 
 @pytest.mark.parametrize("made", [RunConfig(), FULL])
 def test_json_and_parameters_bring_everything_back(made):
-    assert RunConfig.from_json(made.to_json()) == made
+    assert RunConfig.from_dict(json.loads(made.to_json())) == made
     parameters = json.loads(json.dumps(made.parameters()))
     assert tuple(parameters) == config.PARAMETERS
     back = RunConfig.from_parameters(**parameters)
@@ -311,9 +319,61 @@ def test_paths_reach_a_kernel_with_another_working_folder(monkeypatch, tmp_path)
     }
 
 
-def test_from_json_refuses_what_is_no_configuration():
-    with pytest.raises(ValueError, match="not list"):
-        RunConfig.from_json("[]")
+# -- what the stages take ------------------------------------------------------------------
+
+
+def test_options_of_the_stages():
+    made = RunConfig(model="smollm2", profile="smoke", seed=3, device="cpu", batch_size=2)
+    assert made.loading == {
+        "device": "cpu", "dtype": "auto", "quantization": None, "revision": None,
+    }  # fmt: skip
+    assert made.decoding == {
+        "max_new_tokens": 96, "batch_size": 2, "temperature": 0.65, "seed": 3, "style": "sound",
+    }  # fmt: skip
+    assert made.tasks_of("compare") == {"source": "messages", "n": 8, "skip": 0, "seed": 3}
+    assert (made.annotating, made.n_control_tasks) == ({}, None)
+    with pytest.raises(
+        ValueError, match=r"part of a run: 'train', expected one of build"
+    ):
+        made.tasks_of("train")
+
+
+def test_options_of_a_judge(tmp_path):
+    place = {"model": "smollm2", "results": str(tmp_path)}
+    paid = RunConfig(judge="openai:gpt-4.1", profile="paper", max_cost=2, **place)
+    assert paid.annotating == {
+        "base_url": None,
+        "max_cost": 2.0,
+        "folder": tmp_path / "smollm2" / "judge",
+        "reader": "tolerant",
+    }
+    assert paid.n_control_tasks == PROFILES["paper"].n_control == 10
+    stored = RunConfig(judge="replay:x", reader="published", n_control=3, **place)
+    assert (stored.annotating, stored.n_control_tasks) == ({"reader": "published"}, 3)
+
+
+def test_a_persons_tasks_are_cut_into_parts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "mine.jsonl"
+    path.write_text("")
+    made = RunConfig(tasks="~/mine.jsonl", n_samples=5, n_evaluate=4, n_compare=9)
+    assert [made.tasks_of(part) for part in ("build", "evaluate", "compare")] == [
+        {"source": str(path), "n": n, "skip": skip, "seed": 0}
+        for n, skip in ((5, 0), (4, 5), (9, 0))
+    ]
+
+
+def test_a_dataset_is_only_checked_by_its_form_and_counts_with_its_version(monkeypatch):
+    made = RunConfig(tasks="gym:no_such_dataset")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.2")
+    assert made.identity()["tasks"] == "gym:no_such_dataset (reasoning-gym 1.2)"
+
+    def missing(_):
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ValueError, match=r"needs the package reasoning-gym: pip install"):
+        made.identity()
 
 
 # -- identity ----------------------------------------------------------------------------
@@ -377,3 +437,22 @@ def test_the_comparison_has_an_identity_of_its_own():
     assert RunConfig(n_samples=3, n_evaluate=3).comparison_identity() == base
     assert RunConfig(n_compare=3).comparison_identity() != base
     assert RunConfig().for_model("tiny-instruct").comparison_identity() != base
+
+
+def test_stored_replies_and_released_files_count_by_their_content(tmp_path):
+    def named() -> tuple:
+        made = RunConfig(judge=f"replay:{tmp_path}", published=str(tmp_path))
+        return (
+            made.identity()["annotator"],
+            made.stage_options("03")["published"],
+            made.stage_options("05")["published"],
+        )
+
+    before = named()
+    for place, name in enumerate(("replies.jsonl", "layer_effects_x.pt", "comparison_x.json")):
+        (tmp_path / name).write_text("1")
+        after = named()
+        assert [a != b for a, b in zip(before, after, strict=True)] == [
+            place == n for n in range(3)
+        ]
+        before = after

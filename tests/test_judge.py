@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import openai._base_client
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server import MODELS, Server
+from server import Server
 
-from stllms import annotate, spans
-from stllms.annotate import judge, protocols, replay
-from stllms.records import BEHAVIOURS, Response
-from stllms.replies import FILE, Store, digest
+from stllms.annotation import judge, placing
+from stllms.annotation.annotators import Annotator, annotator
+from stllms.labels import BEHAVIOURS
+from stllms.models.api import FILE, Reply, Store, digest
+from stllms.records import Response, to_row
+from stllms.runs.files import BadFile
 
 CHAINS = (
     "So I need the area of the field. I recall that an area is side squared. Wait, it is a "
     "circle! For example, take radius 3. Maybe that gives 28.",
     "The question asks for a prime; let me see. Suppose it is 7, because 7 is small. So: 7.",
     "Hmm, perhaps there is no such number at all.\n\nTherefore the answer is none.",
+    "まず問題を読みます。面積は辺の二乗です。\nАльтернативно, проверим это. 🙂 Ясно.",
 )
 LONG = " ".join(
     f"Sentence number {i} says that {i} plus {i} is {2 * i}, because I recall how sums go."
     for i in range(1300)
 )
+both = pytest.mark.parametrize("protocol", ["rewrite", "indexed"])
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
     with Server() as running:
         yield running
 
@@ -45,48 +52,33 @@ def responses(*chains: str) -> list[Response]:
 
 
 def ask(server: Server, model: str, folder: Path, **options) -> judge.Judge:
-    quick = {"backoff": 0.01, "retries": 1, "timeout": 5.0, "progress": False}
+    quick = {"retries": 1, "timeout": 5.0, "progress": False}
     return judge.Judge(model, base_url=server.url, folder=folder, **{**quick, **options})
 
 
-# --- good judges --------------------------------------------------------------------------
+# -- good judges ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", ["rewrite", "indexed"])
+@both
 def test_a_good_judge_labels_every_character_of_its_own_chain(server, tmp_path, protocol):
     asked = responses(*CHAINS)
     made = ask(server, "test", tmp_path, protocol=protocol).annotate(asked)
     assert [one.task_id for one in made] == [one.task_id for one in asked]
     for one, chain in zip(made, asked, strict=True):
-        assert one.failed is None
-        assert one.spans == ()
-        assert one.ledger["coverage"] == 1.0
+        assert (one.failed, one.spans, one.ledger["coverage"]) == (None, (), 1.0)
         for segment in one.segments:
             assert chain.thinking[segment.start : segment.end] == segment.text
-            assert segment.label in BEHAVIOURS
-    summary = spans.summarise(made)  # raises where a ledger does not add up
+    summary = placing.summarise(made)  # raises where a ledger does not add up
     assert summary.characters == {"labelled": summary.total}
-
-
-@pytest.mark.parametrize("protocol", ["rewrite", "indexed"])
-def test_labels_are_those_the_judge_gave(server, tmp_path, protocol):
-    (one,) = ask(server, "test", tmp_path, protocol=protocol).annotate(responses(CHAINS[0]))
-    assert [segment.label for segment in one.segments] == [
+    assert [segment.label for segment in made[0].segments] == [
         "initializing",
         "adding-knowledge",
         "backtracking",
         "example-testing",
         "uncertainty-estimation",
     ]
-
-
-@pytest.mark.parametrize("protocol", ["rewrite", "indexed"])
-def test_running_again_makes_no_call_and_gives_the_same(server, tmp_path, protocol):
-    first = ask(server, "test", tmp_path, protocol=protocol).annotate(responses(*CHAINS))
-    calls = server.total
-    again = ask(server, "test", tmp_path, protocol=protocol).annotate(responses(*CHAINS))
-    assert again == first
-    assert server.total == calls == len(CHAINS)
+    assert ask(server, "test", tmp_path, protocol=protocol).annotate(asked) == made
+    assert server.total == len(CHAINS), "the second time nothing is sent"
 
 
 def test_replies_that_come_in_another_order_stay_with_their_chain(server, tmp_path):
@@ -95,29 +87,42 @@ def test_replies_that_come_in_another_order_stay_with_their_chain(server, tmp_pa
     assert [one.segments[1].text for one in made] == [f"So it is {i}." for i in range(12)]
 
 
-def test_another_judge_or_protocol_is_asked_anew(server, tmp_path):
+def test_another_judge_or_protocol_is_asked_anew_and_has_another_name(server, tmp_path):
     for model, protocol in (("test", "rewrite"), ("test", "indexed"), ("other", "rewrite")):
         ask(server, model, tmp_path, protocol=protocol).annotate(responses(CHAINS[0]))
     assert server.total == 3
-
-
-def test_the_name_tells_model_and_protocol(tmp_path):
-    options = {"base_url": "http://localhost:1", "folder": tmp_path}
-    assert annotate.annotator("openai:gpt-4.1", **options).name == "openai:gpt-4.1"
-    indexed = annotate.annotator("openai:qwen2.5:14b#indexed", **options)
-    assert indexed.name == "openai:qwen2.5:14b#indexed"
-    assert indexed.protocol.name == "indexed"
-    assert isinstance(indexed, annotate.Annotator)
+    options = {"base_url": server.url, "folder": tmp_path}
+    assert annotator("openai:gpt-4.1", **options).name == "openai:gpt-4.1"
+    indexed = annotator("openai:qwen2.5:14b#indexed", **options)
+    assert (indexed.name, indexed.protocol.name) == ("openai:qwen2.5:14b#indexed", "indexed")
+    assert isinstance(indexed, Annotator)
     with pytest.raises(ValueError, match="no judge protocol 'guess': choose one of rewrite"):
         judge.Judge("m", protocol="guess", **options)
 
 
+#: Prompt hashes and keys of the first release. With others, no stored reply is found again.
+PROMPTS = {"rewrite": "55cedb0f36e0", "indexed": "6b965f26fece"}
+KEYS = {"rewrite": "994f3183b2dc58dd", "indexed": "10408ebaffb43e58"}
+
+
+@both
+def test_what_is_asked_is_what_stored_replies_were_asked(protocol):
+    one = judge.protocol_of(protocol)
+    (request,) = one.requests(response(CHAINS[0]))
+    assert request.identity == {
+        "protocol": protocol,
+        "prompt_version": "1",
+        "prompt": PROMPTS[protocol],
+    }
+    assert request.key("gpt-4.1")[:16] == KEYS[protocol]
+    assert all(f"- {name}:" in one.system for name in BEHAVIOURS)
+    assert all(part.max_tokens <= 16_000 for part in one.requests(response(LONG)))
+
+
 def test_a_row_names_prompt_and_chain(server, tmp_path):
     ask(server, "test", tmp_path).annotate(responses(CHAINS[0]))
-    ((row,),) = Store(tmp_path).load().rows.values()
-    assert row["identity"]["protocol"] == "rewrite"
-    assert row["identity"]["prompt_version"] == "1"
-    assert len(row["identity"]["prompt"]) == 12
+    (row,) = Store(tmp_path).load().lines
+    assert row["identity"]["prompt"] == PROMPTS["rewrite"]
     assert row["about"] == {"shown": digest(CHAINS[0])[:16]}
     assert row["body"]["choices"][0]["message"]["content"].startswith('["initializing"]So I')
 
@@ -126,17 +131,19 @@ def test_the_indexed_judge_is_asked_for_structured_output(server, tmp_path):
     ask(server, "test", tmp_path, protocol="indexed").annotate(responses(CHAINS[1]))
     schema = server.fields["response_format"]["json_schema"]
     assert schema["strict"] is True
+    pattern = schema["schema"]["properties"]["labels"]["items"]["pattern"]
+    assert re.fullmatch(pattern, "3-14 adding-knowledge")
+    assert not re.fullmatch(pattern, "3-14 dreaming")
     assert server.fields["messages"][-1]["content"].startswith("<pieces>\n1| The question asks")
     assert server.fields["temperature"] == 0
 
 
 def test_an_estimate_costs_nothing(server, tmp_path):
-    estimate = ask(server, "test", tmp_path).estimate(responses(*CHAINS, ""))
-    assert estimate.calls == 3
+    assert ask(server, "test", tmp_path).estimate(responses(*CHAINS, "")).calls == len(CHAINS)
     assert server.total == 0
 
 
-# --- chains that are not easy -------------------------------------------------------------
+# -- chains that are not easy --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chain", ["", " \n\t "])
@@ -146,15 +153,14 @@ def test_an_empty_thinking_is_a_failed_annotation_without_a_call(server, tmp_pat
     assert server.total == 1
 
 
-@pytest.mark.parametrize("protocol", ["rewrite", "indexed"])
+@both
 def test_a_chain_of_20000_tokens_is_judged_in_parts(server, tmp_path, protocol):
-    assert len(LONG) > 80_000
     (one,) = ask(server, "test", tmp_path, protocol=protocol).annotate(responses(LONG))
     assert one.failed is None
     assert one.ledger["parts"] == server.total == 5
     assert one.ledger["coverage"] == 1.0
     assert all(LONG[s.start : s.end] == s.text for s in one.segments)
-    assert max(len(text.encode()) for text in server.texts) < 2 * protocols.LONGEST
+    assert max(len(text.encode()) for text in server.texts) < 2 * judge.LONGEST
 
 
 def test_a_part_that_fails_fails_the_chain_by_name_and_only_it_is_asked_again(server, tmp_path):
@@ -163,15 +169,7 @@ def test_a_part_that_fails_fails_the_chain_by_name_and_only_it_is_asked_again(se
     assert one.failed.startswith("part 2 of 2: HTTP 500")
     calls = server.total
     ask(server, "picky", tmp_path).annotate(responses(chain))
-    assert server.total - calls == 2  # the bad part, with its one retry
-
-
-@pytest.mark.parametrize("protocol", ["rewrite", "indexed"])
-def test_a_chain_in_another_language_is_labelled(server, tmp_path, protocol):
-    chain = "まず問題を読みます。面積は辺の二乗です。\nАльтернативно, проверим это. 🙂 Ясно."
-    (one,) = ask(server, "test", tmp_path, protocol=protocol).annotate(responses(chain))
-    assert one.failed is None
-    assert one.ledger["coverage"] == 1.0
+    assert server.total - calls == 2, "the bad part, with its one retry"
 
 
 def test_half_a_surrogate_pair_does_not_break_a_run(server, tmp_path):
@@ -181,10 +179,10 @@ def test_half_a_surrogate_pair_does_not_break_a_run(server, tmp_path):
     assert chain[one.segments[1].start : one.segments[1].end] == "So it is 7."
 
 
-# --- judges that are not good -------------------------------------------------------------
+# -- judges that are not good --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", ["rewrite", "indexed"])
+@both
 @pytest.mark.parametrize(("model", "why"), [("prose", "labelled nothing"), ("silent", "empty")])
 def test_an_unusable_reply_fails_by_name_and_is_asked_again_once(
     server, tmp_path, protocol, model, why
@@ -198,28 +196,26 @@ def test_an_unusable_reply_fails_by_name_and_is_asked_again_once(
     assert one.ledger["characters"]["failed"] == one.ledger["total"]
 
 
-@pytest.mark.parametrize("protocol", ["rewrite", "indexed"])
+@both
 def test_half_an_answer_keeps_its_half_and_says_so(server, tmp_path, protocol):
     half = ask(server, "half", tmp_path, protocol=protocol)
     (one,) = half.annotate(responses(CHAINS[0]))
-    assert one.failed is None
-    assert one.ledger["truncated"] == 1
+    assert (one.failed, one.ledger["truncated"]) == (None, 1)
     assert 0.2 < one.ledger["coverage"] < 0.8
-    spans.summarise([one])
+    placing.summarise([one])
 
 
 def test_wrong_numbers_and_labels_are_rejected_and_counted(server, tmp_path):
     wrong = ask(server, "wrong-numbers", tmp_path, protocol="indexed")
     (one,) = wrong.annotate(responses(CHAINS[0]))
     assert [segment.label for segment in one.segments] == ["initializing"]
-    assert one.ledger["rejected"] == 6
+    assert (one.ledger["rejected"], one.ledger["unlabelled"]) == (6, 4)
     assert one.ledger["reasons"] == {
-        protocols.UNKNOWN_LABEL: 1,
-        protocols.WRONG_NUMBER: 3,
-        protocols.TWICE: 1,
-        protocols.NO_ITEM: 1,
+        judge.UNKNOWN_LABEL: 1,
+        judge.WRONG_NUMBER: 3,
+        judge.TWICE: 1,
+        judge.NO_ITEM: 1,
     }
-    assert one.ledger["unlabelled"] == 4
 
 
 @pytest.mark.parametrize("model", ["lines", "no-schema"])
@@ -229,57 +225,37 @@ def test_a_server_without_structured_output_is_understood(server, tmp_path, mode
     assert one.ledger["coverage"] == 1.0
 
 
-def test_one_chain_that_the_server_fails_on_leaves_the_others_alone(server, tmp_path):
-    chains = responses(CHAINS[0], "An unlucky chain.", CHAINS[1])
-    made = ask(server, "picky", tmp_path).annotate(chains)
-    assert [one.failed for one in made] == [
-        None,
-        "HTTP 500: I do not like this one (2 attempts)",
-        None,
-    ]
-    assert spans.summarise(made).failed == 1
+# -- replay --------------------------------------------------------------------------------
 
 
-# --- replay -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("protocol", ["rewrite", "indexed"])
+@both
 def test_a_replay_gives_the_same_without_key_and_network(
     server, tmp_path, monkeypatch, protocol
 ):
-    chains = responses(*CHAINS, LONG[:50_000])
+    """Chains that share a reply keep their own places."""
+    shared = ["It is 7. So I stop.", "It  is 7.\n\n\nSo I stop.", LONG[:40_000], LONG[:45_000]]
+    chains = responses(*CHAINS, *shared)
     made = ask(server, "test", tmp_path, protocol=protocol).annotate(chains)
+    assert server.total < sum(one.ledger["parts"] for one in made)
     monkeypatch.setattr(socket.socket, "connect", None)
-    again = replay.Replay(tmp_path).annotate(chains)
-    assert [one.segments for one in again] == [one.segments for one in made]
-    assert [one.ledger for one in again] == [one.ledger for one in made]
+    again = judge.Replay(tmp_path).annotate(chains)
+    for chain, one, other in zip(chains, made, again, strict=True):
+        assert (other.segments, other.ledger) == (one.segments, one.ledger)
+        assert one.ledger["coverage"] == 1.0
+        assert all(chain.thinking[s.start : s.end] == s.text for s in one.segments)
     assert {one.annotator for one in again} == {f"replay:{tmp_path}"}
 
 
-@pytest.mark.parametrize("protocol", ["rewrite", "indexed"])
-def test_chains_that_share_a_reply_keep_their_own_places(server, tmp_path, protocol):
-    chains = ["It is 7. So I stop.", "It  is 7.\n\n\nSo I stop.", LONG[:40_000], LONG[:45_000]]
-    made = ask(server, "test", tmp_path, protocol=protocol).annotate(responses(*chains))
-    again = replay.Replay(tmp_path).annotate(responses(*chains))
-    for chain, one, other in zip(chains, made, again, strict=True):
-        assert one.ledger["coverage"] == 1.0
-        assert all(chain[s.start : s.end] == s.text for s in one.segments)
-        assert other.segments == one.segments
-    assert server.total < sum(one.ledger["parts"] for one in made)
-
-
-def test_a_replay_fails_unknown_and_failed_chains_by_name(server, tmp_path):
+def test_one_failure_leaves_the_others_alone_and_a_replay_fails_by_name(server, tmp_path):
     known = responses(CHAINS[0], "An unlucky chain.")
-    ask(server, "picky", tmp_path).annotate(known)
-    again = annotate.annotator(f"replay:{tmp_path}")
+    bad = "HTTP 500: I do not like this one (2 attempts)"
+    made = ask(server, "picky", tmp_path).annotate(known)
+    assert [one.failed for one in made] == [None, bad]
+    again = annotator(f"replay:{tmp_path}")
     made = again.annotate([*known, response("Never judged.", "new"), response("", "empty")])
-    assert [one.failed for one in made] == [
-        None,
-        "HTTP 500: I do not like this one (2 attempts)",
-        "no stored reply",
-        "empty thinking",
-    ]
+    assert [one.failed for one in made] == [None, bad, "no stored reply", "empty thinking"]
     assert made[2].task_id == "new"
+    assert placing.summarise(made).failed == 3
 
 
 def test_a_replay_outlives_another_prompt_and_other_task_names(server, tmp_path):
@@ -288,7 +264,7 @@ def test_a_replay_outlives_another_prompt_and_other_task_names(server, tmp_path)
     row = json.loads(file.read_text())
     row["identity"]["prompt_version"] = "0"
     file.write_text(json.dumps(row | {"key": "old"}) + "\n")
-    (again,) = replay.Replay(tmp_path).annotate([response(CHAINS[0], "renamed")])
+    (again,) = judge.Replay(tmp_path).annotate([response(CHAINS[0], "renamed")])
     assert again.segments == one.segments
 
 
@@ -296,25 +272,40 @@ def test_a_folder_of_several_judges_asks_which(server, tmp_path):
     for model in ("test", "other"):
         ask(server, model, tmp_path).annotate(responses(CHAINS[0]))
     with pytest.raises(ValueError, match="several judges: choose one of model='other'"):
-        replay.Replay(tmp_path)
-    assert replay.Replay(tmp_path, model="other").annotate(responses(CHAINS[0]))[0].segments
+        judge.Replay(tmp_path)
+    with pytest.raises(ValueError, match="no reply of this judge: choose one of model='other'"):
+        judge.Replay(tmp_path, model="third")
+    one = judge.Replay(tmp_path, model="other")
+    assert one.annotate(responses(CHAINS[0]))[0].segments
+    assert (one.model, len(one.fingerprint)) == ("other", 16)
 
 
 def test_a_folder_without_replies_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no stored replies: there is no replies\.jsonl"):
-        replay.Replay(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no stored replies: no replies\.jsonl"):
+        judge.Replay(tmp_path / "nowhere")
     (tmp_path / FILE).write_text("")
     with pytest.raises(ValueError, match="holds no reply of a judge"):
-        replay.Replay(tmp_path)
+        judge.Replay(tmp_path)
 
 
-# --- the parts ----------------------------------------------------------------------------
+ROW = {"key": "k", "name": "t", "model": "m", "identity": {"protocol": "rewrite"},
+       "about": {"shown": "s"}, "status": "answered", "reason": None, "cost": 0.5}  # fmt: skip
+
+
+@pytest.mark.parametrize("about", [{}, {"shown": 7}])
+def test_a_replayed_reply_without_what_the_judge_was_shown_is_named(tmp_path, about):
+    (tmp_path / FILE).write_text(json.dumps(ROW | {"about": about}) + "\n")
+    with pytest.raises(BadFile, match=r"replies\.jsonl: .*'t' lacks about\.shown"):
+        judge.Replay(tmp_path)
+
+
+# -- the parts -----------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.text(st.sampled_from("ab. ,;!\n界é🙂"), max_size=200), st.integers(8, 60))
 def test_parts_fill_the_text_and_keep_the_limit(text, longest):
-    parts = list(protocols.cut(text, longest))
+    parts = list(judge.cut(text, longest))
     assert "".join(text[start:end] for start, end in parts) == text
     assert all(0 < len(text[start:end].encode()) <= longest for start, end in parts)
 
@@ -322,7 +313,7 @@ def test_parts_fill_the_text_and_keep_the_limit(text, longest):
 @settings(deadline=None, max_examples=60)
 @given(st.text(st.sampled_from("abc. ,;:-—!\nbut maybe"), max_size=300))
 def test_pieces_hold_every_character_and_do_not_overlap(text):
-    pieces = protocols.pieces(text, least=4)
+    pieces = judge.pieces(text, least=4)
     assert all(a[1] <= b[0] for a, b in pairwise(pieces))
     assert all(text[i:j].strip() == text[i:j] != "" for i, j in pieces)
     solid = sum(not c.isspace() for c in text)
@@ -331,21 +322,10 @@ def test_pieces_hold_every_character_and_do_not_overlap(text):
 
 def test_clauses_are_pieces_of_their_own():
     text = "I take the first of these numbers, but maybe the second one is right; then it is 7."
-    assert [text[i:j] for i, j in protocols.pieces(text)] == [
+    assert [text[i:j] for i, j in judge.pieces(text)] == [
         "I take the first of these numbers,",
         "but maybe the second one is right; then it is 7.",
     ]
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.text() | st.recursive(
-    st.none() | st.integers() | st.text(max_size=5) | st.sampled_from(BEHAVIOURS),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=8), inner),
-).map(json.dumps))  # fmt: skip
-def test_no_reply_breaks_the_reader_of_numbers(content):
-    found, rejected = protocols.place(content, 5)
-    assert all(1 <= first <= last <= 5 for first, last, _ in found)
-    assert all(count > 0 for count in rejected.values())
 
 
 @pytest.mark.parametrize(
@@ -363,17 +343,47 @@ def test_no_reply_breaks_the_reader_of_numbers(content):
     ],
 )
 def test_labels_by_number_are_read_in_every_shape(content):
-    found, rejected = protocols.place(content, 9)
+    found, rejected = judge.place(content, 9)
     by_number = {n: label for first, last, label in found for n in range(first, last + 1)}
     assert by_number == {1: "deduction", 2: "deduction", 3: "adding-knowledge"}
     assert not rejected
 
 
-def test_the_prompts_name_every_behaviour_and_no_reply_can_be_too_long():
-    for one in protocols.PROTOCOLS.values():
-        assert all(f"- {name}:" in one.system for name in BEHAVIOURS)
-        assert all(request.max_tokens <= 16_000 for request in one.requests(response(LONG)))
+MARKUP = st.lists(
+    st.sampled_from(
+        ["[", "]", '["deduction"]', '["end-section"]', "{", "}", '"', "1-2 deduction", ",", ":",
+         "\ud83d", "\x00", "9" * 300, "[" * 2_500, " a ", "0. ", "\\", "labels"]
+    ),
+    max_size=12,
+).map("".join)  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.integers() | st.text(max_size=5) | st.sampled_from(BEHAVIOURS),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=8), inner),
+).map(json.dumps)
 
 
-def test_the_server_documents_itself():
-    assert {"test", "hangs", "prose", "half", "wrong-numbers"} <= MODELS.keys()
+def reply_of(content: str, pieces: object = 2) -> Reply:
+    body = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
+    return Reply({**ROW, "about": {"shown": "s", "pieces": pieces}, "body": body})
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=MARKUP | JSON | st.text())
+@both
+def test_whatever_a_judge_answers_its_chain_is_annotated_or_failed(content, protocol):
+    made = judge.protocol_of(protocol).annotation(response("a b."), [reply_of(content)], "j")
+    assert bool(made.failed) != bool(made.segments)
+    json.dumps(to_row(made), ensure_ascii=False, allow_nan=False).encode()
+    found, rejected = judge.place(content, 5)
+    assert all(1 <= first <= last <= 5 for first, last, _ in found)
+    assert all(count > 0 for count in rejected.values())
+
+
+def test_a_reply_that_cannot_be_read_is_a_failed_chain_with_a_reason():
+    indexed = judge.protocol_of("indexed")
+    for deep in ("[" * 2_500, "[" * 2_500 + "]" * 2_500, '{"labels": ' + "[" * 2_500):
+        made = indexed.annotation(response("a b."), [reply_of(deep)], "j")
+        assert made.failed.startswith("the judge labelled nothing")
+    for pieces in (None, "2", True, [2]):
+        reply = reply_of('{"labels": ["1 deduction"]}', pieces)
+        assert "about.pieces" in indexed.annotation(response("a b."), [reply], "j").failed

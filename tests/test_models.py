@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from stllms import detokenize, loading, models, registry, spans
-from stllms.config import RunConfig
+from stllms import models, registry
+from stllms.annotation import placing
+from stllms.models import loading, selfcheck
+from stllms.models.model import ModelError, character_ranges, find_layers
 from stllms.records import PlacedSegment, Response
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
@@ -29,12 +31,11 @@ FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_is_wrapped_and_checked(tiny_model, kind):
     model = tiny_model(kind)
-    model.self_check()
+    selfcheck.check(model)
     assert (model.n_layers, model.d_model, model.max_context) == (4, 32, 512)
     assert len(model.layers) == len(model.nn_layers) == 4
     assert model.nn_layers[2]._module is model.layers[2]
     assert model.nn_decoder._module is model.decoder
-    assert model.final_norm is model.decoder.norm
     assert not any(p.requires_grad for p in model.hf.parameters())
     assert not model.hf.training
 
@@ -51,8 +52,8 @@ def test_a_saved_folder_loads_bit_for_bit(save_tiny_model, tmp_path):
 def test_dtype_and_device_are_chosen_by_name(save_tiny_model, tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     assert models.load(folder, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
-    assert models.pick_dtype("auto", torch.device("mps")) == torch.float32
-    with pytest.raises(models.ModelError, match="dtype 'float33'"):
+    assert loading.pick_dtype("auto", torch.device("mps")) == torch.float32
+    with pytest.raises(ModelError, match="dtype 'float33'"):
         models.load(folder, device="cpu", dtype="float33")
 
 
@@ -70,12 +71,12 @@ def test_a_card_gets_the_type_that_it_computes_in(monkeypatch, card, capability,
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: card)
     cuda = torch.device("cuda")
-    assert models.pick_dtype("auto", cuda) == dtype
-    assert models.pick_dtype("float32", cuda) == torch.float32
+    assert loading.pick_dtype("auto", cuda) == dtype
+    assert loading.pick_dtype("float32", cuda) == torch.float32
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert models.pick_dtype("bfloat16", cuda) == torch.bfloat16, "who asks for it gets it"
-        assert models.pick_dtype(torch.bfloat16, cuda) == torch.bfloat16
+        assert loading.pick_dtype("bfloat16", cuda) == torch.bfloat16, "who asks for it gets it"
+        assert loading.pick_dtype(torch.bfloat16, cuda) == torch.bfloat16
     said = [str(one.message) for one in caught]
     own = str(dtype).removeprefix("torch.")
     line = f"{card} only emulates bfloat16, which is slow: dtype='auto' would be {own}"
@@ -106,7 +107,7 @@ def test_code_of_a_model_is_never_executed_and_never_asked_for(
     with_code(folder, name, mark)
     monkeypatch.setattr("builtins.input", lambda *prompt: "y")
     capsys.readouterr()
-    with pytest.raises(models.ModelError, match=f"{name} wants code of its own") as raised:
+    with pytest.raises(ModelError, match=f"{name} wants code of its own") as raised:
         models.load(folder, device="cpu")
     assert "\n" not in str(raised.value)
     assert not mark.exists()
@@ -120,22 +121,22 @@ def test_weights_that_no_file_has_are_refused(save_tiny_model, tmp_path):
     tensors = load_file(path)
     del tensors["model.layers.3.mlp.up_proj.weight"]
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(models.ModelError, match="lack 1 of the weights of LlamaForCausalLM"):
+    with pytest.raises(ModelError, match="lack 1 of the weights of LlamaForCausalLM"):
         models.load(folder, device="cpu")
 
 
 def test_quantization_is_refused_without_cuda(save_tiny_model, tmp_path):
     folder = save_tiny_model(tmp_path / "model")
-    with pytest.raises(models.ModelError, match="needs a CUDA device"):
+    with pytest.raises(ModelError, match="needs a CUDA device"):
         models.load(folder, device="cpu", quantization="8bit")
-    with pytest.raises(models.ModelError, match="'3bit' is not one of"):
+    with pytest.raises(ModelError, match="'3bit' is not one of"):
         models.load(folder, device="cpu", quantization="3bit")
 
 
 def test_unknown_and_api_names_are_refused():
     with pytest.raises(ValueError, match="tiny-thinkr"):
         models.load("tiny-thinkr")
-    with pytest.raises(models.ModelError, match="reached through an API"):
+    with pytest.raises(ModelError, match="reached through an API"):
         models.load("gpt-4o")
 
 
@@ -154,34 +155,34 @@ def test_a_revision_is_asked_of_the_hub_and_of_nothing_else(monkeypatch):
     monkeypatch.setattr(loading, "get_tokenizer_config", lambda *a, **b: settings(*a, **b)[0])
     monkeypatch.setattr(loading.transformers.AutoTokenizer, "from_pretrained", refuse)
     with pytest.raises(OSError, match="no hub"):
-        models.for_run(RunConfig("owner/name", revision="abc", device="cpu"))
+        models.load("owner/name", revision="abc", device="cpu")
     assert asked == [("owner/name", "abc")] * 2 + [("owner/name", "abc", False)]
-    with pytest.raises(models.ModelError, match="tiny-thinker is no model of the hub"):
+    with pytest.raises(ModelError, match="tiny-thinker is no model of the hub"):
         models.load("tiny-thinker", revision="abc")
 
 
 def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(models.ModelError, match=r"pip install 'stllms\[smollm2\]'"):
+    with pytest.raises(ModelError, match=r"pip install 'stllms\[smollm2\]'"):
         models.load("smollm2")
 
 
 def test_a_model_without_layers_says_where_it_looked():
-    with pytest.raises(models.ModelError, match=r"model\.layers.*transformer\.h"):
-        models.find_layers(torch.nn.Linear(2, 2))
+    with pytest.raises(ModelError, match=r"model\.layers.*transformer\.h"):
+        find_layers(torch.nn.Linear(2, 2))
 
 
 def test_self_check_names_a_layer_whose_output_is_a_tuple():
     model = tiny.model("llama")
     hook = model.layers[1].register_forward_hook(lambda m, i, output: (output,), prepend=True)
-    with pytest.raises(models.ModelError, match=r"layer 1 should be one tensor.*tuple"):
-        model.self_check()
+    with pytest.raises(ModelError, match=r"layer 1 should be one tensor.*tuple"):
+        selfcheck.check(model)
     hook.remove()
-    model.self_check()
+    selfcheck.check(model)
     with torch.no_grad():
-        model.final_norm.weight[0] = float("nan")
-    with pytest.raises(models.ModelError, match="not finite"):
-        model.self_check()
+        model.decoder.norm.weight[0] = float("nan")
+    with pytest.raises(ModelError, match="not finite"):
+        selfcheck.check(model)
 
 
 def test_embeddings_are_float32_on_the_cpu(tiny_llama, tiny_qwen2):
@@ -264,21 +265,22 @@ def test_left_padded_logits_are_the_unpadded_ones(tiny_model, kind):
             torch.testing.assert_close(batch[row, -1], alone, atol=1e-4, rtol=1e-4)
 
 
-TEXT = "Okay 🙂 naïve → 日本語.\n\nWait, 𝔘? </think> done"
-
-
-def test_pieces_join_to_the_decoded_text(tiny_llama):
-    ids = tiny_llama.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    pieces = tiny_llama.pieces([*ids, 256, 65])
-    assert "".join(pieces) == tiny_llama.decode([*ids, 256, 65]) == TEXT
-    assert len(pieces) == len(ids) + 2
-    assert pieces[-2:] == ["", ""]
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 260), max_size=40))
-def test_pieces_of_any_bytes_join_to_the_decoded_text(tiny_llama, ids):
-    assert "".join(tiny_llama.pieces(ids)) == tiny_llama.decode(ids)
+def test_characters_of_tokens_are_found_by_decoding_every_prefix(tiny_llama, ids):
+    """The definition, without windows: a token ends where the text of all ids up to it leaves
+    the whole text, and begins where the one before it ends."""
+    ids = [i for i in ids if i not in tiny_llama.eos_ids]
+    whole, ends = tiny_llama.decode(ids), [0]
+    for k in range(len(ids)):
+        part = tiny_llama.decode(ids[: k + 1])
+        common = [n for n in range(len(part) + 1) if whole.startswith(part[:n])]
+        ends.append(max(ends[-1], *common))
+    offsets = tiny_llama.offsets([], ids, 0, whole)
+    covered = offsets[:, 0] >= 0
+    assert offsets[covered, 0].tolist() == [e for e, c in zip(ends, covered, strict=False) if c]
+    done = {*range(len(whole))} - {n for a, b in offsets.tolist() for n in range(a, b)}
+    assert not done, "every character is in a token"
 
 
 def test_offsets_of_a_character_in_several_tokens(tiny_llama):
@@ -304,9 +306,8 @@ def test_a_token_of_a_space_and_first_bytes_covers_the_character_too():
     offsets = model.offsets([1, 2], ids, 0, text)
     assert offsets[2:].tolist() == [[0, 1], [1, 3], [2, 3], [3, 4], [4, 5]]
     placed = [PlacedSegment("deduction", "a", 0, 1), PlacedSegment("deduction", "ñ b", 2, 5)]
-    found = spans.token_spans(placed, offsets, text)
+    found = placing.token_spans(placed, offsets, text)
     assert [(one.start, one.end) for one in found] == [(2, 3), (3, 7)]
-    assert model.pieces(ids) == ["a", " ", "ñ", " ", "b"]
 
 
 def test_offsets_lie_in_the_thinking(tiny_llama):
@@ -342,16 +343,65 @@ def test_sentencepiece_style_decoders_are_followed():
         def decode(part):
             return words.decode(list(part), clean_up_tokenization_spaces=False)
 
-        ends = detokenize.character_ends(decode, ids, whole)
-        assert ends == sorted(ends)
-        assert ends[-1] == len(whole)
-    assert detokenize.character_ends(decode, [0, 1, 2, 6], "Hello world!") == [5, 9, 11, 12]
+        ranges = character_ranges(decode, ids, whole)
+        assert {n for a, b in ranges.tolist() for n in range(a, b)} == {*range(len(whole))}
+    found = character_ranges(decode, [0, 1, 2, 6], "Hello world!")
+    assert found.tolist() == [[0, 5], [5, 9], [9, 11], [11, 12]]
 
 
 def test_nothing_decodes_to_nothing(tiny_llama):
     assert tiny_llama.decode([]) == ""
-    assert tiny_llama.pieces([]) == []
     assert tiny_llama.offsets([], [], 0, "").shape == (0, 2)
+
+
+# -- real vocabularies ---------------------------------------------------------------------
+
+#: Sentences of a chain; a non-ASCII character follows a space in every one but the first.
+SENTENCES = (
+    "Okay, so naïve counting gives 1,024 — no.\n\n",
+    "¿Qué? Ñandú → ña ñu ¡ñ!",
+    "🤔 Wait, 🙂🙃 𝔘 is not U…",
+    "日本語 の 漢字, then café.",
+    "ж ы щ\t   ∀x ∈ ℕ: x² ≥ 0",
+)
+TEXT = " ".join(SENTENCES)
+
+
+@pytest.fixture(params=["smollm2", "qwen2.5", "llama3.1"])
+def real(request):
+    """A tiny network around a real tokenizer."""
+    if request.param == "smollm2":
+        tokenizer = request.getfixturevalue("smollm2_tokenizer")
+    else:
+        folder = request.getfixturevalue("npm_tokenizer")(request.param)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    hf = tiny.hf_model(hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    hf.config.eos_token_id = hf.generation_config.eos_token_id = None  # of another vocabulary
+    return models.wrap(hf, tokenizer, name=request.param)
+
+
+def test_offsets_are_those_of_the_tokenizer_itself(real):
+    read = real.tokenizer(TEXT, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = real.offsets([0, 1], read["input_ids"], 0, TEXT)
+    assert [tuple(pair) for pair in offsets[2:].tolist()] == read["offset_mapping"]
+
+
+def test_spans_begin_with_the_token_of_their_first_byte(real):
+    """The ids are made sentence by sentence, each with the space before it: where a sentence
+    begins is then a sum of lengths, and needs no offsets."""
+    parts = [SENTENCES[0], *(f" {sentence}" for sentence in SENTENCES[1:])]
+    ids = [real.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+    placed, starts, at, first = [], [], 0, 0
+    for part, own in zip(parts, ids, strict=True):
+        text = part.strip()
+        begin = at + part.index(text)
+        placed.append(PlacedSegment("deduction", text, begin, begin + len(text)))
+        starts.append(first)
+        at, first = at + len(part), first + len(own)
+    every = [i for own in ids for i in own]
+    offsets = real.offsets([], every, 0, "".join(parts))
+    found = placing.token_spans(placed, offsets, "".join(parts))
+    assert [one.start for one in found] == starts
 
 
 @pytest.mark.slow

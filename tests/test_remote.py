@@ -5,30 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai._base_client
 import pytest
 from server import Server
 
-from stllms import prompts, remote
+from stllms.generation import prompts, remote
+from stllms.models.api import Reply, Store
 from stllms.records import Response, Task
-from stllms.replies import Store
 
 TASKS = [Task(f"task-{i}", "verbal logic", f"Question {i}?") for i in range(3)]
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
     with Server() as running:
         yield running
 
 
 def ask(server: Server, model: str, folder: Path, tasks=TASKS, **options) -> list[Response]:
-    quick = {"backoff": 0.01, "retries": 1, "timeout": 5.0, "progress": False}
+    given = {"kind": "thinking", "max_new_tokens": 50, "retries": 1, "progress": False}
     return remote.responses(
-        model,
-        tasks,
-        folder=folder,
-        base_url=server.url,
-        **{"kind": "thinking", "max_new_tokens": 50, **quick, **options},
+        model, tasks, folder=folder, base_url=server.url, **{**given, **options}
     )
 
 
@@ -41,8 +39,7 @@ def test_reasoning_in_its_own_field_or_inline_becomes_thinking(server, tmp_path,
         assert one.answer == f"My answer to: {task.content}"
         assert one.text.startswith(one.thinking, one.thinking_start)
         assert one.text.count("</think>") == 1
-        assert one.closed
-        assert one.finished
+        assert (one.closed, one.finished) == (True, True)
         assert one.prompt_ids == one.output_ids == ()
 
 
@@ -55,16 +52,19 @@ def test_reasoning_that_did_not_finish_is_not_closed(server, tmp_path, model):
         assert (one.closed, one.finished, one.answer) == (False, False, "")
 
 
-def test_without_reasoning_the_text_is_the_thinking_of_an_instruct_model(server, tmp_path):
+def test_a_reply_without_reasoning_is_the_thinking_of_an_instruct_model_only(
+    server, tmp_path, capsys
+):
     (one, *_) = ask(server, "instruct", tmp_path, kind="instruct")
-    assert one.thinking == one.text == one.answer
-    assert one.thinking_start == 0
-
-
-def test_a_thinking_model_that_keeps_its_reasoning_to_itself_has_no_thinking(server, tmp_path):
-    (one, *_) = ask(server, "instruct", tmp_path, kind="thinking")
-    assert one.thinking == ""
-    assert one.answer == "My answer to: Question 0?"
+    assert (one.thinking, one.answer, one.thinking_start) == (one.text, one.text, 0)
+    assert "without reasoning" not in capsys.readouterr().out
+    made = ask(server, "instruct", tmp_path / "other", kind="thinking")
+    assert [(one.thinking, one.answer) for one in made] == [
+        ("", f"My answer to: {task.content}") for task in TASKS
+    ]
+    assert all(remote.withheld(one, "thinking") for one in made)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("instruct: 3 of 3 chains of a thinking model came without reasoning")
 
 
 @pytest.mark.parametrize(
@@ -76,18 +76,18 @@ def test_a_thinking_model_that_keeps_its_reasoning_to_itself_has_no_thinking(ser
     ],
 )
 def test_inline_tags_are_read_in_every_form(content, thinking, answer, closed):
-    message = {"role": "assistant", "content": content}
-    body = {"choices": [{"message": message, "finish_reason": "stop"}]}
-    one = remote.to_response(TASKS[0], "q", remote.Reply({"body": body}), "thinking")
+    body = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
+    one = remote.to_response(TASKS[0], "q", Reply({"body": body}), "thinking")
     assert (one.thinking, one.answer, one.closed) == (thinking, answer, closed)
     assert one.text == content
     assert content.startswith(thinking, one.thinking_start)
+    assert not remote.withheld(one, "thinking")
 
 
 def test_reasoning_with_an_answer_cut_short_is_not_called_closed():
     message = {"role": "assistant", "content": "The ans", "reasoning": "why"}
     body = {"choices": [{"message": message, "finish_reason": "length"}]}
-    one = remote.to_response(TASKS[0], "q", remote.Reply({"body": body}), "thinking")
+    one = remote.to_response(TASKS[0], "q", Reply({"body": body}), "thinking")
     assert (one.closed, one.finished, one.answer) == (False, False, "The ans")
 
 
@@ -96,7 +96,7 @@ def test_a_second_run_sends_nothing(server, tmp_path):
     assert ask(server, "thinker", tmp_path) == first
     assert server.total == 3
     ask(server, "thinker", tmp_path, temperature=0.7)
-    assert server.total == 6  # other sampling, other request
+    assert server.total == 6, "other sampling, other request"
 
 
 def test_a_failed_task_is_left_out_named_and_asked_again(server, tmp_path, capsys):
@@ -109,33 +109,23 @@ def test_a_failed_task_is_left_out_named_and_asked_again(server, tmp_path, capsy
     calls = server.total
     ask(server, "picky", tmp_path, tasks, kind="instruct")
     assert server.total - calls == 2
-
-
-def test_an_empty_reply_is_a_failure(server, tmp_path, capsys):
-    assert ask(server, "silent", tmp_path) == []
+    assert ask(server, "silent", tmp_path / "empty") == []
     assert "empty reply" in capsys.readouterr().out
-    assert set(remote.failures(tmp_path)) == {task.id for task in TASKS}
-
-
-def test_thinking_models_get_the_question_and_others_step_by_step(server, tmp_path):
-    ask(server, "thinker", tmp_path, TASKS[:1])
-    ask(server, "instruct", tmp_path, TASKS[:1], kind="instruct")
-    ask(server, "router", tmp_path, TASKS[:1], style="published")
-    step_by_step = prompts.prompt("Question 0?", "instruct")
-    assert server.texts == ["Question 0?", step_by_step, step_by_step]
+    assert set(remote.failures(tmp_path / "empty")) == {task.id for task in TASKS}
 
 
 def test_what_is_sent_is_what_was_asked_for(server, tmp_path):
+    ask(server, "thinker", tmp_path, TASKS[:1])
+    ask(server, "instruct", tmp_path, TASKS[:1], kind="instruct")
     extra = {"reasoning": {"max_tokens": 40}}
-    ask(server, "router", tmp_path, TASKS[:1], extra=extra, temperature=None)
+    options = {"style": "published", "extra": extra, "temperature": None}
+    ask(server, "router", tmp_path, TASKS[:1], **options)
+    step_by_step = prompts.prompt("Question 0?", "instruct")
+    assert server.texts == ["Question 0?", step_by_step, step_by_step]
     assert server.fields["max_tokens"] == 50
     assert server.fields["reasoning"] == {"max_tokens": 40}
     assert "temperature" not in server.fields
-
-
-def test_the_cost_that_a_provider_reports_is_taken(server, tmp_path):
-    ask(server, "router", tmp_path)
-    assert Store(tmp_path).load().spent == 0.75
+    assert Store(tmp_path).load().spent == 0.25, "the cost that the provider reports"
 
 
 @pytest.mark.parametrize(
@@ -157,31 +147,10 @@ def test_registry_names_and_api_ids_are_known(name, sent, kind):
 def test_a_switch_for_thinking_is_sent_and_part_of_what_was_asked(server, tmp_path, capsys):
     made = ask(server, "claude-3.7-sonnet", tmp_path, temperature=0.0, max_new_tokens=2000)
     assert [one.thinking for one in made] == [f"I think about: {t.content}" for t in TASKS]
-    assert "without reasoning" not in capsys.readouterr().out
-    (row,) = Store(tmp_path).load().rows[next(iter(Store(tmp_path).load().rows))]
-    assert row["identity"]["reasoning"] == {"effort": "high"}
-    assert row["identity"]["temperature"] == 1
-
-
-def test_reasoning_that_is_kept_back_is_counted_in_one_line(server, tmp_path, capsys):
-    made = ask(server, "instruct", tmp_path, kind="thinking")
-    assert all(remote.withheld(one, "thinking") for one in made)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("instruct: 3 of 3 chains of a thinking model came without reasoning")
-    ask(server, "instruct", tmp_path, kind="instruct")
-    ask(server, "inline", tmp_path, kind="thinking")
-    assert "without reasoning" not in capsys.readouterr().out
-
-
-def test_an_empty_pair_of_tags_is_an_empty_thinking_and_not_withheld():
-    message = {"role": "assistant", "content": "<think>\n\n</think>\n\n7"}
-    body = {"choices": [{"message": message, "finish_reason": "stop"}]}
-    one = remote.to_response(TASKS[0], "q", remote.Reply({"body": body}), "thinking")
-    assert one.thinking == ""
-    assert not remote.withheld(one, "thinking")
-
-
-def test_a_limit_below_the_providers_is_refused_before_any_call(server, tmp_path):
+    assert capsys.readouterr().out == ""
+    for row in Store(tmp_path).load().lines:
+        sent = {"reasoning": {"effort": "high"}, "temperature": 1}
+        assert sent.items() <= row["identity"].items()
     with pytest.raises(ValueError, match=r"max_tokens_compare: 50, .*no less than 1025"):
         ask(server, "claude-3.7-sonnet", tmp_path)
-    assert server.total == 0
+    assert server.total == len(TASKS)

@@ -8,18 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import browser
 import pandas as pd
 import pytest
-from reports import Page, code, made, png, prose, run_with, uri
+from reports import Page, code, made, png, prose, run_with, shown, uri
 
-from stllms import artifacts, pipeline, report, run, sampling
-from stllms.artifacts import BadFile, Folder
+from stllms.app import report, runner, stages
 from stllms.config import RunConfig
-from stllms.records import Response
+from stllms.labels import STEERED
+from stllms.runs.artifacts import Folder
+from stllms.runs.files import BadFile
 
 REFERENCE = Path(__file__).resolve().parent.parent / "results" / "reference"
 
@@ -39,108 +39,57 @@ def reference(tmp_path_factory) -> Path:
     return report.write(results / "tiny-thinker")
 
 
+def summary(text: str) -> Page:
+    return Page(text.partition("<main>")[2].partition('<h2 class="part"')[0])
+
+
 # -- one file with everything ----------------------------------------------------------------
 
 
 def test_every_figure_of_the_run_and_of_the_comparison_is_embedded(reference):
-    pictures = Counter(Page(reference.read_text(encoding="utf-8")).all("img", "src"))
+    pictures = Page(reference.read_text(encoding="utf-8")).all("img", "src")
     folders = (reference.parent, reference.parent.parent / "comparison")
     figures = [path for folder in folders for path in folder.glob("figures/*.png")]
     first = [reference.parent / "figures" / f"{name}.png" for name in report.FIRST]
     assert len(figures) >= 15
-    assert pictures == Counter(uri(path.read_bytes()) for path in [*figures, *first])
+    assert sorted(pictures) == sorted(uri(path.read_bytes()) for path in [*figures, *first])
 
 
 def test_the_result_comes_before_the_notebooks(reference):
     text = reference.read_text(encoding="utf-8")
-    summary = Page(text.partition("<main>")[2].partition("<section>")[0])
+    page = summary(text)
     for part in (
-        "Profile default: directions from the chains of 200 tasks, steering tried on 60 others",
-        "labelled by the annotator grammar",
-        "compared with tiny-instruct and SmolLM2-135M-Instruct.",
+        "directions from the responses to 200 tasks, steering tried on 60 others",
+        "annotator grammar",
+        "A fixture: this model was built to be steerable.",
+        "The model: the residual stream is extreme from layer 0 on",
+        "04_steer: done, without an executed copy",
         "effects peak in middle layers",
-        "not shown on a fixture, no evidence about the paper",
     ):
-        assert part in summary.text
-    links = summary.all("a", "href")
-    assert [link for link in links if "figure" in link] == [
-        f"#figure-{name}" for name in report.FIRST
-    ]
-    assert {link[1:] for link in links if link.startswith("#")} <= set(Page(text).ids)
-    seconds = text.index("<th>seconds</th>")
-    assert seconds > text.index('id="configuration"'), "how long it took comes last"
+        assert part in page.text
+    rows = pd.read_csv(reference.parent / "figures" / "steering.csv").set_index("mode")
+    positive, plain = rows.loc["positive"].iloc[0], rows.loc["plain"].iloc[0]
+    cells = re.findall(r"<td>(.*?)</td>", text[text.index("<td>backtracking</td>") :])
+    effect = "{0.value:.2f} ({0.low:.2f} to {0.high:.2f})"
+    null = "{0.null_low:.2f} to {0.null_high:.2f}"
+    assert cells[:4] == [
+        "backtracking", effect.format(plain), effect.format(positive), null.format(positive),
+    ]  # fmt: skip
+    assert all(f"<td>{name}</td>" in text for name in STEERED)
 
 
-def test_the_lines_of_the_sampling_audits_are_in_the_summary_and_nowhere_else(results):
-    folder = run_with("01_generate", prose("# 01"))
-    entry = sampling.entry(100, 1.0, [210.0, 200.0, 100.0, 1, 0.25])
-    chain = Response("t", "c", "", (), (), "", "", 0, "", True, True, entry)
-    noted = {"sampling_audit_responses": sampling.audit([chain]).recorded, "device": "cpu"}
-    Folder(RunConfig()).note(**noted)
+def test_a_coefficient_that_breaks_the_text_is_among_the_warnings(reference, tmp_path):
+    folder = tmp_path / "results" / "tiny-thinker"
+    shutil.copytree(reference.parent, folder)
+    rows = pd.read_csv(folder / "steering.csv")
+    own = (rows["direction"] == "backtracking") & (rows["coefficient"] == 1)
+    rows.loc[own & (rows["metric"] == "loops"), "value"] = 0.9
+    rows.to_csv(folder / "steering.csv", index=False)
+    record = json.loads((folder / "run.json").read_text())
+    del record["artefacts"]["steering.csv"]
+    (folder / "run.json").write_text(json.dumps(record))
     text = report.write(folder).read_text(encoding="utf-8")
-    line = "responses: sampling audit: 100 tokens; mean -log p - entropy = +0.1000 +- 0.1000"
-    summary = Page(text.partition("<main>")[2].partition("<section>")[0])
-    assert line in summary.text
-    assert Page(text).text.count("100 tokens") == 1
-    assert "devicecpu" in Page(text).text
-    assert "sampling_audit" not in text
-
-
-def test_a_figure_that_was_not_made_is_not_in_the_summary(results):
-    folder = run_with("02_train_vectors", code('folder.save_figure("cosine_heatmap", f, d)'))
-    (folder / "figures").mkdir()
-    for name in ("cosine_heatmap", "steering"):  # the latter of an earlier run
-        (folder / "figures" / f"{name}.png").write_bytes(png(4))
-    page = made(folder)
-    assert [link for link in page.all("a", "href") if "figure" in link] == [
-        "#figure-cosine_heatmap"
-    ]
-
-
-def test_only_verdicts_about_the_run_are_in_its_summary():
-    on = ["tiny-thinker, 60 tasks", "tiny-thinker and tiny-instruct, 60 tasks", "gpt-4o, 2"]
-    released = "released files, 3 thinking and 2 instruct models"
-    found = {
-        name: [report._speaks_of(Path(name), text) for text in (*on, released)]
-        for name in ("tiny-thinker", "tiny-instruct", "comparison")
-    }
-    assert found == {
-        "tiny-thinker": [True, True, False, False],
-        "tiny-instruct": [False, True, False, False],
-        "comparison": [False, True, False, False],
-    }
-
-
-def test_every_option_is_shown_with_the_value_it_came_to_and_those_given_first(results):
-    folder = run_with("01_generate", prose("# 01"), objective="published", n_compare=7)
-    text = report.write(folder).read_text(encoding="utf-8")
-    rows = re.findall(r"<div( class=\"given\")?><dt>(\w+)</dt><dd>(.*?)</dd></div>", text)
-    assert rows[:2] == [
-        (' class="given"', "n_compare", "7"),
-        (' class="given"', "objective", "published"),
-    ]
-    assert not any(given for given, *_ in rows[2:])
-    values = {name: value for _, name, value in rows}
-    assert values["coefficients"] == "-1.0, 0.0, 1.0"
-    assert (values["random_directions"], values["n_samples"]) == ("10", "200")
-    assert (values["positions"], values["judge"], values["tasks"]) == (
-        "own",
-        "grammar",
-        "grammar",
-    )
-    assert set(RunConfig().to_dict()) - {"results"} <= set(values)
-
-
-def test_a_run_whose_tasks_are_gone_keeps_its_report(results, tmp_path):
-    tasks = tmp_path / "own.jsonl"
-    tasks.write_text('{"id": "1", "content": "question"}')
-    folder = run_with(
-        "01_generate", prose("# 01"), prose("A reading.", "committed"), tasks=str(tasks)
-    )
-    tasks.unlink()
-    page = made(folder)
-    assert "coefficientsnone" in page.text, "as recorded"
-    assert "A reading." not in page.text
+    assert "backtracking +1 breaks the text: loops 0.90" in summary(text).text
 
 
 def test_tables_ledger_configuration_and_versions_are_there(reference):
@@ -148,18 +97,16 @@ def test_tables_ledger_configuration_and_versions_are_there(reference):
     record = json.loads((reference.parent / "run.json").read_text())
     for path in reference.parent.glob("*.csv"):
         assert f"tiny-thinker/{path.name}" in page.text
-    tables = [pd.read_csv(path) for path in reference.parent.glob("*.csv")]
-    rows = sum(len(table) for table in tables if "null_low" in table.columns)
-    assert page.all("td", "data-column").count("null_low") == rows > 300
+    steering = pd.read_csv(reference.parent / "steering.csv")
+    assert [tag for tag, _ in page.elements].count("tr") > len(steering)
     for claim in pd.read_csv(REFERENCE / "ledger.csv")["claim"]:
         assert claim in page.text
     for name, version in record["versions"].items():
         assert f"{name}{version}" in page.text
-    assert "comparetiny-instruct, SmolLM2-135M-Instruct" in page.text
     for value in record["identity"].values():
-        assert ("none" if value is None else str(value)) in page.text
+        assert str(value) in page.text
     assert record["commit"] in page.text
-    assert "fixture" in page.text
+    assert record["recorded"]["sampling_audit_steered"]["line"] in page.text
 
 
 def test_the_file_asks_for_nothing_else(reference):
@@ -173,17 +120,15 @@ def test_the_file_asks_for_nothing_else(reference):
             assert attributes["src"].startswith("data:image/"), tag
     assert "@import" not in text
     assert not re.search(r"url\(\s*[\"']?(?!data:)", text)
+    assert "prefers-color-scheme: dark" in text
 
 
-def test_the_contents_lead_somewhere(results):
-    cells = [prose("# 01 · One\n\n## A part\n\n### Deep\n\n## A part")]
-    page = made(run_with("01_generate", *cells))
+def test_the_contents_lead_somewhere(reference):
+    page = Page(reference.read_text(encoding="utf-8"))
     inside = [href[1:] for href in page.all("a", "href") if href.startswith("#")]
     assert len(inside) > 8
     assert set(inside) <= set(page.ids)
-    assert len(page.ids) == len(set(page.ids)), "two parts of one name have two anchors"
-    tags = [tag for tag, _ in page.elements]
-    assert tags.count("h1") == 1, "the notebook's own title is one level lower"
+    assert len(page.ids) == len(set(page.ids))
 
 
 def test_the_same_artefacts_give_the_same_bytes(reference):
@@ -201,38 +146,138 @@ def test_no_path_of_the_machine_is_shared(results):
     assert 'results = "results"' in Page(text).text, "its name stays"
 
 
+def test_a_run_whose_tasks_are_gone_keeps_its_report(results, tmp_path):
+    tasks = tmp_path / "own.jsonl"
+    tasks.write_text('{"id": "1", "content": "question"}')
+    cells = [prose("# 01"), prose("A reading.", "committed")]
+    folder = run_with("01_generate", *cells, tasks=str(tasks))
+    tasks.unlink()
+    assert "A reading." not in made(folder).text
+
+
+def test_only_verdicts_about_the_run_are_in_its_summary():
+    on = ["tiny-thinker, 60 tasks", "tiny-thinker and tiny-instruct, 60 tasks", "gpt-4o, 2"]
+    released = "released files, 3 thinking and 2 instruct models"
+    found = {
+        name: [report._speaks_of(Path(name), text) for text in (*on, released)]
+        for name in ("tiny-thinker", "tiny-instruct", "comparison")
+    }
+    assert found == {
+        "tiny-thinker": [True, True, False, False],
+        "tiny-instruct": [False, True, False, False],
+        "comparison": [False, True, False, False],
+    }
+
+
+# -- executed notebooks ----------------------------------------------------------------------
+
+
+def test_code_is_folded_away_and_outputs_are_not(results):
+    stream = {"output_type": "stream", "name": "stdout", "text": ["one & \x1b[1mtwo"]}
+    error = {"output_type": "error", "ename": "Z", "evalue": "", "traceback": ["Zero: <no>"]}
+    table = "<table class='dataframe'><td>7</td></table>"
+    cells = [
+        prose("# 01 · One"),
+        code("print(x)", stream),
+        code("table", shown(html=table, plain="instead of it")),
+        code("1 / 0", error),
+        code("plt.plot()", shown(png=uri(png()).partition(",")[2], plain="a figure")),
+    ]
+    text = report.write(run_with("01_generate", *cells)).read_text(encoding="utf-8")
+    body = text.partition("<body>")[2]
+    visible = re.sub(r"<details class=\"code\">.*?</details>", "", body, flags=re.DOTALL)
+    assert '<span class="nb">print</span>' in body
+    assert '<span class="nb">print</span>' not in visible
+    assert "<pre>one &amp; two</pre>" in visible
+    assert "<table><tbody><tr><td>7</td></tr></tbody></table>" in visible
+    assert "instead of it" not in visible
+    assert '<pre class="error">Zero: &lt;no&gt;</pre>' in visible
+    assert Page(text).all("img", "src") == [uri(png())]
+    assert "01 · One" in visible
+
+
+@pytest.mark.parametrize(
+    ("html", "seen"),
+    [
+        ("<script>alert(1)</script>", "the plain text"),
+        ("<img src='https://elsewhere.example/x.png'>", "the plain text"),
+        ("<style>@import 'x.css';</style>", "the plain text"),
+        ("<div id='plot'></div><script>draw('plot')</script>", "the plain text"),
+        ("<p onclick = 'x()'>p</p>", "<p>p</p>"),
+        ("<div style='background: url(x.png);color:red'>x</div>", "<div>x</div>"),
+        ("<b>bold</b><script>alert(1)</script>", "<b>bold</b>"),
+        ("<br>" * 200_000, "the plain text"),
+    ],
+)
+def test_an_output_loses_what_runs_or_loads_and_its_text_stands_in_for_nothing(
+    results, html, seen
+):
+    folder = run_with("01_generate", code("show()", shown(html=html, plain="the plain text")))
+    text = report.write(folder).read_text(encoding="utf-8")
+    assert html not in text
+    assert seen in text
+    assert ("the plain text" in text) is (seen == "the plain text")
+
+
+def test_words_that_only_look_like_markup_keep_their_colours(results):
+    html = '<span style="background:#99999959">once = url(x) src=y &lt;script&gt;</span>'
+    folder = run_with("01_generate", code("show()", shown(html=html, plain="HTML object")))
+    assert html in report.write(folder).read_text(encoding="utf-8")
+
+
+def test_progress_bars_badges_and_pictures_from_elsewhere_are_left_out(results):
+    bar = shown(plain="a bar", **{"application/vnd.jupyter.widget-view+json": "{}"})
+    badge = "[![Open in Colab](https://a.example/b.svg)](https://c.example/01.ipynb)"
+    cells = [
+        prose(f"# 01\n\n{badge}"),
+        prose("![a drawing](https://elsewhere.example/d.png) <img src='https://e.example'>"),
+        code("go()", bar),
+    ]
+    page = made(run_with("01_generate", *cells))
+    assert "a bar" not in page.text
+    assert "Open in Colab" not in page.text
+    assert page.all("img", "src") == []
+    assert "a drawing" in page.all("img", "alt")
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, True),
+        ({"tasks": "grammar", "batch_size": 4, "device": "cpu"}, True),
+        ({"profile": "smoke"}, False),
+        ({"judge": "lexical"}, False),
+        ({"objective": "published"}, False),
+        ({"model": "tiny-instruct"}, False),
+    ],
+)
+def test_readings_of_the_committed_figures_are_for_their_run_alone(results, options, kept):
+    cells = [prose("# 01"), prose("What holds."), prose("Reading of ours.", "committed")]
+    page = made(run_with("01_generate", *cells, **options))
+    assert "What holds." in page.text
+    assert ("Reading of ours." in page.text) is kept
+
+
 # -- what is missing -------------------------------------------------------------------------
-
-
-def states(page: Page) -> dict[str, str]:
-    found = re.findall(r"(0\d_\w+)\n?((?:done|executed|failed|not)[^\n]*)\n", page.text)
-    return {stage: state.rstrip("0123456789.") for stage, state in found}
 
 
 def test_each_missing_notebook_is_named(results):
     folder = run_with("01_generate", prose("# 01"))
     run_with("02_train_vectors", prose("# 02"), done=False)
-    run_with(
-        "03_attribute_layers", prose("# 03"), done=False, name="03_attribute_layers.failed"
-    )
-    page = made(folder)
-    assert states(page) == {
-        "01_generate": "done",
-        "02_train_vectors": "executed, but not finished",
-        "03_attribute_layers": "failed when it was last run",
-        "04_steer": "not run",
-    }
-    assert "04_steer: not run." in page.text
-
-
-def test_a_notebook_without_its_executed_copy_shows_figures_and_says_so(reference):
-    page = Page(reference.read_text(encoding="utf-8"))
-    assert page.text.count("without an executed copy: only its figures and tables.") == 5
+    name = "03_attribute_layers"
+    run_with(name, prose("# 03"), done=False, name=f"{name}.failed")
+    text = report.write(folder).read_text(encoding="utf-8")
+    for state in (
+        "02_train_vectors: executed, but not finished",
+        "03_attribute_layers: failed when it was last run",
+        "04_steer: not run",
+    ):
+        assert state in summary(text).text
+    assert "01_generate:" not in summary(text).text
 
 
 def test_the_comparison_is_shown_only_to_models_that_are_in_it(results):
-    config = RunConfig()
-    comparison = Folder.comparison(config).open()
+    comparison = Folder.comparison(RunConfig()).open()
     comparison.mark("05_compare", {"files": []})
     folder = run_with("01_generate", prose("# 01"))
     assert "05_compare" not in made(folder).ids
@@ -243,12 +288,11 @@ def test_the_comparison_is_shown_only_to_models_that_are_in_it(results):
     assert "01_generate" not in alone.ids
 
 
-def test_a_broken_file_of_another_run_is_said_in_the_report(results):
+def test_a_broken_file_of_another_run_is_told_in_the_report(results):
     folder = run_with("01_generate", prose("# 01"))
     (results / "other").mkdir()
     (results / "other" / "steering.csv").write_text("a,b\n1,2\n")
-    page = made(folder)
-    assert "There is no ledger: other/steering.csv: no column behaviour" in page.text
+    assert "There is no ledger: other/steering.csv: no column behaviour" in made(folder).text
 
 
 @pytest.mark.parametrize("content", [None, "[]", '{"stages": {}}'])
@@ -275,46 +319,26 @@ def test_the_command_prints_the_path(results, capsys):
 def complete(results) -> RunConfig:
     """A results folder in which every stage is done and has left nothing."""
     config = RunConfig()
-    for stage in pipeline.STAGES:
-        folder = pipeline.folder_of(stage, config).open()
-        folder.mark(stage, {"key": pipeline.key_of(stage, config), "files": []})
+    for stage in stages.STAGES:
+        folder = stages.folder_of(stage, config).open()
+        folder.mark(stage, {"key": stages.key_of(stage, config), "files": []})
     return config
 
 
-def test_a_run_prints_the_path_of_its_report_last(complete, capsys):
-    assert run.main([]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert "nothing to do" in said[0]
-    assert said[-1] == f"report: {complete.folder / 'report.html'}"
-    assert (complete.folder / "report.html").is_file()
-    assert not (complete.results_folder / "comparison" / "report.html").exists()
-
-
-def test_a_run_of_the_comparison_alone_has_its_report_there(complete, capsys):
-    assert run.main(["--from", "05"]) == 0
-    path = complete.results_folder / "comparison" / "report.html"
-    assert capsys.readouterr().out.splitlines()[-1] == f"report: {path}"
-    assert path.is_file()
-
-
-def test_a_notebook_that_runs_earlier_ones_makes_no_report(complete, capsys):
-    assert run.main(["--configuration", json.dumps(complete.parameters()), "--to", "02"]) == 0
-    assert "report" not in capsys.readouterr().out
-    assert not (complete.folder / "report.html").exists()
-
-
-def test_nothing_to_do_imports_nothing_slow(complete):
-    assert run.main([]) == 0
+def test_nothing_to_do_imports_nothing_slow_and_leaves_the_report(complete, capsys):
+    assert runner.main([]) == 0
     path = complete.folder / "report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {path}"
     before = path.stat().st_mtime_ns
     program = (
-        "import sys\nfrom stllms import run\nassert run.main([]) == 0\n"
+        "import sys\nfrom stllms.app import report\n"
+        f"print(report.ensure({str(complete.folder)!r}))\n"
         "slow = {'torch', 'pandas', 'nbconvert', 'jinja2', 'papermill', 'matplotlib'}\n"
         "print(sorted(slow & set(sys.modules)))"
     )
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-2:] == [f"report: {path}", "[]"]
+    assert done.stdout.splitlines() == [str(path), "[]"]
     assert path.stat().st_mtime_ns == before
 
 
@@ -323,15 +347,15 @@ def test_nothing_to_do_imports_nothing_slow(complete):
     [
         "tiny-thinker/run.json",
         "another-model/run.json",
-        "comparison/run.json",
         "tiny-thinker/notebooks/04_steer.ipynb",
         "comparison/notebooks/05_compare.ipynb",
         "published/heatmap.csv",
     ],
 )
 def test_a_report_older_than_an_input_is_made_again(complete, name):
-    path = report.ensure(complete.folder)
-    assert report.is_current(complete.folder)
+    path = complete.folder / report.NAME
+    path.write_text("mine")
+    assert report.ensure(complete.folder).read_text() == "mine", "current: left alone"
     later = path.stat().st_mtime_ns + 1_000_000
     given = complete.results_folder / name
     given.parent.mkdir(parents=True, exist_ok=True)
@@ -339,21 +363,6 @@ def test_a_report_older_than_an_input_is_made_again(complete, name):
         given.write_text('{"cells": []}' if given.suffix == ".ipynb" else "")
     os.utime(given, ns=(later, later))
     assert not report.is_current(complete.folder)
-
-
-def test_a_current_report_is_left_alone_and_a_stale_one_is_not(complete):
-    path = report.ensure(complete.folder)
-    path.write_text("mine")
-    assert report.ensure(complete.folder).read_text() == "mine"
-    later = path.stat().st_mtime_ns + 1_000_000
-    os.utime(complete.folder / "run.json", ns=(later, later))
-    assert report.ensure(complete.folder).read_text() != "mine"
-
-
-def test_fresh_deletes_the_report(complete):
-    assert run.main([]) == 0
-    assert "report.html" in artifacts.Folder(complete).fresh()
-    assert not (complete.folder / "report.html").exists()
 
 
 # -- in a browser ------------------------------------------------------------------------------
@@ -371,5 +380,7 @@ def test_a_browser_asks_for_nothing_and_never_scrolls_sideways(reference, width,
         assert view.evaluate("document.documentElement.scrollWidth") == width
         broken = "[...document.images].filter(image => !image.naturalWidth).length"
         assert view.evaluate(broken) == 0
-        view.screenshot(path=tmp_path / f"report-{width}.png", full_page=True)
-        print(f"\nlook at {tmp_path / f'report-{width}.png'}")
+        ground = "getComputedStyle(document.body).backgroundColor"
+        light = view.evaluate(ground)
+        view.emulate_media(color_scheme="dark")
+        assert view.evaluate(ground) != light

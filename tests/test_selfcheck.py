@@ -14,8 +14,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from stllms import detokenize, models, selfcheck
-from stllms.loading import ModelError
+from stllms import models
+from stllms.models import model as room
+from stllms.models import selfcheck
+from stllms.models.model import ModelError
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -36,7 +38,7 @@ def byte_level() -> dict:
 @pytest.mark.parametrize("kind", sorted(tiny.KINDS))
 def test_every_family_passes_without_a_remark(tiny_model, kind):
     model = tiny_model(kind)
-    model.self_check()
+    selfcheck.check(model)
     assert model.remarks == ()
     assert "remarks" not in repr(model)
     with torch.no_grad():
@@ -55,7 +57,7 @@ def test_a_llama_class_around_a_byte_level_vocabulary_is_refused():
     ids = broken("a  b", add_special_tokens=False)["input_ids"]
     assert broken.decode(ids) == "ab", "else this is not the defect"
     with pytest.raises(ModelError) as raised:
-        wrapped(broken).self_check()
+        selfcheck.check(wrapped(broken))
     said = str(raised.value)
     assert "LlamaTokenizer does not give 'Okay, so I need" in said
     assert "back but 'Okay,soIneed" in said
@@ -69,17 +71,17 @@ def test_a_real_tokenizer_passes_as_published_and_is_refused_in_the_class_of_ano
 ):
     folder = npm_tokenizer(name)
     good = wrapped(AutoTokenizer.from_pretrained(folder))
-    good.self_check()
+    selfcheck.check(good)
     assert good.remarks == ()
     inner = json.loads((folder / "tokenizer.json").read_text())["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in inner["merges"]]
     with pytest.raises(ModelError, match=r"LlamaTokenizer does not give .* back"):
-        wrapped(LlamaTokenizer(vocab=inner["vocab"], merges=merges)).self_check()
+        selfcheck.check(wrapped(LlamaTokenizer(vocab=inner["vocab"], merges=merges)))
 
 
 def test_smollm2s_tokenizer_passes(smollm2_tokenizer):
     model = wrapped(smollm2_tokenizer)
-    model.self_check()
+    selfcheck.check(model)
     assert model.remarks == ()
 
 
@@ -91,10 +93,10 @@ def pieces(*more: str) -> LlamaTokenizer:
 
 def test_sentencepiece_passes_with_bytes_and_with_a_remark_without_them():
     whole = wrapped(pieces(*(f"<0x{byte:02X}>" for byte in range(256))))
-    whole.self_check()
+    selfcheck.check(whole)
     assert whole.remarks == ()
     model = wrapped(pieces("\n", "\t"))
-    model.self_check()
+    selfcheck.check(model)
     (remark,) = model.remarks
     assert "LlamaTokenizer changes 3 of its texts: 'naïve café" in remark
     assert repr(model).endswith("; see its 1 .remarks)")
@@ -102,7 +104,7 @@ def test_sentencepiece_passes_with_bytes_and_with_a_remark_without_them():
 
 def test_a_tokenizer_that_lacks_ascii_is_refused():
     with pytest.raises(ModelError, match=r"= 42\.\\n\\nWait, .* back but .*= 42\.Wait, is"):
-        wrapped(pieces()).self_check()  # no newline
+        selfcheck.check(wrapped(pieces()))  # no newline
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_what_a_tokenizer_declares_is_remarked(normalizer, said):
     words["normalizer"] = {"type": normalizer}
     inner = Tokenizer.from_str(json.dumps(words))
     model = wrapped(PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=tiny.SPECIALS[0]))
-    model.self_check()
+    selfcheck.check(model)
     (remark,) = model.remarks
     assert re.search(said, remark)
 
@@ -132,35 +134,35 @@ def test_a_prompt_must_come_back_as_its_text(monkeypatch):
 
     monkeypatch.setattr(models.Model, "prompt_ids", lossy)
     with pytest.raises(ModelError, match=r"does not give '<\|user\|>Okay"):
-        model.self_check()
+        selfcheck.check(model)
 
 
 def test_a_special_token_that_is_read_in_pieces_is_refused():
     model = tiny.model()
     model.tokenizer.split_special_tokens = True
     with pytest.raises(ModelError, match=r"reads its special token '<\|end\|>' as \['<', "):
-        model.self_check()
+        selfcheck.check(model)
 
 
 def test_the_tokenizer_of_a_larger_vocabulary_is_refused():
     words = tiny.tokenizer()
     words.add_tokens(["three spiders"])
     with pytest.raises(ModelError, match=r"id 261, but the model has 261 embeddings"):
-        models.wrap(tiny.hf_model(), words, name="short").self_check()
+        selfcheck.check(models.wrap(tiny.hf_model(), words, name="short"))
     words = tiny.tokenizer()
     words.add_special_tokens({"pad_token": "<pad>"})
     with pytest.raises(ModelError, match="gives its padding the id 261"):
-        models.wrap(tiny.hf_model(), words, name="short").self_check()
+        selfcheck.check(models.wrap(tiny.hf_model(), words, name="short"))
     words = tiny.tokenizer()
     words.add_special_tokens({"bos_token": "<begin>"})
     model = models.wrap(tiny.hf_model(), words, name="unused")
-    model.self_check()
+    selfcheck.check(model)
     assert model.remarks == ("no embedding for <begin>: a text that has it cannot be read",)
 
 
 @pytest.mark.parametrize("change", ["gap", "greedy"])
 def test_offsets_that_do_not_follow_the_text_are_refused(monkeypatch, change):
-    real = detokenize.character_ranges
+    real = room.character_ranges
 
     def wrong(*arguments):
         ranges = real(*arguments).copy()
@@ -170,9 +172,9 @@ def test_offsets_that_do_not_follow_the_text_are_refused(monkeypatch, change):
             ranges[3:6] = (ranges[3, 0], ranges[5, 1])
         return ranges
 
-    monkeypatch.setattr(detokenize, "character_ranges", wrong)
+    monkeypatch.setattr(room, "character_ranges", wrong)
     with pytest.raises(ModelError, match=r"characters of the tokens of 'Okay, so I .* found"):
-        tiny.model().self_check()
+        selfcheck.check(tiny.model())
 
 
 def test_a_layer_that_is_not_finite_is_named_with_its_type():
@@ -180,13 +182,13 @@ def test_a_layer_that_is_not_finite_is_named_with_its_type():
     with torch.no_grad():
         model.layers[2].mlp.down_proj.weight[0] = float("inf")
     with pytest.raises(ModelError, match=r"after layer 2 is not finite in torch.float32"):
-        model.self_check()
+        selfcheck.check(model)
     half = tiny.model()
     half.hf.to(torch.float16)
     with torch.no_grad():
         half.layers[1].mlp.down_proj.weight.fill_(6e4)
     with pytest.raises(ModelError, match=r"after layer 1 .* torch.float16: try dtype='float32"):
-        half.self_check()
+        selfcheck.check(half)
 
 
 def test_an_extreme_residual_stream_is_said_in_its_place_and_not_on_every_load():
@@ -195,7 +197,7 @@ def test_an_extreme_residual_stream_is_said_in_its_place_and_not_on_every_load()
         model.hf.get_input_embeddings().weight *= 1000
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.self_check()
+        selfcheck.check(model)
         shipped = models.load("tiny-thinker", device="cpu")
     (remark,) = model.remarks
     assert remark.startswith("the residual stream is extreme from layer 0 on: its norm reaches")

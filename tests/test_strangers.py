@@ -17,10 +17,12 @@ import pytest
 from bs4 import BeautifulSoup
 from reports import code, png, prose, shown
 
-from stllms import coloured, report
-from stllms.artifacts import Folder
+from stllms.app import report
 from stllms.config import RunConfig
+from stllms.plotting import text
 from stllms.records import Annotation, PlacedSegment, Response
+from stllms.runs.artifacts import Folder
+from stllms.runs.files import BadFile
 
 #: What every payload does as soon as it runs.
 RUN = "document.documentElement.dataset.ran=1"
@@ -128,12 +130,12 @@ def chains() -> str:
         PlacedSegment("backtracking", ALL[200:], 200, len(ALL)),
     )
     response = Response(ALL, ALL, ALL, (), (), ALL, ALL, 0, ALL, closed=True, finished=True)
-    panel = coloured.Panel(ALL, ALL, segments, [0.5] * 6, ALL)
+    panel = text.Panel(ALL, ALL, segments, [0.5] * 6, ALL)
     return (
-        coloured.html_chains([response], [Annotation(ALL, ALL, segments)])
-        + coloured.html_panels([panel])
-        + coloured.html_line(ALL, wrong=True)
-        + coloured.html_pairs({ALL: None})
+        text.html_chains([response], [Annotation(ALL, ALL, segments)])
+        + text.html_panels([panel])
+        + text.html_line(ALL, wrong=True)
+        + text.html_pairs({ALL: None})
     )
 
 
@@ -167,6 +169,9 @@ def stranger(tmp_path, monkeypatch) -> Path:
     (tmp_path / "secret.png").write_bytes(png(7))
     (tmp_path / "results" / "secret.png").write_bytes(png(7))
     (folder.figures / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder.figures / "steering.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "secret.csv").write_text("password")
+    (folder / "link.csv").symlink_to(tmp_path / "secret.csv")
     quoted = '"' + ALL.replace('"', '""') + '"'
     (folder / "own.csv").write_text(f"{quoted},b\n{quoted},{quoted}\n")
     (folder.figures / "own.csv").write_text(f"{quoted}\n{quoted}\n")
@@ -175,7 +180,7 @@ def stranger(tmp_path, monkeypatch) -> Path:
     texts = {ALL: ALL, "device": ALL, "list": [ALL]}
     record |= {"identity": texts, "versions": texts, "recorded": texts, "commit": ALL}
     record["configuration"] |= {"model": ALL, "profile": ALL, "judge": ALL, ALL: [ALL]}
-    record["stages"] = {"01_generate": {"files": names, "seconds": ALL}}
+    record["stages"] = {"02_train_vectors": {"files": names, "seconds": ALL}}
     folder.run.write_text(json.dumps(record))
     comparison = Folder.comparison(RunConfig()).open()
     comparison.member("tiny-thinker").open()
@@ -184,9 +189,9 @@ def stranger(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_stranger_s_run_gives_a_page_without_anything_that_runs_or_loads(stranger):
-    text = report.write(stranger).read_text(encoding="utf-8")
-    assert dangers(text) == []
-    soup = BeautifulSoup(text, "html5lib")
+    page = report.write(stranger).read_text(encoding="utf-8")
+    assert dangers(page) == []
+    soup = BeautifulSoup(page, "html5lib")
     shown_text = soup.get_text()
     assert shown_text.count(PAYLOADS["script"]) > 10, "what is text is shown, as text"
     assert "your session ended" in shown_text
@@ -199,12 +204,13 @@ def test_a_stranger_s_run_gives_a_page_without_anything_that_runs_or_loads(stran
 
 
 def test_no_picture_from_outside_of_the_run_is_in_its_report(stranger):
-    text = report.write(stranger).read_text(encoding="utf-8")
-    soup = BeautifulSoup(text, "html5lib")
+    page = report.write(stranger).read_text(encoding="utf-8")
+    soup = BeautifulSoup(page, "html5lib")
     pictures = [one.get("src", "") for one in soup.find_all("img")]
     secret, own = (base64.b64encode(png(grey)).decode() for grey in (7, 0))
     assert any(own in one for one in pictures)
     assert not any(secret in one for one in pictures)
+    assert "password" not in page
 
 
 def test_ids_of_a_stranger_lead_nobody_astray(tmp_path, monkeypatch):
@@ -236,7 +242,7 @@ def test_a_file_that_is_no_notebook_is_named(tmp_path, monkeypatch, cells):
     folder = Folder(RunConfig()).open()
     folder.notebooks.mkdir()
     (folder.notebooks / "01_generate.ipynb").write_text(json.dumps({"cells": cells}))
-    with pytest.raises(report.BadFile, match=r"01_generate\.ipynb: not a Jupyter notebook"):
+    with pytest.raises(BadFile, match=r"01_generate\.ipynb: not a Jupyter notebook"):
         report.write(folder.path)
 
 
@@ -266,9 +272,9 @@ def opened(view, page: Path, text: str) -> tuple[bool, list[str]]:
 
 @pytest.mark.slow
 def test_a_browser_runs_nothing_of_a_stranger_s_report(stranger, tmp_path):
-    text = report.write(stranger).read_text(encoding="utf-8")
+    page = report.write(stranger).read_text(encoding="utf-8")
     with browser.chromium() as started:
-        assert opened(started.new_page(), tmp_path / "report.html", text) == (False, [])
+        assert opened(started.new_page(), tmp_path / "report.html", page) == (False, [])
 
 
 @pytest.mark.slow

@@ -1,15 +1,17 @@
-"""Text of others reaches a terminal without anything that the terminal would obey."""
+"""Text of others reaches a terminal without anything that it would obey; rate and time left by
+a clock that the test turns, and what a kernel tells its runner."""
 
 from __future__ import annotations
 
 import json
+import random
+import time
 import unicodedata
 
 import pytest
 
-from stllms import cli, coloured, ledger, pairs, published, remote, report, run
-from stllms.records import Annotation, PlacedSegment, Response, Steered
-from stllms.terminal import plain
+from stllms import terminal
+from stllms.terminal import Bar, State, plain
 
 #: One of each: colour, title, link, clipboard, C1, hidden line, bidi, backspace, half a pair.
 ESCAPES = {
@@ -74,95 +76,195 @@ def test_json_keeps_its_values():
     assert json.loads(written) == value
 
 
-# -- wherever text of others is printed --------------------------------------------------------
+# -- progress ------------------------------------------------------------------------------
 
 
-def chain(direction: str, text: str) -> Steered:
-    response = Response("t", "", "", (), (1,), text, text, 0, text, closed=True, finished=True)
-    segments = (PlacedSegment("deduction", text, 0, len(text)),)
-    label = Annotation("t", text, segments, ledger={"coverage": 1.0}, failed=None)
-    return Steered("t", direction, 4, 1.0, "add", response, label)
+class Clock:
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def __call__(self) -> float:
+        return self.time
 
 
-@pytest.mark.parametrize("colour", [False, True])
-def test_steer_shows_a_chain_without_its_escapes(colour):
-    made = cli._as_text([chain("none", EVIL), chain("backtracking", EVIL)], colour=colour)
-    for one in coloured.TERMINAL.values():
-        made = made.replace(f"\x1b[30;48;5;{one}m", "")
-    made = made.replace("\x1b[0m", "")
-    assert obeyed(made) == []
-    assert "\\u001b[31m" in made
+def fed(total, steps, *, seconds=1.0, most=None):
+    """A bar after the ticks ``steps``, each ``seconds`` after the one before."""
+    now = Clock()
+    meter = Bar(total, most=most, now=now)
+    for step in steps:
+        now.time += seconds
+        meter.tick(*step)
+    return meter, now
 
 
-def test_steer_as_json_and_its_remarks(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_as_json", lambda *_: {"text": EVIL})
-    monkeypatch.setattr(pairs, "bench", lambda *_: None)
-    monkeypatch.setattr(pairs, "write", lambda *_: ())
-    monkeypatch.setattr(pairs, "remark", lambda _: EVIL)
-    assert cli.main(["steer", "what?", "--behaviour", "backtracking", "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert json.loads(out) == {"text": EVIL}
-    assert obeyed(out + err) == []
+def test_at_a_constant_speed_the_time_left_is_that_of_the_rest():
+    meter, _ = fed(100, [(10, 1)] * 20)
+    assert meter.rate == pytest.approx(10)
+    assert meter.left == pytest.approx(80)
 
 
-def test_annotate_and_its_errors(capsys, tmp_path):
-    path = tmp_path / "chains.jsonl"
-    path.write_text(json.dumps({"task_id": EVIL, "thinking": " "}) + "\n")
-    assert cli.main(["annotate", str(path)]) == 1
-    path.write_text(json.dumps({"task_id": 1, EVIL: "x"}) + "\n")
-    assert cli.main(["annotate", str(path)]) == 2
-    path.write_text(json.dumps({"task_id": EVIL, "thinking": f"So {EVIL} it is."}) + "\n")
-    assert cli.main(["annotate", str(path), "--judge", "lexical"]) == 0
-    out, err = capsys.readouterr()
-    assert obeyed(out + err) == []
-    whole = EVIL.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    assert json.loads(out.splitlines()[0])["task_id"] == whole, "half a pair is no text"
-    assert "\\u001b" in err
+def test_without_tokens_rows_are_counted():
+    meter, _ = fed(40, [(0, 1)] * 30, seconds=5)
+    assert meter.rate == pytest.approx(1 / 5)
+    assert meter.left == pytest.approx(50)
 
 
-def raising(error: Exception):
-    def stop(*_args: object, **_options: object) -> None:
-        raise error
-
-    return stop
-
-
-@pytest.mark.parametrize("error", [ValueError, run.StageError, OSError])
-def test_errors_of_the_commands(capsys, monkeypatch, error):
-    monkeypatch.setattr(run, "_main", raising(error(EVIL)))
-    monkeypatch.setattr(cli, "_main", raising(error(EVIL)))
-    monkeypatch.setattr(report, "write", raising(error(EVIL)))
-    assert run.main([])
-    assert cli.main(["steer"])
-    if error is not run.StageError:
-        assert report.main(["x"])
-    err = capsys.readouterr().err
-    assert err.count("\\u001b]52") >= 2
-    assert obeyed(err) == []
+def test_rows_of_one_batch_end_together_and_the_half_written_ones_count():
+    """16 rows in two batches of 8, a token a second, all of 50 tokens."""
+    batch = [(8, 0)] * 49 + [(8, 8)]
+    meter, _ = fed(16, batch[:49], most=50)
+    assert meter.left is None, "no row has ended: nobody can know"
+    meter, _ = fed(16, batch, most=50)
+    assert meter.left == pytest.approx(50)
+    meter, _ = fed(16, batch + batch[:30], most=50)
+    assert meter.left == pytest.approx(20)
 
 
-def test_released_labels_and_the_ledger(capsys, monkeypatch, tmp_path):
-    class Written:
-        def table(self, *_: object) -> None:
-            """Nothing is written."""
-
-    published._list_left_out(Written(), {tmp_path / "x.pt": {EVIL: EVIL}})
-    monkeypatch.setattr(ledger, "write", lambda *_: None)
-    monkeypatch.setattr(ledger, "markdown", lambda _: EVIL)
-    assert ledger.main(["--results", str(tmp_path)]) == 0
-    out, err = capsys.readouterr()
-    assert obeyed(out + err) == []
+def test_nothing_is_said_before_enough_rows_have_ended():
+    for done, known in ((9, False), (10, True)):
+        meter, _ = fed(1000, [(5, 1)] * done)
+        assert (meter.left is not None) is known
+    assert fed(10, [(5, 1)])[0].left == pytest.approx(9), "one of ten will do"
+    assert Bar(10, now=Clock()).rate is None
 
 
-def test_reasons_of_a_server(capsys, monkeypatch):
-    from stllms import api
-    from stllms.records import Task
-    from stllms.replies import Reply
+def test_only_the_recent_speed_counts():
+    slow, fast = [(10, 1)] * 200, [(100, 10)] * int(terminal.WINDOW + 1)
+    meter, _ = fed(5000, slow + fast)
+    assert meter.rate == pytest.approx(100)
 
-    failed = Reply({"key": "k", "reason": EVIL}, EVIL)
-    monkeypatch.setattr(api.Client, "replies", lambda *_: [failed])
-    asked = [Task(EVIL, "c", "what?")]
-    assert remote.responses("m", asked, max_new_tokens=9, folder="x", base_url="http://h") == []
-    out = capsys.readouterr().out
-    assert "1 of 1 tasks failed" in out
-    assert obeyed(out) == []
+
+def test_rows_that_were_there_say_nothing_about_the_speed():
+    now = Clock()
+    meter = Bar(1000, now=now)
+    for _ in range(90):
+        now.time += 1  # reading them takes its time
+        meter.skip(10)
+    for _ in range(50):
+        now.time += 2
+        meter.tick(6, 1)
+    assert meter.done == 950
+    assert meter.rate == pytest.approx(3)
+    assert meter.left == pytest.approx(100)
+
+
+def test_what_is_made_again_is_taken_back():
+    meter, now = fed(10, [(10, 1)] * 4)
+    meter.tick(-40, -4)
+    assert (meter.done, meter.tokens, meter.rate, meter.left) == (0, 0, None, None)
+    for _ in range(5):
+        now.time += 1
+        meter.tick(10, 1)
+    assert meter.done == 5
+
+
+def test_a_run_of_rows_of_unequal_length_is_foretold_without_bias():
+    """Geometric lengths of mean 40, 20 at a time, refilled: 5 s a step. At a third of the
+    rows, over many runs, the time foretold is on average the time that it then takes."""
+    draw = random.Random(1)
+    ratios = []
+    for _ in range(60):
+        waiting = [1 + int(draw.expovariate(1 / 39.5)) for _ in range(300)]
+        now = Clock()
+        meter, live, told = Bar(300, now=now), [], None
+        while waiting or live:
+            while waiting and len(live) < 20:
+                live.append(waiting.pop())
+            live = [rest - 1 for rest in live]
+            now.time += 5
+            meter.tick(len(live), live.count(0))
+            live = [rest for rest in live if rest]
+            if told is None and meter.done >= 100:
+                told = now.time, meter.left
+        ratios.append(told[1] / (now.time - told[0]))
+    mean = sum(ratios) / len(ratios)
+    assert 0.8 < mean < 1.05, mean  # the last rows of a run leave the batch half empty
+
+
+# -- words -----------------------------------------------------------------------------------
+
+STEERED = State(
+    "steered", 340, 1740, made=340, tokens=81_200, rate=2310.4, left=190, note="0.02 USD"
+)
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (None, "steered 340/1,740 rows, 81k tokens, 2,310 tokens/s, 0.02 USD, 3:10 left"),
+        (60, "steered 340/1,740 rows, 2,310 tokens/s, 0.02 USD, 3:10 left"),
+        (50, "steered 340/1,740 rows, 2,310 tokens/s, 3:10 left"),
+        (40, "steered 340/1,740 rows, 3:10 left"),
+        (12, "steered 340/"),
+    ],
+)
+def test_a_narrow_line_keeps_what_matters_most(width, expected):
+    assert STEERED.text(width) == expected
+
+
+def test_times_are_written_as_people_do():
+    assert [terminal.clock(s) for s in (0, 59.6, 754, 3600)] == [
+        "0:00", "1:00", "12:34", "1:00:00",
+    ]  # fmt: skip
+    assert [terminal.words(s) for s in (0.2, 60, 700, 9000, 200_000)] == [
+        "1 s", "60 s", "12 min", "2.5 h", "2.3 days",
+    ]  # fmt: skip
+
+
+# -- shown, told to a runner, or neither -------------------------------------------------------
+
+
+def count(rows=3, **options):
+    with terminal.token_bar(rows, "digging", **options) as bar:
+        for _ in range(rows):
+            bar.tick(7, 1)
+
+
+def test_a_script_sees_a_bar(capsys, monkeypatch):
+    monkeypatch.delenv(terminal.CHANNEL, raising=False)
+    count()
+    assert "digging 0/3 rows" in capsys.readouterr().err
+
+
+def test_who_asks_for_silence_gets_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv(terminal.CHANNEL, raising=False)
+    count(enabled=False)
+    monkeypatch.setenv(terminal.CHANNEL, str(tmp_path / "told"))
+    count(enabled=False)
+    assert not (tmp_path / "told").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_kernel_tells_its_runner_and_draws_nothing(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "told"
+    monkeypatch.setenv(terminal.CHANNEL, str(path))
+    with terminal.about("model 2 of 3"), terminal.token_bar(3, "digging", most=9) as bar:
+        begun = json.loads(path.read_text())
+        bar.tick(7, 1)
+        bar.tick(7, 1)
+    assert (begun["what"], begun["done"], begun["ended"]) == ("model 2 of 3 digging", 0, False)
+    told = terminal.read(path)
+    assert (told.done, told.total, told.tokens, told.most, told.ended) == (2, 3, 14, 9, True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_message_that_is_just_being_written_is_no_message(tmp_path):
+    path = tmp_path / "told"
+    assert terminal.read(path) is None
+    terminal.report(path, STEERED)
+    whole = path.read_text()
+    for end in range(len(whole)):
+        path.write_text(whole[:end])
+        assert terminal.read(path) is None
+    path.write_text(whole)
+    assert terminal.read(path) == STEERED
+
+
+def test_a_kernel_tells_a_few_times_a_second_at_most(monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setenv(terminal.CHANNEL, str(tmp_path / "told"))
+    monkeypatch.setattr(terminal, "report", lambda path, state: written.append(state))
+    begun = time.monotonic()
+    count(5000)
+    assert len(written) <= (time.monotonic() - begun) / terminal.SHOWN_EVERY + 2
+    assert written[-1].done == 5000, "the last one is never left out"

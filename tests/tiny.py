@@ -12,9 +12,9 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from stllms.files import Rows
-from stllms.models import Model, wrap
-from stllms.provenance import Record
+from stllms.models.model import Model, wrap
+from stllms.runs.files import Record
+from stllms.runs.store import Rows
 
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>")
 TAGS = ("<think>", "</think>")

@@ -1,4 +1,4 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Old address of names that moved; deleted at the end."""
 
-from stllms.spans import (METHODS, NOT_FOUND, EMPTY, LEFT_OUT, Alignment, align, place, annotation, failed, token_spans, with_spans, Summary, summarise, check)  # noqa: F401
-from stllms.sentences import (split)  # noqa: F401
+from stllms.annotation.placing import (METHODS, NOT_FOUND, EMPTY, LEFT_OUT, Alignment, align, place, annotation, failed, token_spans, with_spans, Summary, summarise, check)  # noqa: F401
+from stllms.annotation.sentences import split  # noqa: F401

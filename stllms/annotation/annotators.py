@@ -1,5 +1,239 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Annotators: thinking text -> labelled segments, behind one protocol, stored and resumable.
 
-from stllms.annotate import (Annotator, annotator, from_markup, NAMES)  # noqa: F401
-from stllms.annotate.stage import (KEY, for_run, annotations, made_from, steered, labelled, load, table)  # noqa: F401
-from stllms.annotate.lexical import (CUES, label, merged, Lexical)  # noqa: F401
+=================  ======================================================================
+``grammar``        the truth about the embedded models' chains, from their own grammar
+``lexical``        cue words and a few rules; no training, no dependence on a judge
+``offline``        a sentence classifier trained on published annotations (offline_card.md)
+``openai:MODEL``   a language model as judge, through any OpenAI-compatible server
+``replay:FOLDER``  the stored replies of a judge
+=================  ======================================================================
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from stllms import __version__
+from stllms.annotation import placing, sentences
+from stllms.fixtures import grammar
+from stllms.records import (
+    Annotation,
+    PlacedSegment,
+    Response,
+    Steered,
+    annotation_from_row,
+    from_rows,
+    to_row,
+)
+from stllms.runs.files import StaleArtefact, digest
+
+if TYPE_CHECKING:  # torch and pandas are heavy
+    import pandas as pd
+
+    from stllms.models.model import Model
+    from stllms.runs.store import Rows
+
+#: What :func:`annotator` accepts.
+NAMES = ("grammar", "lexical", "offline", "openai:MODEL", "replay:FOLDER")
+
+#: The row key of ``annotations.jsonl``.
+KEY = ("task_id", "annotator")
+
+
+@runtime_checkable
+class Annotator(Protocol):
+    """Anything with a ``name`` that labels chains.
+
+    A ``fingerprint`` says what its labels depend on (weights, stored replies); without one that
+    is the version of the package.
+    """
+
+    name: str
+
+    def annotate(self, responses: Sequence[Response]) -> list[Annotation]:
+        """One annotation per response, in the same order; ``spans`` empty."""
+        ...
+
+
+def annotator(name: str, **options: Any) -> Annotator:
+    """The annotator called ``name``, one of :data:`NAMES`; ``options`` are its own."""
+    kind, _, rest = name.partition(":")
+    if kind in ("openai", "replay") and rest:
+        from stllms.annotation import judge
+
+        if kind == "openai":
+            return judge.Judge(rest, **options)
+        return judge.Replay(rest, **options)
+    if name == "offline":
+        from stllms.annotation import offline
+
+        return offline.Offline(**options)
+    if name == "grammar":
+        return Grammar(**options)
+    if name == "lexical":
+        return Lexical(**options)
+    raise ValueError(f"no annotator {name!r}: choose one of {', '.join(NAMES)}")
+
+
+class Lexical:
+    """Cue words over sentences; every character that is not white space gets a label."""
+
+    name = "lexical"
+
+    def annotate(self, responses: Sequence[Response]) -> list[Annotation]:
+        """One annotation per response, in order."""
+        return [self._one(response) for response in responses]
+
+    def _one(self, response: Response) -> Annotation:
+        text = response.thinking
+        places = sentences.split(text)
+        labels = [sentences.label(text[slice(*place)], i) for i, place in enumerate(places)]
+        alignment = placing.place(sentences.segments(text, places, labels), text)
+        return placing.annotation(alignment, response.task_id, self.name)
+
+
+class Grammar:
+    """The exact annotator of the grammar: the truth about a chain of the embedded models.
+
+    A sentence that the grammar cannot have written gets no label and is listed in the ledger
+    under ``unknown``; on chains drawn from the grammar there is none.
+    """
+
+    name = "grammar"
+
+    def annotate(self, responses: Sequence[Response]) -> list[Annotation]:
+        """One annotation per response, in order."""
+        return [self._one(response) for response in responses]
+
+    def _one(self, response: Response) -> Annotation:
+        text, placed, unknown = response.thinking, [], []
+        for label, start, end in grammar.sentences(text):
+            if label is None:
+                unknown.append(text[start:end])
+            else:
+                placed.append(PlacedSegment(label, text[start:end], start, end))
+        alignment = placing.place(placed, text)
+        return placing.annotation(alignment, response.task_id, self.name, unknown=unknown)
+
+
+# --- the stage: annotations of a run, stored ---------------------------------------------
+
+
+def annotations(
+    annotator: Annotator,
+    responses: Sequence[Response],
+    *,
+    model: "Model | None" = None,
+    store: "Rows | None" = None,
+) -> list[Annotation]:
+    """One annotation per response, in order.
+
+    Args:
+        model: gives the token spans (``spans`` stay empty without it, and for a response
+            through an API, which has no ids).
+        store: rows by :data:`KEY`. A chain it holds is not annotated again unless it failed;
+            annotations of other annotators and of other chains stay in the file.
+
+    Raises:
+        StaleArtefact: for a stored annotation of another chain with the same task, or by an
+            annotator that was another one then.
+    """
+    if store is None:
+        return _annotated(annotator, responses, model)
+    _bind(store, annotator)
+    rows = store.by_key()
+    stored = dict(
+        zip(rows, from_rows(rows.values(), annotation_from_row, store.path), strict=True)
+    )
+    made = {}
+    for response in responses:
+        key = (response.task_id, annotator.name)
+        if key in rows and rows[key].get("of") != _of(response):
+            raise StaleArtefact(
+                f"{store.path.name} labels another chain of task {response.task_id}: the "
+                f"responses changed. --fresh makes it again; or move {store.path} away"
+            )
+        if key in rows and stored[key].failed is None:
+            made[response.task_id] = stored[key]
+    todo = [response for response in responses if response.task_id not in made]
+    if todo:
+        made |= {one.task_id: one for one in _annotated(annotator, todo, model)}
+        new = [to_row(made[one.task_id]) | {"of": _of(one)} for one in responses]
+        keys = {(row["task_id"], row["annotator"]) for row in new}
+        store.write([*(row for key, row in rows.items() if key not in keys), *new])
+    return [made[response.task_id] for response in responses]
+
+
+def steered(
+    annotator: Annotator,
+    chains: Sequence[Steered],
+    *,
+    model: "Model",
+    store: "Rows | None" = None,
+) -> list[Steered]:
+    """The chains with their annotations; ``store`` is rewritten with what was missing."""
+    if store is not None:
+        _bind(store, annotator)
+    todo = [one for one in chains if not labelled(one, annotator.name)]
+    made = _annotated(annotator, [one.response for one in todo], model)
+    new = {one.key: replace(one, annotation=a) for one, a in zip(todo, made, strict=True)}
+    found = [new.get(one.key, one) for one in chains]
+    if store is not None and new:
+        known = {one.key for one in found}
+        kept = [row for row in store.load() if tuple(row[k] for k in store.key) not in known]
+        store.write([*kept, *map(to_row, found)])
+    return found
+
+
+def labelled(one: Steered, annotator: str) -> bool:
+    """Whether a chain has an annotation of an annotator that did not fail."""
+    label = one.annotation
+    return label is not None and label.annotator == annotator and label.failed is None
+
+
+def load(store: "Rows", annotator: str) -> list[Annotation]:
+    """The stored annotations of one annotator."""
+    found = from_rows(store.load(), annotation_from_row, store.path)
+    return [annotation for annotation in found if annotation.annotator == annotator]
+
+
+def table(made: Sequence[Annotation]) -> "pd.DataFrame":
+    """One row per segment: ``task_id, label, start, end, text``; the data of chain figures."""
+    import pandas as pd
+
+    columns = ["label", "start", "end", "text"]
+    rows = [
+        [one.task_id, *(getattr(segment, name) for name in columns)]
+        for one in made
+        for segment in one.segments
+    ]
+    return pd.DataFrame(rows, columns=["task_id", *columns])
+
+
+def _annotated(
+    annotator: Annotator, responses: Sequence[Response], model: "Model | None"
+) -> list[Annotation]:
+    """New annotations, with token spans where a model and the ids are known."""
+    made = annotator.annotate(responses) if responses else []
+    return [
+        annotation
+        if model is None or not response.output_ids
+        else placing.with_spans(annotation, model.offsets_of(response), response.thinking)
+        for annotation, response in zip(made, responses, strict=True)
+    ]
+
+
+def _bind(store: "Rows", annotator: Annotator) -> None:
+    """Notes in the record of ``store`` what its labels depend on; refuses other ones."""
+    made_from = getattr(annotator, "fingerprint", None) or f"stllms {__version__}"
+    store.bind({f"annotator {annotator.name}": made_from})
+
+
+def _of(response: Response) -> str:
+    """A hash of the text and the ids that an annotation is about."""
+    ids = [*response.prompt_ids, -1, *response.output_ids]
+    return digest([response.thinking, ids])
+
+
+# --- old addresses, deleted at the end
+from stllms.annotation.markup import from_markup  # noqa: E402, F401

@@ -1,4 +1,417 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""A run as one file to share: ``results/<slug>/report.html``.
 
-from stllms.report import (NAME, COMPARISON, NEEDS, FIRST, Section, ensure, is_current, write, main)  # noqa: F401
-from stllms.page import (PICTURES, CSS_DPI, TAGS, GONE, ATTRIBUTES, STYLES, LONGEST, COMMITTED, VERSIONS, clean, legible, Heading, Output, Cell, Book, book, is_figure, picture, table, style, render)  # noqa: F401
+Made from what a run leaves: ``run.json``, executed notebooks, figures, tables, and the ledger
+of the results folder. The same artefacts give the same bytes; a notebook that was not run is
+named.
+
+A run may be a stranger's: no text in it is trusted. The template escapes every value
+(:file:`report.html`); what is HTML already keeps the tags and attributes of :data:`TAGS` and
+:data:`ATTRIBUTES` alone (``nh3``); and the page begins with a content-security policy under
+which a browser runs no script and asks for no file, whatever got through.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stllms.app import stages
+from stllms.app.colab import unbadged
+from stllms.config import RunConfig
+from stllms.registry import MODELS, PACKAGE
+from stllms.runs.files import BadFile, load_table, read_json, replacing
+from stllms.terminal import plain
+
+if TYPE_CHECKING:
+    import nbformat
+    import pandas as pd
+    from markupsafe import Markup
+
+NAME = "report.html"
+COMPARISON = "comparison"
+#: The figures of the summary, as far as they were made.
+FIRST = ("steering", "layer_effects_grid", "cosine_heatmap")
+#: The tag of text that reads the committed figures and fits no other run.
+COMMITTED = "committed"
+#: The tags that stay, with their text. The text of :data:`GONE` goes with them.
+TAGS = {
+    "a", "b", "blockquote", "br", "code", "dd", "del", "div", "dl", "dt", "em", "h1", "h2",
+    "h3", "h4", "h5", "h6", "hr", "i", "img", "li", "ol", "p", "pre", "s", "small", "span",
+    "strong", "sub", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "u", "ul",
+}  # fmt: skip
+GONE = {
+    "script", "style", "title", "iframe", "object", "noscript", "template", "svg", "math",
+}  # fmt: skip
+#: Tag -> the attributes that stay, as far as :data:`_VALUES` has their value.
+ATTRIBUTES: dict[str, set[str]] = {
+    "*": {"style", "title"},
+    "a": {"href"},
+    "img": {"src", "alt", "width", "height"},
+    **{name: {"colspan", "rowspan"} for name in ("td", "th")},
+}
+#: What a style may set: nothing that lays an element over the page or loads something.
+STYLES = {
+    "background", "background-color", "border", "color", "display", "font-family", "font-size",
+    "font-style", "font-weight", "height", "line-height", "margin", "max-width", "opacity",
+    "padding", "text-align", "vertical-align", "white-space", "width",
+}  # fmt: skip
+#: A style calls no function but that of a colour, a link leads to the web, a picture is in the
+#: file itself.
+_VALUES = {
+    "style": re.compile(
+        r"(?!.*[:\s]-[\d.])(?:[^()\\@<>&]|\b(?:rgb|hsl)a?\([\d\s.,%/]*\))*", re.DOTALL
+    ),
+    "href": re.compile(r"https?://[^\s\x00-\x20]*", re.IGNORECASE),
+    "src": re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]*"),
+}
+#: Letters of an HTML output that are looked at; a longer one is shown as its plain text.
+LONGEST = 500_000
+#: The folder of the runs as papermill hands it to a notebook: only its name is shown.
+_RESULTS = re.compile(r"(?m)^(results = \")[^\"]*?([^/\\\"]+\")$")
+
+
+def ensure(folder: str | Path) -> Path:
+    """The path of a report that is not older than anything it shows; made if need be."""
+    return Path(folder) / NAME if is_current(folder) else write(folder)
+
+
+def is_current(folder: str | Path) -> bool:
+    """Whether the report is there and no input was written after it. Imports nothing slow.
+
+    A stage that ends writes ``run.json``, and the ledger looks at all runs of the results.
+    """
+    folder = Path(folder)
+    if not (folder / NAME).is_file():
+        return False
+    results = folder.parent
+    inputs = [*results.glob("*/run.json"), *results.glob("published/*.csv")]
+    for place in {folder, results / COMPARISON}:
+        inputs += place.glob("notebooks/*.ipynb")
+    made = (folder / NAME).stat().st_mtime_ns
+    return all(path.stat().st_mtime_ns <= made for path in inputs)
+
+
+def write(folder: str | Path) -> Path:
+    """Writes the report of a run's folder, or of ``results/comparison``; returns its path.
+
+    Raises ``BadFile`` for a folder without ``run.json``, and for a notebook, a table or a
+    figure that cannot be read.
+    """
+    import nbformat
+    from nbconvert import HTMLExporter
+    from pygments.formatters import HtmlFormatter
+
+    folder = Path(folder).resolve()
+    record = _record(folder)
+    places = _places(folder)
+    readings = _is_committed(record)
+    cells = [cell for place in places for cell in _cells(place, readings)]
+    figures = [folder / "figures" / f"{name}.png" for name in FIRST]
+    page = {
+        "title": _title(folder, record),
+        "sentence": _sentence(record),
+        "effects": _effects(folder),
+        "warnings": _warnings(folder, record),
+        "figures": _pictures(folder, figures),
+        "ledger": _ledger(folder),
+        "tables": list(_tables(places)),
+        "details": _details(record),
+        "light": HtmlFormatter(style="default").get_style_defs(".highlight"),
+        "dark": HtmlFormatter(style="monokai").get_style_defs(".highlight"),
+    }
+    exporter = HTMLExporter(
+        template_file=NAME, extra_template_paths=[str(PACKAGE)], exclude_anchor_links=True
+    )
+    exporter.environment.autoescape = True
+    exporter.register_filter("clean", clean)
+    book = nbformat.v4.new_notebook(cells=cells)
+    text, _ = exporter.from_notebook_node(book, resources={"page": page})
+    with replacing(folder / NAME, record=False) as beside:
+        beside.write_text(plain(text), encoding="utf-8")
+    return folder / NAME
+
+
+def clean(html: str, classes: str = "") -> Markup:
+    """HTML of which :data:`TAGS` and :data:`ATTRIBUTES` are left.
+
+    ``classes`` are the tags whose classes are ours and stay. Empty where nothing is left to
+    see, or where the text is too long to look at.
+    """
+    import nh3
+    from markupsafe import Markup
+
+    if len(html) > LONGEST:
+        return Markup("")
+
+    def attribute(_tag: str, name: str, value: str) -> str | None:
+        pattern = _VALUES.get(name)
+        return value if pattern is None or pattern.fullmatch(value.strip()) else None
+
+    kept = nh3.clean(
+        plain(html),
+        tags=TAGS,
+        clean_content_tags=GONE,
+        attributes=ATTRIBUTES | {tag: {"class"} for tag in classes.split()},
+        attribute_filter=attribute,
+        url_schemes={"http", "https", "data"},
+        filter_style_properties=STYLES,
+    )
+    seen = Markup(kept).striptags() or " src=" in kept or " alt=" in kept
+    return Markup(kept if seen else "")
+
+
+# --- the summary -------------------------------------------------------------------------
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """``run.json`` of a folder; :class:`BadFile` if it is not that of a run."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise BadFile(f"{folder}: not the folder of a run, it has no run.json")
+    record = read_json(path)
+    if not isinstance(record, dict) or "configuration" not in record:
+        raise BadFile(f"{path}: not written by stllms (it has no configuration)")
+    return record
+
+
+def _places(folder: Path) -> list[Path]:
+    """The folders that a report shows: the run's, and the comparison if the run is in it."""
+    comparison = folder.parent / COMPARISON
+    compared = (comparison / "run.json").is_file() and (comparison / folder.name).is_dir()
+    return [folder, comparison] if compared else [folder]
+
+
+def _title(folder: Path, record: Mapping[str, Any]) -> str:
+    name = record["configuration"]["model"]
+    title = MODELS[name].display if name in MODELS else Path(name).name
+    return f"{title} and what it is compared with" if folder.name == COMPARISON else title
+
+
+def _sentence(record: Mapping[str, Any]) -> str:
+    """What was run: profile, tasks, annotator, limits, device."""
+    identity = record.get("identity", {})
+    parts = {
+        "directions from the responses to {} tasks": identity.get("n_build"),
+        "steering tried on {} others": identity.get("n_evaluate"),
+        "task set {}": identity.get("tasks"),
+        "annotator {}": identity.get("annotator"),
+        "at most {} new tokens": identity.get("max_tokens"),
+        "temperature {}": identity.get("temperature"),
+        "on {}": record.get("recorded", {}).get("device"),
+    }
+    words = [text.format(value) for text, value in parts.items() if value is not None]
+    return f"Profile {record['configuration'].get('profile')}: {', '.join(words)}."
+
+
+def _effects(folder: Path) -> Markup | None:
+    """The paper's four effects: own token fraction of the baseline and under +1 and -1."""
+    from stllms.plotting import text
+    from stllms.steering import measures
+
+    if not (folder / "steering.csv").is_file():
+        return None
+    bars = measures.bars(load_table(folder / "steering.csv"))
+    table = text.intervals(bars, ["behaviour"], "mode")
+    for mode in ("positive", "negative"):
+        null = bars[bars["mode"] == mode][["null_low", "null_high"]].to_numpy(float)
+        table[f"null interval, {mode}"] = [
+            f"{low:.2f} to {high:.2f}" if low == low else "none" for low, high in null
+        ]
+    order = ["plain", "positive", "null interval, positive", "negative"]
+    table = table[[*order, "null interval, negative"]].rename(columns={"plain": "baseline"})
+    return _html(table.reset_index())
+
+
+def _warnings(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before the numbers."""
+    from stllms.steering import dose
+
+    found = []
+    entry = MODELS.get(record["configuration"]["model"])
+    if entry is not None and entry.source == "embedded":
+        found.append(
+            "A fixture: this model was built to be steerable. Its numbers show that the "
+            "pipeline works, and never that a claim of the paper holds."
+        )
+    for place in _places(folder):
+        states = {stage: _state(place, stage) for stage in _stages(place)}
+        found += [f"{stage}: {state}" for stage, state in states.items() if state != "done"]
+    recorded = record.get("recorded", {})
+    found += [f"The model: {remark}" for remark in recorded.get("remarks") or ()]
+    if (folder / "steering.csv").is_file():
+        lines = dose.warning(load_table(folder / "steering.csv")).splitlines()
+        found += [line for line in lines if "breaks the text:" in line]
+    return found
+
+
+def _is_committed(record: Mapping[str, Any]) -> bool:
+    """Whether the run is the one that the committed notebooks show and their readings are
+    about: every option that could change a number is the default."""
+    default = RunConfig()
+    try:
+        config = RunConfig.from_dict(record["configuration"])
+        same = config.identity() == default.identity()
+    except (ValueError, OSError):  # of a model or of tasks that are no longer there
+        return False
+    every = stages.STAGES
+    return same and all(config.stage_options(s) == default.stage_options(s) for s in every)
+
+
+def _details(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Configuration, identity, versions and the rest of ``run.json`` as names and values."""
+    recorded = {
+        name: value["line"] if isinstance(value, dict) and "line" in value else value
+        for name, value in record.get("recorded", {}).items()
+    }
+    return {
+        "Configuration (None: left to the profile or the model)": record["configuration"],
+        "What identifies the run": record.get("identity", {}),
+        "Versions": record.get("versions", {}),
+        "Recorded": {name: record.get(name) for name in ("commit", "seed", "started")}
+        | recorded,
+    }
+
+
+# --- the notebooks -----------------------------------------------------------------------
+
+
+def _stages(folder: Path) -> tuple[str, ...]:
+    return stages.STAGES[-1:] if folder.name == COMPARISON else stages.STAGES[:-1]
+
+
+def _state(folder: Path, stage: str) -> str:
+    """How a notebook stands."""
+    done = stage in _record(folder).get("stages", {})
+    if (folder / "notebooks" / f"{stage}.failed.ipynb").is_file():
+        return "failed when it was last run"
+    if (folder / "notebooks" / f"{stage}.ipynb").is_file():
+        return "done" if done else "executed, but not finished"
+    return "done, without an executed copy: only its figures and tables" if done else "not run"
+
+
+def _cells(folder: Path, readings: bool) -> Iterator[nbformat.NotebookNode]:
+    """A heading for every stage of a folder, and the cells of its executed notebook, else its
+    figures. Text with the tag :data:`COMMITTED` is left out but with ``readings``."""
+    from nbformat import v4
+
+    for stage in _stages(folder):
+        marker = _record(folder).get("stages", {}).get(stage, {})
+        path = folder / "notebooks" / f"{stage}.ipynb"
+        saved = [folder / name for name in marker.get("files", []) if name.endswith(".png")]
+        figures = [] if path.is_file() else _pictures(folder, saved)
+        section = {"stage": stage, "state": _state(folder, stage), "figures": figures}
+        section["seconds"] = marker.get("seconds")
+        # Cells of a notebook are made anew below: none of them can pass for a heading.
+        yield v4.new_markdown_cell(metadata={"section": section})
+        if path.is_file():
+            yield from _notebook(path, readings)
+
+
+def _notebook(path: Path, readings: bool) -> Iterator[nbformat.NotebookNode]:
+    from nbformat import ValidationError, from_dict, v4
+
+    content = read_json(path)
+    try:
+        for cell in content["cells"]:
+            source = "".join(cell["source"])
+            tags = cell["metadata"].get("tags", ())
+            if cell["cell_type"] == "markdown" and (readings or COMMITTED not in tags):
+                yield v4.new_markdown_cell(unbadged(source))
+            elif cell["cell_type"] == "code" and source.strip():
+                outputs = from_dict(cell["outputs"])
+                source = _RESULTS.sub(r"\1\2", source)
+                yield v4.new_code_cell(source, outputs=[_joined(one) for one in outputs])
+    except (KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
+        words = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise BadFile(f"{path}: not a Jupyter notebook of version 4 ({words})") from None
+
+
+def _joined(output: Any) -> Any:
+    """An output whose texts are strings; files may hold lists of lines."""
+    if output["output_type"] in ("display_data", "execute_result"):
+        output["data"] = {
+            name: "".join(data) if name.startswith(("text/", "image/")) else data
+            for name, data in output["data"].items()
+        }
+    elif output["output_type"] == "stream":
+        output["text"] = "".join(output["text"])
+    else:
+        output["traceback"] = [str(line) for line in output["traceback"]]
+    return output
+
+
+def _pictures(folder: Path, paths: Sequence[Path]) -> list[dict[str, str]]:
+    """The names and the contents, in base64, of those figures that are in the folder itself."""
+    return [
+        {"name": path.stem, "content": base64.b64encode(path.read_bytes()).decode()}
+        for path in paths
+        if path.is_file() and path.resolve() == folder / "figures" / path.name
+    ]
+
+
+# --- tables ------------------------------------------------------------------------------
+
+
+def _html(table: pd.DataFrame) -> Markup:
+    options: dict[str, Any] = {"index": False, "border": 0, "na_rep": ""}
+    html = table.to_html(**options, float_format="{:.5g}".format, max_rows=5000)
+    from markupsafe import Markup
+
+    return Markup(html)
+
+
+def _tables(places: Sequence[Path]) -> Iterator[tuple[str, Markup]]:
+    """The tables of a run that are not the data of a figure: name and HTML."""
+    for place in places:
+        for path in sorted(place.glob("*.csv")):
+            # A link leads elsewhere, and a table without a column has nothing to show.
+            if path.resolve() == path and path.read_bytes().strip():
+                yield f"{place.name}/{path.name}", _html(load_table(path))
+
+
+def _ledger(folder: Path) -> dict[str, Any]:
+    """The claims that this run speaks to and all others, or why there is no ledger: a broken
+    file of another run does not keep this one from its report."""
+    from stllms.comparison.ledger import ledger
+
+    results = folder.parent
+    try:
+        found = ledger(results)
+    except BadFile as error:
+        return {"problem": str(error).replace(f"{results}/", "")}
+    own = [_speaks_of(folder, str(on)) for on in found["on"]]
+    first = found.loc[own, ["claim", "where", "ours", "verdict"]]
+    return {"own": _html(first) if len(first) else None, "all": _html(found)}
+
+
+def _speaks_of(folder: Path, on: str) -> bool:
+    """Whether a row of the ledger was measured on this run, alone or with another."""
+    from stllms.comparison.ledger import display
+
+    names = on.split(", ")[0].split(" and ")
+    return len(names) > 1 if folder.name == COMPARISON else display(folder.name) in names
+
+
+# --- command line ------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the report of a folder and prints its path; exit status 2 if refused."""
+    parser = argparse.ArgumentParser(prog="python -m stllms.app.report", description=__doc__)
+    parser.add_argument("folder", metavar="FOLDER", help="a run, such as results/tiny-thinker")
+    given = parser.parse_args(argv)
+    try:
+        print(write(given.folder))
+    except (ValueError, OSError) as error:
+        print(f"stllms.app.report: {plain(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

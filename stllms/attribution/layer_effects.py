@@ -1,4 +1,4 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Shim: these names live at another address; deleted at the end."""
 
-from stllms.attribution import (OBJECTIVES, SAVE_EVERY, BUDGET, MAX_ROWS, KL_ROWS, layer_effects, rows_of, surrogate, collect)  # noqa: F401
-from stllms.rows import (Prefix, Rows)  # noqa: F401
+from stllms.attribution.collecting import (SAVE_EVERY, collect)  # noqa: F401
+from stllms.attribution.patching import (BUDGET, KL_ROWS, MAX_ROWS, OBJECTIVES, layer_effects, rows_of, surrogate)  # noqa: E501, F401

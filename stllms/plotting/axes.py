@@ -1,4 +1,652 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Data -> axes. A function here draws on what it is given and returns it.
 
-from stllms.plots import (MODES, MARKERS, HATCH, WHISKERS, LINE, LETTER, style, caption, short, bars, heatmap, curves, missing, strip, matrix, chain, n_lines, legend, side_legend, compare, totals, models_legend, HATCHES, growth, effect_panels, steering_bars)  # noqa: F401
-from stllms.panels import (MOST_LINES, LINE_HEIGHT, HEAD_AND_FOOT, confusions, chains, twins, effect_rows, released_effects, doses, sweep)  # noqa: F401
+None reads a file, saves or shows. Colours are one per behaviour everywhere (Okabe and Ito's
+palette, told apart by colour-blind readers); a value that is missing is written as ``n/a``,
+never drawn as zero. Letters are sized for figures of :data:`PAGE` inches, printed as they are.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
+
+from stllms.labels import BEHAVIOURS, COLOURS, OTHER, STEERED
+from stllms.records import PlacedSegment, Steered
+
+#: Inches across the text of a page.
+PAGE = 7.0
+#: The baseline, positive and negative steering.
+MODES: dict[str, str] = {"plain": "#777777", "positive": "#1B9E77", "negative": "#7570B3"}
+MARKERS = ("o", "s", "^", "D", "v", "P")
+#: The null interval: the range of control directions.
+NULL: dict[str, Any] = {
+    "facecolor": "none",
+    "edgecolor": "#222222",
+    "hatch": "//////",
+    "linewidth": 0.6,
+    "alpha": 0.5,
+}
+WHISKERS: dict[str, Any] = {"fmt": "none", "ecolor": "#333333", "elinewidth": 0.8}
+#: How the bars of a second, third, ... way of measuring are hatched.
+HATCHES = ("", "///", "...", "xxx", "---")
+#: Side effects that are no shares: unit.
+UNITS = {"tokens": "tokens", "kl": "nats a token", "log perplexity": "nats a token"}
+#: Characters of a line of a chain, and lines that are drawn at most.
+LINE, MOST_LINES = 55, 40
+#: Inches of a line of a chain, and for all around the lines.
+LINE_HEIGHT, HEAD_AND_FOOT = 0.16, 0.9
+
+
+def style() -> None:
+    """The look of every figure: call once, at the top of a notebook."""
+    sns.set_theme(context="paper", style="whitegrid", font_scale=0.9)
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "axes.titlesize": 8,
+            "legend.fontsize": 7,
+            "lines.linewidth": 1.2,
+            "lines.markersize": 3,
+            "grid.linewidth": 0.6,
+            "hatch.linewidth": 0.5,
+            "pdf.fonttype": 42,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+
+
+def caption(figure: Figure, text: str) -> None:
+    """A few small words under a figure: which model, on what, and what it is not."""
+    width = max(60, int(figure.get_figwidth() * 17))
+    text = textwrap.fill(text, width, break_on_hyphens=False)
+    figure.supxlabel(text, fontsize=7, color="#555555", x=0.01, ha="left")
+
+
+def legend(panels: Sequence[Axes], handles: Sequence[Artist] = (), columns: int = 6) -> None:
+    """A legend above the figure of ``panels``, where it hides nothing and only once: of what is
+    labelled in the fullest of them, or of ``handles``."""
+    figure = panels[0].figure
+    drawn = max((axes.get_legend_handles_labels()[0] for axes in panels), key=len)
+    handles = handles or drawn
+    if handles and not figure.legends:
+        columns = min(columns, len(handles))
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
+
+
+def side_legend(figure: Figure, axes: Axes) -> None:
+    """The lines of ``axes`` named to the right of the figure, where they hide nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", frameon=False)
+
+
+def short(behaviour: str) -> str:
+    """A behaviour on two lines, for axes."""
+    return behaviour.replace("-", "-\n", 1)
+
+
+def missing(axes: Axes, text: str) -> Axes:
+    """An empty panel that says why it is empty. An axis that it shares keeps its ticks:
+    they are those of the other panels."""
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
+    axes.grid(False)
+    if len(axes.get_shared_x_axes().get_siblings(axes)) == 1:
+        axes.set_xticks([])
+    if len(axes.get_shared_y_axes().get_siblings(axes)) == 1:
+        axes.set_yticks([])
+    return axes
+
+
+# --- bars --------------------------------------------------------------------------------
+
+
+def bars(
+    axes: Axes,
+    table: pd.DataFrame,
+    *,
+    x: str,
+    hue: str,
+    palette: Mapping[str, Any],
+    label: str,
+    hatches: Mapping[str, str] | None = None,
+) -> Axes:
+    """Grouped bars with intervals from rows (``x``, ``hue``, value, low, high); those that
+    ``hatches`` names (by ``hue``) are hatched. Where the rows have them, ``null_low`` and
+    ``null_high`` are drawn over the bars as the null interval."""
+    groups, hues = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[hue]))
+    width = 0.8 / len(hues)
+    nulls = []
+    for rank, name in enumerate(hues):
+        rows = table[table[hue] == name].set_index(x).reindex(groups)
+        place = np.arange(len(groups)) + (rank - (len(hues) - 1) / 2) * width
+        value, low, high = rows[["value", "low", "high"]].to_numpy(float).T
+        look = _hatched((hatches or {}).get(name, ""))
+        axes.bar(
+            place, np.nan_to_num(value), width * 0.92, color=palette[name], label=name, **look
+        )
+        known = ~np.isnan(value)
+        reach = np.clip(np.array([value - low, high - value])[:, known], 0, None)
+        axes.errorbar(place[known], value[known], yerr=reach, capsize=2, **WHISKERS)
+        for spot in place[~known]:
+            axes.text(spot, 0.0, " n/a", rotation=90, ha="center", va="bottom", fontsize=7)
+        if "null_low" in rows:
+            nulls.append((place, *rows[["null_low", "null_high"]].to_numpy(float).T))
+    if nulls:
+        place, low, high = np.hstack(nulls)
+        known = ~np.isnan(low)
+        if known.any():
+            height = (high - low)[known]
+            axes.bar(
+                place[known],
+                height,
+                width * 0.92,
+                bottom=low[known],
+                **NULL,
+                label="null interval",
+            )
+    axes.set_xticks(np.arange(len(groups)), [short(group) for group in groups])
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="x", visible=False)
+    return axes
+
+
+def steering_bars(axes: Axes, table: pd.DataFrame) -> Axes:
+    """The paper's bars from :func:`stllms.steering.measures.bars`, with the null interval."""
+    words = {"plain": "baseline", "positive": "positive (+1)", "negative": "negative (-1)"}
+    named = table.assign(mode=table["mode"].map(words))
+    palette = {words[mode]: colour for mode, colour in MODES.items()}
+    bars(axes, named, x="behaviour", hue="mode", palette=palette, label="token fraction")
+    legend([axes])
+    return axes
+
+
+def compare(axes: Axes, rows: pd.DataFrame, *, metric: str, palette: Mapping[str, Any]) -> Axes:
+    """Bars of one metric by behaviour, a bar a model, from rows of ``comparison.csv``.
+
+    Models that were measured another way than the first (other tasks, another annotator or
+    reader) are hatched, an own hatch a way.
+    """
+    chosen = rows[(rows["metric"] == metric) & (rows["behaviour"] != "all")]
+    return bars(
+        axes,
+        chosen,
+        x="behaviour",
+        hue="model",
+        palette=palette,
+        label=metric,
+        hatches={name: hatch for name, (hatch, _) in _measured(rows).items()},
+    )
+
+
+def totals(axes: Axes, rows: pd.DataFrame, *, palette: Mapping[str, Any]) -> Axes:
+    """Segments a chain of every model, hatched as in :func:`compare`, from the same rows."""
+    chosen = rows[(rows["metric"] == "segment count") & (rows["behaviour"] == "all")]
+    hatches = _measured(rows)
+    place = np.arange(len(chosen))
+    value, low, high = chosen[["value", "low", "high"]].to_numpy(float).T
+    drawn = axes.barh(place, value, color=[palette[n] for n in chosen["model"]], height=0.7)
+    for patch, name in zip(drawn, chosen["model"], strict=True):
+        patch.set(**_hatched(hatches[name][0]))
+    reach = np.clip([value - low, high - value], 0, None)
+    axes.errorbar(value, place, xerr=reach, **WHISKERS)
+    for spot in place[np.isnan(value)]:
+        axes.text(0.0, spot, " n/a", va="center", fontsize=7)
+    axes.set_yticks(place, chosen["model"])
+    axes.set_ylim(len(chosen) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("segments a chain")
+    axes.grid(axis="y", visible=False)
+    return axes
+
+
+def models_legend(
+    figure: Figure, palette: Mapping[str, Any], rows: pd.DataFrame | None = None
+) -> None:
+    """The models' colours above a figure, as many columns as fit.
+
+    ``rows`` are those of ``comparison.csv``: where they were not all measured the same way,
+    each model's label says how, and its hatch is that of its bars.
+    """
+    ways = {} if rows is None else _measured(rows)
+    patches: list[Artist] = []
+    for name, colour in palette.items():
+        hatch, way = ways.get(name, ("", ""))
+        label = f"{name}\n({way})" if way else name
+        patches.append(Patch(facecolor=colour, label=label, **_hatched(hatch)))
+    legend(figure.axes, patches, columns=max(1, min(5, int(figure.get_figwidth() / 2.2))))
+
+
+def _hatched(hatch: str) -> dict[str, Any]:
+    return {"hatch": hatch, "edgecolor": "white", "linewidth": 0} if hatch else {}
+
+
+def _measured(rows: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Model -> hatch, and how it was measured in words; no words if all were measured alike."""
+    names = ["tasks", "annotator", "reader"]
+    known = rows[["model", *names]].fillna("").drop_duplicates("model").set_index("model")
+    ways = known.drop_duplicates().apply(tuple, axis=1).tolist()
+    found = {}
+    for model, way in known.apply(tuple, axis=1).items():
+        words = ", ".join(f"{n} {part}" for n, part in zip(names, way, strict=True) if part)
+        hatch = HATCHES[ways.index(way) % len(HATCHES)]
+        found[str(model)] = (hatch, words if len(ways) > 1 else "")
+    return found
+
+
+# --- matrices ----------------------------------------------------------------------------
+
+
+def matrix(
+    axes: Axes,
+    table: np.ndarray | pd.DataFrame,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    label: str,
+    fmt: str = "+.2f",
+    limit: float | None = None,
+) -> Axes:
+    """A labelled matrix of values, symmetric colours around zero; ``label`` is that of the
+    colour bar, and without one there is none."""
+    table = np.asarray(table, dtype=float)
+    if not table.size:
+        return missing(axes, "unavailable: nothing was steered")
+    limit = limit or float(np.nanmax(np.abs(table), initial=1e-9))
+    sns.heatmap(
+        table,
+        ax=axes,
+        cmap="RdBu_r",
+        vmin=-limit,
+        vmax=limit,
+        annot=True,
+        fmt=fmt,
+        annot_kws={"fontsize": 7},
+        xticklabels=[short(name) for name in columns],
+        yticklabels=list(rows),
+        cbar=bool(label),
+        cbar_kws={"label": label} if label else None,
+    )
+    for row, column in np.argwhere(np.isnan(table)):
+        axes.text(column + 0.5, row + 0.5, "n/a", ha="center", va="center", fontsize=7)
+    axes.tick_params(axis="x", rotation=0)
+    axes.tick_params(axis="y", rotation=0)
+    return axes
+
+
+def heatmap(axes: Axes, values: np.ndarray, labels: Sequence[str]) -> Axes:
+    """Cosine similarities ``[N, N]`` with their values written in the cells."""
+    if not len(labels):
+        return missing(axes, "unavailable: too few spans")
+    names = [short(label) for label in labels]
+    matrix(axes, values, names, labels, label="cosine similarity", fmt=".2f", limit=1)
+    axes.set_aspect("equal")
+    axes.tick_params(axis="x", rotation=40)
+    return axes
+
+
+def confusions(
+    panels: Sequence[Axes], shares: pd.DataFrame, report: pd.DataFrame, *, reference: str
+) -> Sequence[Axes]:
+    """A panel an annotator: how it labels what the reference calls each label.
+
+    ``shares`` and ``report`` are :func:`~stllms.annotation.agreement.confusions` and
+    :func:`~stllms.annotation.agreement.report` of the same comparisons. Every row is a share of
+    what the reference gave that label, so rows add up to 1 and the diagonal is the share found
+    again; kappa and its interval are in the title.
+    """
+    kappa = report[report["quantity"] == "kappa"].set_index("annotator")
+    groups = shares.groupby("annotator", sort=False)
+    for place, (axes, (name, found)) in enumerate(zip(panels, groups, strict=True)):
+        labels = list(found["label"])
+        rows = labels if place == 0 else [""] * len(labels)
+        matrix(axes, found[labels], rows, labels, label="", fmt=".2f", limit=1)
+        axes.tick_params(axis="x", rotation=90)
+        axes.set_xlabel(f"labelled by {name}")
+        value, low, high = kappa.loc[name, ["value", "low", "high"]]
+        known = f"{value:.2f} ({low:.2f} to {high:.2f})"
+        axes.set_title(f"{name}\nkappa {'n/a' if np.isnan(value) else known}")
+    panels[0].set_ylabel(f"labelled by {reference}")
+    return panels
+
+
+# --- lines over layers, spans and coefficients -------------------------------------------
+
+
+def strip(axes: Axes, values: Sequence[float], *, label: str) -> Axes:
+    """One dot a chain, jittered with a fixed seed."""
+    rng = np.random.default_rng(0)
+    axes.plot(values, rng.uniform(-0.3, 0.3, len(values)), ".", color="#0072B2", alpha=0.6)
+    axes.set_yticks([])
+    axes.set_ylim(-0.6, 0.6)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel(label)
+    return axes
+
+
+def curves(
+    axes: Axes,
+    values: Mapping[str, np.ndarray],
+    *,
+    label: str,
+    bands: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    mark: Mapping[str, int] | None = None,
+) -> Axes:
+    """One line a behaviour over the layers, with bands and marked layers where given."""
+    if not values:
+        return missing(axes, "unavailable: too few spans")
+    for rank, (name, line) in enumerate(values.items()):
+        layers = np.arange(len(line))
+        colour = COLOURS.get(name, f"C{rank}")
+        axes.plot(layers, line, color=colour, marker=MARKERS[rank % len(MARKERS)], label=name)
+        if bands and name in bands:
+            axes.fill_between(layers, *bands[name], color=colour, alpha=0.2, linewidth=0)
+        if mark and name in mark:
+            axes.axvline(mark[name], color=colour, linestyle=":")
+    axes.set_xlabel("layer")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    return axes
+
+
+def growth(axes: Axes, table: pd.DataFrame) -> Axes:
+    """Split-half cosine of each direction against the spans it was built from."""
+    if table.empty:
+        return missing(axes, "unavailable: too few spans")
+    for rank, (name, rows) in enumerate(table.groupby("behaviour", sort=False)):
+        marker = MARKERS[rank % len(MARKERS)]
+        axes.plot(rows["spans"], rows["cosine"], color=COLOURS[name], marker=marker, label=name)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(top=1.02)
+    axes.set_xlabel("spans in the smaller half")
+    axes.set_ylabel("cosine of disjoint halves")
+    return axes
+
+
+def effect_panels(
+    panels: Sequence[Axes],
+    table: pd.DataFrame,
+    names: Sequence[str] = STEERED,
+    *,
+    label: str,
+    band: str = "interval",
+    mark: Mapping[str, int] | None = None,
+    log: bool = False,
+    absent: str = "unavailable:\ntoo few spans",
+) -> Sequence[Axes]:
+    """A panel a behaviour from :func:`stllms.attribution.effects.table`: the mean, its band,
+    and a legend above the figure.
+
+    ``band`` is ``"interval"`` (bootstrap) or ``"sd"`` (one standard deviation, as published);
+    ``mark`` is a layer a behaviour, drawn as a dotted line; the null interval is drawn where
+    the table has it. ``log`` draws values on a logarithmic axis, where one layer that has far
+    more than the others does not hide them. ``absent`` is written where there is no value.
+    """
+    panels = list(panels)
+    for axes, name in zip(panels, names, strict=True):
+        rows = table[(table["behaviour"] == name) & table["mean"].notna()]
+        axes.set_title(name)
+        if rows.empty:
+            missing(axes, absent).set(xlabel="layer", ylabel=label)
+            continue
+        line, spread = rows["mean"].to_numpy(), rows["sd"].to_numpy()
+        edges = (line - spread, line + spread)
+        if band == "interval":
+            edges = (rows["low"].to_numpy(), rows["high"].to_numpy())
+        curves(axes, {name: line}, label=label, bands={name: edges}, mark=mark)
+        if "null_low" in rows:
+            axes.fill_between(rows["layer"], rows["null_low"], rows["null_high"], **NULL)
+    if log:
+        _logarithmic(panels, table[table["behaviour"].isin(names)])
+    for axes in panels:
+        axes.label_outer()
+        axes.grid(axis="x", visible=not mark)  # dotted lines would be lost
+    words = "95% interval" if band == "interval" else "one standard deviation"
+    handles = [
+        Line2D([], [], color="#333333", marker=MARKERS[0], label="mean"),
+        Patch(facecolor="#333333", alpha=0.2, label=words),
+        Patch(**NULL, label="null interval") if "null_low" in table else None,
+        Line2D([], [], color="#333333", ls=":", label="steering layer") if mark else None,
+    ]
+    legend(panels, [handle for handle in handles if handle])
+    return panels
+
+
+def _logarithmic(panels: Sequence[Axes], table: pd.DataFrame) -> None:
+    """One logarithmic scale, down to half of the smallest mean: a band below 0 ends there."""
+    drawn = table[[name for name in ("mean", "null_low") if name in table]].to_numpy(float)
+    drawn = drawn[drawn > 0]
+    for axes in panels:
+        if axes.lines and len(drawn):
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=drawn.min() / 2)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def released_effects(
+    panels: Sequence[Axes],
+    table: pd.DataFrame,
+    *,
+    label: str,
+    band: str = "interval",
+    mark: Mapping[str, int] | None = None,
+) -> Sequence[Axes]:
+    """:func:`effect_panels` of released values, which some behaviours do not have."""
+    absent = "left out:\nno released values"
+    return effect_panels(panels, table, label=label, band=band, mark=mark, absent=absent)
+
+
+def doses(figure: Figure, table: pd.DataFrame) -> Figure:
+    """The dose-response page, from :func:`stllms.steering.dose.table`.
+
+    First the own token fraction of each direction with its interval, then a panel a side effect
+    with a line a direction. Shares have the same axis from 0 to 1 everywhere. The null interval
+    is the range of the control directions at the same coefficient, over all steering layers.
+    """
+    effects = [name for name in table["metric"].unique() if name != "token fraction"]
+    shares = [name for name in effects if name not in UNITS]
+    others = [name for name in UNITS if name in effects]
+    rows = [names[i : i + 4] for names in (shares, others) for i in range(0, len(names), 4)]
+    rows = [list(STEERED), *sorted(rows, key=len)]  # a full row has the ticks of all columns
+    grid = figure.subplots(len(rows), 4, sharex=True, squeeze=False)
+    for line, names in zip(grid, rows, strict=True):
+        for axes, name in zip_longest(line, names):
+            if name is None:
+                axes.set_axis_off()
+                continue
+            own = (table["steered"] == name) & (table["metric"] == "token fraction")
+            _dose(axes, table[own | (table["metric"] == name)], name)
+        line[0].set_ylabel(
+            "own token fraction" if names[0] in STEERED else line[0].get_ylabel()
+        )
+    for axes in grid[-1]:
+        axes.set_xlabel("coefficient")
+    names = [name for name in STEERED if name in set(table["steered"])]
+    lines = [Line2D([], [], color=COLOURS[n], marker=MARKERS[0], label=n) for n in names]
+    band = Patch(facecolor="#333333", alpha=0.2, label="95% interval")
+    legend(figure.axes, [*lines, band, Patch(**NULL, label="null interval")], columns=3)
+    return figure
+
+
+def _dose(axes: Axes, rows: pd.DataFrame, title: str) -> None:
+    """One panel: a line a direction over the coefficients; intervals where it is one alone."""
+    axes.set_title(title)
+    if rows.empty:
+        missing(axes, "unavailable")
+        return
+    # A push of length 0 is the baseline, whatever its direction: no width there.
+    null = rows.assign(
+        low=rows["null_low"].where(rows["coefficient"] != 0, rows["value"]),
+        high=rows["null_high"].where(rows["coefficient"] != 0, rows["value"]),
+    )
+    null = null.groupby("coefficient").agg({"low": "min", "high": "max"}).dropna()
+    if len(null) > 1:
+        axes.fill_between(null.index, null["low"], null["high"], **NULL)
+    for name, line in rows[rows["value"].notna()].groupby("steered", sort=False):
+        at, colour = line["coefficient"], COLOURS[name]
+        axes.plot(at, line["value"], color=colour, marker=MARKERS[0])
+        if title in STEERED:
+            edges = line["ci_low"], line["ci_high"]
+            axes.fill_between(at, *edges, color=colour, alpha=0.2, linewidth=0)
+    axes.set_xticks(sorted(rows["coefficient"].unique()))
+    if title in UNITS:
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(UNITS[title])
+    else:
+        _shares(axes)
+
+
+def sweep(
+    panels: Sequence[Axes], table: pd.DataFrame, marks: Mapping[str, int]
+) -> Sequence[Axes]:
+    """A panel a direction from :func:`stllms.steering.dose.sweep`: own token fraction by layer,
+    a line and a null interval a coefficient, the baseline dashed, the steering layer of
+    ``marks`` dotted; and a legend above the figure."""
+    for axes, name in zip(panels, STEERED, strict=True):
+        found = table[table["behaviour"] == name]
+        axes.set_title(name)
+        if found.empty:
+            missing(axes, "not run" if table.empty else "unavailable")
+            continue
+        for coefficient, rows in found.groupby("coefficient"):
+            mode, hatch = ("positive", "//////") if coefficient > 0 else ("negative", "......")
+            colour, at, sign = MODES[mode], rows["layer"], f"{coefficient:+g}"
+            edges, null = (
+                (rows["ci_low"], rows["ci_high"]),
+                (rows["null_low"], rows["null_high"]),
+            )
+            look = {**NULL, "edgecolor": colour, "hatch": hatch}
+            axes.plot(at, rows["value"], color=colour, marker=MARKERS[0], label=sign)
+            axes.fill_between(at, *edges, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(at, *null, **look, label=f"null interval {sign}")
+        plain = found["plain"].iloc[0]
+        axes.axhline(plain, color=MODES["plain"], linestyle="--", label="baseline")
+        if name in marks:
+            axes.axvline(marks[name], color="#555555", linestyle=":", label="steering layer")
+        axes.set_xlabel("layer")
+        _shares(axes)
+    panels[0].set_ylabel("own token fraction")
+    legend(panels)
+    return panels
+
+
+def _shares(axes: Axes) -> None:
+    """The axis of shares, the same in every panel."""
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+
+
+# --- chains ------------------------------------------------------------------------------
+
+
+def chain(
+    axes: Axes,
+    text: str,
+    segments: Sequence[PlacedSegment],
+    *,
+    title: str,
+    width: int = LINE,
+    rows: int | None = None,
+) -> Axes:
+    """A chain as text, the background of every segment in the colour of its behaviour.
+
+    ``rows`` is how many lines the axes have room for (as many as the text has, unless said): a
+    longer text ends in a line that tells how much is left out.
+    """
+    labels = np.full(len(text), "", dtype=object)
+    for segment in segments:
+        labels[segment.start : segment.end] = segment.label
+    lines = list(wrapped(text, width))
+    rows = max(1, len(lines)) if rows is None else rows
+    axes.set_axis_off()
+    axes.set_title(textwrap.fill(title, width), loc="left", fontsize=8)
+    axes.set_xlim(0, width)
+    axes.set_ylim(rows - 0.5, -0.5)
+    drawn = lines if len(lines) <= rows else lines[: rows - 1]
+    letter: dict[str, Any] = {
+        "family": "monospace",
+        "fontsize": 7,
+        "ha": "center",
+        "va": "center",
+    }
+    for row, (start, stop) in enumerate(drawn):
+        for column, place in enumerate(range(start, stop)):
+            if label := labels[place]:
+                box = Rectangle((column, row - 0.45), 1, 0.9, alpha=0.35, linewidth=0)
+                box.set_facecolor(COLOURS.get(label, OTHER))
+                axes.add_patch(box)
+            axes.text(column + 0.5, row, text[place], parse_math=False, **letter)
+    if len(drawn) < len(lines):
+        note = f"(and {len(text) - lines[rows - 1][0]} more characters)"
+        axes.text(0, rows - 1, note, fontsize=7, style="italic", va="center")
+    return axes
+
+
+def wrapped(text: str, width: int) -> Iterator[tuple[int, int]]:
+    """Start and end of lines of at most ``width`` characters, broken at spaces."""
+    start = 0
+    while start < len(text):
+        newline = text.find("\n", start, start + width + 1)
+        if newline >= 0:
+            stop = newline
+        elif len(text) - start <= width:
+            stop = len(text)
+        else:
+            space = text.rfind(" ", start, start + width + 1)
+            stop = space if space > start else start + width
+        yield start, stop
+        start = stop + (stop < len(text) and text[stop] in " \n")
+
+
+def chains(figure: Figure, shown: Sequence[tuple[str, str, Sequence[PlacedSegment]]]) -> Figure:
+    """Chains side by side, each given as title, text and segments, below a legend.
+
+    The figure is made as high as the longest of them needs, up to :data:`MOST_LINES`.
+    """
+    rows = max(1, *(sum(1 for _ in wrapped(text, LINE)) for _, text, _ in shown))
+    rows = min(MOST_LINES, rows)
+    figure.set_figheight(LINE_HEIGHT * rows + HEAD_AND_FOOT)
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (title, text, segments) in zip(panels, shown, strict=True):
+        chain(axes, text, segments, title=title, rows=rows)
+    patches = [Patch(facecolor=COLOURS[name], alpha=0.5, label=name) for name in BEHAVIOURS]
+    legend(panels, patches, columns=3)
+    return figure
+
+
+def pair(figure: Figure, shown: tuple[Steered, Steered] | None) -> Figure:
+    """:func:`chains` of a baseline and a steered response, or a line that there are none."""
+    if shown is None:
+        axes = figure.subplots()
+        missing(axes, "nothing to show: nothing was steered, or no chain rose")
+        return figure
+    baseline, steered = shown
+    added = f"{steered.coefficient:+g} {steered.direction}, layer {steered.layer}"
+    titles = f"baseline, task {baseline.task_id}", added
+    return chains(
+        figure,
+        [
+            (title, one.response.thinking, one.annotation.segments if one.annotation else ())
+            for title, one in zip(titles, shown, strict=True)
+        ],
+    )

@@ -1,4 +1,302 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Tables for display, and chains as coloured text: HTML for notebooks, or a terminal's.
 
-from stllms.coloured import (COLOURS, OTHER, TERMINAL, WIDTH, Panel, html, html_chains, html_legend, html_line, html_panels, html_pair, html_pairs, terminal, terminal_shares)  # noqa: F401
-from stllms.tables import (P_VALUES, by_name, layers, growth, layer_text, intervals, wide, shown)  # noqa: F401
+The HTML has no scripts and no style sheet, escapes every text, and reads as a table where a
+viewer drops the styles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+import pandas as pd
+
+from stllms.labels import BEHAVIOURS, COLOURS, OTHER
+from stllms.records import Annotation, PlacedSegment, Response, Steered
+from stllms.terminal import plain
+
+#: Columns of tables that hold p-values.
+P_VALUES = ("p", "p_holm")
+#: :data:`~stllms.labels.COLOURS` of a terminal of 256, light enough for black letters.
+TERMINAL: dict[str, int] = {
+    "initializing": 252,
+    "deduction": 111,
+    "adding-knowledge": 79,
+    "example-testing": 221,
+    "uncertainty-estimation": 218,
+    "backtracking": 209,
+}
+#: Pixels of a bar for a share of 1.
+WIDTH = 120
+
+_SMALL = "font-size:12px"
+_TEXT = f"font-family:monospace;{_SMALL};line-height:1.6;max-width:88ch;white-space:pre-wrap"
+_TABLE = f"{_SMALL};line-height:1.5;border:none"
+_CELL = "text-align:left;vertical-align:top;padding:2px 16px 2px 0;background:none;border:none"
+_ROW = '<tr style="background:none">'
+
+
+# --- tables ------------------------------------------------------------------------------
+
+
+def by_name(values: np.ndarray, behaviours: Sequence[str]) -> dict[str, np.ndarray]:
+    """``[N, L]`` (an array, or a tensor on the CPU) as one array a behaviour."""
+    return dict(zip(behaviours, np.asarray(values), strict=True))
+
+
+def layers(curves: Mapping[str, np.ndarray], **constant: str) -> pd.DataFrame:
+    """One row a behaviour, one column a layer; ``constant`` columns come first."""
+    table = pd.DataFrame(curves).T.add_prefix("layer ").rename_axis("behaviour").reset_index()
+    for name, value in reversed(constant.items()):
+        table.insert(0, name, value)
+    return table
+
+
+def growth(
+    cosines: np.ndarray, counts: np.ndarray, shares: Sequence[float], behaviours: Sequence[str]
+) -> pd.DataFrame:
+    """Cosine between directions of disjoint halves, by the number of spans.
+
+    ``cosines`` and ``counts`` of spans are ``[shares, N]``, at one layer.
+    """
+    rows = [
+        (name, share, int(counts[i, j]), float(cosines[i, j]))
+        for i, share in enumerate(shares)
+        for j, name in enumerate(behaviours)
+    ]
+    return pd.DataFrame(rows, columns=["behaviour", "share", "spans", "cosine"])
+
+
+def layer_text(chosen: Mapping[str, int]) -> str:
+    """``backtracking 17, ...`` for captions."""
+    return ", ".join(f"{name} {layer}" for name, layer in chosen.items())
+
+
+def intervals(
+    table: pd.DataFrame, rows: Sequence[str], columns: str, *, digits: int = 2
+) -> pd.DataFrame:
+    """For display, from rows with ``value, low, high``: ``value (low to high)``, the value
+    alone where the interval is missing, ``n/a`` without a value; laid out by :func:`wide`."""
+    if table.empty:
+        return pd.DataFrame(columns=[*rows])
+    numbers = table[["value", "low", "high"]].to_numpy(float)
+    texts = table.assign(text=[_interval(v, low, high, digits) for v, low, high in numbers])
+    return wide(texts, rows, columns, "text").fillna("n/a").rename_axis(columns=None)
+
+
+def _interval(value: float, low: float, high: float, digits: int) -> str:
+    if np.isnan(value):
+        return "n/a"
+    form = f"z.{digits}f"  # z: no sign before a zero
+    text = f"{value:{form}}"
+    return text if np.isnan(low) else f"{text} ({low:{form}} to {high:{form}})"
+
+
+def wide(
+    table: pd.DataFrame, rows: Sequence[str], columns: str, values: str = "value"
+) -> pd.DataFrame:
+    """One row for each of ``rows``, one column for each of ``columns``, both in the order in
+    which they occur, a missing cell NaN.
+
+    Nothing is averaged: two numbers for one cell are a ``ValueError`` that names them (pandas'
+    ``pivot_table`` would silently show their mean).
+    """
+    keys = [*rows, columns]
+    twice = table[table.duplicated(keys, keep=False)]
+    if not twice.empty:
+        cell = ", ".join(f"{name} {twice.iloc[0][name]!r}" for name in keys)
+        differ = [n for n in table if n not in (*keys, values) and twice[n].nunique() > 1]
+        raise ValueError(
+            f"{len(twice)} rows share cells with others (first: {cell}); nothing is averaged: "
+            f"add to rows what tells them apart, of {', '.join(differ) or 'no column'}"
+        )
+    order = pd.MultiIndex.from_frame(table[list(rows)].drop_duplicates())
+    found = table.set_index(keys)[values].unstack(columns)
+    if len(rows) == 1:
+        order = order.get_level_values(0)
+    return found.reindex(order).reindex(columns=table[columns].drop_duplicates())
+
+
+def shown(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
+    """For display: rounded, a missing number as ``n/a``, columns of whole numbers without a
+    point, p-values too small for the digits as less than the last of them."""
+    return table.apply(_column, digits=digits)
+
+
+def _column(column: pd.Series, digits: int) -> pd.Series:
+    if not pd.api.types.is_numeric_dtype(column):
+        return column.where(column.notna(), "n/a")
+    digits = 0 if (column.dropna() % 1 == 0).all() else digits
+    least = 10.0**-digits if column.name in P_VALUES else 0.0
+
+    def text(value: float) -> str:
+        if np.isnan(value):
+            return "n/a"
+        return f"<{least:.{digits}f}" if 0 < value < least else f"{value:.{digits}f}"
+
+    return column.map(text)
+
+
+# --- chains as HTML ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chain of several that are shown beside each other.
+
+    ``shares`` has a number for each of :data:`~stllms.labels.BEHAVIOURS`, NaN where there is
+    none; ``note`` is a line below the chain.
+    """
+
+    title: str
+    text: str
+    segments: Sequence[PlacedSegment]
+    shares: Sequence[float] = ()
+    note: str = ""
+
+
+def _parts(
+    text: str, segments: Sequence[PlacedSegment]
+) -> Iterator[tuple[PlacedSegment | None, str]]:
+    """``(segment, text)`` in order, ``None`` between them; joined they are ``text``."""
+    end = 0
+    for segment in sorted(segments, key=lambda s: s.start):
+        start = max(end, segment.start)  # segments of the published reader may overlap
+        if start >= segment.end:
+            continue
+        if start > end:
+            yield None, text[end:start]
+        yield segment, text[start : segment.end]
+        end = segment.end
+    if end < len(text):
+        yield None, text[end:]
+
+
+def html(text: str, segments: Sequence[PlacedSegment], title: str = "") -> str:
+    """A chain with the background of each segment in the colour of its behaviour."""
+    pieces = [
+        escape(part)
+        if segment is None
+        else f'<span title="{escape(segment.label)}" style="background:'
+        f'{COLOURS.get(segment.label, OTHER)}59">{escape(part)}</span>'
+        for segment, part in _parts(text, segments)
+    ]
+    head = f"<b>{escape(title)}</b><br>" if title else ""
+    return f'<div style="{_TEXT}">{head}{"".join(pieces)}</div>'
+
+
+def html_chains(responses: Sequence[Response], annotations: Sequence[Annotation]) -> str:
+    """:func:`html` of several chains below each other, each with its task id."""
+    return "<hr>".join(
+        html(response.thinking, annotation.segments, response.task_id)
+        for response, annotation in zip(responses, annotations, strict=True)
+    )
+
+
+def html_legend(behaviours: Sequence[str] = BEHAVIOURS) -> str:
+    """The behaviours' colours in a line."""
+    return f'<div style="{_SMALL}">{" ".join(map(_swatch, behaviours))}</div>'
+
+
+def _swatch(name: str) -> str:
+    return f'<span style="background:{COLOURS[name]}59;padding:0 4px">{name}</span>'
+
+
+def html_line(text: str, *, wrong: bool = False) -> str:
+    """A line of status; ``wrong`` says that it is an error."""
+    line = escape(" ".join(text.split()))
+    return f'<span style="{_SMALL}">{"<b>error:</b> " if wrong else ""}{line}</span>'
+
+
+def html_panels(panels: Sequence[Panel]) -> str:
+    """The shares of all panels as small bars, with the colours' names, then the chains."""
+    cell = f'<td style="{_CELL}">'
+    heads = "".join(f"{cell}<b>{escape(panel.title)}</b></td>" for panel in panels)
+    bars = "".join(
+        f"{_ROW}{cell}{_swatch(name)}</td>"
+        + "".join(f"{cell}{_bar(name, panel.shares[place])}</td>" for panel in panels)
+        + "</tr>"
+        for place, name in enumerate(BEHAVIOURS)
+    )
+    return (
+        f'<table style="{_TABLE};margin:0">{_ROW}{cell}<b>share</b></td>'
+        f"{heads}</tr>{bars}</table>{_beside(panels)}"
+    )
+
+
+def html_pairs(pairs: Mapping[str, tuple[Steered, Steered] | None]) -> str:
+    """A legend, and for every name a baseline and a steered response side by side (both need an
+    annotation); a line where there are none to show."""
+    pieces = [html_legend()]
+    for name, pair in pairs.items():
+        if pair is None:
+            pieces.append(html_line(f"{name}: not steered, or no chain rose"))
+            continue
+        added = f"{pair[1].coefficient:+g} {pair[1].direction}, layer {pair[1].layer}"
+        panels = [
+            Panel(title, one.response.thinking, one.annotation.segments, note=one.task_id)
+            for title, one in zip(("baseline", added), pair, strict=True)
+            if one.annotation is not None
+        ]
+        pieces.append(_beside(panels))
+    return "".join(pieces)
+
+
+def _beside(panels: Sequence[Panel]) -> str:
+    """The chains of the panels, in one row."""
+    wide = f'<td style="{_CELL};width:{100 // len(panels)}%">'
+    chains = "".join(
+        f"{wide}{html(panel.text, panel.segments, panel.title)}"
+        f'<div style="{_SMALL};opacity:0.7">{escape(panel.note)}</div></td>'
+        for panel in panels
+    )
+    return f'<table style="{_TABLE};width:100%;margin:8px 0 0">{_ROW}{chains}</tr></table>'
+
+
+def _bar(name: str, share: float) -> str:
+    if math.isnan(share):
+        return "n/a"
+    style = f"display:inline-block;height:9px;background:{COLOURS[name]}"
+    return f'<span style="{style};width:{share * WIDTH:.0f}px"></span> {share:.0%}'
+
+
+# --- chains in a terminal ----------------------------------------------------------------
+
+
+def terminal(text: str, segments: Sequence[PlacedSegment], *, colour: bool) -> str:
+    """A chain for a terminal: running text on coloured backgrounds, or, without colour, a
+    line a segment that begins with its label. The text itself has no say in colours."""
+    parts = [(segment, plain(part)) for segment, part in _parts(text, segments)]
+    if colour:
+        return "".join(part if s is None else _paint(part, s.label) for s, part in parts)
+    width = max(map(len, BEHAVIOURS))
+    return "\n".join(
+        f"{'-' if segment is None else plain(segment.label):<{width}}  {' '.join(part.split())}"
+        for segment, part in parts
+        if part.strip()
+    )
+
+
+def terminal_shares(
+    titles: Sequence[str], shares: Sequence[Sequence[float]], *, colour: bool
+) -> str:
+    """A line a behaviour with its share in each chain; the labels are the colours' legend."""
+    width, wide = max(map(len, BEHAVIOURS)), [max(6, len(title)) for title in titles]
+    head = "  ".join(f"{title:>{w}}" for title, w in zip(titles, wide, strict=True))
+    lines = [f"{'share of tokens':<{width}}  {head}"]
+    for place, name in enumerate(BEHAVIOURS):
+        label = (_paint(name, name) if colour else name) + " " * (width - len(name))
+        cells = [
+            f"{'n/a' if math.isnan(of[place]) else f'{of[place]:.0%}':>{w}}"
+            for of, w in zip(shares, wide, strict=True)
+        ]
+        lines.append("  ".join([label, *cells]))
+    return "\n".join(lines)
+
+
+def _paint(text: str, label: str) -> str:
+    """Black on the colour of the behaviour, out of the 256 of terminals."""
+    return f"\x1b[30;48;5;{TERMINAL.get(label, 246)}m{text}\x1b[0m"

@@ -1,4 +1,200 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Rows that can be resumed: an append-only JSONL file, and the one loop that fills it."""
 
-from stllms.files import (Rows, resumed)  # noqa: F401
-from stllms.provenance import (RUN, INPUTS, Record, LockedFolder, locked)  # noqa: F401
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from stllms.hashes import file_hash
+from stllms.runs.files import BadFile, Record, StaleArtefact, check, replacing
+
+#: The key of a row: the values of its key fields.
+Key = tuple[Any, ...]
+
+
+class Rows:
+    """An append-only JSONL file whose rows have a key, and that knows what it was made from.
+
+    One row a line, UTF-8. A last line without its newline was torn by a kill: it is dropped
+    on reading and cut off before the next row is appended. In the folder of a run, what is
+    written is recorded in ``run.json``, and a file that is not what was recorded is refused.
+    Not for two writers at once: a run holds the lock of its stage.
+    """
+
+    def __init__(self, path: str | Path, key: Sequence[str] = ("task_id",)) -> None:
+        self.path = Path(path)
+        self.key = tuple(key)
+        self._keys: set[Key] = set()
+        self._size = -1
+
+    def bind(self, made_from: Mapping[str, Any]) -> None:
+        """Says what the rows depend on, by name; the values are JSON or hashes.
+
+        The first call records it, a later one may add names. Raises
+        :class:`~stllms.runs.files.StaleArtefact` if a name has another value than the existing
+        rows were made with, or if nothing is known of these rows.
+        """
+        record = Record.around(self.path) or Record(self.path.parent)
+        entry = record.entry(self.path)
+        there = self._bytes() > 0
+        old = entry.get("made_from", {}) if there else {}
+        if there and not entry:
+            raise StaleArtefact(
+                f"{self.path}: nothing is recorded of how its rows were made: move the file "
+                "away, or start again with --fresh"
+            )
+        for name, value in made_from.items():
+            if name in old and old[name] != value:
+                raise StaleArtefact(
+                    f"{self.path.name} is stale: {name} changed, {old[name]!r} when its rows "
+                    f"were made, {value!r} now. --fresh makes it again; or move {self.path} "
+                    "away"
+                )
+        if there and not made_from.keys() - old.keys():
+            return
+        with record.edit() as content:
+            entries, name = content.setdefault("artefacts", {}), record.name(self.path)
+            if not there:
+                entries[name] = {"sha256": sha256().hexdigest(), "bytes": 0, "rows": 0}
+            inputs = {} if there else record.inputs(self.path)
+            entries[name]["made_from"] = {**inputs, **made_from, **old}
+
+    def load(self) -> list[dict[str, Any]]:
+        """All whole rows in file order, ``[]`` if there is no file; raises like
+        :meth:`by_key`."""
+        return list(self.by_key().values())
+
+    def by_key(self) -> dict[Key, dict[str, Any]]:
+        """All whole rows by key, in file order.
+
+        Raises :class:`~stllms.runs.files.BadFile` for a line that is not a JSON object, lacks
+        a key field or repeats a key, and :class:`~stllms.runs.files.DamagedFile` for a file
+        that is not what the run wrote.
+        """
+        if not self.path.is_file():
+            return {}
+        check(self.path)
+        found: dict[Key, dict[str, Any]] = {}
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
+            where = f"line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadFile(f"{self.path}: {where} is not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise BadFile(f"{self.path}: {where} is not a JSON object")
+            key = self._key_of(row, where)
+            if key in found:
+                raise BadFile(f"{self.path}: {where} repeats the key {key}")
+            found[key] = row
+        return found
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds the rows of one chunk and returns when they are on the disk.
+
+        Raises ``ValueError`` for a row that lacks a key field, whose key is there already, or
+        that holds NaN; then nothing is written.
+        """
+        done = self._done()
+        new: set[Key] = set()
+        lines = []
+        for row in rows:
+            key = self._key_of(row, "a new row")
+            if key in done or key in new:
+                raise ValueError(f"{self.path}: the key {key} is there already")
+            new.add(key)
+            lines.append(_line(row))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+            self._keys, self._size = done | new, file.tell()
+        if (record := Record.around(self.path)) is not None:
+            entry = record.entry(self.path)
+            moved = not done and entry.get("bytes")
+            made_from = (not moved and entry.get("made_from")) or record.inputs(self.path)
+            record.put(
+                self.path,
+                sha256=file_hash(self.path),
+                bytes=self._size,
+                rows=len(self._keys),
+                **({"made_from": made_from} if made_from else {}),
+            )
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replaces the whole file, atomically."""
+        lines = [_line(row) for row in rows]
+        with replacing(self.path, rows=len(lines)) as beside:
+            beside.write_bytes(b"".join(lines))
+        self._size = -1
+
+    def _bytes(self) -> int:
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def _done(self) -> set[Key]:
+        """The keys in the file, which is read again, and a torn last line of it cut off, only
+        if its size is not as we left it."""
+        if self._bytes() != self._size:
+            self._keys = set(self.by_key())
+            if self._bytes():
+                os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+            self._size = self._bytes()
+        return self._keys
+
+    def _key_of(self, row: Mapping[str, Any], where: str) -> Key:
+        lacking = [name for name in self.key if name not in row]
+        if lacking:
+            raise BadFile(f"{self.path}: {where} lacks {', '.join(lacking)}")
+        key = tuple(row[name] for name in self.key)
+        if any(isinstance(part, list | dict) for part in key):
+            raise BadFile(f"{self.path}: {where} has a key that is no text or number: {key}")
+        return key
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def resumed(
+    keys: Sequence[Key],
+    make: Callable[[int, int], Sequence[Mapping[str, Any]]],
+    *,
+    size: int,
+    store: Rows | None = None,
+    skip: Callable[[int], Any] | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of ``keys`` in order: those that ``store`` holds, the others made now.
+
+    The one loop of everything that can be resumed. ``keys`` are cut into fixed chunks of
+    ``size``; ``make(start, stop)`` gives the rows of a whole chunk, so that an interrupted run
+    ends in the same rows as an uninterrupted one, and those that were missing are appended
+    before the next chunk begins. ``skip(n)`` is told of chunks that were there.
+
+    Raises ``ValueError`` if ``make`` gives more or fewer rows than its chunk has keys.
+    """
+    done = {} if store is None else store.by_key()
+    for start in range(0, len(keys), size):
+        chunk = keys[start : start + size]
+        if all(key in done for key in chunk):
+            if skip is not None:
+                skip(len(chunk))
+            continue
+        made = list(make(start, start + len(chunk)))
+        if len(made) != len(chunk):
+            raise ValueError(f"{len(made)} rows were made of {len(chunk)} keys")
+        new = {key: dict(row) for key, row in zip(chunk, made, strict=True) if key not in done}
+        if store is not None:
+            store.append(list(new.values()))
+        done |= new
+    return [done[key] for key in keys]
+
+
+# --- old addresses, deleted at the end
+from stllms.runs.files import ARTEFACTS, RUN, LockedFolder, locked  # noqa: E402, F401
+
+INPUTS = {name: one.made_from for name, one in ARTEFACTS.items() if one.made_from}

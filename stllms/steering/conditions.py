@@ -1,3 +1,271 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""What is added where: conditions, and the grid of tasks and conditions (method, section 8).
 
-from stllms.steering import (CHUNK, SWEPT_CONTROLS, generate, Arm, arms, by_arm, plain, sweep_arms, control_arms, grid, check)  # noqa: F401
+``h[l*, t] += c * direction[b][l*]`` at one layer, every position, every step. The responses of
+a task under all conditions share batches and sampling noise, so that every steered response
+has its baseline: the unsteered response of the same task and noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stllms.generation import decode, prompts, sampling
+from stllms.generation.decode import Intervention
+from stllms.labels import STEERED
+from stllms.models.model import Model
+from stllms.records import Response, Steered, Task, from_rows, steered_from_row, to_row
+from stllms.runs.store import Rows, resumed
+from stllms.terminal import token_bar
+from stllms.vectors.controls import Controls
+from stllms.vectors.directions import SteeringVectors
+
+#: Tasks in a chunk: under all their conditions the unit of refill, flush and resume.
+CHUNK = 20
+#: Control directions in the layer sweep of notebook 04.
+SWEPT_CONTROLS = 4
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to steer: ``direction`` is a behaviour, ``none``, or a control such as
+    ``shuffled:0``."""
+
+    direction: str
+    layer: int
+    coefficient: float
+    intervention: Intervention | None
+    operation: str = "add"
+
+    def key(self, task_id: str) -> tuple[str, str, int, float, str]:
+        """The row key of a task under this condition."""
+        return (task_id, self.direction, self.layer, self.coefficient, self.operation)
+
+
+def plain() -> Condition:
+    """The condition in which nothing is done: the baseline."""
+    return Condition("none", -1, 0.0, None)
+
+
+def conditions(
+    vectors: SteeringVectors,
+    layers: dict[str, int],
+    coefficients: Sequence[float],
+    *,
+    operation: str = "add",
+    where: str = "all",
+) -> list[Condition]:
+    """The baseline, and a condition for every behaviour of ``layers`` and every coefficient
+    other than 0.
+
+    A behaviour without a direction gets none. Raises ``ValueError`` for an unknown behaviour
+    or layer, naming what exists.
+    """
+    found = [plain()]
+    for behaviour, layer in layers.items():
+        if behaviour in vectors.unavailable:
+            continue
+        if behaviour not in vectors.behaviours:
+            have = ", ".join(vectors.behaviours)
+            raise ValueError(f"no direction for {behaviour!r}; there are: {have}")
+        if not 0 <= layer < vectors.n_layers:
+            last = vectors.n_layers - 1
+            raise ValueError(f"no layer {layer} in the vectors; they have layers 0 to {last}")
+        direction = vectors.direction(behaviour, layer)
+        for coefficient in filter(None, coefficients):
+            edit = Intervention(direction, layer, coefficient, operation, where)
+            found.append(Condition(behaviour, layer, float(coefficient), edit, operation))
+    return found
+
+
+def control_conditions(
+    controls: Controls, layers: dict[str, int], coefficients: Sequence[float]
+) -> list[Condition]:
+    """Every control direction at every steering layer with every coefficient other than 0.
+
+    With a judge they may be for some of the tasks only (:func:`stllms.tasks.subset`).
+    """
+    return [
+        Condition(name, layer, float(c), Intervention(direction[layer], layer, c))
+        for layer in sorted(set(layers.values()))
+        for name, direction in zip(controls.names, controls.directions, strict=True)
+        for c in filter(None, coefficients)
+    ]
+
+
+def sweep_conditions(
+    vectors: SteeringVectors, coefficients: Sequence[float], controls: Controls | None = None
+) -> list[Condition]:
+    """The baseline, and every steered behaviour and control at every layer with the largest
+    coefficient of each sign, to see where a direction acts best."""
+    ends = sorted({min(coefficients), max(coefficients)} - {0})
+    layers = range(vectors.n_layers)
+    names = [name for name in STEERED if name in vectors.behaviours]
+    found = [plain()]
+    for layer in layers:
+        found += conditions(vectors, dict.fromkeys(names, layer), ends)[1:]
+    if controls is not None:
+        found += control_conditions(controls, {str(layer): layer for layer in layers}, ends)
+    return found
+
+
+def by_condition(every: Iterable[Condition]) -> dict[tuple, Intervention | None]:
+    """What each condition does, by (direction, layer, coefficient, operation)."""
+    return {one.key("")[1:]: one.intervention for one in every}
+
+
+def generate(
+    model: Model,
+    tasks: Sequence[Task],
+    interventions: Sequence[Intervention | Sequence[Intervention] | None],
+    *,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    style: str = "sound",
+    progress: bool = True,
+    watch: Callable[[list[Response]], Any] | None = None,
+) -> list[Response]:
+    """One response a task, each with its own intervention, several, or ``None`` for none.
+
+    A task may occur several times with different interventions; its rows share their
+    noise. Arguments are those of :func:`stllms.generation.responses.responses`; ``watch`` is
+    called with the responses so far after every token, and what it raises ends the run.
+    Raises ``ValueError`` for lists of different lengths, and for a layer or width the model
+    does not have; ``SamplingError`` if the audit of the responses fails.
+    """
+    if len(tasks) != len(interventions):
+        raise ValueError(f"{len(tasks)} tasks but {len(interventions)} interventions")
+    with token_bar(len(tasks), "steered", most=max_new_tokens, enabled=progress) as bar:
+        responses = _responses(
+            model,
+            tasks,
+            interventions,
+            style,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed,
+            progress=bar.tick,
+            watch=watch,
+        )
+    sampling.audit(responses).check()
+    return responses
+
+
+def _several(item: Intervention | Sequence[Intervention] | None) -> tuple[Intervention, ...]:
+    if item is None:
+        return ()
+    return (item,) if isinstance(item, Intervention) else tuple(item)
+
+
+def _responses(
+    model: Model,
+    tasks: Sequence[Task],
+    interventions: Sequence[Intervention | Sequence[Intervention] | None],
+    style: str,
+    *,
+    watch: Callable[[list[Response]], Any] | None = None,
+    **options: Any,
+) -> list[Response]:
+    """:func:`generate` without its checks; ``options`` are those of ``decode.run``."""
+    opened = [prompts.opening(model, task, style) for task in tasks]
+    rows = [
+        decode.Row(start[1], task.id, _several(edits))
+        for task, start, edits in zip(tasks, opened, interventions, strict=True)
+    ]
+
+    def read(written: Sequence[Sequence[int]]) -> list[Response]:
+        return [
+            prompts.response(model, task, start, ids)
+            for task, start, ids in zip(tasks, opened, written, strict=True)
+        ]
+
+    follow = None if watch is None else (lambda written: watch(read(written)))
+    written = decode.run(model, rows, watch=follow, **options)
+    return [
+        replace(response, audit=one.audit)
+        for response, one in zip(read([one.ids for one in written]), written, strict=True)
+    ]
+
+
+def grid(
+    model: Model,
+    tasks: Sequence[Task],
+    every: Iterable[Condition],
+    *,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    style: str = "sound",
+    store: Rows | None = None,
+    progress: bool = True,
+) -> list[Steered]:
+    """Every task under every condition, the conditions of a task together.
+
+    All conditions of a chunk of tasks share batches. ``store`` has the row key of
+    :class:`~stllms.records.Steered`; a chunk of which a row is missing is decoded whole, and
+    the missing rows are added. The key does not say where a row was steered, so ``ValueError``
+    is raised for a store and a condition that does not steer all positions, ``SamplingError``
+    if the audit of all responses fails.
+    """
+    every = list(every)
+    cells = [(condition, task) for task in tasks for condition in every]
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    if store is not None and cells:
+        _check_storable(every)
+        store.bind({**model.identity, **options, **decode.fingerprints(by_condition(every))})
+        ids = {task.id: prompts.opening(model, task, style)[1] for task in tasks}
+        stored = from_rows(store.load(), steered_from_row, store.path)
+        prompts.same(store.path, (one.response for one in stored), ids)
+
+    def make(start: int, stop: int) -> list[dict[str, Any]]:
+        part = cells[start:stop]
+        responses = _responses(
+            model,
+            [task for _, task in part],
+            [condition.intervention for condition, _ in part],
+            style,
+            batch_size=batch_size,
+            progress=bar.tick,
+            **options,
+        )
+        return [
+            to_row(Steered(*condition.key(task.id), response))
+            for (condition, task), response in zip(part, responses, strict=True)
+        ]
+
+    with token_bar(len(cells), "steered", most=max_new_tokens, enabled=progress) as bar:
+        keys = [condition.key(task.id) for condition, task in cells]
+        size = CHUNK * len(every)
+        rows = resumed(keys, make, size=size, store=store, skip=bar.skip) if every else []
+    found = [steered_from_row(row) for row in rows]
+    sampling.audit(one.response for one in found).check()
+    return found
+
+
+def _check_storable(every: Sequence[Condition]) -> None:
+    for condition in every:
+        places = {item.where for item in _several(condition.intervention)} - {"all"}
+        if places:
+            raise ValueError(
+                f"the condition of {condition.direction} acts on {', '.join(places)} tokens: a "
+                "store keeps responses steered at all positions, so call grid without one"
+            )
+
+
+def check(vectors: SteeringVectors, model: Model, origin: str = "the directions") -> None:
+    """Raises ``ValueError`` for directions of another model, naming both ``[L, D]``."""
+    mine, its = tuple(vectors.overall.shape), (model.n_layers, model.d_model)
+    if mine != its:
+        raise ValueError(
+            f"{origin}: directions [L, D] = {list(mine)} are of another model than "
+            f"{model.name}, which has {list(its)}"
+        )

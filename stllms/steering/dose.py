@@ -1,3 +1,176 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""What a coefficient does and its side effects, from the rows of ``steering.csv``.
 
-from stllms.doses import (LIMITS, costs, table, broken, warning, suggested, summary, sweep)  # noqa: F401
+The dose-response of every direction, the coefficients that keep the text whole, and at those
+the two comparisons that a claim needs: outside the interval of the baseline, and outside the
+null interval, the range of control directions of the same length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stllms.labels import STEERED
+from stllms.steering import measures
+from stllms.steering.measures import FRACTION, SIDE_EFFECTS
+
+#: How much worse than the baseline a side effect may get before a coefficient is not suggested.
+LIMITS: dict[str, float] = {
+    "accuracy": 0.15,
+    "closed": 0.10,
+    "loops": 0.15,
+    "well-formed": 0.10,
+}
+#: Worse is lower for these, a change either way for the length, and higher for the rest.
+_LOWER = ("accuracy", "closed", "compression", "labelled", "well-formed")
+
+
+def side_effects(rows: pd.DataFrame) -> pd.DataFrame:
+    """Side effects (columns) under every condition (rows); control directions as the mean of a
+    kind, over the tasks that they were measured on."""
+    side = rows[rows["metric"].isin(SIDE_EFFECTS)]
+    kind = side["direction"].str.replace(r":\d+$", "", regex=True)
+    wide = side.assign(direction=kind).pivot_table(
+        index=["direction", "coefficient"], columns="metric", values="value", sort=False
+    )
+    return wide[[name for name in SIDE_EFFECTS if name in wide.columns]].reset_index()
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Dose-response: own token fraction and side effects of every direction (column
+    ``steered``) over its coefficients, the baseline at 0; with interval and null interval."""
+    made = [rows.iloc[:0].assign(steered="")]
+    for behaviour in STEERED:
+        mine = rows[rows["direction"].isin([behaviour, "none"])]
+        if (mine["direction"] == behaviour).any():
+            fraction = (mine["metric"] == FRACTION) & (mine["behaviour"] == behaviour)
+            found = mine[fraction | mine["metric"].isin(SIDE_EFFECTS)]
+            made.append(found.assign(steered=behaviour))
+    every = pd.concat(made[1:] or made)
+    columns = ["steered", "metric", "coefficient", "value", "ci_low", "ci_high", "n"]
+    every = every[[*columns, "null_low", "null_high", "null_n"]]
+    return every.sort_values(["steered", "metric", "coefficient"], ignore_index=True)
+
+
+def broken(
+    rows: pd.DataFrame, limits: Mapping[str, float] | None = None
+) -> dict[tuple[str, float], dict[str, tuple[float, float]]]:
+    """The conditions whose side effects go beyond ``limits`` (:data:`LIMITS`), and by what.
+
+    ``(direction, coefficient) -> {side effect: (baseline, steered)}``; control directions are
+    not looked at. Raises ``ValueError`` for a limit on something that is no side effect, and
+    for one below 0.
+    """
+    limits = LIMITS if limits is None else limits
+    for name, limit in limits.items():
+        if name not in SIDE_EFFECTS:
+            raise ValueError(f"no side effect {name!r}; there are: {', '.join(SIDE_EFFECTS)}")
+        if not limit >= 0:
+            raise ValueError(f"the limit of {name} is {limit}: say how much worse it may get")
+    side = rows[rows["metric"].isin(limits)].set_index(["direction", "coefficient", "metric"])
+    values = side["value"].to_dict()
+    found: dict[tuple[str, float], dict[str, tuple[float, float]]] = {}
+    for (direction, coefficient, metric), value in values.items():
+        plain = values["none", 0.0, metric]
+        if direction in STEERED and _worse(metric, value - plain) > limits[metric]:
+            found.setdefault((direction, coefficient), {})[metric] = (plain, value)
+    return found
+
+
+def _worse(metric: str, change: float) -> float:
+    """How much worse than the baseline a change of a side effect is."""
+    if metric == "tokens":
+        return abs(change)
+    return -change if metric in _LOWER else change
+
+
+def warning(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> str:
+    """One line for every coefficient that breaks the text, always with the loop score."""
+    loops = rows[rows["metric"] == "loops"].set_index(["direction", "coefficient"])["value"]
+    lines = []
+    for (direction, coefficient), beyond in broken(rows, limits).items():
+        beyond = {"loops": (loops["none", 0.0], loops[direction, coefficient])} | beyond
+        parts = [f"{name} {b:.2f} (plain {a:.2f})" for name, (a, b) in beyond.items()]
+        lines.append(f"{direction} {coefficient:+g} breaks the text: {', '.join(parts)}")
+    return "\n".join(lines) or "no coefficient breaks the text"
+
+
+def suggested(
+    rows: pd.DataFrame, behaviour: str, sign: int, limits: Mapping[str, float] | None = None
+) -> float | None:
+    """The largest coefficient of a sign up to which no side effect goes beyond ``limits``.
+
+    ``None`` if the smallest one does already, or if there is none of this sign. A side effect
+    that was not measured (NaN) is within.
+    """
+    bad = broken(rows, limits)
+    own = rows.loc[rows["direction"] == behaviour, "coefficient"].unique()
+    best = None
+    for coefficient in sorted((float(c) for c in own if np.sign(c) == sign), key=abs):
+        if (behaviour, coefficient) in bad:
+            break
+        best = coefficient
+    return best
+
+
+def summary(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> pd.DataFrame:
+    """Every direction at its suggested coefficients, one row a sign.
+
+    ``outside plain``: the own token fraction is beyond the interval of the baseline on the side
+    of the sign; ``outside controls``: beyond the most extreme of the control directions at the
+    same coefficient (empty without any). Where no coefficient is within the limits, the row
+    has no numbers.
+    """
+    own = rows[rows["metric"] == FRACTION].set_index(["behaviour", "direction", "coefficient"])
+    side = rows.set_index(["metric", "direction", "coefficient"])["value"]
+    made = []
+    for behaviour in STEERED:
+        if (behaviour, behaviour) not in own.index.droplevel(2):
+            continue
+        plain = own.loc[behaviour, "none", 0.0]
+        for sign in (1, -1):
+            at = suggested(rows, behaviour, sign, limits)
+            row: dict[str, Any] = {
+                "behaviour": behaviour,
+                "sign": "+-"[sign < 0],
+                "coefficient": at,
+            }
+            row |= {"plain": plain["value"], "plain_low": plain["ci_low"]}
+            row |= {"plain_high": plain["ci_high"]}
+            if at is not None:
+                row |= _beside(own.loc[behaviour, behaviour, at], plain, sign)
+                for name in ("well-formed", "accuracy"):
+                    row[name] = side.get((name, behaviour, at), np.nan)
+            made.append(row)
+    columns = ["behaviour", "sign", "coefficient", "plain", "plain_low", "plain_high", "value"]
+    columns += ["null_low", "null_high", "outside plain", "outside controls"]
+    return pd.DataFrame(made, columns=[*columns, "well-formed", "accuracy"])
+
+
+def _beside(found: pd.Series, plain: pd.Series, sign: int) -> dict[str, Any]:
+    """A value beside the edge of the baseline's interval and that of the null interval."""
+    edges = {"outside plain": plain["ci_high" if sign > 0 else "ci_low"]}
+    edges["outside controls"] = found["null_high" if sign > 0 else "null_low"]
+    outside = {
+        name: "" if np.isnan(edge) else ("yes" if sign * (found["value"] - edge) > 0 else "no")
+        for name, edge in edges.items()
+    }
+    return found[["value", "null_low", "null_high"]].to_dict() | outside
+
+
+def sweep(measured: pd.DataFrame) -> pd.DataFrame:
+    """Own token fraction of every direction by layer and coefficient, with the baseline and the
+    null interval, from the measurements of a sweep over layers (no rows without any)."""
+    columns = ["behaviour", "layer", "coefficient", "value", "ci_low", "ci_high", "n", "plain"]
+    columns += ["null_low", "null_high", "null_n"]
+    if measured.empty:
+        return pd.DataFrame(columns=columns)
+    rows = measures.table(measured)
+    own = rows[rows["metric"] == FRACTION]
+    plain = own[own["direction"] == "none"].set_index("behaviour")["value"]
+    mine = own[own["behaviour"] == own["direction"]]
+    found = mine.assign(plain=mine["behaviour"].map(plain))[columns]
+    return found.sort_values(["behaviour", "coefficient", "layer"], ignore_index=True)

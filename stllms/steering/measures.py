@@ -1,4 +1,365 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""What steering did: measures of a response, paired with the baseline of the same task.
 
-from stllms.evaluation import (SIDE_EFFECTS, FRACTION, SHARE, measure, table, PLAIN, bars, MODES, differences, showcase, texts, changes)  # noqa: F401
-from stllms.metrics import (EMPTY, token_fractions, segment_counts, segment_fractions, Coherence, coherence)  # noqa: F401
+Two different shares go by "fraction" in the published scripts; here they have names:
+
+* **token fraction** (method, section 8): the share of a behaviour's tokens among the tokens of
+  the four steered behaviours;
+* **segment fraction** (section 9): the share of a label's segments among all six.
+
+A response without any segment has no fraction. It is set apart as NaN (``empty="apart"``, the
+default) or counts as zeros (``"published"``); a response with segments but none of the four
+steered behaviours has token fractions of zero. A failed annotation always gives NaN.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stllms import stats
+from stllms.fixtures import grammar
+from stllms.labels import BEHAVIOURS, STEERED, is_control
+from stllms.records import STEERED_KEY, Annotation, Steered, Task
+from stllms.tasks import score
+
+EMPTY = ("apart", "published")
+#: Measures of a response that are no behaviour's: name -> what a reader should know.
+SIDE_EFFECTS: dict[str, str] = {
+    "accuracy": "share of correct answers among tasks that have one",
+    "tokens": "output tokens",
+    "closed": "share of responses whose thinking ended",
+    "truncated": "share of responses cut at the token limit",
+    "loops": "share of word 4-grams that occurred before in the thinking",
+    "compression": "size after zlib over size before",
+    "labelled": "share of the text that the annotator labelled",
+    "kl": "KL of the steered from the plain model along the response, nats a token",
+    "log perplexity": "of the response under the plain model, nats a token",
+    "well-formed": "share of responses that the grammar could have written",
+}
+FRACTION, SHARE = "token fraction", "token share"
+#: The condition in which nothing is done: (direction, layer, coefficient).
+PLAIN = ("none", -1, 0.0)
+#: The bars of the paper: mode -> (direction, ``None`` for the behaviour's own; coefficient).
+MODES = {"plain": ("none", 0.0), "positive": (None, 1.0), "negative": (None, -1.0)}
+
+
+# --- of one response ---------------------------------------------------------------------
+
+
+def token_fractions(
+    annotations: Sequence[Annotation],
+    behaviours: Sequence[str] = STEERED,
+    *,
+    empty: str = "apart",
+) -> np.ndarray:
+    """Token fraction of every behaviour in every response, ``[responses, N]``.
+
+    Needs annotations with token spans. Raises ``ValueError`` for an unknown ``empty``.
+    """
+    sizes = np.zeros((len(annotations), len(behaviours)))
+    for row, annotation in zip(sizes, annotations, strict=True):
+        for span in annotation.spans:
+            if span.label in behaviours:
+                row[behaviours.index(span.label)] += span.end - span.start
+    shares = _shares(sizes, np.array([bool(a.spans) for a in annotations], bool), empty)
+    shares[[a.failed is not None for a in annotations]] = np.nan
+    return shares
+
+
+def segment_counts(
+    annotations: Sequence[Annotation], behaviours: Sequence[str] = BEHAVIOURS
+) -> np.ndarray:
+    """Segments of every behaviour in every response, ``[responses, N]``."""
+    counted = [Counter(segment.label for segment in a.segments) for a in annotations]
+    found = np.array([[c[b] for b in behaviours] for c in counted], dtype=float)
+    return found.reshape(len(annotations), len(behaviours))
+
+
+def segment_fractions(counts: np.ndarray, *, empty: str = "apart") -> np.ndarray:
+    """Segment fractions from counts, ``[responses, N]`` -> ``[responses, N]``."""
+    counts = np.asarray(counts, dtype=float)
+    return _shares(counts, counts.sum(1) > 0, empty)
+
+
+def _shares(sizes: np.ndarray, present: np.ndarray, empty: str) -> np.ndarray:
+    if empty not in EMPTY:
+        raise ValueError(f"unknown treatment of empty chains {empty!r}: {', '.join(EMPTY)}")
+    total = sizes.sum(1, keepdims=True)
+    shares = np.divide(sizes, total, out=np.zeros_like(sizes), where=total > 0)
+    if empty == "apart":
+        shares[~present] = np.nan
+    return shares
+
+
+@dataclass(frozen=True)
+class Coherence:
+    """Signs of broken text: ``loops`` is the share of word 4-grams that occurred before in the
+    text; ``compression`` its size after zlib over the size before (low: repeats)."""
+
+    loops: float
+    compression: float
+
+
+def coherence(text: str) -> Coherence:
+    """:class:`Coherence` of a text; ``(0, 1)`` for one that is too short to repeat itself."""
+    words = text.split()
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    raw = text.encode()
+    loops = 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return Coherence(loops, min(1.0, len(zlib.compress(raw, 9)) / len(raw)) if raw else 1.0)
+
+
+def measure(
+    steered: Sequence[Steered],
+    tasks: Sequence[Task],
+    scores: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    empty: str = "apart",
+) -> pd.DataFrame:
+    """One row a response: its key, token fractions, token shares, side effects.
+
+    ``token fraction`` columns are of the four steered behaviours (the paper's metric),
+    ``token share`` columns of all six. Answers are scored by :func:`stllms.tasks.score`;
+    tasks without one give NaN, and a response without an answer is wrong. ``scores`` are those
+    of :func:`stllms.generation.likelihood.scores` for the same responses. Raises
+    ``ValueError`` for a response without an annotation, of a task that is not among ``tasks``,
+    or without its score.
+    """
+    annotations = [one.annotation for one in steered if one.annotation is not None]
+    if lacking := len(steered) - len(annotations):
+        raise ValueError(f"{lacking} of {len(steered)} chains have no annotation")
+    by_id = {task.id: task for task in tasks}
+    strange = sorted({one.task_id for one in steered} - by_id.keys())
+    if strange:
+        raise ValueError(
+            f"{len(strange)} tasks of the chains were not asked: {strange[0]}, ..."
+        )
+    fractions = token_fractions(annotations, STEERED, empty=empty)
+    shares = token_fractions(annotations, BEHAVIOURS, empty=empty)
+    columns = [f"{FRACTION}/{b}" for b in STEERED] + [f"{SHARE}/{b}" for b in BEHAVIOURS]
+    found = pd.concat(
+        [
+            pd.DataFrame([one.key for one in steered], columns=list(STEERED_KEY)),
+            pd.DataFrame(np.hstack([fractions, shares]), columns=columns),
+            pd.DataFrame(
+                [
+                    _side_effects(one, annotation, by_id[one.task_id])
+                    for one, annotation in zip(steered, annotations, strict=True)
+                ]
+            ),
+        ],
+        axis=1,
+    )
+    return found if scores is None else _with_scores(found, scores)
+
+
+def _side_effects(one: Steered, annotation: Annotation, task: Task) -> dict[str, float]:
+    response = one.response
+    signs = coherence(response.thinking)
+    found = {
+        "accuracy": score(task, response.answer),
+        "tokens": float(len(response.output_ids)),
+        "closed": float(response.closed),
+        "truncated": float(not response.finished),
+        "loops": signs.loops,
+        "compression": signs.compression,
+        "labelled": np.nan if annotation.failed else annotation.ledger["coverage"],
+    }
+    if annotation.annotator == "grammar":
+        thinker = response.thinking != response.answer  # a text without tags is both
+        found["well-formed"] = float(grammar.well_formed(response, thinker=thinker))
+    return found
+
+
+def _with_scores(rows: pd.DataFrame, scores: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    given = pd.DataFrame(scores, columns=[*STEERED_KEY, "kl", "perplexity"])
+    given["log perplexity"] = np.log(given.pop("perplexity").astype(float))
+    given["kl"] = given["kl"].astype(float)
+    joined = rows.merge(given, on=list(STEERED_KEY), how="left", validate="1:1", indicator=True)
+    if lacking := (joined.pop("_merge") == "left_only").sum():
+        raise ValueError(f"{lacking} of {len(rows)} chains have no score")
+    return joined
+
+
+# --- of all tasks ------------------------------------------------------------------------
+
+
+def table(measured: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+    """The rows of ``steering.csv``, from :func:`measure`: means over tasks with a bootstrap
+    interval, and the sign-flip p-value of the paired difference from the baseline.
+
+    ``behaviour`` is empty for a side effect. ``p_holm`` corrects the tests of the paper's
+    figure: a behaviour under its own vector. ``null_low`` and ``null_high`` are the null
+    interval, the range of the control directions at the same layer and coefficient (NaN without
+    any); ``null_n`` is how many tasks it is from. Where controls were measured on some of the
+    tasks only, the mean difference of each from the baseline of its own tasks is added to the
+    mean of the whole baseline, so that every value of a row is for the same tasks.
+    """
+    names, by_condition = _conditions(measured)
+    plain, null = by_condition[PLAIN], _null(by_condition)
+    rows = []
+    for (direction, layer, coefficient), found in by_condition.items():
+        low, high, n_tasks = null.get((layer, coefficient), ({}, {}, {}))
+        changes = found[names] - plain.reindex(found.index)
+        for name in names:
+            metric, _, behaviour = name.partition("/")
+            interval = stats.bootstrap(found[name], seed=seed)
+            is_plain = direction == PLAIN[0]
+            p = np.nan if is_plain else stats.sign_flip(changes[name], seed=seed)
+            rows.append(
+                {
+                    "behaviour": behaviour,
+                    "direction": direction,
+                    "layer": layer,
+                    "coefficient": coefficient,
+                    "metric": metric,
+                    "value": interval.value,
+                    "ci_low": interval.low,
+                    "ci_high": interval.high,
+                    "n": interval.n,
+                    "p": p,
+                    "p_holm": np.nan,
+                    "null_low": low.get(name, np.nan),
+                    "null_high": high.get(name, np.nan),
+                    "null_n": n_tasks.get(name, 0),
+                }
+            )
+    made = pd.DataFrame(rows)
+    own = (made["metric"] == FRACTION) & (made["behaviour"] == made["direction"])
+    made.loc[own, "p_holm"] = stats.holm(made.loc[own, "p"])
+    return made
+
+
+def _conditions(measured: pd.DataFrame) -> tuple[list[str], dict[tuple, pd.DataFrame]]:
+    """The measured columns, and the rows of every (direction, layer, coefficient) by task.
+
+    Raises ``ValueError`` without a baseline, or where a condition has a task twice.
+    """
+    names = [c for c in measured.columns if c not in STEERED_KEY]
+    condition = ["direction", "layer", "coefficient"]
+    if not (measured["direction"] == PLAIN[0]).any():
+        raise ValueError("there are no plain chains (direction 'none') to compare with")
+    twice = measured[measured.duplicated(["task_id", *condition])]
+    if len(twice):
+        raise ValueError(
+            f"{dict(twice.iloc[0][['task_id', *condition]])} is there more than once: measure "
+            "the chains of each operation apart"
+        )
+    groups = measured.groupby(condition, sort=False)
+    return names, {place: rows.set_index("task_id")[names] for place, rows in groups}
+
+
+def _null(by_condition: Mapping[tuple, pd.DataFrame]) -> dict[tuple, tuple]:
+    """(layer, coefficient) -> smallest and largest control, and the fewest tasks of any."""
+    plain = by_condition[PLAIN]
+    values: dict[tuple, list[pd.Series]] = {}
+    counts: dict[tuple, list[pd.Series]] = {}
+    for (direction, *place), found in by_condition.items():
+        if is_control(direction):
+            change = found - plain.reindex(found.index)
+            values.setdefault(tuple(place), []).append(plain.mean() + change.mean())
+            counts.setdefault(tuple(place), []).append(change.notna().sum())
+    made = {}
+    for at, means in values.items():
+        every, n = pd.DataFrame(means), pd.DataFrame(counts[at])
+        made[at] = every.min(), every.max(), n.where(n > 0).min().fillna(0).astype(int)
+    return made
+
+
+def bars(rows: pd.DataFrame) -> pd.DataFrame:
+    """The paper's bars: token fraction of each behaviour plain and under its own +-1.
+
+    Columns ``behaviour``, ``mode`` (plain, positive, negative), ``value``, ``low``, ``high``,
+    ``n``, ``null_low``, ``null_high``, ``null_n``; a behaviour without a direction has NaN.
+    """
+    found = rows[(rows["metric"] == FRACTION) & ~rows["direction"].map(is_control)]
+    found = found.set_index(["behaviour", "direction", "coefficient"])
+    keys = [(b, own or b, c) for b in STEERED for own, c in MODES.values()]
+    values = ["value", "ci_low", "ci_high", "n", "null_low", "null_high", "null_n"]
+    # reindex, because a file of an earlier version has no null_n
+    made = found.reindex(columns=values, index=keys).astype(float)
+    made = made.rename(columns={"ci_low": "low", "ci_high": "high"}).reset_index("behaviour")
+    made.insert(1, "mode", [*MODES] * len(STEERED))
+    return made.reset_index(drop=True)
+
+
+def differences(measured: pd.DataFrame, rows: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+    """Own token fraction under each direction minus that of the baseline, paired by task.
+
+    Mean difference with its bootstrap interval; p-values are those of :func:`table`.
+    """
+    _, by_condition = _conditions(measured)
+    made = []
+    for row in rows[rows["p_holm"].notna()].itertuples():
+        name = f"{FRACTION}/{row.behaviour}"
+        mine = by_condition[row.direction, row.layer, row.coefficient][name]
+        found = stats.bootstrap(mine - by_condition[PLAIN][name].reindex(mine.index), seed=seed)
+        made.append(
+            {
+                "behaviour": row.behaviour,
+                "layer": row.layer,
+                "coefficient": row.coefficient,
+                "difference": found.value,
+                "low": found.low,
+                "high": found.high,
+                "n": found.n,
+                "p": row.p,
+                "p_holm": row.p_holm,
+            }
+        )
+    columns = ["behaviour", "layer", "coefficient", "difference", "low", "high", "n"]
+    return pd.DataFrame(made, columns=[*columns, "p", "p_holm"])
+
+
+def changes(rows: pd.DataFrame, coefficient: float = 1.0) -> pd.DataFrame:
+    """What else moves: change of the token share of all six behaviours (columns) under every
+    behaviour's direction (index ``direction``) against the baseline."""
+    shares = rows[rows["metric"] == SHARE]
+    plain = shares[shares["direction"] == PLAIN[0]].set_index("behaviour")["value"]
+    steered = shares[(shares["coefficient"] == coefficient) & shares["direction"].isin(STEERED)]
+    wide = steered.pivot(index="direction", columns="behaviour", values="value")
+    order = [b for b in STEERED if b in wide.index]
+    return wide.reindex(index=order, columns=BEHAVIOURS) - plain[list(BEHAVIOURS)]
+
+
+# --- examples ----------------------------------------------------------------------------
+
+
+def showcase(
+    steered: Sequence[Steered], measured: pd.DataFrame, behaviours: Sequence[str]
+) -> tuple[Steered, Steered] | None:
+    """(baseline, positive) of the finished response whose own token fraction rose most, over
+    all ``behaviours`` and their positive coefficients; the earlier behaviour where two rose
+    alike. ``None`` where nothing was steered or nothing rose (the share of repeated 4-grams
+    off it)."""
+    at = {one.key[:4]: one for one in steered}
+    _, by_condition = _conditions(measured)
+    best: tuple[float, int] = (0.0, 0)
+    pair = None
+    for place, rows in by_condition.items():
+        if place[0] not in behaviours or place[2] <= 0:
+            continue
+        name = f"{FRACTION}/{place[0]}"
+        rise = (rows[name] - by_condition[PLAIN][name].reindex(rows.index)).fillna(-1)
+        whole = rise - rows["truncated"] - rows["loops"]
+        rank = (whole.max(), -behaviours.index(place[0]))
+        if rank[0] > 0 and rank > best:
+            best, pair = rank, (at[whole.idxmax(), *PLAIN], at[whole.idxmax(), *place])
+    return pair
+
+
+def texts(steered: Sequence[Steered]) -> pd.DataFrame:
+    """One row a segment of some responses: the data of a figure that shows them."""
+    rows = [
+        (one.task_id, one.direction, one.coefficient, s.label, s.start, s.end, s.text)
+        for one in steered
+        for s in (one.annotation.segments if one.annotation else ())
+    ]
+    columns = ["task_id", "direction", "coefficient", "label", "start", "end", "text"]
+    return pd.DataFrame(rows, columns=columns)

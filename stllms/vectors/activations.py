@@ -1,3 +1,394 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Span means of every layer for every behaviour, in one forward pass per batch.
 
-from stllms.activations import (WINDOW, SAVE_EVERY, LEDGER, collect)  # noqa: F401
+Method, section 6. For a span ``[s, e)`` of ``prompt_ids + output_ids`` and layer ``l``::
+
+    span mean     = average of h[l, s-1 ... min(e-1, s+10)-1]     (at most 11 tokens, from s-1)
+    response mean = average of h[l, first span's start ... last span's end - 1]
+
+Both are rows of one averaging matrix ``A [B, S, T]``, so a layer costs one batched product
+``A @ h[l]`` inside the trace, after which ``h[l]`` is free. The sums of control directions
+(method, section 13) are linear in the span means and made in the same pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stllms.annotation.align import check
+from stllms.labels import BEHAVIOURS, STEERED
+from stllms.models.model import Model
+from stllms.records import Response, Span
+from stllms.runs.files import BadFile, load_tensors, remove, save_tensors
+from stllms.terminal import token_bar
+from stllms.vectors.means import HALVES, MIN_SPANS, PARTS, Means, is_build, mark, part_of
+
+#: Tokens of a span that enter its mean, counted from the one before it.
+WINDOW = 11
+#: Responses between two saves of :func:`collect`.
+SAVE_EVERY = 50
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One response: ids up to the end of its last span, windows and labels of its spans, and
+    their weights ``[2 * K, S]`` in the ``K`` shuffled and the ``K`` signed sums."""
+
+    task_id: str
+    ids: tuple[int, ...]
+    whole: tuple[int, int]
+    windows: tuple[tuple[int, int], ...]
+    labels: tuple[int, ...]
+    weights: np.ndarray
+
+
+def collect(
+    model: Model,
+    responses: Sequence[Response],
+    spans_per_response: Sequence[Sequence[Span]],
+    *,
+    batch_size: int = 8,
+    behaviours: Sequence[str] = BEHAVIOURS,
+    keep: Sequence[int] = (),
+    controls: int = 0,
+    seed: int = 0,
+    path: Path | None = None,
+    progress: bool = True,
+) -> Means:
+    """Means of all spans of some responses.
+
+    The build half is read first; its directions then project the spans of the test half
+    (:func:`stllms.vectors.quality.separability`), so that this needs no second pass.
+
+    Args:
+        spans_per_response: the token spans of each response, as its annotation has them.
+        batch_size: responses in a forward pass; the result does not depend on it. If the
+            device runs out of memory, it is halved with a warning, and ``model.fits`` keeps
+            what fitted.
+        behaviours: labels to keep apart; spans of other labels are counted, not used.
+        keep: layers whose span means are kept one by one (``Means.samples``); memory then
+            grows with the number of spans.
+        controls: how many control directions of each kind to sum up
+            (:mod:`stllms.vectors.nulls`). Each is a function of the seed and the responses
+            alone. Shuffled ones imitate the steered behaviours with enough spans, in turn.
+        seed: of their permutations and signs.
+        path: where to save what was read so far, about every :data:`SAVE_EVERY` responses. A
+            file that a stopped collection left there is completed, bit for bit as if it had
+            not been stopped (at the same ``batch_size``), and removed at the end.
+
+    Raises:
+        ValueError: a response given twice, a span that is empty or outside its response, lists
+            of different length, activations that are not finite (naming where), or a file of a
+            collection of something else (naming what differs).
+        BadFile: a file that no collection wrote.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size should be at least 1, it is {batch_size}")
+    behaviours, keep = tuple(behaviours), tuple(dict.fromkeys(keep))
+    if unknown := [layer for layer in keep if not 0 <= layer < model.n_layers]:
+        last = model.n_layers - 1
+        raise ValueError(f"no layer {unknown[0]} to keep: {model.name} has layers 0 to {last}")
+    jobs, ledger = _jobs(responses, spans_per_response, behaviours)
+    config: dict[str, Any] = {"window": WINDOW}
+    if controls:
+        targets = _targets(jobs, behaviours)
+        config["controls"] = {"seed": seed, "targets": list(targets)}
+        rows = [behaviours.index(name) for name in targets]
+        jobs = [_weighted(job, controls, rows, seed) for job in jobs]
+    means = Means.zeros(
+        behaviours,
+        model.n_layers,
+        model.d_model,
+        model=model.name,
+        sample_layers=keep,
+        controls=controls,
+        ledger=ledger,
+        config=config,
+    )
+    build = _ordered(job for job in jobs if is_build(job.task_id))
+    test = _ordered(job for job in jobs if not is_build(job.task_id))
+    identity = _identity(model, means, [*build, *test])
+    means, done = _resume(path, means, identity)
+    size = min(batch_size, model.fits)
+    with token_bar(len(jobs), "activations", unit="responses", enabled=progress) as bar:
+        bar.skip(done)
+        while done < len(jobs):
+            held_out = done >= len(build)
+            half = test[done - len(build) :] if held_out else build[done:]
+            batch = half[:size]
+            try:
+                means = _add(means, model, batch, held_out and bool(build))
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                size = model.fits = len(batch) // 2
+                note = f"out of memory: going on with batches of {size} responses"
+                warnings.warn(note, stacklevel=2)
+                continue
+            before, done = done, done + len(batch)
+            bar.tick(sum(len(job.ids) for job in batch), len(batch))
+            if path is not None and done // SAVE_EVERY > before // SAVE_EVERY:
+                save_tensors(path, means.tensors, {"collecting": identity, "done": done})
+    if path is not None:
+        remove(path)
+    return means
+
+
+# --- what is read, and in which order ----------------------------------------------------
+
+
+def _jobs(
+    responses: Sequence[Response],
+    spans_per_response: Sequence[Sequence[Span]],
+    behaviours: tuple[str, ...],
+) -> tuple[list[_Job], dict[str, int]]:
+    """Checked and windowed work, and the ledger of what is used and what is not. A span at
+    token 0 has no token before it and is dropped."""
+    if len(responses) != len(spans_per_response):
+        raise ValueError(
+            f"{len(responses)} responses but spans of {len(spans_per_response)} of them"
+        )
+    for task_id, n in Counter(response.task_id for response in responses).items():
+        if n > 1:
+            raise ValueError(
+                f"response {task_id!r} is given {n} times and its spans would count {n} times: "
+                "give each response once"
+            )
+    every = [span for spans in spans_per_response for span in spans]
+    late = [span for span in every if span.start > 0]
+    used = sum(span.label in behaviours for span in late)
+    ledger = {
+        "responses": sum(map(bool, spans_per_response)),
+        "responses without spans": sum(not spans for spans in spans_per_response),
+        "spans": used,
+        "spans at token 0": len(every) - len(late),
+        "spans of other labels": len(late) - used,
+    }
+    jobs = []
+    for response, spans in zip(responses, spans_per_response, strict=True):
+        check(response, spans)
+        if spans:
+            jobs.append(_job(response, spans, behaviours))
+    return jobs, ledger
+
+
+def _job(response: Response, spans: Sequence[Span], behaviours: tuple[str, ...]) -> _Job:
+    used = [span for span in spans if span.label in behaviours and span.start > 0]
+    whole = (min(span.start for span in spans), max(span.end for span in spans))
+    return _Job(
+        task_id=response.task_id,
+        ids=(*response.prompt_ids, *response.output_ids)[: whole[1]],
+        whole=whole,
+        windows=tuple((s.start - 1, min(s.end - 1, s.start + WINDOW - 1)) for s in used),
+        labels=tuple(behaviours.index(span.label) for span in used),
+        weights=np.zeros((0, len(used)), dtype=np.float32),
+    )
+
+
+def _targets(jobs: Sequence[_Job], behaviours: tuple[str, ...]) -> tuple[str, ...]:
+    """The behaviours that shuffled controls imitate."""
+    spans = Counter(behaviours[label] for job in jobs for label in job.labels)
+    known = [name for name in behaviours if spans[name] >= MIN_SPANS]
+    return tuple(name for name in STEERED if name in known) or tuple(known)
+
+
+def _weighted(job: _Job, controls: int, targets: Sequence[int], seed: int) -> _Job:
+    """The response with its weights: ones where a permuted label is the control's target, then
+    random signs. Each kind has a generator of its own, so that control ``i`` is the same
+    however many there are."""
+    shuffling, tossing = (
+        np.random.default_rng([seed, mark(job.task_id), kind]) for kind in (0, 1)
+    )
+    labels = np.array(job.labels, dtype=int)
+    weights = np.zeros((2 * controls, len(labels)), dtype=np.float32)
+    for i in range(controls):
+        permuted = shuffling.permutation(labels)
+        if targets:
+            weights[i] = permuted == targets[i % len(targets)]
+        weights[controls + i] = 1 - 2 * tossing.integers(0, 2, len(labels))
+    return replace(job, weights=weights)
+
+
+def _ordered(jobs: Iterable[_Job]) -> list[_Job]:
+    """Jobs of similar length together, the longest first."""
+    return sorted(jobs, key=lambda job: (-len(job.ids), job.task_id))
+
+
+# --- resuming ----------------------------------------------------------------------------
+
+
+def _identity(model: Model, means: Means, jobs: list[_Job]) -> dict[str, Any]:
+    """What a collection is of: all that its sums depend on, by name."""
+    responses, spans = sha256(), sha256()
+    for job in jobs:
+        responses.update(repr((job.task_id, job.ids)).encode())
+        spans.update(repr((job.whole, job.windows, job.labels)).encode())
+    return {
+        "model": f"{model.name}, {model.n_layers} layers of {model.d_model}, {model.dtype}",
+        "responses": f"{len(jobs)}, {responses.hexdigest()[:12]}",
+        "spans": spans.hexdigest()[:12],
+        "behaviours": list(means.behaviours),
+        "keep": list(means.sample_layers),
+        "number of controls": len(means.signs),
+        **means.config,
+    }
+
+
+def _resume(path: Path | None, means: Means, identity: dict[str, Any]) -> tuple[Means, int]:
+    """The sums that a stopped collection left, and how many responses are in them."""
+    if path is None or not path.is_file():
+        return means, 0
+    tensors, metadata = load_tensors(path)
+    if "collecting" not in metadata or set(tensors) != set(means.tensors):
+        raise BadFile(f"{path}: no unfinished collection, but {', '.join(tensors)}")
+    old = metadata["collecting"]
+    changes = [
+        f"{name} was {old.get(name)!r} and is now {identity.get(name)!r}"
+        for name in dict.fromkeys([*identity, *old])
+        if old.get(name) != identity.get(name)
+    ]
+    if changes:
+        raise ValueError(
+            f"{path} holds an unfinished collection of something else: {'; '.join(changes)}; "
+            "delete it, or choose another path"
+        )
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    return replace(means, **copies), metadata["done"]
+
+
+# --- one batch ---------------------------------------------------------------------------
+
+
+def _add(means: Means, model: Model, batch: list[_Job], project: bool) -> Means:
+    """One forward pass over a batch, and its sums added to ``means`` in place; returns the
+    record with its lists of spans extended.
+
+    Rows are padded on the right: later tokens cannot reach earlier ones in a causal model, so
+    no mask is needed.
+    """
+    ids, matrix, place = (x.to(model.device) for x in _padded(batch, model.pad_id))
+    groups = _groups(batch, len(means.behaviours)).to(model.device)
+    weights = torch.from_numpy(np.concatenate([job.weights for job in batch], 1))
+    weights = weights.to(model.device)
+    units = _units(means).to(model.device) if project else None
+    read = _empty(means, model, len(batch), len(groups), weights)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad(), model.nn_decoder.trace(**inputs, use_cache=False):
+        for layer, envoy in enumerate(model.nn_layers):
+            products, spans, read["sums"][layer], read["squares"][layer], along = _of_layer(
+                envoy.output, matrix, place, groups, None if units is None else units[:, layer]
+            )
+            if len(weights):
+                read["controls"][layer] = weights.to(spans.device) @ spans
+            read["finite"][layer] = products.isfinite().flatten(1).all(1)
+            read["wholes"][layer] = products[:, 0]
+            if along is not None:
+                read["projections"][:, layer] = along
+            if layer in means.sample_layers:
+                read["samples"][:, means.sample_layers.index(layer)] = spans
+    read = {name: tensor.cpu() for name, tensor in read.items()}
+    if not read["finite"].all():
+        layer, row = (~read["finite"]).nonzero()[0].tolist()
+        task_id = batch[row].task_id
+        raise ValueError(f"activations are not finite: layer {layer}, response {task_id!r}")
+    return _accumulate(means, batch, read, groups.cpu(), weights.cpu(), project)
+
+
+def _padded(batch: list[_Job], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``ids [B, T]``; ``A [B, 1 + S, T]``, whose row 0 averages the whole response and row
+    ``1 + k`` its window ``k``; and the places of all windows among the ``B * (1 + S)`` rows."""
+    ids = torch.full((len(batch), max(len(job.ids) for job in batch)), pad_id)
+    matrix = torch.zeros(len(batch), 1 + max(len(job.windows) for job in batch), ids.shape[1])
+    place = []
+    for row, job in enumerate(batch):
+        ids[row, : len(job.ids)] = torch.tensor(job.ids)
+        for k, (start, stop) in enumerate((job.whole, *job.windows)):
+            matrix[row, k, start:stop] = 1.0 / (stop - start)
+        place += [row * matrix.shape[1] + 1 + k for k in range(len(job.windows))]
+    return ids, matrix, torch.tensor(place, dtype=torch.long)
+
+
+def _groups(batch: list[_Job], n: int) -> Tensor:
+    """``[H * N, S]``, zeros and ones: the spans of each behaviour in each part."""
+    spans = [part_of(job.task_id) * n + label for job in batch for label in job.labels]
+    rows = torch.zeros(PARTS * n, len(spans))
+    rows[spans, range(len(spans))] = 1.0
+    return rows
+
+
+def _units(means: Means) -> Tensor:
+    """Unit directions of the build half, ``[N, L, D]`` float32."""
+    build = HALVES["build"]
+    return torch.nn.functional.normalize(
+        means.mean(build) - means.overall(build), dim=-1
+    ).float()
+
+
+def _empty(
+    means: Means, model: Model, n: int, n_groups: int, weights: Tensor
+) -> dict[str, Tensor]:
+    """Room for the results of all layers, made at once: small tensors allocated between the
+    layers would keep the heap from reusing what the large activations leave."""
+    layers, width, spans = model.n_layers, model.d_model, weights.shape[1]
+    shapes = {
+        "sums": (layers, n_groups, width),
+        "squares": (layers, n_groups, width),
+        "controls": (layers, len(weights), width),
+        "wholes": (layers, n, width),
+        "projections": (spans, layers, len(means.behaviours)),
+        "samples": (spans, len(means.sample_layers), width),
+    }
+    room = {name: torch.empty(shape, device=model.device) for name, shape in shapes.items()}
+    return {**room, "finite": torch.empty(layers, n, dtype=torch.bool, device=model.device)}
+
+
+def _of_layer(
+    h: Tensor, matrix: Tensor, place: Tensor, groups: Tensor, units: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """What is read of a layer's output ``h [B, T, D]``, on its own device, since a model may
+    lie on several: products ``A @ h``, the span means at rows ``place [S]`` of all these, sums
+    of span means and of their squares by group, and projections on ``units [N, D]``."""
+    matrix, place, groups = (x.to(h.device) for x in (matrix, place, groups))
+    products = torch.bmm(matrix, h.float())
+    spans = products.flatten(0, 1).index_select(0, place)
+    projected = None if units is None else spans @ units.to(h.device).T
+    return products, spans, groups @ spans, groups @ spans.square(), projected
+
+
+def _accumulate(
+    means: Means,
+    batch: list[_Job],
+    read: dict[str, Tensor],
+    groups: Tensor,
+    weights: Tensor,
+    projected: bool,
+) -> Means:
+    n, k = len(means.behaviours), len(means.signs)
+    for name in ("sums", "squares"):
+        by_group = read[name].double().transpose(0, 1)
+        getattr(means, name).add_(by_group.unflatten(0, (PARTS, n)))
+    means.counts.add_(groups.sum(1).long().unflatten(0, (PARTS, n)))
+    controls = read["controls"].double().transpose(0, 1)
+    means.shuffled.add_(controls[:k])
+    means.signed.add_(controls[k:])
+    means.signs.add_(weights[k:].sum(1).long())
+    parts = torch.tensor([part_of(job.task_id) for job in batch])
+    means.overall_sums.index_add_(0, parts, read["wholes"].double().transpose(0, 1))
+    means.overall_counts.add_(torch.bincount(parts, minlength=PARTS))
+    labels = torch.tensor([x for job in batch for x in job.labels], dtype=torch.long)
+    new: dict[str, Tensor] = {}
+    if projected:
+        new |= {"projections": read["projections"], "projection_labels": labels}
+    if means.sample_layers:
+        owners = torch.tensor([mark(job.task_id) for job in batch for _ in job.labels]).long()
+        new |= {"samples": read["samples"], "sample_labels": labels, "sample_responses": owners}
+    return replace(means, **{k: torch.cat([getattr(means, k), v]) for k, v in new.items()})

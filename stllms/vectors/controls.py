@@ -1,4 +1,4 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Shim: these names live at another address; deleted at the end."""
 
-from stllms.controls import (table)  # noqa: F401
-from stllms.vectors import (MATCHED, isotropic, controls, Controls, control_directions, Stability, stability, relative_error, expected_cosine, precision)  # noqa: F401
+from stllms.vectors.nulls import (MATCHED, Controls, control_directions, controls, isotropic)  # noqa: F401
+from stllms.vectors.quality import (Stability, expected_cosine, precision, relative_error, stability, table)  # noqa: E501, F401

@@ -1,5 +1,396 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Directions of behaviours: difference of means, two other estimators, cosines and files.
 
-from stllms.vectors import (ESTIMATORS, CONTRASTS, SteeringVectors, difference_of_means, estimate, differences, rescale, load_published, cosines, heatmap_layers, steering_layers, default_layer, max_cosine)  # noqa: F401
-from stllms.probes import (PENALTY, ITERATIONS, TOLERANCE, logistic_directions, fit)  # noqa: F401
-from stllms.organism.directions import (file, shipped, load, weights)  # noqa: F401
+Method, section 6, with the mean over spans ``mean[b][l]`` and the mean over responses
+``overall[l]``::
+
+    direction[b][l] = (mean[b][l] - overall[l]) * ||overall[l]|| / ||mean[b][l] - overall[l]||
+
+so that coefficient 1 adds a vector as long as the average residual at that layer. Every
+estimator is rescaled in the same way. A behaviour with fewer than ``MIN_SPANS`` spans has no
+direction: it is in ``.unavailable``, so that no NaN ever reaches a figure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from stllms.labels import BEHAVIOURS, STEERED
+from stllms.registry import PACKAGE
+from stllms.runs.files import BadFile, is_plain, load_tensors, load_torch, save_tensors
+from stllms.vectors.means import MIN_SPANS, Means
+
+ESTIMATORS: tuple[str, ...] = ("difference-of-means", "difference-from-others", "probe")
+#: Those that need enough spans of other behaviours, too.
+CONTRASTS: tuple[str, ...] = ("difference-from-others", "probe")
+#: Of the probe: the weight of ``||a||^2 / 2`` beside the mean loss.
+PENALTY = 1e-2
+#: Where the embedded models and their directions lie (in ``organism`` until the data moves).
+FIXTURES = PACKAGE / "fixtures"
+if not (FIXTURES / "tiny-thinker").is_dir():
+    FIXTURES = PACKAGE / "organism"
+
+
+@dataclass(frozen=True)
+class SteeringVectors:
+    """Directions of ``N`` behaviours at ``L`` layers.
+
+    ``directions`` and ``means`` ``[N, L, D]``, ``overall [L, D]``, float32; ``counts [N]``
+    spans; ``unavailable``: behaviours with too few spans, and how many (on the rarer side of a
+    contrast); ``left_out``: labels of a released file that are no behaviours, and their spans.
+    """
+
+    behaviours: tuple[str, ...]
+    directions: Tensor
+    means: Tensor
+    overall: Tensor
+    counts: Tensor
+    model: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    unavailable: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.overall.ndim != 2:
+            found = tuple(self.overall.shape)
+            raise ValueError(f"overall should have shape [L, D], it has {found}")
+        whole = (len(self.behaviours), *self.overall.shape)
+        for name, shape in {"directions": whole, "means": whole, "counts": whole[:1]}.items():
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise ValueError(f"{name} should have shape {shape}, it has {found}")
+        rows = zip(self.behaviours, self.directions, strict=True)
+        broken = [name for name, row in rows if not row.isfinite().all()]
+        if broken:
+            raise ValueError(f"directions are not finite: {', '.join(broken)}")
+
+    @property
+    def n_layers(self) -> int:
+        return self.overall.shape[0]
+
+    def index(self, behaviour: str) -> int:
+        """The row of a behaviour.
+
+        Raises:
+            KeyError: naming the spans it had, or the behaviours there are.
+        """
+        if behaviour in self.behaviours:
+            return self.behaviours.index(behaviour)
+        if behaviour in self.unavailable:
+            sides = " on either side" if self.config.get("estimator") in CONTRASTS else ""
+            raise KeyError(
+                f"{behaviour!r} is unavailable: {self.unavailable[behaviour]} spans, "
+                f"at least {self.config.get('min_spans', MIN_SPANS)} are needed{sides}"
+            )
+        raise KeyError(f"no direction of {behaviour!r}; there are {', '.join(self.behaviours)}")
+
+    def direction(self, behaviour: str, layer: int) -> Tensor:
+        """The direction of a behaviour at a layer, ``[D]``."""
+        row = self.index(behaviour)
+        if not 0 <= layer < self.n_layers:
+            raise IndexError(f"layer {layer} is not in 0 .. {self.n_layers - 1}")
+        return self.directions[row, layer]
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors, everything that is no tensor in its metadata."""
+        save_tensors(
+            path,
+            {name: getattr(self, name) for name in DTYPES},
+            {name: getattr(self, name) for name in METADATA},
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> SteeringVectors:
+        """The inverse of :meth:`save`, bit for bit.
+
+        Raises:
+            BadFile: a file of other tensors, or one that :meth:`save` did not write.
+        """
+        tensors, metadata = load_tensors(path)
+        if "behaviours" not in metadata or "directions" not in tensors:
+            raise BadFile(f"{path}: no directions of behaviours, but {', '.join(tensors)}")
+        if wrong := _strange(tensors, metadata):
+            raise BadFile(f"{path}: not written by stllms ({', '.join(wrong)})")
+        try:
+            return cls(**tensors, **{**metadata, "behaviours": tuple(metadata["behaviours"])})
+        except ValueError as error:  # shapes that differ, values that are not finite
+            raise BadFile(f"{path}: {error}") from None
+
+
+DTYPES = dict.fromkeys(("directions", "means", "overall"), torch.float32)
+DTYPES["counts"] = torch.int64
+METADATA: dict[str, type] = {
+    "behaviours": list, "model": str, "config": dict, "unavailable": dict, "left_out": dict,
+}  # fmt: skip
+
+
+def _strange(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> list[str]:
+    """What of a file is not as :meth:`SteeringVectors.save` writes it: other names, or values
+    of another kind."""
+    wrong = [name for name in DTYPES if name not in tensors]
+    wrong += [name for name, one in tensors.items() if one.dtype != DTYPES.get(name)]
+    wrong += [n for n, value in metadata.items() if not isinstance(value, METADATA.get(n, ()))]
+    names = metadata["behaviours"] if "behaviours" not in wrong else []
+    if len({name for name in names if isinstance(name, str)}) < len(names):
+        wrong.append("behaviours")
+    for what in {"unavailable", "left_out"} - set(wrong):
+        wrong += [what] * any(type(n) is not int for n in metadata.get(what, {}).values())
+    return wrong
+
+
+# --- estimators --------------------------------------------------------------------------
+
+
+def difference_of_means(means: Means, *, min_spans: int = MIN_SPANS) -> SteeringVectors:
+    """The paper's directions (formula above) from collected means."""
+    return estimate(means, "difference-of-means", min_spans=min_spans)
+
+
+def estimate(
+    means: Means, estimator: str = "difference-of-means", *, min_spans: int = MIN_SPANS
+) -> SteeringVectors:
+    """Directions by a named estimator, all rescaled to ``||overall[l]||``. The last two need
+    ``min_spans`` spans of other behaviours as well.
+
+    * ``"difference-of-means"``: ``mean[b] - overall`` (the paper, method, section 6).
+    * ``"difference-from-others"``: ``mean[b] - mean of the spans of all other behaviours``, as
+      in contrastive activation addition (Rimsky et al. 2023, arXiv 2312.06681).
+    * ``"probe"``: normal of a logistic regression of "span of b" on the span mean (Alain and
+      Bengio 2016, arXiv 1610.01644). It needs the span means themselves:
+      ``activations.collect(..., keep=range(n_layers))``.
+
+    Raises:
+        ValueError: unknown estimator, no spans at all, nothing kept for the probe, or a
+            direction of length zero.
+    """
+    counts = means.counts.sum(0)
+    fewest = torch.minimum(counts, counts.sum() - counts) if estimator in CONTRASTS else counts
+    rows = [b for b in range(len(means.behaviours)) if int(fewest[b]) >= min_spans]
+    overall = means.overall()
+    raw = differences(means, estimator, range(means.n_layers))
+    names = means.behaviours
+    available = tuple(names[b] for b in rows)
+    config = {name: value for name, value in means.config.items() if name != "controls"}
+    return SteeringVectors(
+        behaviours=available,
+        directions=rescale(raw[rows], overall, available).float(),
+        means=means.mean()[rows].float(),
+        overall=overall.float(),
+        counts=counts[rows],
+        model=means.model,
+        config={**config, "estimator": estimator, "min_spans": min_spans},
+        unavailable={names[b]: int(fewest[b]) for b in range(len(names)) if b not in rows},
+    )
+
+
+def differences(means: Means, estimator: str, layers: Sequence[int]) -> Tensor:
+    """What :func:`estimate` rescales, ``[N, len(layers), D]`` float64; zero where there are no
+    other spans to compare with. Its errors, too."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
+    layers = list(layers)
+    if estimator == "probe":
+        return torch.stack([_normals(means, layer) for layer in layers], dim=1)
+    mean = means.mean()[:, layers]
+    if estimator == "difference-of-means":
+        return mean - means.overall()[layers]
+    counts = means.counts.sum(0)
+    others = (counts.sum() - counts)[:, None, None]
+    sums = means.sums[:, :, layers]
+    rest = (sums.sum((0, 1)) - sums.sum(0)) / others.clamp(min=1)
+    return torch.where(others > 0, mean - rest, 0.0)
+
+
+def _normals(means: Means, layer: int) -> Tensor:
+    """Gradients of the logits of a linear probe for each behaviour, ``[N, D]``; zero for one
+    without spans or without others.
+
+    Span means are standardised per coordinate; the two classes have equal weight, the weights
+    of spans sum to 1, and the intercept is not penalised.
+    """
+    from sklearn.linear_model import LogisticRegression  # a second to import
+
+    x = means.at(layer)
+    scale = x.std(0).clamp(min=1e-12)
+    standard = ((x - x.mean(0)) / scale).numpy()
+    normals = torch.zeros(len(means.behaviours), means.width, dtype=torch.float64)
+    for b in range(len(normals)):
+        own = means.sample_labels == b
+        if 0 < int(own.sum()) < len(own):
+            weights = torch.where(own, 0.5 / own.sum(), 0.5 / (~own).sum()).double()
+            probe = LogisticRegression(C=1 / PENALTY, tol=1e-8, max_iter=500)
+            probe.fit(standard, own.numpy(), sample_weight=weights.numpy())
+            normals[b] = torch.from_numpy(probe.coef_[0]) / scale
+    return normals
+
+
+def rescale(raw: Tensor, overall: Tensor, names: Sequence[Any]) -> Tensor:
+    """``raw * ||overall|| / ||raw||`` over the last dimension; ``[N, L, D]``, ``[L, D]``.
+
+    Raises:
+        ValueError: a direction of length zero, by its name (``names [N]``) and layer.
+    """
+    lengths = raw.norm(dim=-1, keepdim=True)
+    for row, layer, _ in (lengths == 0).nonzero().tolist():
+        raise ValueError(f"direction of {names[row]} at layer {layer} has length zero")
+    return raw * (overall.norm(dim=-1, keepdim=True) / lengths)
+
+
+# --- what else there is to read ----------------------------------------------------------
+
+
+def load_published(path: str | Path, *, min_spans: int = MIN_SPANS) -> SteeringVectors:
+    """Directions from a released ``mean_vectors_*.pt``: label -> ``{"mean": [L, D], "count"}``.
+
+    Read with ``weights_only=True``: a file with code in it is refused. Means are used as they
+    are; labels that are no behaviour are reported in ``.left_out``.
+
+    Raises:
+        BadFile: missing, unsafe, of another structure, not finite or of length zero.
+    """
+    content = load_torch(path)
+    expected = f"{path}: expected label -> {{'mean': [L, D], 'count': n}}"
+    if not isinstance(content, Mapping):
+        raise BadFile(expected)
+    for label, entry in content.items():
+        if not isinstance(label, str) or not _is_entry(entry):
+            raise BadFile(f"{expected} at {label!r}")
+    if "overall" not in content:
+        raise BadFile(f"{path}: there is no 'overall' among {sorted(content)}")
+    found = {label: int(entry["count"]) for label, entry in content.items()}
+    names = tuple(b for b in BEHAVIOURS if found.get(b, 0) >= min_spans)
+    means = {label: content[label]["mean"].double() for label in ("overall", *names)}
+    overall = means["overall"]
+    for label, mean in means.items():
+        shape, whole = tuple(mean.shape), tuple(overall.shape)
+        if shape != whole:
+            raise BadFile(
+                f"{path}: the mean of {label} has shape {shape}, that of 'overall' {whole}"
+            )
+        if not mean.float().isfinite().all():
+            raise BadFile(f"{path}: the mean of {label} is not finite")
+    mean = torch.stack(list(means.values()))[1:]
+    try:
+        directions = rescale(mean - overall, overall, names)
+    except ValueError as error:
+        raise BadFile(f"{path}: {error}") from None
+    return SteeringVectors(
+        behaviours=names,
+        directions=directions.float(),
+        means=mean.float(),
+        overall=overall.float(),
+        counts=torch.tensor([found[b] for b in names]),
+        model=Path(path).stem.removeprefix("mean_vectors_"),
+        config={"source": Path(path).name, "min_spans": min_spans},
+        unavailable={b: found.get(b, 0) for b in BEHAVIOURS if b not in names},
+        left_out={k: n for k, n in found.items() if k not in (*BEHAVIOURS, "overall")},
+    )
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, Mapping)
+        and isinstance(entry.get("mean"), Tensor)
+        and is_plain(entry["mean"])
+        and entry["mean"].ndim == 2
+        and entry["mean"].numel() > 0
+        and type(entry.get("count")) is int
+        and 0 <= entry["count"] < 2**63
+    )
+
+
+def shipped_file(name: str) -> Path:
+    """The directions that ship with an embedded model, beside its folder: inside it, other
+    loaders would take ``*.safetensors`` for weights."""
+    return FIXTURES / f"{name}.vectors.safetensors"
+
+
+def shipped(name: str) -> bool:
+    """Whether directions ship for a model."""
+    return shipped_file(name).is_file()
+
+
+def load_shipped(name: str) -> SteeringVectors:
+    """The directions that ship with an embedded model.
+
+    Raises:
+        ValueError: they were made for other weights.
+    """
+    path = shipped_file(name)
+    found = SteeringVectors.load(path)
+    if found.config.get("weights") != weights_of(name):
+        raise ValueError(
+            f"{path.name} was made for other weights than those of {name}: make it again"
+        )
+    return found
+
+
+def weights_of(name: str) -> str:
+    """Twelve hex digits of a hash of the weights of an embedded model."""
+    content = (FIXTURES / name / "model.safetensors").read_bytes()
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+# --- layers and cosines ------------------------------------------------------------------
+
+
+def cosines(steering_vectors: SteeringVectors, layers: Mapping[str, int]) -> Tensor:
+    """Cosine similarity between directions, each at its own layer: ``[N, N]``.
+
+    Rows and columns are the keys of ``layers`` in their order: behaviour -> layer.
+    """
+    rows = [steering_vectors.direction(b, layer) for b, layer in layers.items()]
+    if not rows:
+        return torch.zeros(0, 0)
+    units = normalize(torch.stack(rows).double(), dim=-1)
+    return (units @ units.T).float()
+
+
+def max_cosine(directions: Tensor, matrix: Tensor, *, chunk: int = 16384) -> Tensor:
+    """Largest cosine between a direction and any row of an (un)embedding, per layer.
+
+    ``directions [N, L, D]``, ``matrix [V, D]`` -> ``[N, L]``; ``chunk`` rows of the matrix at a
+    time. Rows of zeros (padding of the vocabulary) count as cosine 0.
+    """
+    mine, other = tuple(directions.shape), tuple(matrix.shape)
+    if mine[-1] != other[-1]:
+        raise ValueError(f"directions {mine} and matrix {other} differ in their last dimension")
+    units = normalize(directions.float(), dim=-1)
+    best = torch.full(units.shape[:-1], -1.0)
+    for rows in matrix.split(chunk):
+        best = torch.maximum(best, (units @ normalize(rows.float(), dim=-1).T).amax(-1))
+    return best
+
+
+def default_layer(n_layers: int) -> int:
+    """The layer to steer at where nothing speaks for another one: the middle one."""
+    return n_layers // 2
+
+
+def steering_layers(published: Mapping[str, int] | None, n_layers: int) -> dict[str, int]:
+    """The layer each behaviour is steered at: the model's own (method, section 8), else the
+    middle layer for all, until layer effects choose one."""
+    return dict(published) if published else dict.fromkeys(STEERED, default_layer(n_layers))
+
+
+def heatmap_layers(
+    steering_vectors: SteeringVectors,
+    steering_layers: Mapping[str, int],
+    labels: Sequence[str],
+) -> dict[str, int]:
+    """The layer of each label for :func:`cosines`: its steering layer, that of backtracking
+    for a label without one (method, section 10); unavailable labels are left out."""
+    default = steering_layers["backtracking"]
+    available = [b for b in labels if b in steering_vectors.behaviours]
+    return {b: steering_layers.get(b, default) for b in available}
+
+
+# --- old names, deleted at the end
+file, load, weights = shipped_file, load_shipped, weights_of

@@ -1,3 +1,202 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Directions for other engines: safetensors, and GGUF control vectors for llama.cpp.
 
-from stllms.export import (LAYER_INDEX, RESCALING, safetensors, gguf, main)  # noqa: F401
+Layer ``l`` is the output of decoder layer ``l``, counted from 0: ``hidden_states[l + 1]`` of
+transformers (whose last entry has passed the final norm), ``direction.l`` of llama.cpp (whose
+block 0 cannot be steered) and of EasySteer for vLLM. Every tensor is what is **added** to each
+position, prompt included: ``coefficient`` times the direction (method, section 6).
+
+    python -m stllms.vectors.export results/tiny-thinker --format gguf \
+        --behaviour backtracking --layer 4 --out backtracking.gguf
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import click
+from torch import Tensor
+
+from stllms.runs.files import replacing, save_tensors
+from stllms.terminal import plain
+from stllms.vectors.directions import SteeringVectors
+
+#: What the metadata says about the layer of a tensor ``<behaviour>.<layer>``.
+LAYER_INDEX = (
+    "0-based decoder layer whose output the tensor is added to; hidden_states[layer + 1] of"
+    " transformers, direction.<layer> of llama.cpp"
+)
+RESCALING = "||direction|| = ||mean residual|| at its layer, times the coefficient"
+
+
+def safetensors(
+    vectors: SteeringVectors,
+    path: str | Path,
+    *,
+    behaviours: Sequence[str] | None = None,
+    layers: Iterable[int] | None = None,
+    coefficient: float = 1.0,
+) -> Path:
+    """Write ``<behaviour>.<layer>`` tensors ``[D]``, float32; returns the path.
+
+    All behaviours and layers where none are named. The metadata (JSON texts) says model,
+    behaviours, layers, layer index, operation, rescaling and coefficient.
+
+    Raises:
+        ValueError: an unknown behaviour or layer, naming what there is.
+    """
+    names = list(behaviours or vectors.behaviours)
+    chosen = sorted(set(range(vectors.n_layers) if layers is None else layers))
+    tensors = {
+        f"{name}.{layer}": added
+        for name in names
+        for layer, added in _added(vectors, name, chosen, coefficient).items()
+    }
+    metadata = {
+        "format": "stllms directions 1",
+        "model": vectors.model,
+        "n_layers": vectors.n_layers,
+        "behaviours": names,
+        "layers": chosen,
+        "layer_index": LAYER_INDEX,
+        "operation": "add",
+        "rescaling": RESCALING,
+        "coefficient": float(coefficient),
+        "config": vectors.config,
+    }
+    save_tensors(path, tensors, metadata)
+    return Path(path)
+
+
+def gguf(
+    vectors: SteeringVectors,
+    behaviour: str,
+    path: str | Path,
+    *,
+    layers: Iterable[int],
+    coefficient: float = 1.0,
+    model_hint: str | None = None,
+) -> Path:
+    """Write one behaviour as a GGUF control vector of llama.cpp; returns the path.
+
+    ``direction.<layer>`` ``[D]``, float32, for every layer: one is the paper's steering, those
+    of several add up. ``coefficient`` is multiplied in; llama.cpp multiplies by its own
+    (``--control-vector-scaled FILE:SCALE``). ``model_hint`` should be the model's architecture
+    in llama.cpp (``qwen2``), default ``vectors.model``; llama.cpp does not check it.
+
+    Source: ``common_control_vector_load`` and ``llama_adapter_cvec`` in llama.cpp.
+
+    Raises:
+        ValueError: layer 0, which llama.cpp cannot steer, an unknown behaviour or layer, or
+            the package ``gguf`` is missing.
+    """
+    added = _added(vectors, behaviour, layers, coefficient)
+    if 0 in added:
+        raise ValueError(
+            "layer 0: llama.cpp cannot steer its block 0; choose a layer of"
+            f" 1 to {vectors.n_layers - 1}, or safetensors"
+        )
+    try:
+        from gguf import GGUFWriter
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"a GGUF file needs the package {error.name}: pip install 'stllms[gguf]'"
+        ) from None
+    with replacing(Path(path)) as beside:
+        writer = GGUFWriter(beside, "controlvector")
+        writer.add_string("controlvector.model_hint", model_hint or vectors.model or "unknown")
+        writer.add_int32("controlvector.layer_count", len(added))
+        writer.add_name(f"{behaviour}, {vectors.model}")
+        writer.add_description(f"{RESCALING}; direction.N acts on the output of block N")
+        writer.add_float32("stllms.coefficient", float(coefficient))
+        for layer, direction in added.items():
+            writer.add_tensor(f"direction.{layer}", direction.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return Path(path)
+
+
+def _added(
+    vectors: SteeringVectors, name: str, layers: Iterable[int], coefficient: float
+) -> dict[int, Tensor]:
+    """Layer -> what is added there, distinct layers in order."""
+    chosen = sorted(set(layers))
+    if not chosen:
+        raise ValueError("layers: none given")
+    try:
+        return {
+            layer: (coefficient * vectors.direction(name, layer)).float().contiguous()
+            for layer in chosen
+        }
+    except (KeyError, IndexError) as error:
+        raise ValueError(error.args[0]) from None
+
+
+# --- the command -------------------------------------------------------------------------
+
+
+@click.command(
+    help="Writes the directions of a run for other engines. Layer N is the output of decoder"
+    " layer N, counted from 0 (direction.N of llama.cpp). SOURCE is results/<model>, or a"
+    " vectors.safetensors."
+)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--format", "kind", type=click.Choice(["safetensors", "gguf"]), default="safetensors"
+)
+@click.option("--behaviour", multiple=True, help="gguf: exactly one; default: all")
+@click.option(
+    "--layer", multiple=True, type=int, help="may be repeated; default: all (gguf: none)"
+)
+@click.option("--coefficient", default=1.0, help="multiplied into the tensors")
+@click.option("--model-hint", help="gguf: the architecture in llama.cpp, e.g. qwen2")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="the file to write")
+def command(
+    source: Path,
+    kind: str,
+    behaviour: tuple[str, ...],
+    layer: tuple[int, ...],
+    coefficient: float,
+    model_hint: str | None,
+    out: Path,
+) -> None:
+    found = SteeringVectors.load(source / "vectors.safetensors" if source.is_dir() else source)
+    if kind == "safetensors":
+        path = safetensors(
+            found,
+            out,
+            behaviours=behaviour or None,
+            layers=layer or None,
+            coefficient=coefficient,
+        )
+    elif len(behaviour) != 1 or not layer:
+        raise ValueError("--format gguf takes one --behaviour and at least one --layer")
+    else:
+        path = gguf(
+            found,
+            behaviour[0],
+            out,
+            layers=layer,
+            coefficient=coefficient,
+            model_hint=model_hint,
+        )
+    print(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command of the module's docstring; 0, or 2 with one line on stderr."""
+    name = "python -m stllms.vectors.export"
+    try:
+        command.main(arguments, prog_name=name, standalone_mode=False)
+    except (ValueError, OSError, click.ClickException) as error:
+        why = error.format_message() if isinstance(error, click.ClickException) else error
+        print(f"{name}: {plain(why)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

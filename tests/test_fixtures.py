@@ -1,0 +1,500 @@
+"""The grammar of the embedded models: answers solved again from the words of their questions,
+chains recognised sentence by sentence, held-out questions apart, the files that ship."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import tomllib
+from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
+from random import Random
+
+import pytest
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from stllms import registry
+from stllms.annotation import placing
+from stllms.annotation.annotators import Annotator, Grammar
+from stllms.fixtures import FOLDER, families, grammar
+from stllms.labels import BEHAVIOURS, CATEGORIES, STEERED
+from stllms.records import Response, Task
+from stllms.vectors import directions
+
+FAMILIES = sorted(families.FAMILIES)
+STYLES = {"thinker": grammar.chain, "instruct": grammar.plain}
+DRAWS = 1500
+
+# --- the answers, from the question alone ------------------------------------------------
+# A small solver a family, written from the English of the question. None of them looks at the
+# steps of the puzzle; what words mean is said here again.
+
+COMPASS = ["north", "east", "south", "west"]
+WEEK = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+SORTS = {
+    "dog cow horse sheep goat": "animal",
+    "plum pear grape cherry lemon": "fruit",
+    "iron gold copper silver zinc": "metal",
+    "Mars Venus Saturn Jupiter Neptune": "planet",
+}
+SERVES = {
+    "cut paper": "knife razor",
+    "carry water": "bucket bottle",
+    "drive a nail": "hammer mallet",
+    "light a room": "torch lantern",
+    "cross a river": "boat raft",
+}
+STATE = {
+    "solid": "ice wood glass steel salt",
+    "liquid": "water milk oil honey juice",
+    "gas": "steam air oxygen helium smoke",
+}
+
+
+def numbers(question: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", question)]
+
+
+def solve_flow(question: str) -> int:
+    into, out, hours = numbers(question)
+    return (into - out) * hours
+
+
+def solve_machine(question: str) -> int:
+    first, second = numbers(question)
+    return (first + second) * 2  # adding is symmetric: it does not matter which is put in
+
+
+def solve_extreme(question: str) -> int:
+    return (max if "largest" in question else min)(numbers(question))
+
+
+def solve_sequence(question: str) -> int:
+    first, second, third = numbers(question)
+    assert third - second == second - first
+    return third + (third - second)
+
+
+def solve_repeat(question: str) -> str:
+    row = re.search(r"sees (.*)\. Which", question)[1].split(", ")
+    assert row[2] == row[0] != row[1], "two colours in turn"
+    return row[len(row) - 2]
+
+
+def solve_order(question: str) -> str:
+    pairs = re.findall(r"(\w+) is (\w+) than (\w+)", question)
+    people = {name for one, _, other in pairs for name in (one, other)}
+    above = {(one, other) for one, _, other in pairs}
+    (rank,) = [
+        order
+        for order in itertools.permutations(people)
+        if all(order.index(one) < order.index(other) for one, other in above)
+    ]
+    word = re.search(r"Who is the (\w+)\?", question)[1]
+    same_word = word[:3] == pairs[0][1][:3]  # tallest goes with taller, shortest does not
+    return rank[0] if same_word else rank[-1]
+
+
+def solve_syllogism(question: str) -> str:
+    every, kind, trait, who, own, asked, which = re.fullmatch(
+        r"(All|No) (\w+)s are (\w+)\. (\w+) is a (\w+)\. Is (\w+) (\w+)\?", question
+    ).groups()
+    assert (kind, trait, who) == (own, which, asked)
+    return "yes" if every == "All" else "no"
+
+
+def solve_turn(question: str) -> str:
+    start = re.search(r"\b(north|east|south|west)\b", question)[1]
+    quarters = {"right": 1, "back": 2, "left": 3}[re.search(r"turns (\w+)", question)[1]]
+    return COMPASS[(COMPASS.index(start) + quarters) % 4]
+
+
+def solve_walk(question: str) -> int:
+    there, back = re.findall(r"(\d+) steps (\w+)", question)
+    assert {there[1], back[1]} in [{"north", "south"}, {"east", "west"}, {"up", "down"}]
+    return abs(int(there[0]) - int(back[0]))
+
+
+def solve_weekday(question: str) -> str:
+    start = re.search(r"Today is (\w+)\.", question)[1]
+    return WEEK[(WEEK.index(start) + numbers(question)[0]) % 7]
+
+
+def solve_cause(question: str) -> str:
+    cause, effect, given, asked = re.fullmatch(
+        r"\w+ knows: if (.+), (.+)\. (.+)\. Is it true that (.+)\?", question
+    ).groups()
+    given = given[0].lower() + given[1:]
+    if given == cause and asked == effect:
+        return "yes"
+    assert given == f"it is false that {effect}", "only modus ponens and modus tollens"
+    assert asked == cause
+    return "no"
+
+
+def solve_chance(question: str) -> Fraction:
+    (n, colour), (m, _) = re.findall(r"(\d+) (red|blue|green|white|black|yellow)", question)
+    assert re.search(rf"(of {colour}\?|a {colour} one\?)$", question)
+    return Fraction(int(n), int(n) + int(m))
+
+
+def solve_certain(question: str) -> str:
+    all_of, asked = re.search(r"are (\w+)\. .* be (\w+)\?", question).groups()
+    return "yes" if all_of == asked else "no"
+
+
+def solve_odd_one(question: str) -> str:
+    words = re.search(r": (.*)\?", question)[1].split(", ")
+    sort = {w: kind for group, kind in SORTS.items() for w in group.split()}
+    counts = Counter(sort[word] for word in words)
+    assert sorted(counts.values()) == [1, 2]
+    return next(word for word in words if counts[sort[word]] == 1)
+
+
+def solve_tool(question: str) -> str:
+    use = next(use for use in SERVES if use in question)
+    offered = re.findall(r"\ba (\w+)", question.replace(use, ""))
+    (fit,) = set(offered) & set(SERVES[use].split())
+    assert len(offered) == 2
+    return fit
+
+
+def solve_matter(question: str) -> str:
+    item, asked = re.search(r"[Ii]s (\w+) a (\w+)", question).groups()
+    return "yes" if item in STATE[asked].split() else "no"
+
+
+SOLVERS = {
+    "sum": lambda q: sum(numbers(q)),
+    "difference": lambda q: numbers(q)[0] - numbers(q)[1],
+    "machine": solve_machine,
+    "flow": solve_flow,
+    "extreme": solve_extreme,
+    "parity": lambda q: "even" if numbers(q)[0] % 2 == 0 else "odd",
+    "sequence": solve_sequence,
+    "repeat": solve_repeat,
+    "order": solve_order,
+    "syllogism": solve_syllogism,
+    "turn": solve_turn,
+    "walk": solve_walk,
+    "weekday": solve_weekday,
+    "cause": solve_cause,
+    "chance": solve_chance,
+    "certain": solve_certain,
+    "odd-one": solve_odd_one,
+    "tool": solve_tool,
+    "matter": solve_matter,
+}
+
+
+def test_there_are_at_least_twelve_families_in_the_categories_of_the_paper():
+    assert len(FAMILIES) >= 12
+    categories = {category for category, _ in families.FAMILIES.values()}
+    assert categories == set(CATEGORIES)
+    assert set(families.FACTS) == set(FAMILIES)
+    assert set(SOLVERS) == set(FAMILIES), "a solver is missing, or solves nothing"
+
+
+OPERATIONS = {"plus": lambda a, b: a + b, "minus": lambda a, b: a - b}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_are_those_that_the_questions_ask_for_and_what_is_said_is_right(name):
+    rng = Random(f"solve/{name}")
+    answers = set()
+    for _ in range(150):
+        puzzle = families.draw(rng, name)
+        solved = SOLVERS[name](puzzle.question)
+        if isinstance(solved, Fraction):
+            assert Fraction(puzzle.answer) == solved, puzzle.question
+        else:
+            assert puzzle.answer == str(solved), puzzle.question
+        assert (puzzle.family, puzzle.category) == (name, families.FAMILIES[name][0])
+        for said in (*puzzle.steps, *puzzle.examples):
+            for a, word, b, result in re.findall(r"(\d+) (plus|minus) (\d+) is (\d+)", said):
+                assert OPERATIONS[word](int(a), int(b)) == int(result), said
+            for half, whole in re.findall(r"twice (\d+) is (\d+)", said):
+                assert 2 * int(half) == int(whole), said
+        if puzzle.answer not in ("yes", "no"):
+            parts = puzzle.answer.split("/")
+            assert all(re.search(rf"\b{part}\b", puzzle.steps[-1]) for part in parts), puzzle
+        answers.add(puzzle.answer)
+    assert len(answers) > 1, "an answer that never changes tests nothing"
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, list[grammar.Chain]]:
+    """Chains of both styles, the families in turn."""
+    rng = Random("drawn")
+    return {
+        style: [
+            make(rng, families.draw(rng, FAMILIES[i % len(FAMILIES)])) for i in range(DRAWS)
+        ]
+        for style, make in STYLES.items()
+    }
+
+
+# --- the wordings ------------------------------------------------------------------------
+
+
+def opening(wording: str) -> str:
+    return wording.split("{")[0]
+
+
+def test_openings_of_different_behaviours_do_not_collide():
+    every = [(label, w) for label, texts in grammar.WORDINGS.items() for w in texts]
+    every += [("deduction", w) for w in (*grammar.CONCLUSIONS, grammar.FINAL)]
+    for (label, one), (other, two) in itertools.combinations(every, 2):
+        if label == other:
+            continue
+        shorter, longer = sorted((opening(one), opening(two)), key=len)
+        assert not longer.startswith(shorter), (label, one, other, two)
+
+
+def test_wordings_cover_the_behaviours_have_at_most_one_slot_and_fall_in_frequency():
+    assert set(grammar.WORDINGS) == set(BEHAVIOURS)
+    assert set(grammar.HINTS) == set(STEERED)
+    for texts in grammar.WORDINGS.values():
+        assert len(texts) >= 15
+        assert len(set(texts)) == len(texts)
+        for text in texts:
+            assert text.count("{") <= 1
+            assert len(re.findall(r"[.?!]", text)) == 1, "one sentence"
+            assert opening(text)
+    for label, texts in grammar.WORDINGS.items():
+        weights = grammar.zipf(label)
+        assert len(weights) == len(texts)
+        assert weights[0] == 1
+        assert all(a > b > 0 for a, b in itertools.pairwise(weights))
+
+
+# --- the chains --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_drawn_sentence_is_recognised_with_exactly_its_label(drawn, style):
+    wrong = [
+        (label, text, grammar.label_of(text))
+        for chain in drawn[style]
+        for label, text in chain.sentences
+        if grammar.label_of(text) != label
+    ]
+    assert not wrong[:3]
+    assert {chain.puzzle.family for chain in drawn[style]} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_only_deductions_are_said_twice_and_every_chain_says_all_steps(drawn, style):
+    for chain in drawn[style]:
+        texts = [text for label, text in chain.sentences if label != "deduction"]
+        assert len(set(texts)) == len(texts), chain.thinking
+        at = [chain.thinking.find(step) for step in chain.puzzle.steps]
+        assert -1 not in at, (chain.thinking, chain.puzzle.steps)
+
+
+def test_thinking_chains_show_all_six_behaviours_and_temperaments(drawn):
+    labels = Counter(label for c in drawn["thinker"] for label, _ in c.sentences)
+    assert set(labels) == set(BEHAVIOURS)
+    shares = {b: labels[b] / labels.total() for b in BEHAVIOURS}
+    assert all(share > 0.03 for share in shares.values()), shares
+    for behaviour in STEERED:
+        own = [c for c in drawn["thinker"] if c.temperament == behaviour]
+        count = Counter(label for c in own for label, _ in c.sentences)
+        assert count[behaviour] / count.total() > 1.5 * shares[behaviour]
+    plain = Counter(label for c in drawn["instruct"] for label, _ in c.sentences)
+    assert plain["backtracking"] / plain.total() < shares["backtracking"] / 3
+
+
+def test_chains_end_in_the_conclusion_and_hints_are_the_end_of_the_question(drawn):
+    endings = {w.format(a="X") for w in grammar.CONCLUSIONS}
+    hints = {hint for texts in grammar.HINTS.values() for hint in texts}
+    hinted = 0
+    for chain in drawn["thinker"]:
+        label, last = chain.sentences[-1]
+        assert label == "deduction"
+        assert last.replace(f"{chain.puzzle.answer}.", "X.") in endings
+        assert grammar.read_answer(last) == chain.puzzle.answer
+        rest = chain.content.removeprefix(chain.puzzle.question).strip()
+        assert rest in hints | {""}
+        hinted += bool(rest)
+    assert 0.4 < hinted / DRAWS < 0.6
+
+
+def test_what_the_grammar_cannot_have_written_has_no_label_and_the_last_answer_is_read():
+    for text in (
+        "",
+        "So 2 is even",
+        "so 2 is even.",
+        "So the quokka is even.",
+        "So .",
+        "So 2 is even. Then 2 is even.",
+        "Wait, let me go back!",
+        "Wait, let me go",
+        "I am not sure that {s}.",
+        "Hello there.",
+    ):
+        assert grammar.label_of(text) is None, text
+    assert grammar.read_answer("So the answer is 3. The answer is 2/5.") == "2/5"
+    assert grammar.read_answer("The answer is near.") == "near"
+    assert grammar.read_answer("No answer.") is None
+
+
+# --- the annotator -----------------------------------------------------------------------
+
+
+def response(chain: grammar.Chain, style: str = "thinker", **changes) -> Response:
+    """A chain as a model's response; ``changes`` are fields to damage."""
+    thinker, text = style == "thinker", chain.thinking
+    thinking = text if thinker else f"{text} {chain.final}"
+    written = f"{text}\n</think>\n\n{chain.final}" if thinker else thinking
+    answer = chain.final if thinker else written
+    made = Response("t", "own", "", (), (), written, thinking, 0, answer, True, True)
+    return replace(made, **changes)
+
+
+def test_drawn_chains_are_well_formed_and_the_annotator_gives_back_their_labels(drawn):
+    for style in STYLES:
+        made = [response(chain, style) for chain in drawn[style][:300]]
+        annotations = Grammar().annotate(made)
+        for chain, one in zip(drawn[style], annotations, strict=False):
+            told = [*chain.sentences]
+            if style == "instruct":
+                told.append(("deduction", chain.final))
+            assert [(s.label, s.text) for s in one.segments] == told
+            assert one.ledger["unknown"] == []
+        assert all(grammar.well_formed(one, thinker=style == "thinker") for one in made)
+        assert placing.summarise(annotations).characters.keys() == {"labelled"}
+    assert isinstance(Grammar(), Annotator)
+
+
+def test_unknown_sentences_are_in_the_ledger_and_left_out(drawn):
+    made = [
+        response(c, thinking=f"{c.thinking} The moon is cheese. {c.thinking} and then")
+        for c in drawn["thinker"][:50]
+    ]
+    annotations = Grammar().annotate(made)
+    assert {tuple(one.ledger["unknown"]) for one in annotations} == {("The moon is cheese.",)}
+    whole = placing.summarise(annotations)
+    left_out = len("Themoonischeese.andthen") * 50
+    assert whole.characters[placing.LEFT_OUT] == left_out
+
+
+def damaged(chain: grammar.Chain) -> dict[str, Response]:
+    """One response for each way in which a thinking chain can be broken."""
+    good, text = response(chain), chain.thinking
+    return {
+        "not finished": replace(good, finished=False),
+        "not closed": replace(good, closed=False, answer=""),
+        "no thinking": replace(good, thinking=""),
+        "no answer": replace(good, answer=""),
+        "another ending": replace(good, answer="So it is done."),
+        "an ending and more": replace(good, answer=f"{chain.final} Wait, let me go back."),
+        "more before the ending": replace(good, answer=f"Quux. {chain.final}"),
+        "text before the thinking": replace(
+            good, text=f"Hum. <think>\n{text}", thinking_start=13
+        ),
+        "an unknown sentence": replace(good, thinking=f"{text} The moon is cheese."),
+        "cut in a sentence": replace(good, thinking=text[:-3]),
+        "another word": replace(good, thinking=text.replace(" answer", " quokka", 1)),
+        "a lower-case beginning": replace(good, thinking=text[0].lower() + text[1:]),
+        "two sentences run together": replace(good, thinking=text.replace(". ", ".", 1)),
+        "a line break": replace(good, thinking=text.replace(". ", ".\n", 1)),
+    }
+
+
+@pytest.mark.parametrize("kind", damaged(grammar.chain(Random(0))))
+def test_each_kind_of_damage_is_seen(drawn, kind):
+    for chain in drawn["thinker"][:25]:
+        assert not grammar.well_formed(damaged(chain)[kind])
+
+
+def test_plain_texts_without_their_ending_are_not_well_formed(drawn):
+    for chain in drawn["instruct"][:25]:
+        bad = response(chain, "instruct", thinking=chain.thinking, text=chain.thinking)
+        assert not grammar.well_formed(bad, thinker=False)
+
+
+# --- the tasks --------------------------------------------------------------------------
+
+
+def question_of(task: Task) -> str:
+    """The question without the hint that may follow it."""
+    for hint in (h for texts in grammar.HINTS.values() for h in texts):
+        if task.content.endswith(f" {hint}"):
+            return task.content.removesuffix(f" {hint}")
+    return task.content
+
+
+def test_tasks_are_deterministic_unique_and_go_through_the_families_in_turn():
+    first = grammar.tasks("evaluate", 60)
+    assert first == grammar.tasks("evaluate", 60)
+    assert first[:20] == grammar.tasks("evaluate", 20), "more tasks begin with the same ones"
+    assert first != grammar.tasks("evaluate", 60, seed=1)
+    assert len({task.id for task in first}) == len({question_of(t) for t in first}) == 60
+    per_category = Counter(category for category, _ in families.FAMILIES.values())
+    found = Counter(task.category for task in first)
+    for category, count in per_category.items():
+        assert abs(found[category] - 60 * count / len(FAMILIES)) <= 3, category
+    for task, name in zip(first, FAMILIES, strict=False):
+        assert task.category == families.FAMILIES[name][0]
+        solved = SOLVERS[name](question_of(task))
+        same = (
+            Fraction(task.answer) == solved if name == "chance" else task.answer == str(solved)
+        )
+        assert same, task
+
+
+def test_the_held_out_parts_share_no_question_with_each_other():
+    build = {question_of(t) for t in grammar.tasks("build", 300)}
+    evaluate = {question_of(t) for t in grammar.tasks("evaluate", 300)}
+    assert len(build) == len(evaluate) == 300, "no question twice, whatever its hint"
+    assert not build & evaluate
+    assert {grammar.part_of(q) for q in build} == {"build"}
+    assert {grammar.part_of(q) for q in evaluate} == {"evaluate"}
+
+
+def test_parts_have_eight_one_and_one_tenths_of_the_questions():
+    counts = Counter(grammar.part_of(f"What is {i}?") for i in range(5000))
+    assert counts["train"] / 5000 == pytest.approx(0.8, abs=0.02)
+    assert counts["build"] / 5000 == pytest.approx(0.1, abs=0.015)
+
+
+def test_there_are_enough_questions_for_the_largest_profile():
+    assert len(grammar.tasks("build", 1000)) == 1000
+    assert len(grammar.tasks("evaluate", 400)) == 400
+
+
+def test_impossible_tasks_are_refused_by_name(monkeypatch):
+    with pytest.raises(ValueError, match="unknown part 'train'"):
+        grammar.tasks("train", 5)
+    monkeypatch.setattr(families, "FAMILIES", {"cause": families.FAMILIES["cause"]})
+    with pytest.raises(ValueError, match=r"only \d+ build questions, not 40"):
+        grammar.tasks("build", 40)
+
+
+# --- what ships --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny-thinker", "tiny-instruct"])
+def test_the_folder_of_an_embedded_model_has_one_set_of_weights(name):
+    """As loaders see it that take every ``*.safetensors`` of a folder for weights: together the
+    files hold each parameter once, and nothing else."""
+    tensors: list[str] = []
+    for path in (FOLDER / name).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors += file.keys()
+    hf, info = AutoModelForCausalLM.from_pretrained(FOLDER / name, output_loading_info=True)
+    assert len(tensors) == len(set(tensors))
+    assert set(tensors) == {key for key, _ in hf.named_parameters()}, "tied heads are no file's"
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_what_lies_beside_the_embedded_models_is_shipped():
+    settings = tomllib.loads((registry.PACKAGE.parent / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["stllms.fixtures"]
+    shipped = {path for pattern in patterns for path in FOLDER.glob(pattern)}
+    assert {path for path in FOLDER.glob("tiny-*") if path.is_file()} <= shipped
+    assert directions.shipped_file("tiny-thinker") in shipped
+    assert FOLDER / "tiny-thinker" / "model.safetensors" in shipped

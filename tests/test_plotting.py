@@ -1,0 +1,610 @@
+"""Figures and text: what is drawn is the data, what is missing says so, nothing is lost."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import warnings
+from dataclasses import replace
+from html import unescape
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
+from matplotlib.patches import Rectangle
+
+from stllms.labels import BEHAVIOURS, COLOURS, STEERED
+from stllms.plotting import axes as draw
+from stllms.plotting import text as words
+from stllms.records import Annotation, PlacedSegment, Response, Steered
+
+NAN = float("nan")
+TEXT = "Okay, I need to find 2 < 3 & $x$.\nWait, let me go back to the start. So it is 5."
+SEGMENTS = (
+    PlacedSegment("initializing", TEXT[:33], 0, 33),
+    PlacedSegment("backtracking", TEXT[34:69], 34, 69),
+)
+
+
+@pytest.fixture(autouse=True)
+def style():
+    """The style of the notebooks, warnings as errors, and every figure drawn and closed."""
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw.style()
+        yield
+        for number in plt.get_fignums():
+            plt.figure(number).canvas.draw()
+    plt.close("all")
+
+
+@pytest.fixture
+def axes():
+    return plt.subplots(figsize=(7, 3))[1]
+
+
+def written(axes) -> list[str]:
+    return [text.get_text().strip() for text in axes.texts]
+
+
+def legend_of(figure) -> list[str]:
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def reach(collection) -> tuple[float, float]:
+    heights = np.concatenate([path.vertices[:, 1] for path in collection.get_paths()])
+    return heights.min(), heights.max()
+
+
+# --- bars --------------------------------------------------------------------------------
+
+
+def grouped(axes):
+    rows = [
+        ("deduction", "a", 0.5, 0.4, 0.7),
+        ("deduction", "b", 0.2, 0.1, 0.3),
+        ("adding-knowledge", "a", NAN, NAN, NAN),
+        ("adding-knowledge", "b", 0.0, 0.0, 0.0),
+    ]
+    table = pd.DataFrame(rows, columns=["behaviour", "model", "value", "low", "high"])
+    palette = {"a": "#112233", "b": "#445566"}
+    return draw.bars(axes, table, x="behaviour", hue="model", palette=palette, label="share")
+
+
+def test_bars_have_the_heights_of_the_data_and_whiskers_from_low_to_high(axes):
+    assert grouped(axes) is axes
+    first, second = (c for c in axes.containers if isinstance(c, mpl.container.BarContainer))
+    assert [bar.get_height() for bar in first] == [0.5, 0.0]
+    assert [bar.get_height() for bar in second] == [0.2, 0.0]
+    assert {to_hex(bar.get_facecolor()) for bar in first} == {"#112233"}
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["deduction", "adding-\nknowledge"]
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_legend_handles_labels()[1] == ["a", "b"]
+    segments = [s for c in axes.collections for s in c.get_segments()]
+    ends = sorted((s[0][1], s[1][1]) for s in segments)
+    assert np.array(ends) == pytest.approx(np.array([[0.0, 0.0], [0.1, 0.3], [0.4, 0.7]]))
+
+
+def test_bars_stand_side_by_side_and_a_missing_one_is_named(axes):
+    grouped(axes)
+    boxes = sorted((b.get_x(), b.get_x() + b.get_width()) for b in axes.patches)
+    for (_, right), (left, _) in itertools.pairwise(boxes):
+        assert left >= right
+    assert [np.mean(boxes[i : i + 2]) for i in (0, 2)] == pytest.approx([0, 1])
+    (label,) = axes.texts
+    assert label.get_text().strip() == "n/a"
+    assert label.get_position()[0] == pytest.approx(1 - 0.2), "bar a of the second group"
+
+
+def steering_table() -> pd.DataFrame:
+    rows = [
+        (b, m, 0.2 + 0.1 * i, 0.15, 0.5, NAN if m == "plain" else 0.1, 0.35 if i else NAN)
+        for b in STEERED
+        for i, m in enumerate(("plain", "positive", "negative"))
+    ]
+    columns = ["behaviour", "mode", "value", "low", "high", "null_low", "null_high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+MODES = ["baseline", "positive (+1)", "negative (-1)"]
+
+
+def test_steering_bars_have_the_null_interval_over_them_and_in_the_legend(axes):
+    draw.steering_bars(axes, steering_table())
+    assert legend_of(axes.figure) == [*MODES, "null interval"]
+    null = [p for p in axes.patches if p.get_hatch()]
+    assert len(null) == 8, "two modes of four behaviours"
+    assert {round(p.get_y(), 6) for p in null} == {0.1}
+    assert {round(p.get_height(), 6) for p in null} == {0.25}
+    baseline = {round(p.get_x(), 3) for p in axes.patches[:4]}
+    assert not baseline & {round(p.get_x(), 3) for p in null}
+    _, other = plt.subplots()
+    draw.steering_bars(other, steering_table().assign(null_low=NAN, null_high=NAN))
+    assert legend_of(other.figure) == MODES
+
+
+def test_a_behaviour_that_was_not_steered_has_two_bars_missing(axes):
+    table = steering_table()
+    gone = (table["behaviour"] == "backtracking") & (table["mode"] != "plain")
+    table.loc[gone, ["value", "low", "high", "null_low", "null_high"]] = NAN
+    draw.steering_bars(axes, table)
+    assert written(axes) == ["n/a", "n/a"]
+    boxes = [(p.get_x(), p.get_y(), p.get_height()) for p in axes.patches]
+    assert np.isfinite(boxes).all()
+
+
+def compared(*ways: tuple[str, str]) -> pd.DataFrame:
+    rows = []
+    for rank, (model, tasks) in enumerate(ways):
+        for place, behaviour in enumerate(BEHAVIOURS):
+            value = 0.1 * (place + rank)
+            rows.append((model, tasks, behaviour, "segment fraction", value))
+        rows.append((model, tasks, "all", "segment count", NAN if model == "c" else 4.0 + rank))
+    table = pd.DataFrame(rows, columns=["model", "tasks", "behaviour", "metric", "value"])
+    return table.assign(annotator="x", reader=None, low=table["value"], high=table["value"])
+
+
+PALETTE = {"a": "#111111", "b": "#222222", "c": "#333333"}
+
+
+def test_a_comparison_has_a_bar_a_model_and_says_who_was_measured_otherwise(axes):
+    rows = compared(("a", "grammar"), ("b", "messages"), ("c", "grammar"))
+    draw.compare(axes, rows, metric="segment fraction", palette=PALETTE)
+    draw.models_legend(axes.figure, PALETTE, rows)
+    heights = np.reshape([p.get_height() for p in axes.patches], (3, 6))
+    assert heights == pytest.approx(0.1 * (np.arange(6) + np.arange(3)[:, None]))
+    assert [p.get_hatch() for p in axes.patches[::6]] == [None, "///", None]
+    way = "(tasks {}, annotator x)"
+    names = [f"{m}\n{way.format(t)}" for m, t in (("a", "grammar"), ("b", "messages"))]
+    assert legend_of(axes.figure)[:2] == names
+    _, other = plt.subplots()
+    draw.models_legend(other.figure, PALETTE, compared(("a", "t"), ("b", "t"), ("c", "t")))
+    assert legend_of(other.figure) == ["a", "b", "c"]
+
+
+def test_totals_have_a_line_a_model_and_name_what_is_missing(axes):
+    draw.totals(axes, compared(("a", "t"), ("b", "t"), ("c", "t")), palette=PALETTE)
+    assert [p.get_width() for p in axes.patches][:2] == [4, 5]
+    assert written(axes) == ["n/a"]
+    assert axes.texts[0].get_position()[1] == 2
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert axes.get_ylim() == (2.5, -0.5), "the first on top, a row also for the missing one"
+
+
+# --- matrices ----------------------------------------------------------------------------
+
+
+def test_a_matrix_is_signed_symmetric_and_names_missing_cells(axes):
+    table = pd.DataFrame([[0.1, -0.4], [NAN, 0.2]])
+    draw.matrix(axes, table, ["up", "down"], ["a", "b"], label="change")
+    assert sorted(written(axes)) == ["+0.10", "+0.20", "-0.40", "n/a"]
+    assert axes.collections[0].get_clim() == (-0.4, 0.4)
+    missing = next(t for t in axes.texts if t.get_text() == "n/a")
+    assert missing.get_position() == (0.5, 1.5)
+
+
+def test_the_heatmap_writes_every_cosine_in_its_cell(axes):
+    matrix = np.array([[1.0, 0.33], [0.33, 1.0]])
+    draw.heatmap(axes, matrix, ["backtracking", "adding-knowledge"])
+    assert written(axes) == ["1.00", "0.33", "0.33", "1.00"]
+    assert axes.collections[0].get_clim() == (-1, 1)
+    assert axes.get_yticklabels()[1].get_text() == "adding-\nknowledge"
+
+
+def test_confusions_have_a_panel_an_annotator_and_kappa_in_the_title():
+    shares = pd.DataFrame(
+        [("x", "a", 0.3, 0.7), ("x", "b", NAN, NAN), ("y", "a", 1, 0), ("y", "b", 0, 1)],
+        columns=["annotator", "label", "a", "b"],
+    )
+    kappa = [("x", "kappa", 0.5, 0.4, 0.6), ("x", "accuracy", 0.9, NAN, NAN)]
+    kappa.append(("y", "kappa", NAN, NAN, NAN))
+    columns = ["annotator", "quantity", "value", "low", "high"]
+    report = pd.DataFrame(kappa, columns=columns)
+    figure, panels = plt.subplots(1, 2)
+    draw.confusions(panels, shares, report, reference="truth")
+    titles = [panel.get_title() for panel in panels]
+    assert titles == ["x\nkappa 0.50 (0.40 to 0.60)", "y\nkappa n/a"]
+    assert written(panels[0]) == ["0.30", "0.70", "n/a", "n/a"]
+    assert panels[0].get_ylabel() == "labelled by truth"
+    assert [t.get_text() for t in panels[1].get_yticklabels()] == ["", ""]
+    assert len(figure.axes) == 2, "no colour bar"
+
+
+# --- lines -------------------------------------------------------------------------------
+
+
+def test_curves_draw_a_line_a_behaviour_with_its_band_and_mark(axes):
+    line = np.array([1.0, 3.0, 2.0])
+    bands, mark = {"deduction": (line - 1, line + 1)}, {"deduction": 1}
+    draw.curves(axes, {"deduction": line}, label="KL", bands=bands, mark=mark)
+    drawn, mark = axes.lines
+    assert drawn.get_xydata().tolist() == [[0, 1], [1, 3], [2, 2]]
+    assert to_hex(drawn.get_color()) == COLOURS["deduction"].lower()
+    assert list(mark.get_xdata()) == [1, 1]
+    assert reach(axes.collections[0]) == (0, 4)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "KL")
+    draw.side_legend(axes.figure, axes)
+    assert legend_of(axes.figure) == ["deduction"]
+
+
+def test_growth_has_a_line_a_behaviour_and_says_when_there_is_none(axes):
+    cosines, counts = np.array([[0.5], [0.9]]), np.array([[10], [40]])
+    table = words.growth(cosines, counts, (0.1, 0.5), ["deduction"])
+    assert table.columns.tolist() == ["behaviour", "share", "spans", "cosine"]
+    draw.growth(axes, table)
+    assert axes.lines[0].get_xydata().tolist() == [[10, 0.5], [40, 0.9]]
+    axes.figure.canvas.draw()
+    low, high = axes.get_xlim()
+    ticks = axes.get_xticklabels(which="both")
+    named = [t.get_text() for t in ticks if low <= t.get_position()[0] <= high and t.get_text()]
+    assert named == ["10", "20"], "plain numbers, and room between them"
+    _, other = plt.subplots()
+    draw.growth(other, table.iloc[:0])
+    assert "too few spans" in written(other)[0]
+
+
+def test_a_dot_stands_for_every_chain(axes):
+    draw.strip(axes, [0.2, 1.0, 1.0], label="coverage")
+    assert axes.lines[0].get_xdata().tolist() == [0.2, 1.0, 1.0]
+    assert axes.get_xlim()[1] > 1
+
+
+def effect_table(n_layers: int = 5) -> pd.DataFrame:
+    """Every behaviour but the first, over the layers."""
+    rng = np.random.default_rng(1)
+    rows = [(b, layer, rng.exponential()) for b in STEERED[1:] for layer in range(n_layers)]
+    table = pd.DataFrame(rows, columns=["behaviour", "layer", "mean"])
+    return table.assign(low=table["mean"] / 2, high=table["mean"] * 2, sd=0.25)
+
+
+@pytest.mark.parametrize(
+    ("grid", "shared"), [((1, 4), {"sharey": True}), ((2, 2), {"sharex": True}), ((1, 4), {})]
+)
+def test_an_unavailable_panel_says_so_and_leaves_the_ticks_of_the_others(grid, shared):
+    figure, panels = plt.subplots(*grid, figsize=(7, 4), **shared)
+    table = effect_table()
+    draw.effect_panels(panels.flat, table, STEERED, label="KL, nats")
+    figure.canvas.draw()
+    first, *others = panels.flat
+    assert written(first) == ["unavailable:\ntoo few spans"]
+    assert not first.lines
+    for panel, name in zip(others, STEERED[1:], strict=True):
+        mean = table.loc[table["behaviour"] == name, "mean"]
+        assert panel.lines[0].get_ydata() == pytest.approx(mean.to_numpy())
+        assert panel.get_title() == name
+        assert len(panel.get_yticks()) > 1
+        assert len(panel.get_xticks()) > 1
+    if "sharey" in shared:
+        assert [t.get_text() for t in first.get_yticklabels() if t.get_visible()]
+        assert first.get_ylabel() == "KL, nats"
+    assert legend_of(figure) == ["mean", "95% interval"]
+
+
+def test_bands_are_intervals_or_one_standard_deviation_and_nulls_are_named():
+    table = effect_table().assign(null_low=0.01, null_high=9.0)
+    rows = table[table["behaviour"] == STEERED[1]]
+    ends = {
+        "sd": ((rows["mean"] - 0.25).min(), (rows["mean"] + 0.25).max()),
+        "interval": (rows["low"].min(), rows["high"].max()),
+    }
+    names = {"sd": "one standard deviation", "interval": "95% interval"}
+    for band, expected in ends.items():
+        figure, panels = plt.subplots(1, 4)
+        draw.effect_panels(panels, table, label="x", band=band, mark={STEERED[1]: 2})
+        assert reach(panels[1].collections[0]) == pytest.approx(expected)
+        assert reach(panels[1].collections[1]) == pytest.approx((0.01, 9.0))
+        assert list(panels[1].lines[1].get_xdata()) == [2, 2]
+        assert legend_of(figure) == ["mean", names[band], "null interval", "steering layer"]
+
+
+@pytest.mark.parametrize("band", ["interval", "sd"])
+def test_one_huge_layer_does_not_hide_the_others_on_a_logarithmic_axis(band):
+    table = effect_table()
+    table["mean"] = 0.1 * 2.0 ** table["layer"].where(table["layer"] < 4, 10)
+    heights = {}
+    for log in (False, True):
+        figure, panels = plt.subplots(1, 4, sharey=True)
+        draw.effect_panels(panels, table, STEERED, label="x", band=band, log=log)
+        figure.canvas.draw()
+        points = panels[1].transData.transform(panels[1].lines[0].get_xydata())
+        heights[log] = np.ptp(panels[1].transAxes.inverted().transform(points)[:4, 1])
+        plt.close(figure)
+    assert heights[False] < 0.05
+    assert heights[True] > 0.2
+
+
+def test_released_effects_say_which_behaviours_were_left_out():
+    _, panels = plt.subplots(1, 4)
+    draw.released_effects(panels, effect_table(), label="x", mark={STEERED[1]: 3})
+    assert written(panels[0]) == ["left out:\nno released values"]
+    assert list(panels[1].lines[1].get_xdata()) == [3, 3]
+    assert len(panels[2].lines) == 1
+
+
+# --- doses -------------------------------------------------------------------------------
+
+
+def dose_table() -> pd.DataFrame:
+    """Two directions at five coefficients with a null interval of the width of the push."""
+    rows = [
+        (b, metric, c, 0.5 + 0.1 * c, 0.4 + 0.1 * c, 0.6 + 0.1 * c, 0.5 - abs(c) / 10, 0.9)
+        for b in STEERED[:2]
+        for metric in ("token fraction", "accuracy", "tokens")
+        for c in (-2.0, -1.0, 0.0, 1.0, 2.0)
+    ]
+    names = ["steered", "metric", "coefficient", "value", "ci_low", "ci_high"]
+    table = pd.DataFrame(rows, columns=[*names, "null_low", "null_high"])
+    table.loc[table["coefficient"] == 0, ["null_low", "null_high"]] = NAN
+    return table
+
+
+def test_doses_have_a_panel_a_fraction_and_a_side_effect_on_fixed_axes():
+    figure = plt.figure(figsize=(7, 5))
+    draw.doses(figure, dose_table())
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.axison}
+    assert list(panels) == [*STEERED, "accuracy", "tokens"]
+    assert written(panels[STEERED[2]]) == ["unavailable"]
+    shares = [panels[name] for name in (STEERED[0], STEERED[1], "accuracy")]
+    assert {axes.get_ylim() for axes in shares} == {(-0.03, 1.03)}
+    assert panels["tokens"].get_ylim()[0] == 0
+    assert panels["tokens"].get_ylabel() == "tokens"
+    assert list(panels[STEERED[0]].get_xticks()) == [-2, -1, 0, 1, 2]
+    (line,) = panels[STEERED[0]].lines
+    assert line.get_ydata() == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
+    assert len(panels["accuracy"].lines) == 2
+    assert legend_of(figure) == [*STEERED[:2], "95% interval", "null interval"]
+
+
+def test_the_null_interval_of_a_dose_has_no_width_where_nothing_is_added():
+    figure = plt.figure(figsize=(7, 5))
+    draw.doses(figure, dose_table())
+    null, interval = figure.axes[0].collections
+    assert null.get_hatch()
+    (path,) = null.get_paths()
+    ends = {x: path.vertices[path.vertices[:, 0] == x, 1] for x in (-2.0, 0.0, 2.0)}
+    assert np.ptp(ends[0.0]) == pytest.approx(0)
+    assert ends[0.0][0] == pytest.approx(0.5)
+    for end in (-2.0, 2.0):
+        assert (ends[end].min(), ends[end].max()) == pytest.approx((0.3, 0.9))
+    assert reach(interval) == pytest.approx((0.2, 0.8))
+    empty = plt.figure()
+    draw.doses(empty, dose_table().assign(null_low=NAN, null_high=NAN))
+    assert len(empty.axes[0].collections) == 1, "no controls, no null interval"
+
+
+def test_the_sweep_has_a_legend_or_is_said_to_be_missing():
+    rows = [("backtracking", layer, c, 0.3, 0.2, 0.4, 0.25, 0.1, 0.5) for c in (-1, 1)
+            for layer in range(3)]  # fmt: skip
+    columns = ["behaviour", "layer", "coefficient", "value", "ci_low", "ci_high", "plain"]
+    table = pd.DataFrame(rows, columns=[*columns, "null_low", "null_high"])
+    figure, panels = plt.subplots(1, 4)
+    draw.sweep(panels, table, {"backtracking": 2})
+    assert [written(panel) for panel in panels] == [[], *[["unavailable"]] * 3]
+    assert legend_of(figure) == [
+        "-1", "null interval -1", "+1", "null interval +1", "baseline", "steering layer",
+    ]  # fmt: skip
+    *_, baseline, layer = panels[0].lines
+    assert list(baseline.get_ydata()) == [0.25, 0.25]
+    assert list(layer.get_xdata()) == [2, 2]
+    figure, panels = plt.subplots(1, 4)
+    draw.sweep(panels, table.iloc[:0], {})
+    assert written(panels[0]) == ["not run"]
+    assert not figure.legends
+
+
+# --- chains in figures -------------------------------------------------------------------
+
+
+def test_a_chain_is_drawn_letter_by_letter_on_the_colour_of_its_behaviour(axes):
+    draw.chain(axes, TEXT, SEGMENTS, title="one", width=20)
+    rows: dict[float, str] = {}
+    for text in axes.texts:
+        row = text.get_position()[1]
+        rows[row] = rows.get(row, "") + text.get_text()
+    lines = [rows[row] for row in sorted(rows)]
+    assert " ".join(lines).split() == TEXT.split(), "no word is lost or cut"
+    assert max(map(len, lines)) <= 20
+    coloured = dict.fromkeys(BEHAVIOURS, 0.0)
+    names = {colour.lower(): name for name, colour in COLOURS.items()}
+    for box in axes.patches:
+        coloured[names[to_hex(box.get_facecolor())]] += box.get_width()
+    # The space at which a line is broken is not drawn.
+    assert 33 - 3 <= coloured["initializing"] <= 33
+    assert 35 - 3 <= coloured["backtracking"] <= 35
+    assert coloured["deduction"] == 0
+    assert all(isinstance(box, Rectangle) for box in axes.patches)
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("", 5, []),
+        ("ab cd ef", 5, ["ab cd", "ef"]),
+        ("abcdefgh", 3, ["abc", "def", "gh"]),
+        ("ab\n\ncd", 5, ["ab", "", "cd"]),
+        ("ab cd\nef", 5, ["ab cd", "ef"]),
+        ("ab cde", 4, ["ab", "cde"]),
+    ],
+)
+def test_lines_are_broken_at_spaces_and_newlines(text, width, lines):
+    assert [text[a:b] for a, b in draw.wrapped(text, width)] == lines
+
+
+@pytest.mark.parametrize("n_words", [1, 100, 1000])
+def test_chains_stand_side_by_side_on_a_figure_that_fits_the_longest(n_words):
+    text = " ".join(["word"] * n_words)
+    figure = plt.figure(figsize=(7, 3))
+    draw.chains(figure, [("plain", "a b", ()), ("+ x", text, SEGMENTS[:0])])
+    draw.caption(figure, "a caption")
+    figure.canvas.draw()
+    short, long = figure.axes
+    assert short.get_ylim() == long.get_ylim(), "lines of one height"
+    line = long.get_window_extent().height / figure.dpi / (long.get_ylim()[0] + 0.5)
+    assert 0.12 < line < 0.3, "inches a line, however many there are"
+    assert legend_of(figure) == list(BEHAVIOURS)
+    seen = "".join(entry.get_text() for entry in long.texts)
+    if n_words < 1000:
+        assert seen == text.replace(" ", "") or seen.replace(" ", "") == text.replace(" ", "")
+    else:
+        kept, note = seen.split("(and ")
+        rest = text[len(text) - int(note.split()[0]) :]
+        assert (kept + rest).replace(" ", "") == text.replace(" ", "")
+
+
+def steered(coefficient: float, text: str = "a b") -> Steered:
+    response = Response("t1", "", "", (), (), text, text, 0, "", closed=True, finished=True)
+    one = Steered("t1", "none", -1, 0.0, "add", response, Annotation("t1", "x", ()))
+    if not coefficient:
+        return one
+    return replace(one, direction="backtracking", layer=4, coefficient=coefficient)
+
+
+def test_a_pair_names_what_was_added_or_that_there_is_nothing():
+    figure = draw.pair(plt.figure(), None)
+    assert "nothing was steered" in written(figure.axes[0])[0]
+    figure = draw.pair(plt.figure(), (steered(0), steered(2.0)))
+    titles = [axes.get_title("left") for axes in figure.axes]
+    assert titles == ["baseline, task t1", "+2 backtracking, layer 4"]
+
+
+def test_captions_and_legends_do_not_cover_the_axes():
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4))
+    for axes in panels:
+        draw.steering_bars(axes, steering_table())
+    draw.caption(figure, "tiny-thinker (a fixture, built to be steerable), 60 tasks. " * 4)
+    figure.canvas.draw()
+    caption, (legend,) = figure._supxlabel.get_window_extent(), figure.legends
+    for box in [axes.get_tightbbox() for axes in panels]:
+        assert not caption.overlaps(box)
+        assert not legend.get_window_extent().overlaps(box)
+    assert figure.bbox.padded(1).contains(*caption.min)
+    assert figure.bbox.padded(1).contains(*caption.max)
+
+
+# --- chains as text ----------------------------------------------------------------------
+
+
+def bare(html: str) -> str:
+    return unescape(re.sub(r"<[^>]*>", "", html))
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [SEGMENTS, (*SEGMENTS, PlacedSegment("deduction", TEXT[20:50], 20, 50)), ()],
+    ids=["apart", "overlapping", "none"],
+)
+def test_a_chain_keeps_its_text_and_shows_overlaps_once(segments):
+    assert bare(words.html(TEXT, segments)) == TEXT
+    painted = words.terminal(TEXT, segments, colour=True)
+    assert re.sub(r"\x1b\[[0-9;]*m", "", painted) == TEXT
+    lines = words.terminal(TEXT, segments, colour=False).splitlines()
+    assert " ".join(line[24:] for line in lines).split() == TEXT.split()
+
+
+def test_html_is_escaped_everywhere():
+    evil = "<script>alert(1)</script>"
+    segment = PlacedSegment(evil, evil, 0, len(evil))
+    made = words.html_panels([words.Panel(evil, evil, (segment,), [0] * 6, evil)])
+    made += words.html(evil, (), title=evil) + words.html_line(evil, wrong=True)
+    assert "<script" not in made
+    assert made.count("&lt;script&gt;") >= 6
+
+
+def test_segments_have_the_colours_of_the_figures():
+    assert COLOURS["backtracking"] in words.html(TEXT, SEGMENTS)
+    assert all(name in words.html_legend() for name in BEHAVIOURS)
+    assert len(set(words.TERMINAL.values())) == len(BEHAVIOURS) == len(words.TERMINAL)
+    for name, code in words.TERMINAL.items():
+        assert f"48;5;{code}m{name}" in words.terminal_shares(["a"], [[0] * 6], colour=True)
+
+
+def test_several_chains_need_an_annotation_each():
+    one = steered(0).response
+    made = words.html_chains([one, one], [Annotation("t1", "x", SEGMENTS)] * 2)
+    assert made.count("t1") == 2
+    with pytest.raises(ValueError, match="shorter"):
+        words.html_chains([one], [])
+
+
+def test_bars_are_as_long_as_the_shares_and_a_missing_share_is_no_zero():
+    shares = [0.0, 0.5, 0.25, 0.25, 0.0, NAN]
+    made = words.html_panels([words.Panel("plain", TEXT, SEGMENTS, shares)])
+    widths = [int(width) for width in re.findall(r"width:(\d+)px", made)]
+    assert widths == [round(share * words.WIDTH) for share in shares[:5]]
+    assert made.count("n/a") == 1
+    table = words.terminal_shares(["plain"], [shares], colour=False).splitlines()
+    assert table[0].split() == ["share", "of", "tokens", "plain"]
+    assert [line.split()[-1] for line in table[1:]] == ["0%", "50%", "25%", "25%", "0%", "n/a"]
+
+
+def test_pairs_show_both_chains_with_what_was_added():
+    pair = steered(0.0, "plainly written"), steered(1.0, "<b>back</b>")
+    made = words.html_pairs({"backtracking": pair, "deduction": None})
+    for part in ("plainly written", "&lt;b&gt;back", "+1 backtracking, layer 4"):
+        assert part in made
+    assert made.count("<td") == 2
+    assert "deduction: not steered, or no chain rose" in made
+    assert words.html_pairs({}) == words.html_legend()
+    assert bare(words.html_line("two\nlines", wrong=True)) == "error: two lines"
+
+
+# --- tables ------------------------------------------------------------------------------
+
+
+def test_intervals_are_written_beside_their_value_in_the_order_of_the_rows():
+    rows = [
+        ("b", "rank", 2.0, 1.0, 4.0),
+        ("b", "share", -0.001, NAN, NAN),
+        ("a", "share", 0.25, -0.004, 0.5),
+    ]
+    table = pd.DataFrame(rows, columns=["who", "what", "value", "low", "high"])
+    shown = words.intervals(table, ["what"], "who")
+    assert list(shown.columns) == ["b", "a"]
+    assert list(shown.index) == ["rank", "share"]
+    assert shown["b"].tolist() == ["2.00 (1.00 to 4.00)", "0.00"], "no -0.00"
+    assert shown["a"].tolist() == ["n/a", "0.25 (0.00 to 0.50)"]
+    whole = words.intervals(table[:1], ["what"], "who", digits=0)
+    assert whole["b"].tolist() == ["2 (1 to 4)"]
+    assert words.intervals(table.iloc[:0], ["what"], "who").empty
+
+
+def test_shown_numbers_are_rounded_and_nothing_is_shown_as_something_else():
+    table = pd.DataFrame(
+        {"p": [0.0002, 0.04, NAN], "share": [0.0002, 1.5, NAN], "n": [1.0, 2.0, NAN],
+         "outside": [True, None, NAN]}
+    )  # fmt: skip
+    shown = words.shown(table)
+    assert shown["p"].tolist() == ["<0.001", "0.040", "n/a"]
+    assert shown["share"].tolist() == ["0.000", "1.500", "n/a"]
+    assert shown["n"].tolist() == ["1", "2", "n/a"]
+    assert shown["outside"].tolist() == [True, "n/a", "n/a"]
+
+
+def test_a_wide_table_refuses_two_numbers_for_one_cell_and_says_what_tells_them_apart():
+    rows = pd.DataFrame(
+        [("t", "grammar", "x", 1.0), ("t", "offline", "x", 3.0), ("t", "grammar", "y", 2.0)],
+        columns=["kind", "annotator", "behaviour", "value"],
+    )
+    named = r"2 rows share .*kind 't', behaviour 'x'.*of annotator"
+    with pytest.raises(ValueError, match=named):
+        words.wide(rows, ["kind"], "behaviour")
+    found = words.wide(rows, ["kind", "annotator"], "behaviour")
+    assert found.index.tolist() == [("t", "grammar"), ("t", "offline")]
+    assert found.columns.tolist() == ["x", "y"]
+    assert found["x"].tolist() == [1.0, 3.0]
+    assert found["y"].isna().tolist() == [False, True]
+
+
+def test_values_by_layer_have_a_row_a_behaviour():
+    curves = words.by_name(np.array([[0.1, 0.2], [0.3, 0.4]]), ["b", "a"])
+    table = words.layers(curves, quantity="AUC")
+    assert table.columns.tolist() == ["quantity", "behaviour", "layer 0", "layer 1"]
+    assert table.to_numpy().tolist() == [["AUC", "b", 0.1, 0.2], ["AUC", "a", 0.3, 0.4]]
+    assert words.layer_text({"b": 3, "a": 4}) == "b 3, a 4"

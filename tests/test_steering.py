@@ -1,0 +1,757 @@
+"""Steering: conditions on a tiny model, and measures of hand-made responses."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+from stllms import steering
+from stllms.generation import decode
+from stllms.generation.responses import responses
+from stllms.labels import BEHAVIOURS, STEERED
+from stllms.plotting.text import shown
+from stllms.records import (
+    STEERED_KEY,
+    Annotation,
+    PlacedSegment,
+    Response,
+    Span,
+    Steered,
+    Task,
+)
+from stllms.runs.store import Rows
+from stllms.steering import conditions, dose, measures
+from stllms.vectors.controls import Controls
+from stllms.vectors.directions import SteeringVectors
+
+NAN = float("nan")
+PLAIN = ("none", -1, 0.0)
+TASKS = [Task(f"t{i}", "c", "?", str(i)) for i in range(6)]
+
+
+def chain(
+    task: str,
+    condition: tuple[str, int, float] = PLAIN,
+    tokens: tuple[int, int] = (5, 5),
+    *,
+    answer: str = "The answer is 0.",
+    thinking: str = "So 1 plus 1 is 2.",
+    operation: str = "add",
+    finished: bool = True,
+    closed: bool = True,
+    annotator: str = "hand",
+    failed: str | None = None,
+    labels: tuple[str, str] = ("backtracking", "adding-knowledge"),
+) -> Steered:
+    """A chain with ``tokens`` of the two ``labels``."""
+    first, second = tokens
+    spans = [Span(labels[0], 10, 10 + first), Span(labels[1], 60, 60 + second)]
+    made = Annotation(
+        task,
+        annotator,
+        spans=tuple(s for s in spans if s.end > s.start),
+        ledger={"coverage": 0.75},
+        failed=failed,
+    )
+    response = Response(
+        task_id=task,
+        category="c",
+        prompt_text="",
+        prompt_ids=(),
+        output_ids=tuple(range(first + second)),
+        text=f"{thinking}\n</think>\n\n{answer}" if closed else thinking,
+        thinking=thinking,
+        thinking_start=0,
+        answer=answer if closed else "",
+        closed=closed,
+        finished=finished,
+    )
+    return Steered(task, *condition, operation, response, made)
+
+
+def grid() -> list[Steered]:
+    """Plain: 1/2 backtracking. Positive at layer 3: more, by task. Controls: less."""
+    up, down = ("backtracking", 3, 1.0), ("backtracking", 3, -1.0)
+    chains = []
+    for i, task in enumerate(TASKS):
+        chains += [
+            chain(task.id, PLAIN, (5, 5), answer=f"The answer is {i}."),
+            chain(task.id, up, (6 + i % 3, 2), answer="The answer is 1."),
+            chain(task.id, down, (1, 9), answer=f"The answer is {i}."),
+            chain(task.id, ("shuffled:0", 3, 1.0), (4, 6)),
+            chain(task.id, ("shuffled:1", 3, 1.0), (7, 3)),
+            chain(task.id, ("shuffled:0", 3, -1.0), (5, 5)),
+            chain(task.id, ("shuffled:0", 4, 1.0), (1, 99)),
+        ]
+    return chains
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    return measures.table(measures.measure(grid(), TASKS))
+
+
+def cell(rows: pd.DataFrame, direction: str, coefficient: float, metric: str, behaviour=""):
+    at = (
+        (rows["direction"] == direction)
+        & (rows["coefficient"] == coefficient)
+        & (rows["metric"] == metric)
+        & (rows["behaviour"] == behaviour)
+        & (rows["layer"] != 4)
+    )
+    (_, found), *rest = rows[at].iterrows()
+    assert not rest
+    return found
+
+
+def annotation(*spans: tuple[str, int, int], task: str = "t", failed: str | None = None):
+    """Token spans, and a segment of the same label for each."""
+    return Annotation(
+        task,
+        "hand",
+        segments=tuple(PlacedSegment(label, "x", s, e) for label, s, e in spans),
+        spans=tuple(Span(*span) for span in spans),
+        failed=failed,
+    )
+
+
+# --- conditions -----------------------------------------------------------------------------
+
+OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "seed": 1, "progress": False}
+
+
+@pytest.fixture
+def asked():
+    return [Task(f"t{i}", "own", "What is " + "so " * i + "good?") for i in range(7)]
+
+
+def test_steered_rows_equal_the_same_rows_alone(tiny_llama, asked):
+    """Coefficient 0 is plain, and a mixed batch changes no row of it."""
+    vector = torch.randn(tiny_llama.d_model, generator=torch.Generator().manual_seed(0))
+    plain = responses(tiny_llama, asked, **OPTIONS)
+    zero = [steering.Intervention(vector, 1, 0.0)] * len(asked)
+    assert steering.generate(tiny_llama, asked, zero, **OPTIONS) == plain
+    strong = steering.Intervention(vector, 1, 3.0)
+    edits = [None, strong, [strong]] * 2 + [None]
+    mixed = steering.generate(tiny_llama, asked, edits, **OPTIONS)
+    alone = steering.generate(tiny_llama, asked[1:2], [strong], **OPTIONS)
+    assert mixed[0] == plain[0]
+    assert mixed[1] == alone[0] != plain[1]
+    with pytest.raises(ValueError, match="7 tasks but 1 interventions"):
+        steering.generate(tiny_llama, asked, [None], **OPTIONS)
+
+
+@pytest.fixture
+def steering_vectors(tiny_llama):
+    shape = (2, tiny_llama.n_layers, tiny_llama.d_model)
+    directions = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return SteeringVectors(
+        ("deduction", "backtracking"),
+        directions,
+        directions,
+        directions[0],
+        torch.tensor([20, 30]),
+        unavailable={"example-testing": 2},
+    )
+
+
+def test_every_name_what_exists(steering_vectors):
+    layers = {"backtracking": 2, "example-testing": 1}
+    every = conditions.conditions(steering_vectors, layers, (-1, 0, 1))
+    assert [(a.direction, a.coefficient) for a in every] == [
+        ("none", 0.0),
+        ("backtracking", -1.0),
+        ("backtracking", 1.0),
+    ]
+    with pytest.raises(ValueError, match="no direction for 'dreaming'; there are: deduction"):
+        conditions.conditions(steering_vectors, {"dreaming": 1}, (1,))
+    with pytest.raises(ValueError, match="no layer 9 in the vectors; they have layers 0 to 3"):
+        conditions.conditions(steering_vectors, {"backtracking": 9}, (1,))
+
+
+def test_a_sweep_has_its_controls_at_every_layer(steering_vectors):
+    controls = Controls(("shuffled:0", "covariance:0"), 2 * steering_vectors.directions)
+    every = conditions.sweep_conditions(steering_vectors, (-2, -1, 0, 1), controls)
+    bare = conditions.sweep_conditions(steering_vectors, (-2, -1, 0, 1))
+    added = [condition for condition in every if condition.direction in controls.names]
+    keys = [
+        condition.key("t") for condition in every if condition.direction not in controls.names
+    ]
+    assert keys == [condition.key("t") for condition in bare]
+    places = [
+        (condition.direction, condition.layer, condition.coefficient) for condition in added
+    ]
+    layers = range(steering_vectors.n_layers)
+    assert sorted(places) == sorted(itertools.product(controls.names, layers, (-2.0, 1.0)))
+    last = added[-1]
+    row = controls.names.index(last.direction)
+    assert torch.equal(last.intervention.direction, controls.directions[row, last.layer])
+
+
+def test_a_grid_resumes_to_the_same_bytes(
+    tiny_llama, asked, steering_vectors, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(conditions, "CHUNK", 2)
+    every = conditions.conditions(steering_vectors, {"backtracking": 2}, (-1, 0, 1))
+    controls = Controls(("shuffled:0",), steering_vectors.directions[:1])
+    every += conditions.control_conditions(controls, {"backtracking": 2}, (1,))
+    key = STEERED_KEY
+    whole = Rows(tmp_path / "whole.jsonl", key)
+    grid = conditions.grid(tiny_llama, asked[:4], every, store=whole, **OPTIONS)
+    assert [one.key[:2] for one in grid[:4]] == [
+        ("t0", "none"),
+        ("t0", "backtracking"),
+        ("t0", "backtracking"),
+        ("t0", "shuffled:0"),
+    ]
+    content = whole.path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    assert len(lines) == 16
+    for kept in (0, 3, 8, 13):
+        cut = tiny.killed(whole, f"cut-{kept}.jsonl", b"".join(lines[:kept]))
+        assert conditions.grid(tiny_llama, asked[:4], every, store=cut, **OPTIONS) == grid
+        assert cut.path.read_bytes() == content
+    monkeypatch.setattr(decode, "run", None)
+    assert conditions.grid(tiny_llama, asked[:4], every, store=whole, **OPTIONS) == grid
+
+
+def test_a_store_takes_no_chains_that_are_steered_somewhere_only(
+    tiny_llama, asked, steering_vectors, tmp_path
+):
+    every = conditions.conditions(
+        steering_vectors, {"backtracking": 2}, (1,), where="generated"
+    )
+    store = Rows(tmp_path / "rows.jsonl", STEERED_KEY)
+    with pytest.raises(ValueError, match="backtracking acts on generated tokens: a store"):
+        conditions.grid(tiny_llama, asked[:1], every, store=store, **OPTIONS)
+    assert len(conditions.grid(tiny_llama, asked[:1], every, **OPTIONS)) == len(every)
+
+
+def test_directions_of_another_model_are_refused_with_both_shapes(tiny_llama, steering_vectors):
+    conditions.check(steering_vectors, tiny_llama)
+    fewer = replace(
+        steering_vectors,
+        directions=steering_vectors.directions[:, :3],
+        means=steering_vectors.means[:, :3],
+        overall=steering_vectors.overall[:3],
+    )
+    with pytest.raises(ValueError, match=r"\[3, 32\] are of another model .* \[4, 32\]"):
+        conditions.check(fewer, tiny_llama)
+
+
+# --- fractions ---------------------------------------------------------------------------
+
+
+def test_token_fractions_count_tokens_among_the_four_steered_behaviours_only():
+    one = annotation(
+        ("initializing", 3, 40),
+        ("backtracking", 40, 46),
+        ("deduction", 46, 90),
+        ("adding-knowledge", 90, 92),
+        ("backtracking", 95, 99),
+    )
+    found = measures.token_fractions([one])
+    assert found.shape == (1, 4)
+    # 10 tokens of backtracking, 2 of adding-knowledge: those of the two others do not count.
+    assert dict(zip(STEERED, found[0], strict=True)) == {
+        "backtracking": 10 / 12,
+        "uncertainty-estimation": 0.0,
+        "example-testing": 0.0,
+        "adding-knowledge": 2 / 12,
+    }
+
+
+def test_a_chain_with_segments_but_none_of_the_four_counts_as_zeros_in_both_treatments():
+    only_deduction = annotation(("deduction", 5, 9))
+    for empty in measures.EMPTY:
+        assert measures.token_fractions([only_deduction], empty=empty).tolist() == [[0.0] * 4]
+
+
+def test_a_chain_without_segments_is_apart_by_default_and_zero_as_published():
+    chains = [annotation(("backtracking", 5, 9)), annotation()]
+    assert np.isnan(measures.token_fractions(chains)[1]).all()
+    published = measures.token_fractions(chains, empty="published")
+    assert published[1].tolist() == [0.0] * 4
+    # The average over tasks is where the two differ: 1 of one chain, 1/2 of two.
+    assert np.nanmean(measures.token_fractions(chains)[:, 0]) == 1.0
+    assert published[:, 0].mean() == 0.5
+
+
+def test_a_failed_annotation_is_unknown_in_both_treatments():
+    for empty in measures.EMPTY:
+        found = measures.token_fractions([annotation(failed="no reply")], empty=empty)
+        assert np.isnan(found).all()
+
+
+def test_segment_counts_and_fractions_are_over_all_six_labels():
+    one = annotation(
+        ("initializing", 1, 2),
+        ("deduction", 2, 9),
+        ("deduction", 9, 10),
+        ("backtracking", 10, 11),
+    )
+    counts = measures.segment_counts([one, annotation()])
+    assert counts.tolist() == [[1, 2, 0, 0, 0, 1], [0] * 6]
+    shares = measures.segment_fractions(counts)
+    assert shares[0].tolist() == [0.25, 0.5, 0, 0, 0, 0.25]
+    assert np.isnan(shares[1]).all()
+    assert measures.segment_fractions(counts, empty="published")[1].tolist() == [0.0] * 6
+
+
+def test_unknown_labels_are_no_part_of_any_fraction():
+    one = annotation(("humming", 1, 50), ("backtracking", 50, 52))
+    assert measures.token_fractions([one])[0].tolist() == [1.0, 0, 0, 0]
+    assert measures.segment_counts([one])[0].sum() == 1
+
+
+def test_an_unknown_treatment_of_empty_chains_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"'zero'.*apart, published"):
+        measures.token_fractions([annotation()], empty="zero")
+
+
+# --- coherence ---------------------------------------------------------------------------
+
+
+def test_loops_are_the_share_of_four_grams_seen_before():
+    # "a b c d" three times: 9 four-grams, the first 4 are new.
+    assert measures.coherence("a b c d " * 3).loops == pytest.approx(1 - 4 / 9)
+    assert measures.coherence("one two three four five six").loops == 0.0
+
+
+def test_repetition_compresses_and_short_texts_have_no_signs():
+    prose = "The tank gains six cups and loses two an hour, so four are added; twice four is 8."
+    assert measures.coherence("wait, no. " * 60).compression < 0.1
+    assert measures.coherence(prose).compression > 0.7
+    for text in ("", "yes", "so it is"):
+        assert measures.coherence(text) == measures.Coherence(0.0, 1.0)
+
+
+# --- measure -----------------------------------------------------------------------------
+
+
+def test_a_chain_is_measured_by_its_tokens_its_answer_and_its_end():
+    one = chain("t2", tokens=(2, 6), answer="The answer is 2.", finished=False)
+    found = measures.measure([one], TASKS).iloc[0]
+    assert found["token fraction/backtracking"] == 2 / 8
+    assert found["token fraction/example-testing"] == 0
+    assert found["token share/adding-knowledge"] == 6 / 8
+    assert (found["accuracy"], found["tokens"], found["labelled"]) == (1.0, 8.0, 0.75)
+    assert (found["closed"], found["truncated"]) == (1.0, 1.0)
+    assert "well-formed" not in found.index, "only the grammar knows what is well-formed"
+
+
+def test_fractions_are_of_four_behaviours_and_shares_of_six():
+    one = chain("t1", tokens=(3, 1), labels=("deduction", "backtracking"))
+    found = measures.measure([one], TASKS).iloc[0]
+    assert found["token fraction/backtracking"] == 1.0
+    assert found["token share/backtracking"] == 0.25
+
+
+def test_a_chain_that_never_answered_is_wrong_whatever_it_was_thinking():
+    musing = chain("t3", thinking="The answer is 3.", closed=False, finished=False)
+    right = chain("t3", answer="The answer is 3.")
+    found = measures.measure([musing, right], TASKS)
+    assert found["accuracy"].tolist() == [0.0, 1.0]
+    open_task = [Task("t3", "c", "?")]
+    assert measures.measure([right], open_task)["accuracy"].isna().all()
+
+
+def test_well_formed_is_what_the_grammar_could_have_written():
+    good = chain("t0", annotator="grammar")
+    bad = [
+        chain("t0", annotator="grammar", thinking=""),
+        chain("t0", annotator="grammar", thinking="So 1 plus 1 is"),
+        chain("t0", annotator="grammar", answer="Maybe 4."),
+        chain("t0", annotator="grammar", finished=False),
+        chain("t0", annotator="grammar", closed=False),
+    ]
+    found = measures.measure([good, *bad], TASKS)["well-formed"]
+    assert found.tolist() == [1.0] + [0.0] * len(bad)
+
+
+@pytest.mark.parametrize(("empty", "value"), [("apart", NAN), ("published", 0.0)])
+def test_a_chain_without_segments_follows_the_treatment_and_a_failed_one_is_unknown(
+    empty, value
+):
+    none = chain("t0", tokens=(0, 0))
+    failed = chain("t1", tokens=(0, 0), failed="no reply")
+    found = measures.measure([none, failed], TASKS, empty=empty)
+    at = "token fraction/backtracking"
+    assert np.array_equal(found[at], [value, NAN], equal_nan=True)
+    assert found["labelled"].tolist()[0] == 0.75
+    assert np.isnan(found["labelled"].tolist()[1])
+
+
+def test_chains_that_cannot_be_measured_are_refused_by_name():
+    bare = Steered("t0", *PLAIN, "add", chain("t0").response)
+    with pytest.raises(ValueError, match="1 of 2 chains have no annotation"):
+        measures.measure([bare, chain("t1")], TASKS)
+    with pytest.raises(ValueError, match="not asked: t9"):
+        measures.measure([chain("t9")], TASKS)
+    steered = measures.measure([chain("t0", ("backtracking", 3, 1.0))], TASKS)
+    with pytest.raises(ValueError, match="no plain chains"):
+        measures.table(steered)
+    condition = ("backtracking", 3, 1.0)
+    two = [chain("t0"), chain("t0", condition), chain("t0", condition, operation="ablate")]
+    with pytest.raises(ValueError, match="each operation apart"):
+        measures.table(measures.measure(two, TASKS))
+
+
+# --- table -------------------------------------------------------------------------------
+
+
+def test_the_columns_are_those_of_the_design_plus_the_layer(rows):
+    assert rows.columns.tolist() == [
+        "behaviour", "direction", "layer", "coefficient", "metric", "value", "ci_low",
+        "ci_high", "n", "p", "p_holm", "null_low", "null_high", "null_n",
+    ]  # fmt: skip
+
+
+def test_values_are_means_over_tasks_and_p_values_those_of_the_pairs(rows):
+    own = cell(rows, "backtracking", 1.0, "token fraction", "backtracking")
+    values = np.array([6 / 8, 7 / 9, 8 / 10] * 2)
+    assert own["value"] == pytest.approx(values.mean())
+    assert own["n"] == 6
+    assert own["ci_low"] < own["value"] < own["ci_high"]
+    # All six tasks rose: only this sign pattern and its mirror image are as extreme.
+    assert own["p"] == 2 / 2**6
+    knowledge = cell(rows, "backtracking", 1.0, "token fraction", "adding-knowledge")
+    assert knowledge["value"] == pytest.approx(1 - values.mean())
+
+
+def test_p_values_are_paired_by_task_and_not_by_row():
+    # Every task rises by one, whatever its level: paired p = 2/64. By row the levels mix.
+    plain = {task.id: k for task, k in zip(TASKS, (1, 8, 2, 7, 3, 5), strict=True)}
+    moved = {task: k + 1 for task, k in plain.items()}
+    condition = ("backtracking", 3, 1.0)
+    chains = [chain(t, PLAIN, (k, 10 - k)) for t, k in plain.items()]
+    chains += [chain(t, condition, (k, 10 - k)) for t, k in reversed(moved.items())]
+    found = cell(
+        measures.table(measures.measure(chains, TASKS)),
+        *("backtracking", 1.0, "token fraction", "backtracking"),
+    )
+    differences = [moved[t] - plain[t] for t in plain]
+    signs = list(itertools.product((1, -1), repeat=6))
+    sums = [abs(sum(s * d for s, d in zip(row, differences, strict=True))) for row in signs]
+    assert found["p"] == np.mean([value >= abs(sum(differences)) for value in sums]) == 2 / 64
+
+
+def test_plain_chains_have_no_p_value_and_only_own_fractions_are_corrected(rows):
+    assert rows.loc[rows["direction"] == "none", "p"].isna().all()
+    corrected = rows[rows["p_holm"].notna()]
+    assert set(corrected["metric"]) == {"token fraction"}
+    assert corrected["behaviour"].tolist() == corrected["direction"].tolist()
+    assert sorted(corrected["coefficient"]) == [-1.0, 1.0]
+    # Two tests at 2/64 each: Holm doubles the smaller, the other follows.
+    assert corrected["p_holm"].tolist() == pytest.approx([4 / 64] * 2)
+
+
+def test_the_null_is_the_range_of_controls_of_the_same_layer_and_coefficient(rows):
+    up = cell(rows, "backtracking", 1.0, "token fraction", "backtracking")
+    assert (up["null_low"], up["null_high"]) == pytest.approx((0.4, 0.7))
+    down = cell(rows, "backtracking", -1.0, "token fraction", "backtracking")
+    assert (down["null_low"], down["null_high"]) == pytest.approx((0.5, 0.5))
+    # The control of layer 4 (0.01) is in neither.
+    assert rows.loc[rows["direction"] == "none", "null_low"].isna().all()
+
+
+@pytest.mark.parametrize("broken", ["shuffled:0", "shuffled:1"])
+def test_a_control_whose_chains_are_all_empty_does_not_decide_the_null(broken):
+    chains = [
+        chain(one.task_id, one.key[1:4], (0, 0)) if one.direction == broken else one
+        for one in grid()
+    ]
+    found = measures.table(measures.measure(chains, TASKS))
+    up = cell(found, "backtracking", 1.0, "token fraction", "backtracking")
+    left = 0.7 if broken == "shuffled:0" else 0.4
+    assert (up["null_low"], up["null_high"]) == pytest.approx((left, left))
+
+
+def test_a_null_of_some_tasks_is_compared_on_these_tasks():
+    """Controls on the two hardest tasks alone, where plain chains have 0.1: a control that adds
+    0.2 there would end 0.2 above the mean of all plain chains, not at its own 0.3."""
+    hard = [task.id for task in TASKS[:2]]
+    plain = {task.id: 1 if task.id in hard else 7 for task in TASKS}
+    condition = ("backtracking", 3, 1.0)
+    chains = [chain(t, PLAIN, (k, 10 - k)) for t, k in plain.items()]
+    chains += [chain(t, condition, (k + 1, 9 - k)) for t, k in plain.items()]
+    for i, more in enumerate((0, 2)):
+        name = (f"shuffled:{i}", 3, 1.0)
+        chains += [chain(t, name, (plain[t] + more, 10 - plain[t] - more)) for t in hard]
+    found = cell(
+        measures.table(measures.measure(chains, TASKS)),
+        *("backtracking", 1.0, "token fraction", "backtracking"),
+    )
+    middle = (2 * 0.1 + 4 * 0.7) / 6
+    assert (found["null_low"], found["null_high"]) == pytest.approx((middle, middle + 0.2))
+    assert found["value"] == pytest.approx(middle + 0.1), "inside"
+    assert (found["n"], found["null_n"]) == (6, 2)
+
+
+def test_a_null_of_all_tasks_is_the_range_of_the_controls_means(rows):
+    up = cell(rows, "backtracking", 1.0, "token fraction", "backtracking")
+    assert up["null_n"] == 6
+    means = [0.4, 0.7]  # of every chain of the two controls
+    assert (up["null_low"], up["null_high"]) == pytest.approx(means)
+    bars = measures.bars(rows).set_index(["behaviour", "mode"])
+    assert bars.loc[("backtracking", "positive"), "null_n"] == 6
+    old = measures.bars(rows.drop(columns="null_n"))
+    assert old["null_n"].isna().all(), "a file of an earlier version"
+
+
+# --- views of the table ------------------------------------------------------------------
+
+
+def test_bars_are_plain_positive_and_negative_and_missing_where_nothing_was_steered(rows):
+    found = measures.bars(rows).set_index(["behaviour", "mode"])
+    assert found.index.tolist() == [
+        (b, m) for b in STEERED for m in ("plain", "positive", "negative")
+    ]
+    value = found["value"]
+    assert value["backtracking", "plain"] == 0.5
+    assert value["backtracking", "positive"] == pytest.approx(np.mean([6 / 8, 7 / 9, 8 / 10]))
+    assert value["backtracking", "negative"] == pytest.approx(0.1)
+    assert value["adding-knowledge", "plain"] == 0.5
+    assert np.isnan(value["adding-knowledge", "positive"])
+    assert shown(found)["n"].tolist()[:4] == ["6", "6", "6", "6"]
+
+
+def test_differences_are_paired_and_carry_the_p_values_of_the_table(rows):
+    measured = measures.measure(grid(), TASKS)
+    found = measures.differences(measured, rows).set_index("coefficient")
+    assert found.loc[-1.0, "difference"] == pytest.approx(0.1 - 0.5)
+    assert found.loc[-1.0, ["low", "high"]].tolist() == pytest.approx([-0.4, -0.4])
+    assert found.loc[1.0, "p"] == 2 / 64
+    assert found.loc[1.0, "n"] == 6
+
+
+def test_changes_are_of_all_six_shares_against_plain(rows):
+    found = measures.changes(rows)
+    assert found.index.tolist() == ["backtracking"]
+    assert found.columns.tolist() == list(BEHAVIOURS)
+    up = np.mean([6 / 8, 7 / 9, 8 / 10])
+    assert found.loc["backtracking", "backtracking"] == pytest.approx(up - 0.5)
+    assert found.loc["backtracking", "adding-knowledge"] == pytest.approx(0.5 - up)
+    assert found.loc["backtracking", "deduction"] == 0
+    assert measures.changes(rows, 0.5).shape == (0, 6), "no such coefficient, no rows"
+
+
+def test_the_showcase_is_the_finished_chain_that_rose_most():
+    condition = ("backtracking", 3, 1.0)
+    chains = [chain(t.id) for t in TASKS[:3]]
+    chains += [
+        chain("t0", condition, (9, 1), finished=False),
+        chain("t1", condition, (8, 2)),
+        chain("t2", condition, (6, 4)),
+    ]
+    measured = measures.measure(chains, TASKS)
+    plain, positive = measures.showcase(chains, measured, STEERED)
+    assert (plain.key[:4], positive.key[:4]) == (("t1", *PLAIN), ("t1", *condition))
+    chains.append(chain("t0", ("adding-knowledge", 3, 1.0), (0, 10)))
+    measured = measures.measure(chains, TASKS)
+    _, positive = measures.showcase(chains, measured, STEERED)
+    assert positive.key[:2] == ("t0", "adding-knowledge"), "it rose more than backtracking did"
+    assert measures.showcase(chains, measured, ["deduction"]) is None, "nothing was steered"
+    chains = [
+        chain("t0"),
+        chain("t0", condition, (9, 1), finished=False),
+        chain("t1", condition, (0, 10)),
+    ]
+    measured = measures.measure([*chains, chain("t1")], TASKS)
+    assert measures.showcase(chains, measured, STEERED) is None, "no finished chain rose"
+
+
+def test_scores_belong_to_their_chains_and_none_may_lack():
+    pair = [chain("t0"), chain("t1")]
+    scores = [
+        dict(zip(STEERED_KEY, one.key, strict=True)) | {"kl": kl, "perplexity": 1.0}
+        for one, kl in zip(pair, (0.25, None), strict=True)
+    ]
+    measured = measures.measure(pair, TASKS, scores[::-1])
+    assert measured["task_id"].tolist() == ["t0", "t1"]
+    assert measured["kl"].tolist() == pytest.approx([0.25, NAN], nan_ok=True)
+    with pytest.raises(ValueError, match="1 of 2 chains have no score"):
+        measures.measure(pair, TASKS, scores[:1])
+
+
+def test_side_effects_have_a_reader_for_each_name():
+    one = chain("t0", annotator="grammar")
+    score = dict(zip(STEERED_KEY, one.key, strict=True)) | {"kl": 0.5, "perplexity": np.e}
+    measured = measures.measure([one], TASKS, [score])
+    assert measured.loc[0, ["kl", "log perplexity"]].tolist() == [0.5, 1.0]
+    own = {name for name in measured.columns if "/" not in name}
+    assert own - {"task_id", "direction", "layer", "coefficient", "operation"} == set(
+        measures.SIDE_EFFECTS
+    )
+    assert set(measures.EMPTY) == {"apart", "published"}
+
+
+# --- dose ----------------------------------------------------------------------------------
+
+OWN = "token fraction"
+
+
+@pytest.fixture(scope="module")
+def measured() -> pd.DataFrame:
+    return measures.measure(grid(), TASKS)
+
+
+def side(direction: str, coefficient: float, **values: float) -> list[dict]:
+    return [
+        {"metric": m, "direction": direction, "coefficient": coefficient, "value": v}
+        for m, v in values.items()
+    ]
+
+
+def own(direction: str, coefficient: float, value: float, low=NAN, high=NAN) -> dict:
+    return {
+        "behaviour": "backtracking",
+        "metric": OWN,
+        "direction": direction,
+        "coefficient": coefficient,
+        "value": value,
+        "ci_low": value - 0.05,
+        "ci_high": value + 0.05,
+        "null_low": low,
+        "null_high": high,
+    }
+
+
+WHOLE = {"accuracy": 0.8, "closed": 1.0, "loops": 0.0}
+EFFECTS = pd.DataFrame(
+    side("none", 0.0, **WHOLE)
+    + side("backtracking", 0.5, **WHOLE)
+    + side("backtracking", 1.0, accuracy=0.7, closed=0.95, loops=0.1)
+    + side("backtracking", 2.0, accuracy=0.7, closed=0.95, loops=0.3)
+    + side("backtracking", 3.0, **WHOLE)
+    + side("backtracking", -1.0, accuracy=0.1, closed=1.0, loops=0.0)
+    + side("backtracking", -0.5, accuracy=NAN, closed=1.0, loops=0.0)
+    + side("shuffled:0", 1.0, accuracy=0.0, closed=0.0, loops=1.0)
+)
+
+
+def test_costs_are_side_effects_by_arm_with_one_row_for_a_kind_of_controls(rows):
+    found = dose.side_effects(rows).set_index(["direction", "coefficient"])
+    assert found.loc[("none", 0.0), "accuracy"] == 1.0
+    assert found.loc[("backtracking", 1.0), "accuracy"] == pytest.approx(1 / 6)
+    # Output tokens of the control arms at +1: 10, 10 and 100.
+    assert found.loc[("shuffled", 1.0), "tokens"] == pytest.approx(40)
+    assert "well-formed" not in found.columns
+
+
+def test_doses_go_over_the_coefficients_with_plain_at_zero(rows):
+    found = dose.table(rows)
+    assert set(found["steered"]) == {"backtracking"}
+    own = found[found["metric"] == OWN]
+    assert own["coefficient"].tolist() == [-1.0, 0.0, 1.0]
+    assert own["value"].tolist() == pytest.approx([0.1, 0.5, np.mean([6 / 8, 7 / 9, 0.8])])
+    nothing = rows[rows["direction"] == "none"]
+    assert dose.table(nothing).empty, "nothing was steered"
+
+
+def test_the_largest_coefficient_within_the_limits_is_suggested():
+    assert dose.suggested(EFFECTS, "backtracking", 1) == 1.0, "2 repeats itself too much"
+    assert dose.suggested(EFFECTS, "backtracking", -1) == -0.5, "-1 answers wrongly"
+    assert dose.suggested(EFFECTS, "backtracking", 1, {"accuracy": 0.05}) == 0.5
+    assert dose.suggested(EFFECTS, "backtracking", 1, {"closed": 0.001}) == 0.5
+    assert dose.suggested(EFFECTS, "backtracking", 1, {"loops": 0.4}) == 3.0
+    assert dose.suggested(EFFECTS, "deduction", 1) is None
+
+
+def test_coefficients_that_break_the_text_are_named_with_the_loop_score():
+    assert dose.broken(EFFECTS) == {
+        ("backtracking", 2.0): {"loops": (0.0, 0.3)},
+        ("backtracking", -1.0): {"accuracy": (0.8, 0.1)},
+    }
+    assert dose.warning(EFFECTS).splitlines() == [
+        "backtracking +2 breaks the text: loops 0.30 (plain 0.00)",
+        "backtracking -1 breaks the text: loops 0.00 (plain 0.00), accuracy 0.10 (plain 0.80)",
+    ]
+    assert dose.warning(EFFECTS, {"loops": 0.9}) == "no coefficient breaks the text"
+
+
+def test_a_limit_of_zero_allows_a_gain_and_no_loss():
+    rows = pd.DataFrame(
+        [
+            {"direction": "none", "coefficient": 0.0, "metric": "accuracy", "value": 0.8},
+            {
+                "direction": "backtracking",
+                "coefficient": 1.0,
+                "metric": "accuracy",
+                "value": 0.9,
+            },
+            {
+                "direction": "backtracking",
+                "coefficient": -1.0,
+                "metric": "accuracy",
+                "value": 0.7,
+            },
+        ]
+    )
+    beyond = {("backtracking", -1.0): {"accuracy": (0.8, 0.7)}}
+    assert dose.broken(rows, {"accuracy": 0}) == beyond
+    assert dose.broken(rows.assign(metric="tokens"), {"tokens": 0.2}) == {}
+    assert len(dose.broken(rows.assign(metric="tokens"), {"tokens": 0.05})) == 2, "either way"
+
+
+def test_limits_below_zero_or_on_something_unknown_are_refused():
+    with pytest.raises(ValueError, match="no side effect 'loop'; there are: accuracy"):
+        dose.suggested(EFFECTS, "backtracking", 1, {"loop": 0.1})
+    with pytest.raises(ValueError, match=r"limit of accuracy is -0\.1: say how much worse"):
+        dose.suggested(EFFECTS, "backtracking", 1, {"accuracy": -0.1})
+
+
+def test_a_claim_needs_to_be_outside_plain_and_outside_every_control():
+    fractions = [
+        own("none", 0.0, 0.20),
+        own("backtracking", 1.0, 0.40, 0.10, 0.45),
+        own("backtracking", -0.5, 0.10, 0.12, 0.30),
+    ]
+    effects = EFFECTS[EFFECTS["coefficient"].isin([0.0, 1.0, -0.5])]
+    found = dose.summary(pd.concat([pd.DataFrame(fractions), effects]))
+    up, down = (found[found["sign"] == sign].iloc[0] for sign in "+-")
+    assert (up["coefficient"], up["value"]) == (1.0, 0.40)
+    assert (up["outside plain"], up["outside controls"]) == ("yes", "no"), "0.40 < 0.45"
+    assert (down["outside plain"], down["outside controls"]) == ("yes", "yes")
+    assert up["accuracy"] == 0.7
+
+
+def test_where_nothing_was_steered_the_summary_has_its_columns_and_no_rows(rows):
+    found = dose.summary(rows[rows["direction"] == "none"])
+    assert found.empty
+    assert {"behaviour", "coefficient", "outside controls"} <= set(found.columns)
+
+
+def test_without_controls_nothing_is_said_about_them():
+    fractions = [own("none", 0.0, 0.20), own("backtracking", 1.0, 0.22)]
+    effects = EFFECTS[EFFECTS["coefficient"].isin([0.0, 1.0])]
+    found = dose.summary(pd.concat([pd.DataFrame(fractions), effects]))
+    up, down = (found[found["sign"] == sign].iloc[0] for sign in "+-")
+    assert up["outside controls"] == ""
+    assert up["outside plain"] == "no", "0.22 is inside 0.15 to 0.25"
+    assert np.isnan(down["coefficient"]), "no negative coefficient was tried"
+
+
+def test_a_sweep_has_a_row_a_layer_and_coefficient(measured):
+    other = measured.copy()
+    other.loc[other["direction"] == "backtracking", "layer"] = 1
+    both = pd.concat([measured, other[other["direction"] == "backtracking"]])
+    found = dose.sweep(both[~both["direction"].str.startswith("shuffled")])
+    assert found[["layer", "coefficient"]].to_numpy().tolist() == [
+        [1, -1.0],
+        [3, -1.0],
+        [1, 1.0],
+        [3, 1.0],
+    ]
+    assert set(found["plain"]) == {0.5}
+    assert found["null_low"].isna().all(), "none was swept"
+    beside = dose.sweep(both).set_index(["layer", "coefficient"])
+    assert beside.loc[(3, 1.0), ["null_low", "null_high"]].notna().all()
+    assert beside.loc[(1, 1.0), ["null_low", "null_high"]].isna().all(), "of the same layer"
+    assert dose.sweep(pd.DataFrame()).empty, "none was run"

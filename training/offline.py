@@ -1,0 +1,614 @@
+"""Train the offline annotator on annotated chains, measure it, write its card.
+
+``python training/offline.py --data FILE... [--out FILE]``. A FILE is either a released
+comparison file (a JSON list with ``thinking_process`` and ``annotated_response``) or an
+``annotations.jsonl`` of ours, with its ``responses.jsonl`` beside it. One file should hold the
+chains of one model.
+
+The truth of a sentence is the label of most of its characters. Nothing is measured on what it
+was trained on: a chain is labelled by a classifier that has seen neither its **model** (file)
+nor its **question**. That matters: all released files answer the same 100 questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix, hstack, vstack
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import precision_recall_fscore_support
+
+from stllms.annotation import markup, offline, placing, sentences
+from stllms.annotation.agreement import kappa, label_indices
+from stllms.labels import BEHAVIOURS
+from stllms.records import Annotation, annotation_from_row, from_rows, loads, response_from_row
+from stllms.runs.files import BadFile, read_json
+
+N = len(BEHAVIOURS)
+#: Inverse strength of the penalty on the squared weights.
+PENALTY = 0.02
+#: Features of fewer training sentences are left out: no loss, and three times as fast.
+LEAST = 3
+#: The network: rows ``2 ** HIDDEN_BITS`` of hashed words, hidden units, passes over the data.
+HIDDEN_BITS, HIDDEN, EPOCHS = 15, 32, 4
+FOLDS = 5
+RESAMPLES = 1000
+CORRECTIONS = np.round(np.arange(0.0, 1.01, 0.1), 1)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A thinking text whose sentences ``places`` have the labels ``truth`` (-1: none)."""
+
+    source: str
+    question: str
+    text: str
+    places: list[tuple[int, int]]
+    truth: np.ndarray
+
+
+@dataclass(frozen=True)
+class Data:
+    """One row per sentence: its features ``matrix [n, 2 ** BITS + AROUND]``, its true label (-1
+    for none), the numbers of its source, question and chain, and how much it counts ``[n]``.
+    Rows of a chain are in order; a chain has one source and one question."""
+
+    matrix: Any
+    truth: np.ndarray
+    source: np.ndarray
+    question: np.ndarray
+    chain: np.ndarray
+    weight: np.ndarray
+
+    def __getitem__(self, rows: np.ndarray) -> Data:
+        return Data(*(values[rows] for values in vars(self).values()))
+
+
+def read_chains(path: str | Path) -> list[Chain]:
+    """The annotated chains of one file. Raises ``ValueError`` by name on any other file."""
+    path = Path(path)
+    own = path.suffix == ".jsonl"
+    pairs = _own(path) if own else _released(path)
+    source = path.parent.name if own else path.stem
+    return [
+        Chain(source, one.task_id, text, places, sentence_labels(one, text, places))
+        for text, one in pairs
+        for places in [sentences.split(text)]
+    ]
+
+
+def sentence_labels(
+    annotation: Annotation, text: str, places: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """The label of most characters of every sentence, -1 where less than half have one."""
+    marks, solid = label_indices(annotation, len(text)), placing.solid(text)
+    found = np.full(len(places), -1)
+    for i, (start, end) in enumerate(places):
+        mine = marks[start:end][solid[start:end]]
+        if 2 * (mine >= 0).sum() >= len(mine):
+            found[i] = np.bincount(mine[mine >= 0]).argmax()
+    return found
+
+
+def _own(path: Path) -> list[tuple[str, Annotation]]:
+    beside = path.with_name("responses.jsonl")
+    made = from_rows(_rows(beside), response_from_row, beside)
+    texts = {one.task_id: one.thinking for one in made}
+    records = from_rows(_rows(path), annotation_from_row, path)
+    unknown = [record.task_id for record in records if record.task_id not in texts]
+    if unknown:
+        raise ValueError(f"{path}: task {unknown[0]!r} is not in {beside}")
+    return [(texts[one.task_id], one) for one in records if one.failed is None]
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            if line.strip():
+                yield loads(line)
+        except ValueError as error:
+            raise BadFile(f"{path}, line {number}: no JSON ({error})") from None
+
+
+def _released(path: Path) -> list[tuple[str, Annotation]]:
+    pairs = []
+    try:
+        for i, row in enumerate(read_json(path)):
+            text = row["thinking_process"]
+            placed = placing.align(markup.parse(row["annotated_response"]), text)
+            pairs.append((text, placing.annotation(placed, str(i), "released")))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected a list of chains with thinking_process and "
+            "annotated_response, or an annotations.jsonl"
+        ) from error
+    return pairs
+
+
+# --- fitting -----------------------------------------------------------------------------
+
+
+def design(chains: Sequence[Chain]) -> csr_matrix:
+    """The features of every sentence, as a sparse matrix ``[n, 2 ** BITS + AROUND]``."""
+    blocks = []
+    for chain in chains:
+        rows = offline.of_chain(chain.text, chain.places)
+        shape = (len(chain.places), 1 << offline.BITS)
+        hashed = csr_matrix((rows.value, rows.index, rows.start), shape=shape)
+        blocks.append(hstack([hashed, csr_matrix(rows.around)], format="csr"))
+    matrix = vstack(blocks, format="csr")
+    matrix.sum_duplicates()
+    return matrix
+
+
+def as_features(matrix: csr_matrix) -> offline.Features:
+    """Rows of :func:`design` in the form that the annotator runs on."""
+    hashed = matrix[:, : 1 << offline.BITS]
+    around = matrix[:, 1 << offline.BITS :].toarray()
+    return offline.Features(hashed.indices, hashed.data, hashed.indptr, around)
+
+
+def fit(data: Data, metadata: dict[str, Any] | None = None) -> offline.Classifier:
+    """Both models on the labelled rows, and the label transitions; no correction chosen yet."""
+    truth, known = data.truth, data.truth >= 0
+    counts = np.bincount(truth[known], minlength=N)
+    if not counts.all():
+        missing = [name for name, count in zip(BEHAVIOURS, counts, strict=True) if not count]
+        raise ValueError(f"no sentence of {', '.join(missing)} to train on: give more chains")
+    pairs = (data.chain[1:] == data.chain[:-1]) & known[1:] & known[:-1]
+    steps = 1 + confusion(truth[:-1][pairs], truth[1:][pairs])
+    arrays = {
+        "log_prior": np.log(counts / counts.sum()),
+        "log_transitions": np.log(steps / steps.sum(axis=1, keepdims=True)),
+    }
+    rows = data[known]
+    arrays |= fit_linear(rows.matrix, rows.truth, rows.weight)
+    arrays |= fit_network(as_features(rows.matrix), rows.truth, rows.weight)
+    return offline.Classifier(BEHAVIOURS, arrays, 0.0, metadata or {})
+
+
+def fit_linear(rows, truth: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
+    """Multinomial logistic regression."""
+    used = np.flatnonzero(np.bincount(rows.indices, minlength=rows.shape[1]) >= LEAST)
+    model = LogisticRegression(C=PENALTY, max_iter=60, tol=1e-3)
+    model.fit(rows[:, used], truth, weight)
+    weights = np.zeros((rows.shape[1], N), dtype=np.float32)
+    weights[used] = model.coef_.T
+    words, around = np.split(weights, [1 << offline.BITS])
+    return {"words": words, "around": around, "bias": model.intercept_}
+
+
+def fit_network(
+    rows: offline.Features, truth: np.ndarray, weight: np.ndarray, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """One hidden layer over hashed words and surroundings, with dropout on both."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    shift, scale = rows.around.mean(axis=0), rows.around.std(axis=0) + 1e-3
+    around = torch.from_numpy(((rows.around - shift) / scale).astype(np.float32))
+    index = torch.from_numpy(rows.index.astype(np.int64) >> (offline.BITS - HIDDEN_BITS))
+    value = torch.from_numpy(rows.value / 3)
+    target, weights = torch.from_numpy(truth), torch.from_numpy(weight.astype(np.float32))
+    words = torch.nn.EmbeddingBag(1 << HIDDEN_BITS, HIDDEN, mode="sum", sparse=True)
+    torch.nn.init.normal_(words.weight, std=0.1)
+    bias = torch.nn.Parameter(torch.zeros(HIDDEN))
+    near = torch.nn.Linear(around.shape[1], HIDDEN // 2)
+    out = torch.nn.Linear(HIDDEN + HIDDEN // 2, N)
+    dense = torch.optim.AdamW([bias, *near.parameters(), *out.parameters()], lr=3e-3)
+    optimisers = [torch.optim.SparseAdam(words.parameters(), lr=3e-3), dense]
+    for _ in range(EPOCHS):
+        for batch in np.array_split(rng.permutation(len(truth)), max(1, len(truth) // 64)):
+            places = np.concatenate([np.arange(*rows.start[i : i + 2]) for i in batch])
+            starts = np.cumsum([0, *np.diff(rows.start)[batch][:-1]])
+            kept = value[places] * (torch.rand(len(places)) > 0.3) / 0.7
+            bag = words(index[places], torch.from_numpy(starts), per_sample_weights=kept)
+            hidden = torch.relu(torch.cat([bag + bias, near(around[batch])], dim=1))
+            scores = out(torch.dropout(hidden, 0.4, True))
+            loss = torch.nn.functional.cross_entropy(scores, target[batch], reduction="none")
+            for optimiser in optimisers:
+                optimiser.zero_grad()
+            (loss * weights[batch]).mean().backward()
+            for optimiser in optimisers:
+                optimiser.step()
+    near_weights = near.weight.detach().numpy().T / scale[:, None]
+    return {
+        "hidden_words": words.weight.detach().numpy() / 3,
+        "hidden_words_bias": bias.detach().numpy(),
+        "hidden_around": near_weights,
+        "hidden_around_bias": near.bias.detach().numpy() - shift @ near_weights,
+        "out": out.weight.detach().numpy().T,
+        "out_bias": out.bias.detach().numpy(),
+    }
+
+
+def row_weights(chains: Sequence[Chain]) -> np.ndarray:
+    """How much each sentence counts in training: less where a chain goes in circles.
+
+    A sentence that occurs ``k`` times counts ``1 / sqrt(k)``, one of a chain of ``n > 40``
+    sentences ``sqrt(40 / n)`` of that.
+    """
+    said = [chain.text[start:end] for chain in chains for start, end in chain.places]
+    times = Counter(said)
+    sizes = [len(chain.places) for chain in chains]
+    long = np.minimum(1.0, np.sqrt(40 / np.maximum(1, np.repeat(sizes, sizes))))
+    return long / np.sqrt([times[sentence] for sentence in said])
+
+
+# --- predictions for chains that were not trained on -------------------------------------
+
+
+def cross_predict(data: Data) -> np.ndarray:
+    """Probabilities ``[n, N]`` of every row from rows of other sources *and* other questions;
+    with a single source, from rows of other questions."""
+    fold = data.question % FOLDS
+    sources = np.unique(data.source)
+    found = np.full((len(data.truth), N), np.nan)
+    for left_out in sources:
+        for part in np.unique(fold):
+            test = (data.source == left_out) & (fold == part)
+            train = (fold != part) & ((data.source != left_out) | (len(sources) == 1))
+            if test.any():
+                model = fit(data[train])
+                for one in np.unique(data.chain[test]):
+                    rows = np.flatnonzero(data.chain == one)
+                    found[rows] = model.probabilities(as_features(data.matrix[rows]))
+    return found
+
+
+def log_prior(truth: np.ndarray) -> np.ndarray:
+    """Logarithms of the shares of the labels ``[N]``."""
+    return np.log(np.bincount(truth[truth >= 0], minlength=N) / (truth >= 0).sum())
+
+
+def best_correction(probabilities: np.ndarray, truth: np.ndarray) -> float:
+    """The share of the prior to take out that gives the largest kappa."""
+    known = truth >= 0
+    logs, prior = np.log(probabilities[known]), log_prior(truth)
+    choices = [(logs - correction * prior).argmax(axis=1) for correction in CORRECTIONS]
+    kappas = [kappa(confusion(truth[known], chosen)) for chosen in choices]
+    return float(CORRECTIONS[int(np.argmax(kappas))])
+
+
+def cross_decide(probabilities: np.ndarray, data: Data) -> np.ndarray:
+    """Labels of every row; the correction too is chosen on the other sources."""
+    chosen = np.zeros(len(data.truth), dtype=int)
+    for one in np.unique(data.source):
+        here = data.source == one
+        other = here if here.all() else ~here
+        correction = best_correction(probabilities[other], data.truth[other])
+        prior = log_prior(data.truth[other])
+        chosen[here] = (np.log(probabilities[here]) - correction * prior).argmax(axis=1)
+    return chosen
+
+
+# --- the numbers of the card -------------------------------------------------------------
+
+
+def confusion(first: np.ndarray, second: np.ndarray, weight: Any = None) -> np.ndarray:
+    """Counts ``[N, N]`` of label pairs, rows the first; ``weight`` counts instead of 1."""
+    return np.bincount(first * N + second, weight, N * N).reshape(N, N)
+
+
+def measure(
+    chains: Sequence[Chain],
+    data: Data,
+    probabilities: np.ndarray,
+    chosen: np.ndarray,
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """All numbers of the card.
+
+    ``probabilities [n, N]`` and ``chosen [n]`` are held-out predictions for the sentences of
+    ``chains``, in order; sentences without a true label are left out.
+    """
+    known = data.truth >= 0
+    said = [chain.text[slice(*place)] for chain in chains for place in chain.places]
+    index = [i for chain in chains for i in range(len(chain.places))]
+    rules = [sentences.label(text, i) for text, i in zip(said, index, strict=True)]
+    by_rules = np.array([BEHAVIOURS.index(label) for label in rules])[known]
+    without, data, chosen = int((~known).sum()), data[known], chosen[known]
+    probabilities, said = probabilities[known], [said[i] for i in np.flatnonzero(known)]
+    truth, table = data.truth, confusion(data.truth, chosen)
+    tables = np.zeros((len(chains), N, N))
+    np.add.at(tables, (data.chain, truth, chosen), 1)
+    size = np.array([len(text) for text in said])
+    return {
+        "chains": len(chains),
+        "sentences": len(truth),
+        "without_label": without,
+        "labels": list(BEHAVIOURS),
+        "kappa": kappa(table),
+        "kappa_interval": _kappa_interval(tables),
+        "kappa_by_length": kappa(confusion(truth, chosen, size)),
+        "accuracy": float((truth == chosen).mean()),
+        "log_loss": float(-np.log(probabilities[np.arange(len(truth)), truth]).mean()),
+        "rules": {
+            "kappa": kappa(confusion(truth, by_rules)),
+            "accuracy": float((truth == by_rules).mean()),
+        },
+        "judge_with_itself": _repeats(said, truth),
+        "confusion": table.tolist(),
+        "per_label": _per_label(truth, chosen),
+        "fractions": _fractions(data, probabilities, chosen, by_rules, names),
+        "shrinkage": _shrinkage(data, probabilities, chosen, len(chains)),
+        "calibration": _calibration(truth, probabilities),
+    }
+
+
+def _kappa_interval(tables: np.ndarray) -> list[float]:
+    """95 % of the kappas of resampled chains."""
+    draws = np.random.default_rng(0).integers(len(tables), size=(RESAMPLES, len(tables)))
+    kappas = [kappa(tables[draw].sum(axis=0)) for draw in draws]
+    return np.percentile(kappas, [2.5, 97.5]).tolist()
+
+
+def _repeats(said: Sequence[str], truth: np.ndarray) -> dict[str, float]:
+    """Agreement of the judge with itself on sentences that occur word for word again."""
+    seen = defaultdict(list)
+    for text, label in zip(said, truth, strict=True):
+        seen[text].append(label)
+    pairs = np.array([pair for labels in seen.values() for pair in pairwise(labels)])
+    if not len(pairs):
+        return {"pairs": 0, "kappa": float("nan")}
+    return {"pairs": len(pairs), "kappa": kappa(confusion(*pairs.T))}
+
+
+def _per_label(truth: np.ndarray, chosen: np.ndarray) -> dict[str, dict[str, float]]:
+    scores = precision_recall_fscore_support(
+        truth, chosen, labels=range(N), zero_division=np.nan
+    )
+    keys = ("precision", "recall", "f1", "sentences")
+    return {
+        name: dict(zip(keys, (score.item() for score in row), strict=True))
+        for name, row in zip(BEHAVIOURS, zip(*scores, strict=True), strict=True)
+    }
+
+
+def _fractions(
+    data: Data,
+    probabilities: np.ndarray,
+    chosen: np.ndarray,
+    by_rules: np.ndarray,
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Label fractions of every source: by the judge, expected, by labels, by rules."""
+    found: dict[str, dict[str, list[float]]] = {}
+    errors = defaultdict(list)
+    ways = {
+        "judge": np.eye(N)[data.truth],
+        "expected": probabilities,
+        "labels": np.eye(N)[chosen],
+        "rules": np.eye(N)[by_rules],
+    }
+    for k, name in enumerate(names):
+        shares = {way: rows[data.source == k].mean(axis=0) for way, rows in ways.items()}
+        found[name] = {way: share.tolist() for way, share in shares.items()}
+        for way in ("expected", "labels", "rules"):
+            errors[way].append(float(np.abs(shares[way] - shares["judge"]).mean()))
+    means = {way: float(np.mean(values)) for way, values in errors.items()}
+    return {"sources": found, "mean_error": means, "errors": dict(errors)}
+
+
+def _shrinkage(
+    data: Data, probabilities: np.ndarray, chosen: np.ndarray, chains: int
+) -> dict[str, dict[str, float]]:
+    """Slope of a chain's fraction on the judge's: 1 where differences keep their size."""
+    counts = np.bincount(data.chain, minlength=chains)[:, None]
+
+    def by_chain(rows: np.ndarray) -> np.ndarray:
+        sums = np.zeros((chains, N))
+        np.add.at(sums, data.chain, rows)
+        return (sums / np.maximum(1, counts))[counts[:, 0] > 0]
+
+    judge = by_chain(np.eye(N)[data.truth])
+    true = judge - judge.mean(axis=0)
+    ways = {"expected": probabilities, "labels": np.eye(N)[chosen]}
+    slopes = {w: (true * by_chain(r)).sum(0) / (true**2).sum(0) for w, r in ways.items()}
+    return {
+        name: {way: float(slope[i]) for way, slope in slopes.items()}
+        for i, name in enumerate(BEHAVIOURS)
+    }
+
+
+def _calibration(truth: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+    """All label probabilities in ten bins: mean probability against share of hits."""
+    hits, flat = np.eye(N)[truth].ravel(), probabilities.ravel()
+    bins = np.minimum((flat * 10).astype(int), 9)
+    rows, error = [], 0.0
+    for b in np.unique(bins):
+        here = bins == b
+        said, true = float(flat[here].mean()), float(hits[here].mean())
+        rows.append({"bin": int(b), "count": int(here.sum()), "said": said, "true": true})
+        error += here.mean() * abs(said - true)
+    return {"bins": rows, "expected_error": float(error)}
+
+
+# --- the card ----------------------------------------------------------------------------
+
+_PAGE = """\
+# The offline annotator: what it is worth
+
+Written by `python training/offline.py`; do not edit. Every prediction below is for a
+chain whose model **and** question the classifier had not seen: each of the
+{files} files left out in turn, crossed with five folds of questions.
+The truth is the judge's label of most of a sentence's characters. Trained on {chains}
+chains, {sentences:,} labelled sentences; the weights take {megabytes:.2f} MB.
+
+{summary}
+
+The interval is 95 % of resampled chains. Weighing sentences by their length, kappa is
+{kappa_by_length:.3f}. The judge's own agreement is a ceiling, measured on
+{judge_with_itself[pairs]:,} pairs of sentences that occur again word for word. Penalty, sizes
+and features were chosen on this same cross-validation: expect slightly less on your own chains.
+
+## Good for
+* contrasts between groups of chains and the direction of an effect, without an API or its cost;
+* label fractions of a set of chains: use `ledger["expected"]`, the mean of the probabilities,
+  not counts of labels;
+* a second opinion beside a judge (`agreement.compare`).
+
+## Not good for
+* ranking models that are alike: a model's fractions are off by {error:.1f}
+  points on average, and up to {worst:.1f};
+* the size of an effect: differences between chains, steering effects among them, come out
+  shrunk to about {slope_expected:.0f} % (expected) or
+  {slope_labels:.0f} % (labels) of those that the judge sees (slopes below);
+* single sentences, other languages than English, or a judge with another prompt: train on its
+  replies instead (`python training/offline.py --data annotations.jsonl`).
+
+## Labels
+{per_label_table}
+
+## Confusion, in sentences
+Rows the judge, columns this annotator.
+
+{confusion_table}
+
+## Fractions, in %
+{fractions_table}
+
+## Calibration
+Expected calibration error {calibration[expected_error]:.3f}; log loss {log_loss:.3f} nats.
+
+{calibration_table}
+"""
+
+
+def page(n: dict[str, Any]) -> str:
+    """The card as Markdown."""
+    errors, slopes = n["fractions"]["errors"]["expected"], n["shrinkage"].values()
+    return _PAGE.format(
+        **n,
+        files=len(n["fractions"]["sources"]),
+        megabytes=n["weights_bytes"] / 1e6,
+        summary=_summary(n),
+        error=100 * n["fractions"]["mean_error"]["expected"],
+        worst=100 * max(errors),
+        slope_expected=100 * np.mean([slope["expected"] for slope in slopes]),
+        slope_labels=100 * np.mean([slope["labels"] for slope in slopes]),
+        per_label_table=_per_label_table(n),
+        confusion_table=_table(
+            ["", *n["labels"]],
+            [[name, *row] for name, row in zip(n["labels"], n["confusion"], strict=True)],
+        ),
+        fractions_table=_table(
+            ["model", "by", *n["labels"]],
+            [
+                [name, way, *(f"{100 * share:.1f}" for share in shares)]
+                for name, ways in n["fractions"]["sources"].items()
+                for way, shares in ways.items()
+                if way != "rules"
+            ],
+        ),
+        calibration_table=_table(
+            ["probability", "label probabilities", "mean said", "share true"],
+            [
+                [
+                    f"{row['bin'] / 10:.1f} to {row['bin'] / 10 + 0.1:.1f}",
+                    row["count"],
+                    f"{row['said']:.3f}",
+                    f"{row['true']:.3f}",
+                ]
+                for row in n["calibration"]["bins"]
+            ],
+        ),
+    )
+
+
+def _summary(n: dict[str, Any]) -> str:
+    low, high = n["kappa_interval"]
+    errors = {way: 100 * error for way, error in n["fractions"]["mean_error"].items()}
+    own = f"{errors['expected']:.1f} expected, {errors['labels']:.1f} labels"
+    itself, rules = n["judge_with_itself"]["kappa"], n["rules"]
+    kappa_text = f"{n['kappa']:.3f} ({low:.3f} to {high:.3f})"
+    cues = f"{rules['kappa']:.3f}", f"{rules['accuracy']:.3f}", f"{errors['rules']:.1f}"
+    return _table(
+        ["", "kappa", "accuracy", "error of a model's fractions, points"],
+        [
+            ["this annotator", kappa_text, f"{n['accuracy']:.3f}", own],
+            ["cue words (`lexical`)", *cues],
+            ["the judge, on repeated sentences", f"{itself:.3f}", "", ""],
+        ],
+    )
+
+
+def _per_label_table(n: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            row["sentences"],
+            *(f"{row[key]:.2f}" for key in ("precision", "recall", "f1")),
+            *(f"{n['shrinkage'][name][key]:.2f}" for key in ("expected", "labels")),
+        ]
+        for name, row in n["per_label"].items()
+    ]
+    columns = ("label", "sentences", "precision", "recall", "F1")
+    return _table([*columns, "slope expected", "slope labels"], rows)
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+# --- the command -------------------------------------------------------------------------
+
+
+def prepare(chains: Sequence[Chain], names: Sequence[str]) -> Data:
+    """The sentences of all chains; ``names`` are the sources."""
+    asked = list(dict.fromkeys(chain.question for chain in chains))
+    sizes = [len(chain.places) for chain in chains]
+    return Data(
+        matrix=design(chains),
+        truth=np.concatenate([chain.truth for chain in chains]),
+        source=np.repeat([names.index(chain.source) for chain in chains], sizes),
+        question=np.repeat([asked.index(chain.question) for chain in chains], sizes),
+        chain=np.repeat(np.arange(len(chains)), sizes),
+        weight=row_weights(chains),
+    )
+
+
+def train(paths: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
+    """Train on ``paths``, write ``out``, ``<out>_card.md`` and ``<out>_card.json``."""
+    out = Path(out)
+    chains = [chain for path in paths for chain in read_chains(path)]
+    names = sorted({chain.source for chain in chains})
+    data = prepare(chains, names)
+    probabilities = cross_predict(data)
+    chosen = cross_decide(probabilities, data)
+    digests = {Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths}
+    correction = best_correction(probabilities, data.truth)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace(fit(data, {"trained_on": digests}), correction=correction).save(out)
+    numbers = measure(chains, data, probabilities, chosen, names)
+    numbers |= {"trained_on": digests, "correction": correction, "penalty": PENALTY}
+    text = json.dumps(numbers | {"weights_bytes": out.stat().st_size})
+    numbers = json.loads(text, parse_float=lambda number: round(float(number), 5))
+    stem = out.with_name(out.stem + "_card")
+    stem.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(page(numbers), encoding="utf-8")
+    return numbers
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--out", default="offline.npz", metavar="FILE")
+    options = parser.parse_args(arguments)
+    numbers = train(options.data, options.out)
+    print(f"kappa {numbers['kappa']:.3f} on unseen models and questions; wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
