@@ -2,7 +2,7 @@
 
 import sys
 
-from stllms.cli import main
+from stllms.app.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

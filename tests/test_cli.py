@@ -11,10 +11,12 @@ from dataclasses import replace
 
 import pytest
 
-from stllms import annotate, cli, inputs, run, spans
-from stllms.annotate import lexical
+from stllms.annotation import align, annotators
+from stllms.app import cli, runner
 from stllms.config import PROFILES
-from stllms.records import BEHAVIOURS, STEERED, to_row
+from stllms.generation import prompts
+from stllms.labels import BEHAVIOURS, STEERED
+from stllms.records import to_row
 
 CHAIN = "Okay, I need to find 2+2. Wait, maybe I should check. So 2+2 is 4."
 QUESTION = cli.EXAMPLE.question
@@ -37,13 +39,13 @@ def lines(text: str) -> list[dict]:
 
 def test_help_imports_nothing_heavy():
     program = (
-        "import sys; from stllms import cli; status = cli.main(['steer', '--help']);"
+        "import sys; from stllms.app import cli; status = cli.main(['steer', '--help']);"
         "heavy = {'torch', 'transformers', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy or status else 0)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "examples:" in done.stdout
+    assert "Examples:" in done.stdout
 
 
 def test_the_module_is_the_command():
@@ -55,17 +57,18 @@ def test_the_module_is_the_command():
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["fly"], "invalid choice: 'fly'"),
-        (["--quick"], "COMMAND"),
-        (["steer", "what?"], "--behaviour (see stllms steer --help)"),
+        (["runn"], "No such command 'runn'. Did you mean 'run'?"),
+        (["--quick"], "No such option '--quick'"),
+        (["steer", "what?"], "(see stllms steer --help)"),
         (["steer", " ", "--behaviour", "backtracking"], "the question is empty"),
-        ([*STEER, "--coefficient", "much"], "invalid float value: 'much'"),
+        ([*STEER, "--coefficient", "much"], "'much' is not a valid float"),
         (["steer", "what?", "--behaviour", "backtracking", "--model", "nope"], "unknown model"),
-        ([*STEER, "--model", "typo"], "(stllms run --list-models)"),
+        ([*STEER, "--model", "typo"], "(stllms models)"),
         ([*STEER, "--model", "gpt-4o"], "'gpt-4o' is reached through an API"),
         ([*STEER, "--base-url", "http://x"], "--base-url is for a judge openai:MODEL"),
         ([*STEER, "--max-cost", "1", "--judge", "lexical"], "not for lexical"),
         (["steer", "what?", "--behaviour", "anger"], "expected one of initializing"),
+        (["steer", "what?", "--behavior", "bactracking"], "Did you mean backtracking?"),
         ([*STEER, "--layer", "6"], "layers 0 to 5"),
         ([*STEER, "--coefficient", "1e39"], "expected a number from -1000 to 1000"),
         (["steer", "caf\udce9", *STEER[2:]], "question: character 4 is no UTF-8"),
@@ -94,26 +97,50 @@ def test_no_command_shows_the_help(capsys):
     assert "annotate" in out
 
 
-def test_run_hands_its_arguments_on(capsys, monkeypatch):
-    monkeypatch.setattr(run, "main", lambda argv, *, prog: print(prog, argv) or 7)
-    assert told(capsys, "run", "--profile", "smoke", "--help")[:2] == (
-        7,
-        "stllms run ['--profile', 'smoke', '--help']\n",
-    )
+def test_the_help_of_run_names_profiles_and_what_option_takes(capsys):
+    status, out, _ = told(capsys, "run", "--help")
+    assert status == 0
+    for name, profile in PROFILES.items():
+        assert f"{name:8} directions from {profile.n_build} tasks, steering on" in out
+        assert cli.PURPOSES[name] in out
+    below = out.partition("--option takes these names")[2]
+    assert all(name in below for name in cli.OTHER_FIELDS)
+    assert "n_samples" not in below, "it has an option of its own"
+    for part in ("--judge WHO", "--results DIR", "--seed N", "--base-url URL", "Machine:"):
+        assert part in out
+    assert max(map(len, out.splitlines())) < 100
 
 
-def test_run_is_called_stllms_run_in_its_help_and_errors(capsys):
-    _, out, _ = told(capsys, "run", "--help")
-    assert out.startswith("usage: stllms run ")
-    assert "stllms.run" not in out
-    status, _, err = told(capsys, "run", "--model", "typo")
-    assert (status, err.split(":")[0]) == (2, "stllms run")
+def test_the_options_of_run_become_configurations():
+    words = "--model tiny-thinker --model TINY-INSTRUCT --profile smoke --max-tokens 9 --fresh"
+    more = "--option retokenize=published --option coefficients=-1,0.5 --quantisation 8bit"
+    found = cli.configurations([*words.split(), *more.split()])
+    assert [config.model for config in found] == ["tiny-thinker", "tiny-instruct"]
+    assert {config.settings.max_tokens for config in found} == {9}
+    assert (found[0].retokenise, found[0].quantization) == ("published", "8bit")
+    assert found[0].coefficients == (-1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "fresh"), [([], None), (["--fresh"], "all"), (["--fresh", "03"], "03")]
+)
+def test_fresh_takes_a_notebook_or_none(capsys, monkeypatch, words, fresh):
+    ran = []
+    monkeypatch.setattr(runner, "run", lambda configs, **given: ran.append(given))
+    assert told(capsys, "run", *words, "--to", "03")[0] == 0
+    (given,) = ran
+    assert (given["fresh"], given["first"], given["last"]) == (fresh, None, "03")
+
+
+def test_released_files_alone_take_no_option_of_a_model(capsys):
+    status, _, err = told(capsys, "run", "--published", "x", "--seed", "3")
+    assert (status, "--seed needs --model" in err) == (2, True)
 
 
 def test_the_first_example_of_the_help_shows_the_behaviour_rise(capsys):
     for command in ((), ("steer",)):
         _, out, _ = told(capsys, *command, "--help")
-        words = shlex.split(out.split("examples:")[1].replace("\\\n", " "))
+        words = shlex.split(out.split("Examples:")[1].replace("\\\n", " "))
         assert words[1 : len(cli.EXAMPLE.words) + 1] == cli.EXAMPLE.words
     assert cli.EXAMPLE[1:3] == ("backtracking", 1.0)
     status, out, err = told(capsys, *cli.EXAMPLE.words, "--json")
@@ -132,7 +159,7 @@ def test_interrupted_and_failed(capsys, monkeypatch, error, status):
     def fail(_):
         raise error
 
-    monkeypatch.setattr(inputs, "read", fail)
+    monkeypatch.setattr(prompts, "read", fail)
     found, _, err = told(capsys, "annotate", "x")
     assert found == status
     assert err == f"stllms: {error if str(error) else 'interrupted'}\n"
@@ -187,10 +214,7 @@ def test_the_help_of_steer_names_behaviours_profiles_and_words(capsys):
     _, out, _ = told(capsys, "steer", "--help")
     assert all(name in out for name in STEERED)
     assert "--coefficient X" in out
-    for name, profile in PROFILES.items():
-        (line,) = [line for line in out.splitlines() if line.split()[:1] == [name]]
-        assert f"{profile.n_build} tasks, " in line
-    assert max(map(len, out.splitlines())) <= 92
+    assert max(map(len, out.splitlines())) < 100
 
 
 def test_an_unknown_model_is_not_offered_what_steer_refuses(capsys):
@@ -255,12 +279,12 @@ def test_a_chain_without_labels_is_status_1_and_named(capsys, tmp_path, monkeypa
         name = "partly"
 
         def annotate(self, chains):
-            made = lexical.Lexical().annotate(chains)
-            made[2] = spans.annotation(spans.place([], "zzz"), "unknown", self.name)
+            made = annotators.Lexical().annotate(chains)
+            made[2] = align.annotation(align.place([], "zzz"), "unknown", self.name)
             made[3] = replace(made[2], task_id="broken", failed="no stored reply")
             return made
 
-    monkeypatch.setattr(annotate, "annotator", lambda *_: Partly())
+    monkeypatch.setattr(annotators, "annotator", lambda *_: Partly())
     status, _, err = told(capsys, "annotate", str(source), "--out", str(out))
     assert status == 1
     assert err.endswith(
@@ -287,23 +311,16 @@ def test_a_folder_without_replies_makes_no_sense(capsys, tmp_path):
     assert (status, "holds no stored replies" in err) == (2, True)
 
 
-def test_released_chains_are_read(capsys, published, tmp_path):
-    path = published / "reasoning_comparison_qwen2.5-14b-instruct.json"
-    made = inputs.read(str(path))
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    assert [one.thinking for one in made] == [row["thinking_process"] for row in rows]
-
-
 # --- what a file may be --------------------------------------------------------------------
 
 
 def test_responses_are_read_as_they_were_written(tmp_path):
     source = tmp_path / "a.txt"
     source.write_text(CHAIN, encoding="utf-8")
-    one = inputs.read(str(source))[0]
+    one = prompts.read(str(source))[0]
     stored = tmp_path / "responses.jsonl"
     stored.write_text(json.dumps({**to_row(one), "task_id": "t7"}) + "\n\n", encoding="utf-8")
-    again = inputs.read(str(stored))
+    again = prompts.read(str(stored))
     assert [(item.task_id, item.thinking) for item in again] == [("t7", CHAIN)]
 
 
@@ -321,7 +338,7 @@ def test_responses_are_read_as_they_were_written(tmp_path):
 def test_the_content_says_what_a_file_is(tmp_path, name, content, thinking):
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
-    (made,) = inputs.read(str(path))
+    (made,) = prompts.read(str(path))
     assert made.thinking == (content if thinking is None else thinking)
 
 

@@ -1,3 +1,460 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""The five notebooks as stages: what each needs and leaves, when one is done.
 
-from stllms.pipeline import (STAGES, REQUIRES, ARTEFACTS, RESUMED, ESTIMATE, LOOK, INSIDE, StageError, notebooks_folder, notebook, stage_named, stages_for, folder_of, check, fresh, renew, code_of, key_of, has_run, failed, is_done, pending, ensure, prepare, release, finish, compared)  # noqa: F401
+A stage has run when the marker that its last cell left in ``run.json`` still fits (same
+identity and options, same code cells of its notebook and of those before it, same version of
+the package) and the files it wrote are there, whole, and made from what is there now. It is
+done when, besides, no request of it waits to be asked again. Rows that cost hours are never
+dropped because they are stale: the run says so and stops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
+
+from stllms import __version__
+from stllms.config import RunConfig
+from stllms.records import STEERED_KEY
+from stllms.registry import PACKAGE, repository
+from stllms.runs.artifacts import Folder, now
+from stllms.runs.files import StaleArtefact, digest, read_json
+from stllms.runs.store import Rows
+from stllms.terminal import followed
+
+#: The stages in order; each is the notebook of that name.
+STAGES = ("01_generate", "02_train_vectors", "03_attribute_layers", "04_steer", "05_compare")
+
+#: The stages whose artefacts a stage reads. 05 makes its own responses.
+REQUIRES: dict[str, tuple[str, ...]] = {
+    "01_generate": (),
+    "02_train_vectors": STAGES[:1],
+    "03_attribute_layers": STAGES[:2],
+    "04_steer": STAGES[:3],
+    "05_compare": (),
+}
+
+#: What a stage must have left, besides the figures that its marker lists.
+ARTEFACTS: dict[str, tuple[str, ...]] = {
+    "01_generate": ("responses.jsonl",),
+    "02_train_vectors": ("annotations.jsonl", "vectors.safetensors", "controls.safetensors"),
+    "03_attribute_layers": ("layer_effects.safetensors",),
+    "04_steer": ("steered.jsonl", "steering.csv"),
+    "05_compare": (),
+}
+
+#: Artefacts that a stage takes up where it stopped: what they hold cost hours, so that stale
+#: ones are refused by name. Everything else a stage writes is made again without asking.
+RESUMED: dict[str, tuple[str, ...]] = {
+    "01_generate": ("responses.jsonl",),
+    "02_train_vectors": ("annotations.jsonl", "collecting.safetensors"),
+    "03_attribute_layers": ("layer_effects.safetensors",),
+    "04_steer": ("steered.jsonl", "sweep.jsonl", "likelihood.jsonl"),
+    "05_compare": (),
+}
+
+#: The files of a stage that hold annotations of chains, and the keys of their rows.
+LABELLED: dict[str, dict[str, tuple[str, ...]]] = {
+    "02_train_vectors": {"annotations.jsonl": ("task_id", "annotator")},
+    "04_steer": {"steered.jsonl": STEERED_KEY, "sweep.jsonl": STEERED_KEY},
+    "05_compare": {"annotations.jsonl": ("task_id", "annotator")},
+}
+
+#: A line that begins like this says what an API would cost; the runner shows it at once.
+ESTIMATE = re.compile(r"\S.*: \d+ calls to send, \d+ replies stored; about .*")
+#: Seconds between two looks at how far the child of :func:`ensure` has come.
+LOOK = 0.5
+#: Set by the runner for its kernels: inside one, :func:`ensure` runs nothing again.
+INSIDE = "STLLMS_RUNNER"
+
+#: When each stage began in this process.
+_begun: dict[tuple[str, Path], float] = {}
+#: What this process locks for the notebook that was opened in it by hand.
+_held: dict[Path, ExitStack] = {}
+
+
+class StageError(RuntimeError):
+    """A notebook failed, or did not leave what it should have."""
+
+
+# -- names and places ----------------------------------------------------------------------
+
+
+def notebook(stage: str) -> Path:
+    """The file of a stage, in ``STLLMS_NOTEBOOKS``, else in the checkout's ``notebooks``, else
+    in the wheel; ``ValueError`` if there is none."""
+    root = repository()
+    shipped = root / "notebooks" if root else PACKAGE / "_notebooks"
+    folder = Path(os.environ.get("STLLMS_NOTEBOOKS") or shipped).resolve()
+    path = folder / f"{stage}.ipynb"
+    if not path.is_file():
+        raise ValueError(f"the notebook {path.name} is not in {folder}")
+    return path
+
+
+def stage_named(text: str) -> str:
+    """The stage meant by ``03``, ``3``, ``03_attribute_layers`` or ``attribute_layers``."""
+    for stage in STAGES:
+        number, _, name = stage.partition("_")
+        if text.removesuffix(".ipynb") in (stage, number, number.lstrip("0"), name):
+            return stage
+    raise ValueError(f"unknown notebook {text!r}, expected one of {', '.join(STAGES)}")
+
+
+def stages_for(config: RunConfig) -> tuple[str, ...]:
+    """The stages that a model can go through: one behind an API has no activations."""
+    return STAGES[-1:] if config.entry.source == "api" else STAGES
+
+
+def folder_of(stage: str, config: RunConfig) -> Folder:
+    """``results/<slug>/``, or ``results/comparison/`` for notebook 05."""
+    return Folder.comparison(config) if stage == "05_compare" else Folder(config)
+
+
+def _folders(stage: str, config: RunConfig) -> list[Folder]:
+    """The folders that a stage writes rows to."""
+    folder = folder_of(stage, config)
+    members = config.models if stage == "05_compare" else ()
+    return [folder, *(folder.member(model) for model in members)]
+
+
+def _files_of(stage: str, folder: Folder) -> set[str]:
+    """The names of the files that a stage writes, or said that it wrote."""
+    return {*ARTEFACTS[stage], *RESUMED[stage], *folder.marker(stage).get("files", ())}
+
+
+def _holds_nothing(folder: Folder) -> bool:
+    """Whether a run began here and left neither a finished stage nor a row of one."""
+    record = folder.record_or_empty()
+    rows = {name for names in (*ARTEFACTS.values(), *RESUMED.values()) for name in names}
+    return (
+        isinstance(record.get("identity"), dict)
+        and not record.get("stages")
+        and not any(path.stat().st_size for name in rows if (path := folder / name).is_file())
+    )
+
+
+# -- what is done --------------------------------------------------------------------------
+
+
+def check(stage: str, config: RunConfig) -> None:
+    """Raises ``ChangedConfiguration`` if a folder of the stage holds rows of another run,
+    ``StaleArtefact`` for rows made from something that changed since, and ``DamagedFile``."""
+    for folder in _folders(stage, config):
+        if _holds_nothing(folder):
+            continue
+        folder.check()
+        read = {name for one in REQUIRES[stage] for name in ARTEFACTS[one]}
+        for name in sorted(_files_of(stage, folder) | read):
+            folder.recorded.check(folder / name)
+        for name in RESUMED[stage]:
+            if (folder / name).is_file() and (why := folder.recorded.stale(name)):
+                raise StaleArtefact(
+                    f"{folder.label}: {name} was made with other vectors: {why}. --fresh "
+                    f"{stage} makes it again, and what rests on it"
+                )
+
+
+def code_of(stage: str) -> str:
+    """A hash of the code cells of a notebook; its text and its parameters do not count."""
+    return digest(
+        [
+            "".join(cell["source"])
+            for cell in read_json(notebook(stage))["cells"]
+            if cell["cell_type"] == "code"
+            and "parameters" not in cell.get("metadata", {}).get("tags", ())
+        ]
+    )
+
+
+def key_of(stage: str, config: RunConfig) -> str:
+    """The hash that a marker must carry: all that the artefacts of a stage depend on."""
+    folder = folder_of(stage, config)
+    identities = [folder.identity]
+    if stage == "05_compare":
+        identities = [folder.member(model).identity for model in config.models]
+    before = [key_of(needed, config) for needed in REQUIRES[stage]]
+    options = config.stage_options(stage)
+    return digest([identities, options, code_of(stage), before, __version__])
+
+
+def has_run(stage: str, config: RunConfig) -> bool:
+    """Whether the marker of a stage fits, its files are there, and none of them is stale."""
+    folder = folder_of(stage, config)
+    marker = folder.marker(stage)
+    if marker.get("key") != key_of(stage, config):
+        return False
+    names = marker.get("files", ())
+    return all((folder / name).is_file() and not folder.recorded.stale(name) for name in names)
+
+
+def has_directions(config: RunConfig) -> bool:
+    """Whether all that steering needs is made: directions, controls, steering layers."""
+    return all(has_run(stage, config) for stage in REQUIRES["04_steer"])
+
+
+def failed(stage: str, config: RunConfig) -> int:
+    """The chains of a stage that have no label or no text yet and will be asked again."""
+    return folder_of(stage, config).marker(stage).get("failed", 0)
+
+
+def is_done(stage: str, config: RunConfig) -> bool:
+    """Whether a stage has run, and no chain of it waits to be asked again."""
+    return has_run(stage, config) and not failed(stage, config)
+
+
+def pending(stages: Sequence[str], config: RunConfig, *, again: bool = True) -> list[str]:
+    """The stages among ``stages`` that are not done, and those they need, in order.
+
+    With ``again=False`` those that have run count as done, whatever failed in them.
+    """
+    wanted = {needed for stage in stages for needed in (*REQUIRES[stage], stage)}
+    done = is_done if again else has_run
+    return [stage for stage in STAGES if stage in wanted and not done(stage, config)]
+
+
+def fresh(stage: str, config: RunConfig) -> list[str]:
+    """Deletes what a stage left and what rests on it (``--fresh STAGE``); returns the names."""
+    if stage == STAGES[-1]:
+        folders = _folders(stage, config)
+        with ExitStack() as stack:
+            for folder in folders:
+                stack.enter_context(folder.lock(stage))
+            return [name for folder in folders for name in folder.fresh()]
+    folder = folder_of(stage, config)
+    resting = [one for one in STAGES[:-1] if one == stage or stage in REQUIRES[one]]
+    with folder.lock(*resting):
+        return folder.fresh_stages({one: _files_of(one, folder) for one in resting})
+
+
+def renew(stage: str, config: RunConfig) -> None:
+    """Clears the folders of the stage that a failed run of another configuration left without
+    any row, so that the corrected one can have them. Call it with the stage locked."""
+    for folder in _folders(stage, config):
+        if _holds_nothing(folder) and folder.record()["identity"] != folder.identity:
+            folder.fresh()
+
+
+# -- the first and the last cell of a notebook ---------------------------------------------
+
+
+def ensure(stage: str, config: RunConfig) -> Folder:
+    """The open folder of a stage, after running the earlier notebooks that have not run.
+
+    The first call of every notebook. Earlier notebooks run headless in a process of their own;
+    one line says so. Inside a run of the runner nothing is run again. Raises
+    ``ChangedConfiguration`` for a folder of another run, ``StaleArtefact`` and ``DamagedFile``
+    as :func:`check` does, ``LockedFolder`` where another process writes or reads what this
+    stage writes, :class:`StageError` with the failing notebook and cell if one of them fails.
+    """
+    prepare(stage, config)
+    if not os.environ.get(INSIDE):
+        _hold(stage, config)
+        renew(stage, config)
+        from stllms.app import preflight  # it brings torch
+
+        if said := str(preflight.total(preflight.works([(stage, config)], has_directions))):
+            print(f"{stage}: {said}", flush=True)
+    folder = folder_of(stage, config).open()
+    folder.kept.clear()
+    _begun[stage, folder.path] = time.monotonic()
+    return folder
+
+
+def prepare(stage: str, config: RunConfig) -> None:
+    """Runs the earlier notebooks that have not run; raises what :func:`ensure` raises."""
+    check(stage, config)
+    if os.environ.get(INSIDE):
+        return
+    from stllms.app import preflight
+
+    preflight.check(config, pending([stage], config, again=False), asked=[stage])
+    missing = pending(REQUIRES[stage], config, again=False)
+    if missing:
+        print(f"{stage} needs {', '.join(missing)}: running this first", flush=True)
+        _run_headless(missing, config)
+        check(stage, config)  # what it reads may have changed
+
+
+def _hold(stage: str, config: RunConfig) -> None:
+    """Takes the lock of the stage for a notebook opened by hand, and shares those of what it
+    reads, until :func:`finish`, the next stage or the end of the process."""
+    folder = folder_of(stage, config)
+    release(folder)
+    stack = ExitStack()
+    stack.enter_context(folder.lock(stage, reading=REQUIRES[stage]))
+    _held[folder.path] = stack
+
+
+def release(folder: Folder) -> None:
+    """Gives back what :func:`ensure` locked in this process."""
+    if held := _held.pop(folder.path, None):
+        held.close()
+
+
+def finish(stage: str, config: RunConfig) -> None:
+    """Marks a stage as done and says what it left; the last call of every notebook.
+
+    The marker holds how many chains failed and will be asked again by the next run. Raises
+    :class:`StageError` if an artefact that the stage promises is not there.
+    """
+    folder = folder_of(stage, config).open()
+    lacking = [name for name in ARTEFACTS[stage] if not (folder / name).is_file()]
+    if lacking:
+        raise StageError(f"{stage} is not done: {folder.label} lacks {', '.join(lacking)}")
+    begun = _begun.get((stage, folder.path))
+    names = folder.kept | set(ARTEFACTS[stage])
+    written = sorted(name for name in names if (folder / name).is_file())
+    n_failed = _asked_again(stage, folder, config)
+    folder.mark(
+        stage,
+        {
+            "key": key_of(stage, config),
+            "files": written,
+            "failed": n_failed,
+            "finished": now(),
+            "seconds": None if begun is None else round(time.monotonic() - begun, 1),
+        },
+    )
+    release(folder)
+    print(f"{folder.label}: {_listed(written)}")
+    if n_failed:
+        print(f"failed: {n_failed} chains, asked again by the next run")
+    if following := STAGES[STAGES.index(stage) + 1 :]:
+        print(f"next: {following[0]}")
+
+
+def _listed(written: Sequence[str]) -> str:
+    """The files of a stage in one line, the three files of a figure as one."""
+    figures = {Path(name).stem for name in written if name.startswith("figures/")}
+    others = [name for name in written if not name.startswith("figures/")]
+    drawn = f"figures {', '.join(sorted(figures))}" if figures else ""
+    return "; ".join(part for part in (", ".join(others), drawn) if part) or "nothing"
+
+
+# -- chains that failed --------------------------------------------------------------------
+
+
+def _asked_again(stage: str, folder: Folder, config: RunConfig) -> int:
+    """The chains of a stage without labels or text that the next run asks for again.
+
+    Not asked again: a chain without text, one of a replay, one answered as often as the client
+    asks.
+    """
+    found = 0
+    for model in config.models if stage == "05_compare" else (config.model,):
+        own = config.for_model(model)
+        place = folder.member(model) if stage == "05_compare" else folder
+        if own.entry.source == "api":
+            good, waits, _ = _requests(place / "api", str(own.entry.api_id))
+            found += len(waits - good)
+        if own.annotator.startswith("replay:") or not (bad := _failed(stage, place, own)):
+            continue
+        name = own.annotator.removeprefix("openai:").partition("#")[0]
+        _, waits, ended = _requests(own.folder / "judge", name)
+        found += sum(task_id not in ended - waits for task_id in bad)
+    return found
+
+
+def _failed(stage: str, folder: Folder, config: RunConfig) -> list[str]:
+    """The tasks of the chains with text for which the run's annotator has failed."""
+    rows = [
+        row.get("annotation", row)
+        for name, key in LABELLED.get(stage, {}).items()
+        for row in Rows(folder / name, key).load()
+    ]
+    bad = [one for one in rows if one and one["annotator"] == config.annotator]
+    bad = [one for one in bad if one["failed"] is not None]
+    if not bad:
+        return []
+    from stllms.annotation.judge import EMPTY  # it brings torch
+
+    return [one["task_id"] for one in bad if one["failed"] != EMPTY]
+
+
+def _requests(folder: Path, model: str) -> tuple[set[str], set[str], set[str]]:
+    """Names of the stored requests to a model: with a good reply, to be sent again, not."""
+    from stllms.models.api import Limits, Store
+
+    good: set[str] = set()
+    waits: set[str] = set()
+    ended: set[str] = set()
+    for tries in Store(folder).load().rows.values():
+        if tries[-1].get("model") != model:
+            continue
+        answers = [row["status"] for row in tries if row["status"] != "failed"]
+        usable = answers[-1:] == ["answered"]
+        again = not usable and len(answers) < Limits().asks
+        (waits if again else ended).add(tries[-1]["name"])
+        if usable:
+            good.add(tries[-1]["name"])
+    return good, waits, ended
+
+
+# -- earlier notebooks in a process of their own -------------------------------------------
+
+
+def _run_headless(stages: Sequence[str], config: RunConfig) -> None:
+    """The runner as a child process: a kernel has an event loop of its own already.
+
+    A line says which stage begins. Raises :class:`StageError` with what the child said.
+    """
+    command = [sys.executable, "-m", "stllms", "run", "--quiet"]
+    command += ["--configuration", json.dumps(config.parameters())]
+    command += ["--from", stages[0], "--to", stages[-1]]
+    with tempfile.TemporaryFile("w+") as errors, followed() as (channel, look):
+        child = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **channel},
+        )
+        with child:
+            reader = threading.Thread(target=_show_estimates, args=(child.stdout,))
+            reader.start()
+            _show_stages(stages, config, child, look)
+            reader.join()
+        if child.returncode:
+            errors.seek(0)
+            said = errors.read().strip()
+            raise StageError(said or f"{' '.join(stages)}: exit {child.returncode}")
+
+
+def _show_estimates(output: IO[str]) -> None:
+    for line in output:
+        if ESTIMATE.match(line):
+            print(line, end="", flush=True)
+
+
+def _show_stages(
+    stages: Sequence[str],
+    config: RunConfig,
+    child: subprocess.Popen[str],
+    look: Callable[[], None],
+) -> None:
+    """A line a stage when it begins, and a bar below it, until the child has ended."""
+    for number, stage in enumerate(stages, 1):
+        if child.poll() is not None:
+            return
+        tasks = f"{config.settings.n_build} tasks"
+        print(f"{number} of {len(stages)}: {stage}, {config.model}, {tasks} ...", flush=True)
+        while child.poll() is None and not has_run(stage, config):
+            look()
+            time.sleep(LOOK)
+
+
+def compared(configs: Sequence[RunConfig]) -> RunConfig:
+    """The configuration of notebook 05 for all models of a run: the first, and the others."""
+    first = configs[0]
+    names = [*(config.model for config in configs[1:]), *first.compare]
+    return RunConfig.from_dict({**first.to_dict(), "compare": names}) if names else first

