@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stllms import annotate, spans
-from stllms.annotate import markup
+from stllms.annotation import annotators, markup, placing
 from stllms.records import Response
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +49,7 @@ def best(work: Callable[[], object], repeats: int = 3) -> float:
 def coverage(rows: list[dict], readings: list[markup.Reading], method: str) -> float:
     """Labelled share of the characters that are not white space."""
     found = [
-        spans.align(reading.segments, row["thinking_process"], method=method)
+        placing.align(reading.segments, row["thinking_process"], method=method)
         for row, reading in zip(rows, readings, strict=True)
     ]
     return sum(one.characters["labelled"] for one in found) / sum(one.total for one in found)
@@ -77,13 +76,13 @@ def measure(rows: list[dict]) -> list[dict]:
         add(
             f"alignment, {name}",
             lambda r=readings, m=method: [
-                spans.align(a.segments, b, method=m) for a, b in zip(r, texts, strict=True)
+                placing.align(a.segments, b, method=m) for a, b in zip(r, texts, strict=True)
             ],
             share,
         )
     for name in ("lexical", "offline"):
-        annotator = annotate.annotator(name)
-        share = spans.summarise(annotator.annotate(responses)).coverage
+        annotator = annotators.annotator(name)
+        share = placing.summarise(annotator.annotate(responses)).coverage
         add(f"annotator, {name}", lambda a=annotator: a.annotate(responses), share)
     return table
 

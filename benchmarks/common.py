@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from stllms import models
+from stllms.models import loading
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("tiny-thinker", "smollm2", "random-qwen2", "random-smollm2")
@@ -78,7 +79,7 @@ def build(options: argparse.Namespace) -> models.Model:
     """The model to measure; ``random-*`` are drawn here at a known shape."""
     if not options.model.startswith("random-"):
         return models.load(options.model, device=options.device, dtype=options.dtype)
-    place = models.pick_device(options.device)
+    place = loading.pick_device(options.device)
     full = place.type == "cuda"
     if options.model == "random-qwen2":
         config_class, shape = transformers.Qwen2Config, QWEN
@@ -92,7 +93,7 @@ def build(options: argparse.Namespace) -> models.Model:
     torch.manual_seed(options.seed)
     with torch.device(place):
         hf = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=models.pick_dtype(options.dtype, place)
+            config, dtype=loading.pick_dtype(options.dtype, place)
         )
     return models.wrap(hf, _tokenizer(), name=options.model)
 

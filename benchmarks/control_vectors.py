@@ -31,7 +31,10 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
-from stllms import config, decode, loading, models, tasks
+from stllms import models, tasks
+from stllms import registry
+from stllms.generation import decode
+from stllms.models import loading
 from stllms.vectors import SteeringVectors, export
 from stllms.vectors.nulls import isotropic
 
@@ -50,7 +53,7 @@ class Chain:
 
 def weights() -> Path:
     """The GGUF file of ``smollm2``."""
-    folder, options = loading.source_of(config.MODELS["smollm2"])
+    folder, options = loading.source_of(registry.MODELS["smollm2"])
     return Path(folder) / options["gguf_file"]
 
 

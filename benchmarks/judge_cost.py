@@ -13,7 +13,7 @@ import argparse
 import tempfile
 from dataclasses import replace
 
-from stllms import estimate
+from stllms.app import preflight
 from stllms.config import PROFILES, RunConfig
 
 
@@ -31,7 +31,7 @@ def main() -> None:
             for words, one in (("controls on all tasks", everything), ("as it is", own)):
                 print(f"{judge}, {words}:")
                 jobs = [(stage, one) for stage in ("02_train_vectors", "04_steer")]
-                print(estimate.table(estimate.works(jobs)))
+                print(preflight.table(preflight.works(jobs)))
 
 
 if __name__ == "__main__":

@@ -34,11 +34,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 
-from stllms import decode, steering, tasks
-from stllms.decode import Intervention, Row
+from stllms import tasks
+from stllms.fixtures import grammar
+from stllms.generation import decode
+from stllms.generation.decode import Intervention, Row
 from stllms.models import Model
-from stllms.organism import grammar
-from stllms.records import STEERED
+from stllms.labels import STEERED
+from stllms.steering import conditions
 
 #: Chains of a task: plain, and + and - of each behaviour.
 ARMS = 1 + 2 * len(STEERED)
@@ -149,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--tasks", type=int, default=50)
     options.add_argument("--subset", type=int, default=12, help="chains of the naive side")
     options.add_argument("--batch-size", type=int, default=None)
-    options.add_argument("--chunk", type=int, default=steering.CHUNK, help="tasks")
+    options.add_argument("--chunk", type=int, default=conditions.CHUNK, help="tasks")
     options.add_argument("--cost-tasks", type=int, default=10, help="steered against plain")
     options.add_argument("--free", action="store_true", help="chains may end")
     options = options.parse_args(argv)

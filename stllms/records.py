@@ -278,16 +278,3 @@ def _value(type_name: str, value: Any, at: str) -> Any:
         shown = f" ({str(value)[:20]})" if isinstance(value, int | float) else ""
         raise BadRow(f"{at}: {kind(value)}{shown}, expected {expected}")
     return dict(value) if isinstance(value, dict) else value
-
-
-# --- old addresses, deleted at the end
-from stllms.labels import (  # noqa: E402, F401
-    BEHAVIOURS,
-    CATEGORIES,
-    CONTROLS,
-    HEATMAP,
-    STEERED,
-    is_control,
-)
-
-TokenSpan = Span

@@ -517,14 +517,3 @@ def _values(text: str) -> set[Fraction]:
     size = Fraction(match["over"]) / under + int(match["whole"] or 0)
     signed = -size if match["sign"].startswith("-") else size
     return {signed, signed / 100} if match["percent"] else {signed}
-
-
-# --- old addresses, deleted at the end
-
-
-def for_run(setup: Any, part: str) -> list[Task]:
-    return select(part, **setup.tasks_of(part))
-
-
-def for_controls(setup: Any, asked: Sequence[Task]) -> list[Task]:
-    return subset(asked, setup.n_control_tasks, seed=setup.seed)

@@ -15,9 +15,10 @@ from stllms import models
 from stllms.app import bench as benches
 from stllms.app import stages
 from stllms.app.bench import Ask, Bench
-from stllms.config import MODELS, RunConfig
+from stllms.config import RunConfig
+from stllms.registry import MODELS
 from stllms.labels import BEHAVIOURS
-from stllms.models.loading import ModelError
+from stllms.models.model import ModelError
 from stllms.records import Task
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import write_json

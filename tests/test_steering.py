@@ -13,22 +13,14 @@ import torch
 
 from stllms import steering
 from stllms.generation import decode
-from stllms.generation.responses import responses
+from stllms.generation.chains import responses
 from stllms.labels import BEHAVIOURS, STEERED
 from stllms.plotting.text import shown
-from stllms.records import (
-    STEERED_KEY,
-    Annotation,
-    PlacedSegment,
-    Response,
-    Span,
-    Steered,
-    Task,
-)
+from stllms.records import Annotation, PlacedSegment, Response, STEERED_KEY, Span, Steered, Task
 from stllms.runs.store import Rows
 from stllms.steering import conditions, dose, measures
-from stllms.vectors.controls import Controls
 from stllms.vectors.directions import SteeringVectors
+from stllms.vectors.nulls import Controls
 
 NAN = float("nan")
 PLAIN = ("none", -1, 0.0)

@@ -18,7 +18,8 @@ from released_files import chains, layer_effects, mean_vectors
 
 from stllms.app import compare
 from stllms.comparison import released
-from stllms.models.loading import ModelError, load
+from stllms.models.loading import load
+from stllms.models.model import ModelError
 from stllms.runs import files
 from stllms.runs.files import BadFile
 from stllms.vectors.directions import SteeringVectors, load_published

@@ -21,7 +21,7 @@ import pandas as pd
 from stllms.annotation import annotators
 from stllms.config import PROFILES
 from stllms.fixtures import FOLDER, grammar
-from stllms.generation.responses import responses
+from stllms.generation.chains import responses
 from stllms.models.loading import load
 from stllms.models.model import Model
 from stllms.plotting.text import layer_text
@@ -29,12 +29,7 @@ from stllms.records import Task
 from stllms.steering import dose, measures
 from stllms.steering.conditions import grid, sweep_conditions
 from stllms.vectors.activations import collect
-from stllms.vectors.directions import (
-    SteeringVectors,
-    difference_of_means,
-    shipped_file,
-    weights_of,
-)
+from stllms.vectors.directions import SteeringVectors, difference_of_means, shipped_file, weights_of
 
 MODEL = "tiny-thinker"
 #: The layer sweep of the model, beside its folder, and the coefficients that it steers by.

@@ -36,8 +36,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qw
 
 from stllms.annotation.annotators import Grammar
 from stllms.fixtures import FOLDER, families, grammar
+from stllms.generation.chains import responses
 from stllms.generation.prompts import prompt
-from stllms.generation.responses import responses
 from stllms.labels import BEHAVIOURS
 from stllms.models.loading import load
 from stllms.records import Response, Task

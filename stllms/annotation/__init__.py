@@ -14,7 +14,3 @@ from stllms.annotation.markup import parse
 from stllms.annotation.placing import align
 
 __all__ = ["Annotator", "align", "annotator", "parse"]
-
-# --- old addresses, deleted at the end. The module `align` is loaded before the function.
-import stllms.annotation.align  # noqa: F401
-from stllms.annotation.placing import align  # noqa: F811

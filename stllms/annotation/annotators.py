@@ -16,16 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from stllms import __version__
 from stllms.annotation import placing, sentences
 from stllms.fixtures import grammar
-from stllms.records import (
-    Annotation,
-    PlacedSegment,
-    Response,
-    Steered,
-    annotation_from_row,
-    from_rows,
-    to_row,
-)
-from stllms.runs.files import StaleArtefact, digest
+from stllms.records import Annotation, PlacedSegment, Response, Steered, annotation_from_row, from_rows, to_row
+from stllms.hashes import digest
+from stllms.runs.files import StaleArtefact
 
 if TYPE_CHECKING:  # torch and pandas are heavy
     import pandas as pd
@@ -233,7 +226,3 @@ def _of(response: Response) -> str:
     """A hash of the text and the ids that an annotation is about."""
     ids = [*response.prompt_ids, -1, *response.output_ids]
     return digest([response.thinking, ids])
-
-
-# --- old addresses, deleted at the end
-from stllms.annotation.markup import from_markup  # noqa: E402, F401

@@ -29,7 +29,7 @@ from scipy.special import log_softmax
 
 from stllms.annotation import placing, sentences
 from stllms.records import Annotation, Response
-from stllms.runs.files import file_hash
+from stllms.hashes import file_hash
 
 WEIGHTS = Path(__file__).with_name("offline.npz")
 

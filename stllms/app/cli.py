@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error).replace("(--list-models)", "(stllms models)"), 2)
     except (RuntimeError, MemoryError) as error:  # models, servers, stages, memory
         from stllms.app.stages import StageError
-        from stllms.runs.store import LockedFolder
+        from stllms.runs.files import LockedFolder
 
         if isinstance(error, StageError):  # the failing cell, in lines
             print(f"stllms: {plain(error)}", file=sys.stderr)

@@ -17,7 +17,7 @@ from stllms.comparison import groups, released
 from stllms.comparison.groups import Member
 from stllms.config import RunConfig
 from stllms.generation import remote, sampling
-from stllms.generation.responses import responses
+from stllms.generation.chains import responses
 from stllms.models.loading import load
 from stllms.models.model import Model
 from stllms.records import Annotation, Response, Task

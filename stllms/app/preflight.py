@@ -28,14 +28,15 @@ from stllms.config import RunConfig, hardware, has_name
 from stllms.generation import remote
 from stllms.labels import STEERED
 from stllms.models import api
-from stllms.models.loading import ModelError, quiet, source_of
-from stllms.records import STEERED_KEY, Response, Task, response_from_row, steered_from_row
+from stllms.models.loading import source_of
+from stllms.models.model import ModelError, quiet
+from stllms.records import Response, STEERED_KEY, Task, response_from_row, steered_from_row
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import read_json
 from stllms.runs.store import Rows
 from stllms.steering import conditions as steering
-from stllms.vectors.controls import Controls
 from stllms.vectors.directions import SteeringVectors
+from stllms.vectors.nulls import Controls
 
 #: The part of the tasks that a stage asks.
 PARTS = {"01": "build", "02": "build", "04": "evaluate", "05": "compare"}
@@ -200,7 +201,7 @@ def _paid(name: str, url: str, max_cost: float | None, folder: Path, n: int) -> 
     if max_cost is not None and api.price(name, url) is None:
         raise Refused(
             f"max_cost: {max_cost:g}, but nobody knows the price of {name}: add it to a file "
-            f"like stllms/prices.json, named by {api.PRICES}, or leave the bound out"
+            f"like stllms/models/prices.json, named by {api.PRICES}, or leave the bound out"
         )
     store = api.Store(folder).load()
     answers = (store.answers(key) for key in store.rows)

@@ -12,7 +12,3 @@ from stllms.attribution.collecting import collect
 from stllms.attribution.patching import layer_effects
 
 __all__ = ["collect", "layer_effects"]
-
-# --- old addresses, deleted at the end
-from stllms.attribution.collecting import SAVE_EVERY  # noqa: E402, F401
-from stllms.attribution.patching import (BUDGET, KL_ROWS, MAX_ROWS, OBJECTIVES, rows_of, surrogate)  # noqa: E402, E501, F401

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stllms.annotation.align import check
+from stllms.annotation.placing import check
 from stllms.attribution.effects import PAIRED, SETS, LayerEffects, null_key
 from stllms.attribution.patching import (
     OBJECTIVES,

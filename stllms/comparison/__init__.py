@@ -9,21 +9,3 @@
 
 Takes annotations, tables and released files; gives tables, captions and verdicts.
 """
-
-# --- old addresses, deleted at the end
-from stllms.comparison.groups import (  # noqa: F401
-    DRAWS,
-    Member,
-    Setup,
-    caption,
-    colours,
-    group_intervals,
-    member,
-    ordered,
-    pairs,
-    setups,
-    table,
-    treatments,
-    unpaired,
-    width,
-)  # fmt: skip

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from stllms.generation import sampling
 from stllms.generation.prompts import CLOSE
 from stllms.models.model import Model
-from stllms.runs.files import digest
+from stllms.hashes import digest
 
 #: A batch is refilled once this share of its rows has ended.
 REFILL = 0.25

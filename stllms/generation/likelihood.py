@@ -23,7 +23,8 @@ from torch import Tensor
 from stllms.generation import decode
 from stllms.models.model import Model
 from stllms.records import STEERED_KEY, Steered
-from stllms.runs.files import StaleArtefact, digest
+from stllms.hashes import digest
+from stllms.runs.files import StaleArtefact
 from stllms.runs.store import Rows, resumed
 from stllms.terminal import token_bar
 

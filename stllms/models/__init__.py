@@ -23,28 +23,3 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-# --- old addresses, deleted at the end
-
-_HOME |= dict.fromkeys(("ModelError", "find_layers", "Traced", "quiet", "UNLIMITED"), "model")
-_HOME |= dict.fromkeys(("pick_device", "pick_dtype"), "loading")
-
-
-def for_run(setup: Any) -> Model:
-    """Was the model of a run: now ``load(config.model, **config.loading)``, ``made_with``."""
-    from stllms.artifacts import Folder
-    from stllms.models.loading import load
-    from stllms.models.model import UNLIMITED
-
-    model = load(
-        setup.model,
-        device=setup.device,
-        dtype=setup.dtype,
-        quantization=setup.quantization,
-        revision=setup.revision,
-    )
-    noted = Folder(setup, identity={}).record().get("recorded", {})
-    if setup.batch_size is None and noted.get("device") == str(model.device):
-        model.fits = noted.get("batch_size") or UNLIMITED
-    return model

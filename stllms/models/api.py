@@ -52,7 +52,7 @@ NO_KEY = "no-key-needed"
 #: ``prices.json`` whose entries go before ours.
 KEY, STARTED, PRICES = "STLLMS_API_KEY", "STLLMS_STARTED", "STLLMS_PRICES"
 #: The package's prices.
-SHIPPED = PACKAGE / "prices.json"
+SHIPPED = Path(__file__).with_name("prices.json")
 
 
 class MissingKey(RuntimeError):  # noqa: N818 - named as a person reads it
@@ -577,7 +577,7 @@ class Client:
         if planned.cost is None:
             raise CostLimit(
                 f"nothing sent: max_cost needs the price of {self.model}. Add it to a file "
-                f"like stllms/prices.json, named by {PRICES}, or drop max_cost"
+                f"like stllms/models/prices.json, named by {PRICES}, or drop max_cost"
             )
         if spent + planned.cost > bound:
             raise CostLimit(

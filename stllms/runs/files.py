@@ -469,9 +469,3 @@ def check_size(path: str | Path) -> None:
     if size > LARGEST:
         most = f"{LARGEST / 2**20:.0f} MiB"
         raise BadFile(f"{path}: {size / 2**20:.0f} MiB, a released file has at most {most}")
-
-
-# --- old addresses, deleted at the end
-from stllms.hashes import digest, remembered_hash  # noqa: E402, F401
-
-draw = save_figure

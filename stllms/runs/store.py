@@ -192,9 +192,3 @@ def resumed(
             store.append(list(new.values()))
         done |= new
     return [done[key] for key in keys]
-
-
-# --- old addresses, deleted at the end
-from stllms.runs.files import ARTEFACTS, RUN, LockedFolder, locked  # noqa: E402, F401
-
-INPUTS = {name: one.made_from for name, one in ARTEFACTS.items() if one.made_from}

@@ -12,12 +12,3 @@ from stllms.generation.decode import Intervention
 from stllms.steering.conditions import generate
 
 __all__ = ["Intervention", "generate"]
-
-# --- old addresses, deleted at the end
-from stllms.generation import decode  # noqa: E402, F401
-from stllms.records import STEERED_KEY  # noqa: E402, F401
-from stllms.steering.conditions import (  # noqa: E402, F401
-    CHUNK, SWEPT_CONTROLS, check, grid, plain,
-    Condition as Arm, by_condition as by_arm, conditions as arms,
-    control_conditions as control_arms, sweep_conditions as sweep_arms,
-)  # fmt: skip

@@ -18,8 +18,8 @@ from stllms.models.model import Model
 from stllms.records import Response, Steered, Task, from_rows, steered_from_row, to_row
 from stllms.runs.store import Rows, resumed
 from stllms.terminal import token_bar
-from stllms.vectors.controls import Controls
 from stllms.vectors.directions import SteeringVectors
+from stllms.vectors.nulls import Controls
 
 #: Tasks in a chunk: under all their conditions the unit of refill, flush and resume.
 CHUNK = 20

@@ -10,17 +10,7 @@ direction per behaviour and layer, and the control directions to compare it with
 * :mod:`.export` writes them for other engines (safetensors, GGUF)
 """
 
-from stllms.vectors.directions import (
-    SteeringVectors,
-    cosines,
-    difference_of_means,
-    load_published,
-)
+from stllms.vectors.directions import SteeringVectors, cosines, difference_of_means, load_published
 from stllms.vectors.nulls import controls
 
 __all__ = ["SteeringVectors", "controls", "cosines", "difference_of_means", "load_published"]
-
-# --- old addresses, deleted at the end
-from stllms.vectors.directions import (CONTRASTS, ESTIMATORS, default_layer, differences, estimate, heatmap_layers, max_cosine, rescale, steering_layers)  # noqa: E402, E501, F401, I001
-from stllms.vectors.nulls import (MATCHED, Controls, control_directions, isotropic)  # noqa: E402, F401
-from stllms.vectors.quality import (UNITS, Stability, expected_cosine, precision, relative_error, stability)  # noqa: E402, E501, F401

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stllms.annotation.align import check
+from stllms.annotation.placing import check
 from stllms.labels import BEHAVIOURS, STEERED
 from stllms.models.model import Model
 from stllms.records import Response, Span

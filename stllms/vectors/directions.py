@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from stllms.labels import BEHAVIOURS, STEERED
-from stllms.registry import PACKAGE
 from stllms.runs.files import BadFile, is_plain, load_tensors, load_torch, save_tensors
 from stllms.vectors.means import MIN_SPANS, Means
 
@@ -32,10 +31,6 @@ ESTIMATORS: tuple[str, ...] = ("difference-of-means", "difference-from-others", 
 CONTRASTS: tuple[str, ...] = ("difference-from-others", "probe")
 #: Of the probe: the weight of ``||a||^2 / 2`` beside the mean loss.
 PENALTY = 1e-2
-#: Where the embedded models and their directions lie (in ``organism`` until the data moves).
-FIXTURES = PACKAGE / "fixtures"
-if not (FIXTURES / "tiny-thinker").is_dir():
-    FIXTURES = PACKAGE / "organism"
 
 
 @dataclass(frozen=True)
@@ -390,7 +385,3 @@ def heatmap_layers(
     default = steering_layers["backtracking"]
     available = [b for b in labels if b in steering_vectors.behaviours]
     return {b: steering_layers.get(b, default) for b in available}
-
-
-# --- old names, deleted at the end
-file, load, weights = shipped_file, load_shipped, weights_of

@@ -1,1 +1,0 @@
-from stllms.annotation.judge import Judge  # noqa: F401

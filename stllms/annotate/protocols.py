@@ -1,1 +1,0 @@
-from stllms.annotation.judge import (LONGEST, EMPTY, UNKNOWN_LABEL, WRONG_NUMBER, TWICE, NO_ITEM, Protocol, Rewrite, Indexed, PROTOCOLS, protocol_of as protocol, cut, pieces, place)  # noqa: E501, F401

@@ -1,1 +1,0 @@
-from stllms.annotation.judge import NO_REPLY, Replay  # noqa: F401

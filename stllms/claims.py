@@ -1,1 +1,0 @@
-from stllms.comparison.ledger import (Run as Made, display)  # noqa: F401

@@ -1,3 +1,0 @@
-"""Old address, deleted at the end."""
-
-from stllms.app.colab import machine  # noqa: F401

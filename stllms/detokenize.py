@@ -1,1 +1,0 @@
-from stllms.models.model import REPLACEMENT, Decode, character_ranges  # noqa: F401

@@ -1,1 +1,0 @@
-from stllms.comparison.ledger import (slug_of)  # noqa: F401

@@ -1,1 +1,0 @@
-from stllms.records import DEEPEST, amount, kind, loads  # noqa: F401

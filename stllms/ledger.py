@@ -1,1 +1,0 @@
-from stllms.comparison.ledger import (MARKS, COLUMNS, ledger, write, markdown, put, main)  # noqa: F401

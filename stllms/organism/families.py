@@ -1,3 +1,0 @@
-"""Old address of names that moved; deleted at the end."""
-
-from stllms.fixtures.families import FAMILIES, Puzzle, draw  # noqa: F401

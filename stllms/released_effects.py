@@ -1,1 +1,0 @@
-from stllms.comparison.released import (RANKS, views)  # noqa: F401
