@@ -31,8 +31,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
-from stllms import models, tasks
-from stllms import registry
+from stllms import models, registry, tasks
 from stllms.generation import decode
 from stllms.models import loading
 from stllms.vectors import SteeringVectors, export

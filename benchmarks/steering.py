@@ -38,8 +38,8 @@ from stllms import tasks
 from stllms.fixtures import grammar
 from stllms.generation import decode
 from stllms.generation.decode import Intervention, Row
-from stllms.models import Model
 from stllms.labels import STEERED
+from stllms.models import Model
 from stllms.steering import conditions
 
 #: Chains of a task: plain, and + and - of each behaviour.

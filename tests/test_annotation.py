@@ -17,7 +17,16 @@ from stllms import annotation
 from stllms.annotation import agreement, annotators, markup, offline, placing, sentences
 from stllms.annotation.annotators import annotator
 from stllms.labels import BEHAVIOURS
-from stllms.records import Annotation, PlacedSegment, Response, STEERED_KEY, Segment, Span, Steered, to_row
+from stllms.records import (
+    STEERED_KEY,
+    Annotation,
+    PlacedSegment,
+    Response,
+    Segment,
+    Span,
+    Steered,
+    to_row,
+)
 from stllms.runs.store import Rows
 
 LOCAL = ("lexical", "offline")

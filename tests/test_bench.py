@@ -16,10 +16,10 @@ from stllms.app import bench as benches
 from stllms.app import stages
 from stllms.app.bench import Ask, Bench
 from stllms.config import RunConfig
-from stllms.registry import MODELS
 from stllms.labels import BEHAVIOURS
 from stllms.models.model import ModelError
 from stllms.records import Task
+from stllms.registry import MODELS
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import write_json
 from stllms.vectors.directions import SteeringVectors

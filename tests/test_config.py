@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from stllms import registry, tasks
+from stllms import config, registry, tasks
 from stllms.config import CHOICES, PROFILES, RunConfig
 from stllms.labels import STEERED
 from stllms.registry import MODELS, UnknownModel, resolve, slug

@@ -22,10 +22,10 @@ from stllms.app import bench as benches
 from stllms.app import demo, preflight, stages
 from stllms.app.bench import Ask, Bench
 from stllms.config import RunConfig
-from stllms.registry import MODELS
 from stllms.labels import BEHAVIOURS
 from stllms.models.model import ModelError
 from stllms.records import to_row
+from stllms.registry import MODELS
 from stllms.runs.artifacts import Folder
 from stllms.steering import conditions
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from huggingface_hub.hf_api import ModelInfo
 
-
 from stllms import tasks
 from stllms.annotation import annotators
 from stllms.annotation.judge import Judge
@@ -22,7 +21,7 @@ from stllms.config import RunConfig
 from stllms.generation import responses as generation
 from stllms.labels import STEERED
 from stllms.models import api
-from stllms.records import Annotation, STEERED_KEY, to_row
+from stllms.records import STEERED_KEY, Annotation, to_row
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import write_json
 from stllms.runs.store import Rows

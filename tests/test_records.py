@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stllms import labels
+from stllms import labels, records
 from stllms.records import Annotation, BadRow, PlacedSegment, Response, Span, Steered
 
 VALUES = st.recursive(

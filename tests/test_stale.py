@@ -12,7 +12,7 @@ from stllms.annotation.annotators import KEY, annotations
 from stllms.config import RunConfig
 from stllms.generation.chains import responses
 from stllms.generation.likelihood import scores
-from stllms.records import Annotation, STEERED_KEY, Task
+from stllms.records import STEERED_KEY, Annotation, Task
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import StaleArtefact
 from stllms.steering.conditions import grid

@@ -16,7 +16,7 @@ from stllms.generation import decode
 from stllms.generation.chains import responses
 from stllms.labels import BEHAVIOURS, STEERED
 from stllms.plotting.text import shown
-from stllms.records import Annotation, PlacedSegment, Response, STEERED_KEY, Span, Steered, Task
+from stllms.records import STEERED_KEY, Annotation, PlacedSegment, Response, Span, Steered, Task
 from stllms.runs.store import Rows
 from stllms.steering import conditions, dose, measures
 from stllms.vectors.directions import SteeringVectors

@@ -29,7 +29,12 @@ from stllms.records import Task
 from stllms.steering import dose, measures
 from stllms.steering.conditions import grid, sweep_conditions
 from stllms.vectors.activations import collect
-from stllms.vectors.directions import SteeringVectors, difference_of_means, shipped_file, weights_of
+from stllms.vectors.directions import (
+    SteeringVectors,
+    difference_of_means,
+    shipped_file,
+    weights_of,
+)
 
 MODEL = "tiny-thinker"
 #: The layer sweep of the model, beside its folder, and the coefficients that it steers by.

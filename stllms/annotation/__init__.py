@@ -9,8 +9,18 @@ and the stage (``annotators.annotations``); ``offline`` is the trained annotator
 language model; ``agreement`` says how far two of them agree.
 """
 
+from stllms.annotation import agreement, annotators, markup, placing
 from stllms.annotation.annotators import Annotator, annotator
 from stllms.annotation.markup import parse
 from stllms.annotation.placing import align
 
-__all__ = ["Annotator", "align", "annotator", "parse"]
+__all__ = [
+    "Annotator",
+    "agreement",
+    "align",
+    "annotator",
+    "annotators",
+    "markup",
+    "parse",
+    "placing",
+]

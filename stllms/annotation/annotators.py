@@ -16,8 +16,16 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from stllms import __version__
 from stllms.annotation import placing, sentences
 from stllms.fixtures import grammar
-from stllms.records import Annotation, PlacedSegment, Response, Steered, annotation_from_row, from_rows, to_row
 from stllms.hashes import digest
+from stllms.records import (
+    Annotation,
+    PlacedSegment,
+    Response,
+    Steered,
+    annotation_from_row,
+    from_rows,
+    to_row,
+)
 from stllms.runs.files import StaleArtefact
 
 if TYPE_CHECKING:  # torch and pandas are heavy

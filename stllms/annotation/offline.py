@@ -28,8 +28,8 @@ import numpy as np
 from scipy.special import log_softmax
 
 from stllms.annotation import placing, sentences
-from stllms.records import Annotation, Response
 from stllms.hashes import file_hash
+from stllms.records import Annotation, Response
 
 WEIGHTS = Path(__file__).with_name("offline.npz")
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from stllms import models, registry
+from stllms import config, models, registry
 from stllms.annotation import annotators
 from stllms.annotation.annotators import Annotator
 from stllms.app import preflight, stages
@@ -27,8 +27,7 @@ from stllms.config import PROFILES, RunConfig
 from stllms.generation import decode
 from stllms.generation.decode import Intervention
 from stllms.labels import BEHAVIOURS
-from stllms.models.model import ModelError
-from stllms.models.model import Model
+from stllms.models.model import Model, ModelError
 from stllms.records import Response, Steered, Task
 from stllms.runs.artifacts import ChangedConfiguration, Folder
 from stllms.runs.files import BadFile, load_table, read_json

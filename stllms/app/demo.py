@@ -29,7 +29,7 @@ from stllms.app.bench import Ask, Bench, Pair
 from stllms.config import RunConfig
 from stllms.labels import BEHAVIOURS, STEERED
 from stllms.plotting import text
-from stllms.records import Response, STEERED_KEY, Steered, Task, steered_from_row
+from stllms.records import STEERED_KEY, Response, Steered, Task, steered_from_row
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import BadFile, read_json
 from stllms.runs.store import Rows

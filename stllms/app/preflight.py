@@ -30,7 +30,7 @@ from stllms.labels import STEERED
 from stllms.models import api
 from stllms.models.loading import source_of
 from stllms.models.model import ModelError, quiet
-from stllms.records import Response, STEERED_KEY, Task, response_from_row, steered_from_row
+from stllms.records import STEERED_KEY, Response, Task, response_from_row, steered_from_row
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import read_json
 from stllms.runs.store import Rows

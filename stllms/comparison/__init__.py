@@ -9,3 +9,7 @@
 
 Takes annotations, tables and released files; gives tables, captions and verdicts.
 """
+
+from stllms.comparison import groups, ledger, released
+
+__all__ = ["groups", "ledger", "released"]

@@ -440,7 +440,7 @@ def _draw_vectors(target: Path, vectors: Mapping[Path, SteeringVectors]) -> None
         about = f"{entry.display}, released vectors; {which}: {text.layer_text(layers)}."
         plots.caption(figure, f"{about} {_without(left_out(found))}")
         data = pd.DataFrame(matrix, list(layers), list(layers)).reset_index(names="behaviour")
-        files.draw(target / "figures", f"cosine_heatmap_{_tag(path)}", figure, data)
+        files.save_figure(target / "figures", f"cosine_heatmap_{_tag(path)}", figure, data)
         long = data.melt("behaviour", var_name="other", value_name="cosine")
         cells.append(long.assign(model=entry.display, layer=long["behaviour"].map(layers)))
     if cells:
@@ -470,7 +470,7 @@ def _draw_effects(target: Path, measured: Mapping[Path, Effects]) -> None:
         for name in LAYOUTS:
             figure = _effects_figure(name, curves[-1], entry.steering_layers, read.left_out)
             saved = f"layer_effects_{name}_{_tag(path)}"
-            files.draw(target / "figures", saved, figure, curves[-1])
+            files.save_figure(target / "figures", saved, figure, curves[-1])
     if curves:
         files.save_table(target / "layer_effects.csv", pd.concat(curves, ignore_index=True))
         ranks = pd.concat(found, ignore_index=True)
@@ -556,7 +556,7 @@ def _comparison_figures(
             plots.compare(panel, table, metric=metric, palette=palette)
         plots.models_legend(figure, palette, table)
         plots.caption(figure, words)
-        files.draw(target / "figures", f"comparison_{figure_name}_{name}", figure, table)
+        files.save_figure(target / "figures", f"comparison_{figure_name}_{name}", figure, table)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -7,24 +7,17 @@ model behind an API. ``likelihood``: how far a chain is from what the plain mode
 written. The stage takes a model and tasks and gives :class:`stllms.records.Response`.
 """
 
-from __future__ import annotations
+from stllms.generation import chains, decode, likelihood, prompts, remote, sampling
+from stllms.generation.chains import responses
+from stllms.generation.sampling import gumbel
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from stllms.generation.chains import responses
-    from stllms.generation.sampling import gumbel
-
-__all__ = ["gumbel", "responses"]
-
-
-def __getattr__(name: str) -> Any:  # on first use: both bring torch
-    if name == "responses":
-        from stllms.generation.chains import responses
-
-        return responses
-    if name == "gumbel":
-        from stllms.generation.sampling import gumbel
-
-        return gumbel
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [
+    "chains",
+    "decode",
+    "gumbel",
+    "likelihood",
+    "prompts",
+    "remote",
+    "responses",
+    "sampling",
+]

@@ -25,8 +25,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from stllms.generation import sampling
 from stllms.generation.prompts import CLOSE
-from stllms.models.model import Model
 from stllms.hashes import digest
+from stllms.models.model import Model
 
 #: A batch is refilled once this share of its rows has ended.
 REFILL = 0.25

@@ -21,9 +21,9 @@ from nnsight import save
 from torch import Tensor
 
 from stllms.generation import decode
+from stllms.hashes import digest
 from stllms.models.model import Model
 from stllms.records import STEERED_KEY, Steered
-from stllms.hashes import digest
 from stllms.runs.files import StaleArtefact
 from stllms.runs.store import Rows, resumed
 from stllms.terminal import token_bar

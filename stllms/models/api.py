@@ -30,7 +30,7 @@ from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stllms.records import amount, loads
-from stllms.registry import PACKAGE, repository
+from stllms.registry import repository
 from stllms.runs.files import BadFile
 from stllms.terminal import plain, token_bar
 

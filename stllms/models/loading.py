@@ -18,7 +18,7 @@ import transformers
 from torch import nn
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from stllms import registry
+from stllms import config, registry
 from stllms.models import selfcheck
 from stllms.models.model import Model, ModelError, quiet, wrap
 

@@ -6,7 +6,8 @@ the folder as a whole: whose it is, its lock, and :func:`verify`. Nothing here i
 pandas or matplotlib before a file needs it.
 """
 
-from stllms.runs.artifacts import Folder, verify
+from stllms.runs import files
+from stllms.runs.artifacts import Folder, environment, verify
 from stllms.runs.store import Rows
 
-__all__ = ["Folder", "Rows", "verify"]
+__all__ = ["Folder", "Rows", "environment", "files", "verify"]

@@ -21,7 +21,18 @@ from typing import TYPE_CHECKING, Any
 from stllms import __version__, registry
 from stllms.config import RunConfig
 from stllms.records import STEERED_KEY, from_rows, response_from_row
-from stllms.runs.files import ARTEFACTS, BadFile, RUN, Record, StaleArtefact, check, load_tensors, locked, save_figure, save_table
+from stllms.runs.files import (
+    ARTEFACTS,
+    RUN,
+    BadFile,
+    Record,
+    StaleArtefact,
+    check,
+    load_tensors,
+    locked,
+    save_figure,
+    save_table,
+)
 from stllms.runs.store import Rows
 
 if TYPE_CHECKING:
@@ -433,6 +444,13 @@ def versions() -> dict[str, str | None]:
     installed = {name: _version(name) for name in (*RECORDED, *EXTRAS)}
     there = {k: v for k, v in installed.items() if v is not None or k in RECORDED}
     return {**found, **there}
+
+
+def environment() -> str:
+    """One line for a notebook: this package, Python, and what its numbers depend on most."""
+    found = versions()
+    names = ("stllms", "python", "torch", "transformers", "nnsight")
+    return ", ".join(f"{name} {found[name]}" for name in names)
 
 
 def _version(package: str) -> str | None:

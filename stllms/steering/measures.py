@@ -25,7 +25,7 @@ import pandas as pd
 from stllms import stats
 from stllms.fixtures import grammar
 from stllms.labels import BEHAVIOURS, STEERED, is_control
-from stllms.records import Annotation, STEERED_KEY, Steered, Task
+from stllms.records import STEERED_KEY, Annotation, Steered, Task
 from stllms.tasks import score
 
 EMPTY = ("apart", "published")

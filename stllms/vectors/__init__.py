@@ -10,7 +10,23 @@ direction per behaviour and layer, and the control directions to compare it with
 * :mod:`.export` writes them for other engines (safetensors, GGUF)
 """
 
-from stllms.vectors.directions import SteeringVectors, cosines, difference_of_means, load_published
+from stllms.vectors import activations, directions, nulls, quality
+from stllms.vectors.directions import (
+    SteeringVectors,
+    cosines,
+    difference_of_means,
+    load_published,
+)
 from stllms.vectors.nulls import controls
 
-__all__ = ["SteeringVectors", "controls", "cosines", "difference_of_means", "load_published"]
+__all__ = [
+    "SteeringVectors",
+    "activations",
+    "controls",
+    "cosines",
+    "difference_of_means",
+    "directions",
+    "load_published",
+    "nulls",
+    "quality",
+]

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from stllms.labels import BEHAVIOURS, STEERED
+from stllms.registry import FIXTURES
 from stllms.runs.files import BadFile, is_plain, load_tensors, load_torch, save_tensors
 from stllms.vectors.means import MIN_SPANS, Means
 
