@@ -422,6 +422,45 @@ class RunConfig:
         }
         return options.get(stage[:2], {})
 
+    # Temporary: the owner of `runs` writes these; take that version at the merge.
+    @property
+    def loading(self) -> dict[str, Any]:
+        names = ("device", "dtype", "quantization", "revision")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        return {
+            "max_new_tokens": self.settings.max_tokens,
+            "batch_size": self.batch_size,
+            "temperature": self.settings.temperature,
+            "seed": self.seed,
+            "style": self.prompts,
+        }
+
+    @property
+    def annotating(self) -> dict[str, Any]:
+        reader = {"reader": self.reader}
+        if self.annotator.startswith("openai:"):
+            paid = {"base_url": self.base_url, "max_cost": self.max_cost}
+            return {**paid, "folder": self.folder / "judge", **reader}
+        return reader if self.annotator.startswith("replay:") else {}
+
+    def tasks_of(self, part: str) -> dict[str, Any]:
+        n = {
+            "build": self.settings.n_build,
+            "evaluate": self.settings.n_evaluate,
+            "compare": self.settings.n_compare,
+        }
+        if part not in n:
+            raise ValueError(f"unknown part {part!r} of a run: choose one of {', '.join(n)}")
+        skip = self.settings.n_build if part == "evaluate" else 0
+        return {"source": self.task_set, "n": n[part], "skip": skip, "seed": self.seed}
+
+    @property
+    def n_control_tasks(self) -> int | None:
+        return self.settings.n_control if self.judged else None
+
     def to_dict(self) -> dict[str, Any]:
         """Every field as a plain JSON value."""
         return {

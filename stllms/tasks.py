@@ -1,31 +1,93 @@
-r"""The tasks of ``messages/``, a person's own JSONL, and reading the answer a model gave.
+"""The tasks of ``messages/``, a person's own JSONL, datasets of reasoning-gym, and reading the
+answer a model gave.
 
 Three parts ship with the package: ``train`` (500) and ``evaluate`` (50) in the ten categories
 of the paper, and ``checkable`` (100) whose ``answer`` is exact. :func:`read_answer` finds the
 final answer of a text, :func:`same` compares it; both would rather reject than guess.
-:func:`score` does it for any task, those of :mod:`stllms.gym` by their own verifiers.
 """
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import json
 import math
 import random
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from importlib import import_module
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
-from stllms import checks, gym
-from stllms.config import RunConfig
-from stllms.organism import grammar
+from stllms.config import GYM
+from stllms.fixtures import grammar
 from stllms.records import Task
 
 #: The parts that ship with the package, one file each.
-PARTS: tuple[str, ...] = ("train", "evaluate", "checkable")
+PARTS = ("train", "evaluate", "checkable")
+#: The parts of a run.
+PARTS_OF_RUN = ("build", "evaluate", "compare")
+#: Indices of one seed of a dataset; ids have six digits.
+INDICES = 10**6
+#: Items a dataset object is made with. Some of them depend on this number, so it is fixed.
+BLOCK = 500
+#: Datasets of reasoning-gym 0.1.25 whose items change with Python's hash seed, found by making
+#: three items of each in processes of different hash seeds: no run of them can be resumed.
+UNSTABLE = ("isomorphic_strings", "polynomial_multiplication", "ransom_note")
+
+
+# -- which tasks ---------------------------------------------------------------------------
+
+
+def select(part: str, *, source: str, n: int, skip: int = 0, seed: int = 0) -> list[Task]:
+    """``n`` tasks of a run: ``part`` is ``build``, ``evaluate`` or ``compare``.
+
+    Args:
+        source: ``grammar`` (of the embedded models); ``messages`` (``compare``: a balanced
+            sample of the training tasks, method, section 9) or ``checkable``, which evaluates
+            on the tasks that have exact answers; ``gym:NAME``, a dataset of reasoning-gym in
+            three parts that share no question; else the path of a person's file.
+        skip: tasks of a person's file to pass over (those that build, where others evaluate).
+
+    Raises:
+        ValueError: where there are fewer tasks, for an unknown part or dataset, and for a file
+            that is not one of tasks.
+    """
+    if part not in PARTS_OF_RUN:
+        raise ValueError(
+            f"unknown part {part!r} of a run: choose one of {', '.join(PARTS_OF_RUN)}"
+        )
+    if source == "grammar":
+        return grammar.tasks("build" if part == "build" else "evaluate", n, seed=seed)
+    if source in ("messages", "checkable"):
+        if part == "compare":
+            return balanced_sample(load("train"), n, seed)
+        held_out = "evaluate" if source == "messages" else "checkable"
+        return load("train" if part == "build" else held_out, n=n)
+    if source.startswith(GYM):
+        return list(gym_tasks(gym_dataset(source), part, n, seed=seed))
+    own = from_file(Path(source).expanduser())
+    _check_number(skip + n, len(own), f"{source}, {part}")
+    return own[skip : skip + n]
+
+
+def subset(tasks: Sequence[Task], n: int | None, *, seed: int) -> list[Task]:
+    """``n`` of the tasks in their order, drawn by the seed, the categories in turn; all of them
+    where ``n`` is ``None`` or larger (a paid judge gets control chains of a few tasks only)."""
+    if n is None or n >= len(tasks):
+        return list(tasks)
+    groups: dict[str, list[Task]] = {}
+    for task in random.Random(seed).sample(list(tasks), len(tasks)):
+        groups.setdefault(task.category, []).append(task)
+    turns = [(turn, task) for group in groups.values() for turn, task in enumerate(group)]
+    drawn = {task.id for _, task in sorted(turns, key=lambda item: item[0])[:n]}
+    return [task for task in tasks if task.id in drawn]
 
 
 def load(part: str, *, n: int | None = None) -> list[Task]:
@@ -58,59 +120,6 @@ def from_file(path: str | Path) -> list[Task]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     return _parse(text, str(path))
-
-
-def for_run(setup: RunConfig, part: str) -> list[Task]:
-    """The tasks of a run: ``part`` is ``build``, ``evaluate`` or ``compare``.
-
-    From the grammar (the embedded models), from ``messages/`` (``compare``: a balanced sample
-    of the training tasks, METHOD section 9; ``checkable`` evaluates on the tasks that have
-    exact answers), from a dataset of reasoning-gym (three parts that share no question), or
-    from the person's file: its first tasks build, those after them evaluate, and all of them
-    serve the comparison. Raises ``ValueError`` where there are fewer tasks than the run asks
-    for, and for an unknown part.
-    """
-    numbers = {
-        "build": setup.settings.n_build,
-        "evaluate": setup.settings.n_evaluate,
-        "compare": setup.settings.n_compare,
-    }
-    if part not in numbers:
-        raise ValueError(f"unknown part {part!r} of a run: choose one of {', '.join(numbers)}")
-    wanted = numbers[part]
-    if setup.task_set == "grammar":
-        held_out = "build" if part == "build" else "evaluate"
-        return grammar.tasks(held_out, wanted, seed=setup.seed)
-    if setup.task_set in ("messages", "checkable"):
-        if part == "compare":
-            return balanced_sample(load("train"), wanted, setup.seed)
-        held_out = "evaluate" if setup.task_set == "messages" else "checkable"
-        return load("train" if part == "build" else held_out, n=wanted)
-    if setup.task_set.startswith(checks.GYM):
-        return gym.tasks(gym.check(setup.task_set), part, wanted, seed=setup.seed)
-    own = from_file(Path(setup.tasks).expanduser())
-    first = setup.settings.n_build if part == "evaluate" else 0
-    _check_number(first + wanted, len(own), f"{setup.tasks}, {part}")
-    return own[first : first + wanted]
-
-
-def for_controls(setup: RunConfig, asked: Sequence[Task]) -> list[Task]:
-    """Those of the evaluation tasks on which control directions are added.
-
-    All of them where an annotator labels for nothing. A judge is paid for every chain, and the
-    controls' are most of them: it gets ``n_control`` tasks, drawn by the seed, the categories
-    in turn.
-    """
-    n = setup.settings.n_control
-    if not setup.judged or n is None or n >= len(asked):
-        return list(asked)
-    generator = random.Random(setup.seed)
-    groups: dict[str, list[Task]] = {}
-    for task in generator.sample(list(asked), len(asked)):
-        groups.setdefault(task.category, []).append(task)
-    turns = [(turn, group[turn]) for group in groups.values() for turn in range(len(group))]
-    drawn = {task.id for _, task in sorted(turns, key=lambda item: item[0])[:n]}
-    return [task for task in asked if task.id in drawn]
 
 
 def overview(chosen: Sequence[Task]) -> dict[str, int]:
@@ -198,6 +207,144 @@ def _field(row: dict[str, object], key: str, where: str) -> str:
     raise ValueError(f"{where}, field {key!r}: {problem if key in row else 'missing'}")
 
 
+
+# -- reasoning-gym -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GymTask(Task):
+    """A task with what its verifier needs to make it again; ``category`` is the dataset."""
+
+    seed: int = 0
+    index: int = 0
+
+
+def gym_dataset(source: str) -> str:
+    """The dataset of reasoning-gym that ``gym:NAME`` names.
+
+    Raises ``ValueError``, one line: the package is not installed (with the command that
+    installs it), it has no such dataset (with names that are close), or the dataset is one of
+    :data:`UNSTABLE`. Source: https://github.com/open-thought/reasoning-gym
+    """
+    name = source.removeprefix(GYM)
+    known = _package().factory.DATASETS
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?"
+        if not close:
+            hint = f"it has {len(known)}, from {min(known)} to {max(known)}"
+        raise ValueError(f"tasks: reasoning-gym has no dataset {name!r}; {hint}")
+    if name in UNSTABLE:
+        raise ValueError(
+            f"tasks: the items of {source} are others in every process (they depend on"
+            " Python's hash seed), so that answers could not be scored; choose another dataset"
+        )
+    return name
+
+
+def gym_tasks(name: str, part: str, n: int, *, seed: int = 0) -> list[GymTask]:
+    """The first ``n`` different questions of a part of a dataset, in the order of their index.
+
+    A task is made from (dataset, seed, index) alone, with the dataset's default difficulty. A
+    hash of the question decides its part: no question is ever in two parts, whatever the seed
+    and the number. Raises ``ValueError`` for a dataset that needs options of its own, and one
+    without ``n`` different questions for the part among thirty times as many items.
+    """
+    found: dict[str, GymTask] = {}
+    tried = min(INDICES, 10 * len(PARTS_OF_RUN) * n + BLOCK)
+    for index in range(tried):
+        item = _item(name, seed, index)[1]
+        if gym_part(item["question"]) == part:
+            task_id, answer = f"gym-{name}-{index:06d}", item["answer"]
+            answer = None if answer is None else str(answer)
+            task = GymTask(task_id, name, item["question"], answer, seed, index)
+            found.setdefault(task.content, task)
+        if len(found) == n:
+            return list(found.values())
+    raise ValueError(
+        f"tasks: {GYM}{name} has {len(found)} different questions to {part} among"
+        f" {tried} items, {n} are needed: ask for fewer tasks"
+    )
+
+
+def gym_part(question: str) -> str:
+    """The part of a run that a question of reasoning-gym belongs to."""
+    digest = hashlib.sha256(question.encode()).digest()
+    return PARTS_OF_RUN[int.from_bytes(digest[:8], "big") % len(PARTS_OF_RUN)]
+
+
+def _item(name: str, seed: int, index: int) -> tuple[Any, dict[str, Any]]:
+    """The dataset object and its item. Items draw from ``seed + place``: blocks go on there."""
+    block, place = divmod(index, BLOCK)
+    dataset = _dataset(name, seed * INDICES + block * BLOCK)
+    return dataset, dataset[place]
+
+
+@lru_cache(maxsize=8)
+def _dataset(name: str, seed: int) -> Any:
+    try:
+        return _package().create_dataset(name, size=BLOCK, seed=seed)
+    except (AssertionError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"tasks: {GYM}{name} cannot be made without options of its own ({reason})"
+        ) from error
+
+
+def _package() -> Any:
+    try:
+        return import_module("reasoning_gym")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"tasks: {GYM}NAME needs the package {str(error.name).replace('_', '-')}:"
+            " pip install 'stllms[gym]' (or: pip install reasoning-gym)"
+        ) from None
+
+
+def _gym_score(task: GymTask, text: str) -> float:
+    """The best score that the dataset's verifier gives to a reading of ``text``, 0 to 1. Some
+    verifiers give a little for the right form, and some evaluate the answer with sympy."""
+    final = text.rpartition("</think>")[2]
+    if "<think>" in final:
+        return 0.0
+    several = "\n" in (task.answer or "")
+    dataset, item = _item(task.category, task.seed, task.index)
+    best = 0.0
+    for reading in readings(final, read_answer(text), several_lines=several):
+        try:
+            best = max(best, float(dataset.score_answer(reading, item)))
+        except Exception:  # whatever a verifier raises on text that is no answer
+            continue
+    return best
+
+
+def readings(text: str, plain: str | None, *, several_lines: bool) -> list[str]:
+    r"""The forms in which a text's final answer may be handed to a verifier, each once.
+
+    ``text`` is what follows ``</think>``, ``plain`` the answer read from it without markup.
+    The last ``<answer>...</answer>`` alone, where there is one. Else, for an answer of
+    several lines (a grid, a list of moves): the last fenced block, the last paragraph; for
+    one of a line: ``plain``, the last ``\boxed{...}`` and what follows the last "answer is"
+    or "Answer:" as they stand, the last line.
+    """
+    if tagged := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
+        return [tagged[-1].strip()]
+    text = text.strip()
+    if several_lines:
+        found = re.findall(r"```[^\n]*\n(.*?)```", text, re.DOTALL)[-1:]
+        found += re.split(r"\n\s*\n", text)[-1:]
+    else:
+        found = [plain or ""]
+        found += re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text)[-1:]
+        found += re.findall(r"(?i:answer)(?:\s+is\b\s*:?|\s*:)([^\n]+)", text)[-1:]
+        found += text.split("\n")[-1:]
+    forms = (form.strip(" \t\n*`$.") for form in found)
+    return list(dict.fromkeys(form for form in forms if form))
+
+
+# -- answers -------------------------------------------------------------------------------
+
+
 _GIVEN = re.compile(
     r"answer(?:\s+to\s[^.:\n]{1,80}?)?"
     r"(?:\s+(?:is|would\s+be|must\s+be)(?![\w'’])\s*[:=]?|\s*[:=]|\s*\n)"
@@ -250,11 +397,8 @@ def score(task: Task, text: str) -> float:
     """How good the final answer of ``text`` is: 1 or 0 by :func:`is_correct`, NaN for a task
     without an answer; for a task of reasoning-gym what the dataset's verifier gives, 0 to 1.
     """
-    if isinstance(task, gym.GymTask):
-        final = text.rpartition("</think>")[2]
-        several = "\n" in (task.answer or "")
-        forms = gym.readings(final, read_answer(text), several_lines=several)
-        return gym.score(task, () if "<think>" in final else forms)
+    if isinstance(task, GymTask):
+        return _gym_score(task, text)
     return math.nan if task.answer is None else float(is_correct(text, task.answer))
 
 
@@ -359,8 +503,8 @@ _VALUE = re.compile(
 
 def _values(text: str) -> set[Fraction]:
     """The values that a short text can stand for: empty unless it has exactly one number."""
-    for value, word in enumerate(_COUNTING.split()):
-        text = re.sub(rf"(?<![\w-]){word}(?![\w-])", str(value), text, flags=re.IGNORECASE)
+    for number, word in enumerate(_COUNTING.split()):
+        text = re.sub(rf"(?<![\w-]){word}(?![\w-])", str(number), text, flags=re.IGNORECASE)
     text = re.sub(r"\b(?:minus|negative)\s+", "-", text, flags=re.IGNORECASE)
     match = _VALUE.search(text)
     if match is None or len(text) > 200:
@@ -370,8 +514,17 @@ def _values(text: str) -> set[Fraction]:
     attached = re.search(r"[\w.,:/]$", before) or re.search(r"\d", before + after)
     if attached or not under or len(f"{before} {after}".split()) > 5:
         return set()
-    value = Fraction(match["over"]) / under + int(match["whole"] or 0)
-    value *= -1 if match["sign"].startswith("-") else 1
-    return {value, value / 100} if match["percent"] else {value}
+    size = Fraction(match["over"]) / under + int(match["whole"] or 0)
+    signed = -size if match["sign"].startswith("-") else size
+    return {signed, signed / 100} if match["percent"] else {signed}
 
-from stllms.gym import GymTask  # noqa: E402, F401
+
+# --- old addresses, deleted at the end
+
+
+def for_run(setup: Any, part: str) -> list[Task]:
+    return select(part, **setup.tasks_of(part))
+
+
+def for_controls(setup: Any, asked: Sequence[Task]) -> list[Task]:
+    return subset(asked, setup.n_control_tasks, seed=setup.seed)

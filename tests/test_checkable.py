@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from stllms import records, tasks
+from stllms import tasks
+from stllms.records import Task
 
 TASKS = {task.id.removeprefix("check-"): task for task in tasks.load("checkable")}
 
@@ -334,7 +335,7 @@ FROM_PREMISES: dict[str, Callable[[], object]] = {
 }
 
 
-def computed(task: records.Task) -> str:
+def computed(task: Task) -> str:
     """The second answer, in the form in which a model would write it."""
     key = task.id.removeprefix("check-")
     if key in FROM_NUMBERS:

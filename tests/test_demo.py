@@ -1,11 +1,11 @@
-"""The demo: twins at coefficient 0, streamed text that ends as the final one, questions on
-which the push shows, and one example where there are no widgets."""
+"""The demo of notebook 00: questions on which steering shows come first, one example where
+there are no widgets, and widgets that survive whatever is done to them and show no chain that
+is not of their settings."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -15,224 +15,99 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import tiny
 
-from stllms import decode, demo, pairs, pipeline, questions, registry, steering, tasks
-from stllms.artifacts import Folder
+from stllms import registry
+from stllms.app import bench as benches
+from stllms.app import demo, preflight, stages
+from stllms.app.bench import Ask, Bench
 from stllms.config import MODELS, RunConfig
-from stllms.pairs import Ask
-from stllms.records import BEHAVIOURS, STEERED, to_row
-from stllms.vectors import SteeringVectors
+from stllms.labels import BEHAVIOURS
+from stllms.models.loading import ModelError
+from stllms.records import to_row
+from stllms.runs.artifacts import Folder
+from stllms.steering import conditions
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "00_demo.ipynb"
 BEHAVIOUR = "adding-knowledge"
-LAYER = (MODELS["tiny-thinker"].steering_layers or {}).get(BEHAVIOUR, 3)
+LAYER = MODELS["tiny-thinker"].steering_layers[BEHAVIOUR]
 
 
 @pytest.fixture(scope="module")
-def bench():
-    return pairs.bench(RunConfig(max_tokens=32, device="cpu"))
+def bench(tmp_path_factory) -> Bench:
+    results = str(tmp_path_factory.mktemp("results"))
+    return benches.bench(RunConfig(max_tokens=32, device="cpu", results=results))
 
 
 @pytest.fixture(scope="module")
-def ask(bench):
-    return Ask(questions.choices(bench, 1)[0], BEHAVIOUR, 1.5)
+def ask(bench) -> Ask:
+    return Ask(demo.choices(bench, 1)[0], BEHAVIOUR, 1.5)
 
 
-def texts(pair) -> list[str]:
-    return [chain.response.text for chain in pair]
+@pytest.fixture(scope="module")
+def listing(bench, ask) -> demo.Listing:
+    return demo.listing(bench, ask)
 
 
-# --- a pair of chains ----------------------------------------------------------------------
-
-
-def test_at_coefficient_0_both_chains_are_the_same_text(bench, ask):
-    plain, steered = pairs.write(bench, replace(ask, coefficient=0.0))
-    assert plain.response == steered.response
-    assert len(plain.response.output_ids) > 8
-    assert (plain.direction, steered.direction) == ("none", BEHAVIOUR)
-
-
-def test_a_direction_changes_the_steered_chain_alone(bench, ask):
-    first, second = (pairs.write(bench, replace(ask, coefficient=c)) for c in (0.0, 4.0))
-    assert texts(first)[0] == texts(second)[0]
-    assert texts(first)[1] != texts(second)[1]
-    other = pairs.write(bench, replace(ask, seed=11))
-    assert texts(other)[0] != texts(first)[0]
-
-
-def test_streamed_text_grows_token_by_token_into_the_final_one(bench, ask):
-    seen = []
-    pair = pairs.write(bench, ask, watch=seen.append)
-    longest = max(len(chain.response.output_ids) for chain in pair)
-    assert len(seen) == longest
-    for row, chain in enumerate(pair):
-        final = chain.response
-        for step, made in enumerate(seen, 1):
-            ids = made[row].output_ids
-            assert ids == final.output_ids[:step]
-            assert final.text.startswith(made[row].text.rstrip("�"))
-        assert seen[-1][row] == final
-
-
-def test_rows_that_wait_are_streamed_as_empty(tiny_llama):
-    rows = [decode.Row((5, 6, 7), "a"), decode.Row((8, 9), "b")]
-    seen = []
-    made = decode.run(
-        tiny_llama,
-        rows,
-        max_new_tokens=4,
-        batch_size=1,
-        watch=lambda written: seen.append([tuple(ids) for ids in written]),
-    )
-    assert seen[0][1] == ()
-    assert seen[-1] == [chain.ids for chain in made]
-    assert [sum(map(len, rows)) for rows in seen] == list(range(1, len(seen) + 1))
-
-
-def test_what_the_watcher_raises_ends_the_run_and_harms_nothing(bench, ask):
-    def stop(_):
-        raise InterruptedError("enough")
-
-    with pytest.raises(InterruptedError, match="enough"):
-        pairs.write(bench, ask, watch=stop)
-    assert texts(pairs.write(bench, ask)) == texts(pairs.write(bench, ask))
-
-
-def test_two_threads_may_write_at_the_same_time(bench, ask):
-    made = {}
-
-    def write(seed):
-        made[seed] = texts(pairs.write(bench, replace(ask, seed=seed)))
-
-    threads = [threading.Thread(target=write, args=(seed,)) for seed in (1, 2)]
-    for thread in threads:
-        thread.start()
-    write(3)
-    for thread in threads:
-        thread.join()
-    for seed in (1, 2, 3):
-        assert made[seed] == texts(pairs.write(bench, replace(ask, seed=seed)))
-
-
-def test_shares_are_those_of_the_labelled_tokens(bench, ask):
-    plain, _ = pairs.write(bench, ask)
-    spans = plain.annotation.spans
-    sizes = [sum(s.end - s.start for s in spans if s.label == name) for name in BEHAVIOURS]
-    assert pairs.shares(plain).tolist() == pytest.approx([n / sum(sizes) for n in sizes])
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"task": tasks.Task("t", "c", " \n")}, "the question is empty"),
-        ({"task": tasks.Task("t", "c", "why? " * 500)}, "exceed the context"),
-        ({"behaviour": "anger"}, "expected one of initializing"),
-        ({"layer": 6}, "has layers 0 to 5"),
-        ({"layer": -1}, "has layers 0 to 5"),
-        ({"coefficient": float("nan")}, "coefficient"),
-        ({"coefficient": 1e39}, "coefficient: 1e+39, expected a number from -1000 to 1000"),
-        ({"coefficient": -1001.0}, "from -1000 to 1000"),
-        ({"task": tasks.Task("t", "c", "caf\udce9?")}, "character 4 is no UTF-8"),
-        ({"temperature": -0.1}, "temperature"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"operation": "multiply"}, "add, ablate"),
-    ],
-)
-def test_a_wrong_value_is_refused_by_name(bench, ask, change, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
-        pairs.write(bench, replace(ask, **change))
-
-
-def test_a_behaviour_without_a_direction_is_refused_with_its_spans(bench, ask):
-    kept = [BEHAVIOURS.index(name) for name in bench.directions.behaviours if name != BEHAVIOUR]
-    old = bench.directions
-    fewer = SteeringVectors(
-        tuple(BEHAVIOURS[i] for i in kept),
-        old.directions[kept],
-        old.means[kept],
-        old.overall,
-        old.counts[kept],
-        unavailable={BEHAVIOUR: 3},
-    )
-    with pytest.raises(ValueError, match="unavailable: 3 spans"):
-        pairs.write(replace(bench, directions=fewer), ask)
-
-
-# --- without widgets -----------------------------------------------------------------------
+# -- without widgets -----------------------------------------------------------------------
 
 
 def test_the_example_is_plain_html_and_says_how_it_was_picked(bench):
-    made = demo.show(bench, None, BEHAVIOUR, 1.0, widgets=False).data
-    assert "<script" not in made
-    assert f"Picked: of {questions.LISTED} questions" in made
-    assert f"+1 {BEHAVIOUR}, layer {LAYER}" in made
-    own = demo.show(bench, "Is wood a solid, Leo asks?", widgets=False).data
+    page = demo.show(bench, None, BEHAVIOUR, 1.0, widgets=False).data
+    assert "<script" not in page
+    assert f"Picked: of {demo.LISTED} questions" in page
+    assert f"+1 {BEHAVIOUR}, layer {LAYER}" in page
+    own = demo.show(bench, "Is wood a solid, Leo asks?", BEHAVIOUR, 0.01, widgets=False).data
     assert "Is wood a solid, Leo asks?" in own
     assert "Picked" not in own
+    assert "changed no token" in own
+    shown = demo.show(bench, None, BEHAVIOUR, 1.0, widgets=True)
+    assert "<select" not in page
+    assert type(shown).__name__ == "VBox"
 
 
-def test_a_push_that_changes_nothing_or_breaks_the_text_is_remarked(bench, ask):
-    plain, steered = pairs.write(bench, replace(ask, coefficient=2.5))
-    assert pairs.remark((plain, steered)) == ""
-    twin = replace(steered, response=plain.response, annotation=plain.annotation)
-    assert pairs.remark((plain, twin)).startswith("the push changed no token: try another seed")
-    assert pairs.remark((plain, replace(twin, coefficient=0.0))) == ""
-    whole = replace(plain, response=replace(plain.response, finished=True))
-    endless = replace(steered, response=replace(steered.response, finished=False))
-    assert "broke the text (not finished)" in pairs.remark((whole, endless))
-    assert pairs.remark((replace(plain, response=endless.response), twin)) == ""
-    bare = {**steered.annotation.ledger, "coverage": 0.2}
-    noise = replace(steered, annotation=replace(steered.annotation, ledger=bare))
-    assert "broke the text (mostly unlabelled)" in pairs.remark((plain, noise))
-    twins = replace(ask, coefficient=0.01)
-    assert "changed no token" in demo.example(bench, twins).data
-
-
-# --- which questions -----------------------------------------------------------------------
+# -- which questions -----------------------------------------------------------------------
 
 
 def test_choices_differ_and_begin_with_every_category(bench):
-    chosen = questions.choices(bench)
-    assert len({task.id for task in chosen}) == len(chosen) == questions.LISTED
+    chosen = demo.choices(bench)
+    assert len({task.id for task in chosen}) == len(chosen) == demo.LISTED
     assert len({task.category for task in chosen[:10]}) == 10
-
-
-@pytest.fixture(scope="module")
-def whole():
-    """The bench of the notebook: chains are as long as they will be."""
-    return pairs.bench(RunConfig(device="cpu"))
 
 
 def moved(pair, ask) -> float:
     place = BEHAVIOURS.index(ask.behaviour)
-    plain, steered = (pairs.shares(chain)[place] for chain in pair)
+    plain, steered = (benches.shares(chain)[place] for chain in pair)
     return (steered - plain) * (1 if ask.coefficient > 0 else -1)
 
 
-@pytest.mark.parametrize("behaviour", STEERED)
-def test_the_list_begins_where_the_suggested_push_shows(whole, behaviour):
-    coefficient = pairs.coefficient_of(whole, behaviour)
-    ask, listed = demo.opening(whole, behaviour, coefficient)
-    assert {task.id for task in listed.tasks} == {t.id for t in questions.choices(whole)}
-    found = [moved(pair, ask) for pair in pairs.write_all(whole, ask, listed.tasks[:4])]
+@pytest.fixture(scope="module")
+def whole() -> Bench:
+    """The bench of the notebook: chains are as long as they will be."""
+    return benches.bench(RunConfig(device="cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("behaviour", "coefficient", "verb"),
+    [("adding-knowledge", 1.0, "raised"), ("backtracking", -2.0, "lowered")],
+)
+def test_the_list_begins_where_steering_shows(whole, behaviour, coefficient, verb):
+    ask = Ask(demo.choices(whole, 1)[0], behaviour, coefficient)
+    listed = demo.listing(whole, ask)
+    assert {task.id for task in listed.tasks} == {task.id for task in demo.choices(whole)}
+    found = [moved(pair, ask) for pair in benches.write_all(whole, ask, listed.tasks[:4])]
     assert found == sorted(found, reverse=True)
     assert min(found) > 0.05, "four questions on which something is to be seen"
-    assert moved(pairs.write(whole, ask), ask) == found[0]
     assert listed.said.startswith("Not every chain changes: of 30 questions")
+    assert f"{verb} its share" in listed.said
 
 
-def test_taking_away_begins_where_the_share_falls_most(whole):
-    ask, listed = demo.opening(whole, "backtracking", -2.0)
-    assert moved(pairs.write(whole, ask), ask) > 0.05
-    assert "lowered its share" in listed.said
-
-
-def test_the_suggested_coefficients_are_those_of_the_reference(whole):
+def test_the_suggested_coefficients_are_those_of_the_reference(bench):
     place = "results/reference/full/tiny-thinker/steering_suggested.csv"
     rows = pd.read_csv(NOTEBOOK.parent.parent / place)
     rows = rows[rows["sign"] == "+"]
-    expected = dict(zip(rows["behaviour"], rows["coefficient"], strict=True))
-    assert registry.TINY_THINKER_COEFFICIENTS == whole.coefficients == expected
+    assert bench.coefficients == dict(zip(rows["behaviour"], rows["coefficient"], strict=True))
 
 
 def test_a_run_with_steered_chains_orders_the_questions_without_writing(
@@ -241,29 +116,29 @@ def test_a_run_with_steered_chains_orders_the_questions_without_writing(
     config = RunConfig(max_tokens=32, device="cpu", results=str(tmp_path))
     folder = Folder(config).open()
     ran = replace(bench, config=config, origin=folder.label)
-    asked = questions.choices(ran, 6)
-    made = pairs.write_all(ran, ask, asked)
+    asked = demo.choices(ran, 6)
+    made = benches.write_all(ran, ask, asked)
     folder.steered.write_text(
         "".join(json.dumps(to_row(chain)) + "\n" for pair in made for chain in pair)
     )
-    monkeypatch.setattr(steering, "generate", lambda *_, **__: 1 / 0)
-    found = questions.listing(ran, ask)
+    monkeypatch.setattr(conditions, "generate", lambda *_, **__: 1 / 0)
+    found = demo.listing(ran, ask)
     gain = {task.id: moved(pair, ask) for task, pair in zip(asked, made, strict=True)}
     assert found.ordered
     assert "of 6 questions" in found.said
     assert found.tasks[0].id == max(gain, key=gain.get)
-    assert len(found.tasks) == questions.LISTED
+    assert len(found.tasks) == demo.LISTED
 
 
 def test_without_steered_chains_the_order_of_the_run_stays_and_says_so(bench, ask, monkeypatch):
-    monkeypatch.setattr(steering, "generate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(conditions, "generate", lambda *_, **__: 1 / 0)
     config = replace(bench.config, model="smollm2")  # 60 of 50 messages
-    found = questions.listing(replace(bench, config=config), ask)
-    assert (found.ordered, found.said) == (False, questions.NO_CHAINS)
-    assert list(found.tasks) == questions.choices(replace(bench, config=config))
+    found = demo.listing(replace(bench, config=config), ask)
+    assert (found.ordered, found.said) == (False, demo.NO_CHAINS)
+    assert list(found.tasks) == demo.choices(replace(bench, config=config))
 
 
-# --- where there are widgets ---------------------------------------------------------------
+# -- where there are widgets ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -280,9 +155,9 @@ def test_without_steered_chains_the_order_of_the_run_stays_and_says_so(bench, as
 def test_widgets_are_for_a_front_end_that_names_its_cell(monkeypatch, shell, inside, expected):
     made = shell and SimpleNamespace(kernel=1, get_parent=lambda: shell)
     monkeypatch.setattr(demo, "get_ipython", lambda: made)
-    monkeypatch.delenv(pipeline.INSIDE, raising=False)
+    monkeypatch.delenv(stages.INSIDE, raising=False)
     if inside:
-        monkeypatch.setenv(pipeline.INSIDE, "1")
+        monkeypatch.setenv(stages.INSIDE, "1")
     assert demo.live() is expected
 
 
@@ -300,6 +175,222 @@ def test_nbconvert_shows_the_example(tmp_path):
     where = {"cwd": NOTEBOOK.parent, "env": {**os.environ, "JUPYTER_PLATFORM_DIRS": "1"}}
     subprocess.run([*command, "--output-dir", tmp_path, NOTEBOOK.name], check=True, **where)
     made = (tmp_path / NOTEBOOK.name).read_text(encoding="utf-8")
-    assert f"Picked: of {questions.LISTED} questions" in made
+    assert f"Picked: of {demo.LISTED} questions" in made
     assert "widget-view" not in made
     assert "<script" not in made
+
+
+@pytest.fixture
+def player(bench, ask, listing):
+    made = demo.Demo(bench, ask, listing).request()
+    made.wait()
+    assert "tokens in" in made.status.value
+    return made
+
+
+def test_moving_the_slider_changes_the_steered_chain(player):
+    before = player.view.value
+    player.controls["coefficient"].value = -2.0
+    player.wait()
+    assert player.view.value != before
+    assert f"-2 {BEHAVIOUR}, layer {LAYER}" in player.view.value
+    expected = demo.render(benches.write(player.bench, player.ask()))
+    assert player.view.value == expected, "what was streamed ends as the final pair"
+
+
+def test_a_behaviour_brings_layer_and_coefficient_and_another_seed_other_chains(
+    player, monkeypatch
+):
+    monkeypatch.setitem(player.bench.layers, "deduction", 1)
+    monkeypatch.setitem(player.bench.coefficients, "deduction", 0.5)
+    player.controls["behaviour"].value = "deduction"
+    player.wait()
+    assert "+0.5 deduction, layer 1" in player.view.value
+    before = player.view.value
+    player.controls["another"].click()
+    player.wait()
+    assert player.ask().seed == 1
+    assert player.view.value != before
+
+
+def test_question_and_list_follow_each_other(player):
+    second = player.controls["task"].options[1][1]
+    player.controls["task"].value = second
+    assert player.controls["question"].value == second.content
+    assert player.ask().task is second
+    player.controls["question"].value = "Is ice a solid?"
+    assert player.controls["task"].value == demo.OWN
+    assert player.ask().task == benches.task("Is ice a solid?")
+    player.controls["question"].value = second.content
+    assert player.ask().task is second
+    player.wait()
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [("caf\udce9", "no UTF-8"), ("why? " * 500, "exceed the context")],
+)
+def test_a_question_that_cannot_be_asked_is_one_line_and_can_be_mended(player, question, words):
+    player.controls["question"].value = question
+    player.wait()
+    assert "<b>error:</b>" in player.status.value
+    assert words in player.status.value
+    assert "\n" not in player.status.value
+    assert player.view.value == "", "the old chains do not answer this"
+    player.controls["task"].index = 2
+    player.wait()
+    assert "tokens in" in player.status.value
+
+
+def test_an_error_of_any_kind_is_shown_by_name_in_one_line(player, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("the device\nis gone")
+
+    monkeypatch.setattr(benches, "write", fail)
+    player.controls["coefficient"].value = 0.5
+    player.wait()
+    assert "RuntimeError: the device is gone" in player.status.value
+
+
+def test_a_change_cancels_the_chain_under_way_and_only_the_newest_is_written(
+    player, monkeypatch
+):
+    began, asked, write = threading.Event(), [], benches.write
+
+    def endless(bench, ask, *, watch):
+        asked.append(ask.coefficient)
+        if ask.coefficient != 0.5:
+            return write(bench, ask, watch=watch)
+        made = [chain.response for chain in write(bench, ask)]
+        began.set()
+        while True:
+            watch(made)
+
+    monkeypatch.setattr(benches, "write", endless)
+    player.controls["coefficient"].value = 0.5
+    assert began.wait(60)
+    thread = player._thread
+    for coefficient in (0.75, 1.0, -1.0):
+        player.controls["coefficient"].value = coefficient
+    player.wait()
+    assert not thread.is_alive()
+    assert asked[0] == 0.5
+    assert asked[-1] == -1.0
+    assert f"-1 {BEHAVIOUR}" in player.view.value
+    assert "tokens in" in player.status.value
+
+
+def test_stop_leaves_what_is_there(player, monkeypatch):
+    began = threading.Event()
+
+    def endless(bench, ask, *, watch):
+        began.set()
+        while True:
+            watch([])
+
+    monkeypatch.setattr(benches, "write", endless)
+    monkeypatch.setattr(benches, "label", lambda *_: [()])
+    monkeypatch.setattr(demo, "render", lambda pair, **_: "half a chain")
+    player.controls["coefficient"].value = 0.5
+    assert began.wait(60)
+    player.controls["stop"].click()
+    player.wait()
+    assert "stopped" in player.status.value
+    assert player._thread is None
+
+
+def test_a_behaviour_brings_its_own_order_and_the_question_stays(player):
+    chosen, before = player.controls["task"].value, player.controls["task"].options
+    player.controls["behaviour"].value = "backtracking"
+    player.wait()
+    assert player.controls["coefficient"].value == 2.0
+    assert player.controls["task"].value == chosen
+    assert player.controls["task"].options != before
+    assert "+2 backtracking raised" in player.hint.value
+    found = demo.listing(player.bench, replace(player.ask(), coefficient=2.0))
+    assert player.controls["task"].options[0][1] == found.tasks[0]
+
+
+def test_an_empty_box_is_no_error_and_write_writes(player):
+    player.controls["task"].value = demo.OWN
+    player.wait()
+    assert player.controls["question"].value == ""
+    assert player.controls["question"].placeholder == demo.EMPTY
+    assert demo.WAITING in player.status.value
+    assert "error" not in player.status.value
+    assert player.view.value == ""
+    player.controls["question"].value = "Is ice a solid?"
+    player.wait()
+    before, player.view.value = player.view.value, ""
+    player.controls["write"].click()
+    player.wait()
+    assert player.view.value == before != ""
+
+
+def other(bench, name: str) -> Bench:
+    """A bench that differs in what the controls show: layers, warmth, suggestions."""
+    config = RunConfig(name, max_tokens=16, temperature=2.0, device="cpu")
+    return replace(bench, config=config, layers={"backtracking": 1}, coefficients={})
+
+
+@pytest.fixture
+def two(bench, ask, listing, monkeypatch):
+    """A demo in which tiny-instruct can be chosen."""
+    monkeypatch.setattr(demo, "at_hand", lambda config: ["tiny-thinker", "tiny-instruct"])
+    made = demo.Demo(bench, ask, listing).request()
+    made.wait()
+    return made
+
+
+def test_another_model_brings_its_own_controls_and_chains(two, bench, monkeypatch):
+    monkeypatch.setattr(benches, "bench", lambda config: other(bench, config.model))
+    before = two.view.value
+    two.controls["model"].value = "tiny-instruct"
+    two.wait()
+    assert two.bench.config.model == "tiny-instruct"
+    assert (two.controls["layer"].value, two.controls["temperature"].value) == (1, 2.0)
+    assert two.controls["coefficient"].value == 1.0
+    assert two.controls["task"].index == 0
+    assert f"+1 {BEHAVIOUR}, layer 1" in two.view.value != before
+    two.controls["model"].value = "tiny-thinker"
+    two.wait()
+    assert two.bench is bench
+    assert f"layer {LAYER}" in two.view.value
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_chain_and_can_be_left(two, monkeypatch):
+    def fail(config):
+        raise ModelError("no weights")
+
+    monkeypatch.setattr(benches, "bench", fail)
+    two.controls["model"].value = "tiny-instruct"
+    two.wait()
+    assert "no weights" in two.status.value
+    assert two.view.value == ""
+    two.controls["model"].value = "tiny-thinker"
+    two.wait()
+    assert "tokens in" in two.status.value
+
+
+def test_models_at_hand_are_shipped_or_of_runs_whose_weights_are_here(
+    tmp_path, monkeypatch
+):
+    folder = tiny.save_tiny_model(tmp_path / "models" / "llama", "llama")
+    config = RunConfig(results=str(tmp_path / "results"))
+    assert demo.at_hand(config) == ["tiny-thinker"]
+    here, gone = str(folder), "someowner/somemodel"
+    for name, files in {
+        here: ("run.json", "vectors.safetensors"),
+        gone: ("run.json", "vectors.safetensors"),
+        "gpt-4o": ("run.json", "vectors.safetensors"),
+        "tiny-instruct": ("run.json",),
+    }.items():
+        place = config.results_folder / registry.slug(name)
+        place.mkdir(parents=True)
+        for file in files:
+            (place / file).write_text(json.dumps({"configuration": {"model": name}}))
+    assert demo.at_hand(config) == ["tiny-thinker", here]
+    monkeypatch.setattr(preflight, "in_cache", lambda hub_id: hub_id == gone)
+    assert demo.at_hand(RunConfig(gone, results=config.results)) == [
+        gone, "tiny-thinker", here,
+    ]  # fmt: skip

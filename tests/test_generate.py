@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from stllms import artifacts, generate, models, prompts, registry, steering
-from stllms.records import Response, Task, to_row
+from stllms import artifacts, generate, steering
+from stllms.records import Task, to_row
 from stllms.vectors import Controls
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "seed": 1, "progress": False}
@@ -22,175 +19,6 @@ OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "seed": 1, "progress": Fals
 @pytest.fixture
 def asked():
     return [Task(f"t{i}", "own", "What is " + "so " * i + "good?") for i in range(7)]
-
-
-@pytest.mark.parametrize(
-    ("text", "opened", "expected"),
-    [
-        ("a b\n</think>\n\nyes", True, ("a b", 0, "yes", True)),
-        ("\n a b", True, ("a b", 2, "", False)),
-        ("<think>\na</think>b", False, ("a", 8, "b", True)),
-        ("no tags ", False, ("no tags", 0, "no tags", True)),
-        ("</think>b", True, ("", 0, "b", True)),
-        ("a</think>b</think>c", True, ("a", 0, "b</think>c", True)),
-        ("", True, ("", 0, "", False)),
-        # Opened in the prompt and again in the text: nothing of the thinking is lost.
-        ("a <think> b</think>c", True, ("a <think> b", 0, "c", True)),
-        ("<think>\na</think>b", True, ("a", 8, "b", True)),
-        (" <think>\n<think> a", True, ("a", 17, "", False)),
-        ("a <think> b", True, ("a <think> b", 0, "", False)),
-        ("x <think> a <think> b", False, ("a <think> b", 10, "", False)),
-        ("Sure. <think>a</think>b", False, ("a", 13, "b", True)),
-        ("<think>a<think>b</think>c</think>d", False, ("a<think>b", 7, "c</think>d", True)),
-        ("<think></think>a <think>b</think>", False, ("", 7, "a <think>b</think>", True)),
-        # A closing tag first says that the thinking was opened before the text.
-        ("a</think>b<think>c", False, ("a", 0, "b<think>c", True)),
-    ],
-)
-def test_split_finds_the_thinking_and_where_it_starts(text, opened, expected):
-    found = prompts.split(text, opened=opened)
-    assert found == expected
-    assert text[found[1] : found[1] + len(found[0])] == found[0]
-
-
-CLOSE = prompts.CLOSE
-TAGS = re.compile(r"</?think>")
-PIECES = st.sampled_from(["<think>", "</think>", "<", "think>", "/", " ", "\n", "a", "b.", "é"])
-
-
-def visible(*texts: str) -> str:
-    """The characters that are neither white space nor of a tag."""
-    return "".join("".join(TAGS.sub("", text).split()) for text in texts)
-
-
-@given(st.lists(PIECES, max_size=14).map("".join), st.booleans())
-def test_no_character_outside_the_tags_is_lost(text, opened):
-    thinking, start, answer, closed = prompts.split(text, opened=opened)
-    one = response(text, prompt="Q <think>\n" if opened else "Q ")
-    one = replace(one, thinking=thinking, thinking_start=start, answer=answer)
-    assert text.startswith(thinking, start)
-    assert thinking == thinking.strip()
-    if opened or TAGS.search(text):
-        assert visible(prompts.before(one), thinking, answer) == visible(text)
-        assert closed == (CLOSE in text)
-    else:  # thinks aloud: all of it is both
-        assert visible(thinking) == visible(answer) == visible(text)
-    assert CLOSE not in thinking
-    assert not opened or not prompts.before(one)
-
-
-def response(text: str, prompt: str = "Q <think>\n") -> Response:
-    thinking, start, answer, closed = prompts.split(text, opened="<think>" in prompt)
-    made = ("t", "own", prompt, (), (), text, thinking, start, answer, closed, True)
-    return Response(*made)
-
-
-def test_the_summary_counts_responses_that_use_a_tag_twice_or_write_before_it():
-    made = [
-        response("a</think>b"),
-        response("<think>a</think>b"),
-        response("a <think> b"),
-        response("a</think>b</think>"),
-        response("Sure. <think>a</think>b", prompt="Q"),
-        response("no tags", prompt="Q"),
-    ]
-    counts = generate.summary(made)
-    assert counts["<think> again"] == 2
-    assert counts["</think> again"] == 1
-    assert counts["text before <think>"] == 1
-    assert generate.summary([])["<think> again"] == 0
-
-
-@pytest.mark.parametrize("name", ["tiny-thinker", "smollm2"])
-@pytest.mark.parametrize(
-    "text",
-    [
-        "First a. <think> Wait, <think> b.</think> So c.</think> d",
-        "<think>\n<think> é a, b",
-        "Sure! <think>\n a b </think> c",
-    ],
-)
-def test_offsets_find_the_thinking_in_a_text_with_tags_twice(name, text):
-    """Every character of the thinking that a model wrote is covered, none outside it."""
-    if missing := registry.missing_packages(name):
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    model = models.load(name)
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    task = Task("t", "own", "Q?")
-    one = prompts.response(model, task, ("Q <think>\n", [0]), ids)
-    whole = model.decode(ids)
-    assert one.text == whole
-    ranges = model.offsets_of(one)
-    covered = {i for start, end in ranges if start >= 0 for i in range(start, end)}
-    assert covered == set(range(len(one.thinking)))
-    assert whole[one.thinking_start :].startswith(one.thinking)
-    assert visible(one.thinking, one.answer) == visible(whole)
-
-
-def test_only_instruct_models_are_asked_to_think_step_by_step():
-    assert prompts.prompt("Why?", "thinking") == "Why?"
-    assert "step by step" in prompts.prompt("Why?", "instruct")
-    assert "step by step" in prompts.prompt("Why?", "thinking", "published")
-    with pytest.raises(ValueError, match="unknown prompt style 'other'"):
-        prompts.prompt("Why?", "thinking", "other")
-
-
-def test_kind_is_the_registrys_or_the_templates(tiny_llama):
-    assert prompts.kind_of(tiny_llama) == "thinking"
-    plain = tiny.model("llama")
-    plain.tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    assert prompts.kind_of(plain) == "instruct"
-
-
-def test_responses_hold_the_ids_that_were_used(tiny_llama, asked):
-    found = generate.responses(tiny_llama, asked, **OPTIONS)
-    for task, one in zip(asked, found, strict=True):
-        assert one.task_id == task.id
-        assert one.prompt_ids == tiny_llama.prompt_ids(task.content)[1]
-        assert one.text == tiny_llama.decode(one.output_ids)
-        assert one.text[one.thinking_start :].startswith(one.thinking)
-        assert one.finished == (one.output_ids[-1] in tiny_llama.eos_ids)
-        assert one.finished or len(one.output_ids) == OPTIONS["max_new_tokens"]
-
-
-def test_a_truncated_chain_is_marked(tiny_llama, asked):
-    found = generate.responses(tiny_llama, asked, **(OPTIONS | {"max_new_tokens": 1}))
-    assert not any(one.closed or one.finished for one in found if one.output_ids[0] > 3)
-    counts = generate.summary(found)
-    assert counts["truncated"] == sum(not one.finished for one in found)
-    assert counts["longest output"] == 1
-
-
-def test_twice_the_same_task_is_refused(tiny_llama, asked):
-    with pytest.raises(ValueError, match="more than once: t0"):
-        generate.responses(tiny_llama, [*asked, asked[0]], **OPTIONS)
-
-
-def test_a_killed_run_resumes_to_the_same_bytes(tiny_llama, asked, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "CHUNK", 3)
-    whole = artifacts.Rows(tmp_path / "whole.jsonl")
-    generate.responses(tiny_llama, asked, store=whole, **OPTIONS)
-    content = whole.path.read_bytes()
-    lines = content.splitlines(keepends=True)
-    for kept, torn in [(0, b""), (1, b""), (3, lines[3][:20]), (5, lines[5][:-1])]:
-        cut = tiny.killed(whole, f"cut-{kept}.jsonl", b"".join(lines[:kept]) + torn)
-        generate.responses(tiny_llama, asked, store=cut, **OPTIONS)
-        assert cut.path.read_bytes() == content
-
-
-def test_nothing_is_decoded_that_is_there(tiny_llama, asked, tmp_path, monkeypatch):
-    store = artifacts.Rows(tmp_path / "r.jsonl")
-    first = generate.responses(tiny_llama, asked, store=store, **OPTIONS)
-    monkeypatch.setattr(generate.decode, "run", None)
-    assert generate.responses(tiny_llama, asked, store=store, **OPTIONS) == first
-    assert generate.read(store) == first
-
-
-def test_retokenised_responses_keep_their_text(tiny_llama, asked):
-    made = generate.responses(tiny_llama, asked, **OPTIONS)
-    assert prompts.as_used(tiny_llama, made, "generated") == made
-    for one in prompts.as_used(tiny_llama, made, "published"):
-        assert tiny_llama.decode(one.output_ids) == one.text
 
 
 # -- steering --------------------------------------------------------------------------------

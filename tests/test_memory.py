@@ -19,11 +19,11 @@ OF_A_LAYER = BATCH * TOKENS * WIDTH * 4
 CHILD = f"""
 import json, pathlib, sys
 sys.path.insert(0, {str(TESTS)!r})
-import tiny, torch
-from stllms import activations, means
-from stllms.records import TokenSpan
-from test_activations import response
+import collections, tiny, torch
+from stllms.records import Response
+from stllms.vectors import activations, means
 
+Span = collections.namedtuple("Span", "label start end")
 status = pathlib.Path("/proc/self/status")
 
 def peak():
@@ -39,11 +39,12 @@ def above(work):
 model = tiny.model("llama", hidden_size={WIDTH}, num_hidden_layers={LAYERS},
                    max_position_embeddings={TOKENS})
 ids = [n % 256 for n in range({TOKENS})]
-rows = [response(n, ids[:9], ids[9:]) for n in range({16 * BATCH})]
+rest = ("c", "", tuple(ids[:9]), tuple(ids[9:]), "", "", 0, "", True, True)
+rows = [Response(f"task-{{n}}", *rest) for n in range({16 * BATCH})]
 rows = [row for row in rows if means.is_build(row.task_id)]  # batches of one half are full
 assert len(rows) >= {4 * BATCH}
-spans = [TokenSpan("deduction", at, at + 20) for at in range(10, {TOKENS} - 20, 20)]
-spans.append(TokenSpan("deduction", {TOKENS} - 20, {TOKENS}))
+spans = [Span("deduction", at, at + 20) for at in range(10, {TOKENS} - 20, 20)]
+spans.append(Span("deduction", {TOKENS} - 20, {TOKENS}))
 
 def collect(n):
     activations.collect(model, rows[:n], [spans] * n, batch_size={BATCH}, progress=False)
@@ -55,6 +56,7 @@ print(json.dumps([above(lambda: collect({BATCH})), above(lambda: collect({4 * BA
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FORGET.exists(), reason="the resident set's peak is Linux's to tell")
 def test_nothing_of_size_tokens_times_layers_is_kept_and_responses_do_not_add_up():
     # Memory that is freed goes back at once: without it the peak is as the heap happens to lie.

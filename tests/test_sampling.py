@@ -13,8 +13,10 @@ import tiny
 import torch
 from scipy import stats
 
-from stllms import artifacts, decode, generate, sampling, steering
+from stllms.generation import chains, decode, sampling
 from stllms.records import Response, Task
+from stllms.runs.store import Rows
+from stllms.steering import conditions
 
 REAL = 151_936  # the vocabulary of Qwen2.5
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "seed": 1, "progress": False}
@@ -442,37 +444,37 @@ def entries_again(model, one: Response, temperature: float) -> dict[str, float]:
 def test_every_row_carries_the_entries_of_its_own_chain(tiny_llama, asked, monkeypatch):
     """In batches that are refilled, so that rows change places."""
     monkeypatch.setattr(tiny_llama, "eos_ids", (*tiny_llama.eos_ids, *range(40)))
-    made = generate.responses(tiny_llama, asked, batch_size=3, **OPTIONS)
+    made = chains.responses(tiny_llama, asked, batch_size=3, **OPTIONS)
     for one in made:
         wanted = entries_again(tiny_llama, one, OPTIONS["temperature"])
         assert one.audit == pytest.approx(wanted, rel=1e-4, abs=1e-4)
     assert len({one.audit["tokens"] for one in made}) > 1, "they end at different times"
-    greedy = generate.responses(tiny_llama, asked, **(OPTIONS | {"temperature": 0.0}))
+    greedy = chains.responses(tiny_llama, asked, **(OPTIONS | {"temperature": 0.0}))
     lengths = [len(one.output_ids) for one in greedy]
     assert [one.audit for one in greedy] == [{"tokens": n, "not_argmax": 0} for n in lengths]
 
 
 def test_a_resumed_run_audits_all_its_tokens(tiny_llama, asked, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "CHUNK", 3)
-    whole = artifacts.Rows(tmp_path / "whole.jsonl")
-    made = generate.responses(tiny_llama, asked, store=whole, **OPTIONS)
+    monkeypatch.setattr(chains, "CHUNK", 3)
+    whole = Rows(tmp_path / "whole.jsonl")
+    made = chains.responses(tiny_llama, asked, store=whole, **OPTIONS)
     wanted = sampling.audit(made)
     assert wanted.tokens == sum(len(one.output_ids) for one in made)
-    assert sampling.audit(generate.read(whole)) == wanted
+    assert sampling.audit(chains.read(whole)) == wanted
     lines = whole.path.read_bytes().splitlines(keepends=True)
     cut = tiny.killed(whole, "cut.jsonl", b"".join(lines[:4]))
-    again = generate.responses(tiny_llama, asked, store=cut, **OPTIONS)
+    again = chains.responses(tiny_llama, asked, store=cut, **OPTIONS)
     assert sampling.audit(again) == wanted
 
 
 def test_rows_of_before_the_audit_are_read_and_counted(tiny_llama, asked, tmp_path):
-    whole = artifacts.Rows(tmp_path / "whole.jsonl")
-    made = generate.responses(tiny_llama, asked[:2], store=whole, **OPTIONS)
+    whole = Rows(tmp_path / "whole.jsonl")
+    made = chains.responses(tiny_llama, asked[:2], store=whole, **OPTIONS)
     rows = whole.load()
     del rows[0]["audit"]
     lines = [json.dumps(row).encode() + b"\n" for row in rows]
     store = tiny.killed(whole, "old.jsonl", b"".join(lines))
-    found = generate.responses(tiny_llama, asked[:2], store=store, **OPTIONS)
+    found = chains.responses(tiny_llama, asked[:2], store=store, **OPTIONS)
     assert found == made
     assert sampling.audit(found).unaudited == 1
 
@@ -488,11 +490,9 @@ def test_generation_and_steering_stop_where_the_audit_fails(
     tiny_llama, asked, monkeypatch, temperature
 ):
     options = OPTIONS | {"temperature": temperature}
-    arm = steering.plain()
     stages = {
-        "responses": lambda: generate.responses(tiny_llama, asked, **options),
-        "generate": lambda: steering.generate(tiny_llama, asked, [None] * 7, **options),
-        "grid": lambda: steering.grid(tiny_llama, asked, [arm], **options),
+        "responses": lambda: chains.responses(tiny_llama, asked, **options),
+        "generate": lambda: conditions.generate(tiny_llama, asked, [None] * 7, **options),
     }
     for write in stages.values():
         assert len(write()) == 7

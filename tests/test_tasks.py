@@ -1,19 +1,24 @@
-"""The tasks are what their README says; files and answers are read with care."""
+"""The tasks are what their README says; files and answers are read with care, and rejected
+rather than guessed; tasks of reasoning-gym on a stand-in, and on the package where it is."""
 
 from __future__ import annotations
 
 import json
+import math
+import random
 import re
+import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rapidfuzz import fuzz, process
 
-from stllms import records, tasks
-from stllms.config import RunConfig
+from stllms import tasks
+from stllms.labels import CATEGORIES
+from stllms.records import Task
 
 CHECKABLE_KINDS = (
     *("arithmetic", "logic", "counting", "dates", "units"),
@@ -29,7 +34,7 @@ TEMPLATE = 80.0
 
 
 @pytest.fixture(scope="module")
-def parts() -> dict[str, list[records.Task]]:
+def parts() -> dict[str, list[Task]]:
     return {part: tasks.load(part) for part in tasks.PARTS}
 
 
@@ -47,7 +52,7 @@ def closest_pair(texts: list[str]) -> tuple[float, str, str]:
     return float(scores[i, j]), texts[i], texts[j]
 
 
-def contents(*groups: list[records.Task]) -> list[str]:
+def contents(*groups: list[Task]) -> list[str]:
     return [task.content for group in groups for task in group]
 
 
@@ -81,7 +86,7 @@ class TestMessages:
     def test_each_part_has_its_number_of_tasks_and_categories(self, parts):
         for part, each in (("train", 50), ("evaluate", 5)):
             counts = Counter(task.category for task in parts[part])
-            assert counts == dict.fromkeys(records.CATEGORIES, each)
+            assert counts == dict.fromkeys(CATEGORIES, each)
         counts = Counter(task.category for task in parts["checkable"])
         assert counts == dict.fromkeys(CHECKABLE_KINDS, 10)
 
@@ -118,7 +123,7 @@ class TestMessages:
             assert text.count("(") == text.count(")")
 
     def test_lengths_vary(self, parts):
-        for category in records.CATEGORIES:
+        for category in CATEGORIES:
             lengths = [
                 len(task.content) for task in parts["train"] if task.category == category
             ]
@@ -220,7 +225,7 @@ class TestLoad:
 class TestBalancedSample:
     def test_equally_many_of_each_category_without_repeats(self, parts):
         drawn = tasks.balanced_sample(parts["train"], 100, seed=3)
-        assert Counter(task.category for task in drawn) == dict.fromkeys(records.CATEGORIES, 10)
+        assert Counter(task.category for task in drawn) == dict.fromkeys(CATEGORIES, 10)
         assert len({task.id for task in drawn}) == 100
         assert len({task.category for task in drawn[:10]}) == 10
 
@@ -246,8 +251,8 @@ class TestBalancedSample:
         )
 
     def test_a_category_that_is_too_small_is_named(self):
-        few = [records.Task(f"a{i}", "wide", "?") for i in range(5)]
-        few.append(records.Task("b", "narrow", "?"))
+        few = [Task(f"a{i}", "wide", "?") for i in range(5)]
+        few.append(Task("b", "narrow", "?"))
         with pytest.raises(ValueError, match="'narrow' has 1 tasks, 2 are needed"):
             tasks.balanced_sample(few, 4, seed=0)
 
@@ -266,8 +271,8 @@ class TestFromFile:
             encoding="utf-8",
         )
         assert tasks.from_file(path) == [
-            records.Task("a", "own", "Why \u2028 so?"),
-            records.Task("b", "sums", "2+2?", "4"),
+            Task("a", "own", "Why \u2028 so?"),
+            Task("b", "sums", "2+2?", "4"),
         ]
 
     @pytest.mark.parametrize(
@@ -324,45 +329,418 @@ class TestFromFile:
             assert all(set(row) == {"id", "category", "content"} | extra for row in rows)
 
 
-def test_a_run_can_be_evaluated_on_the_tasks_with_exact_answers():
-    setup = RunConfig(model="smollm2", tasks="checkable", n_samples=10, n_evaluate=30)
-    asked = tasks.for_run(setup, "evaluate")
-    assert len(asked) == 30
-    assert all(task.answer for task in asked)
-    built = tasks.for_run(setup, "build")
-    assert built == tasks.for_run(replace(setup, tasks="messages"), "build")
-    with pytest.raises(ValueError, match="expected grammar, messages, checkable, gym:NAME"):
-        RunConfig(tasks="chekable")
+def ids(found: list[Task]) -> list[str]:
+    return [task.id for task in found]
 
 
-# -- tasks for control directions ----------------------------------------------------------
+class TestSelect:
+    def test_a_run_can_be_evaluated_on_the_tasks_with_exact_answers(self, parts):
+        asked = tasks.select("evaluate", source="checkable", n=30)
+        assert asked == parts["checkable"][:30]
+        assert tasks.select("evaluate", source="messages", n=7) == parts["evaluate"][:7]
+        for source in ("checkable", "messages"):
+            assert tasks.select("build", source=source, n=10) == parts["train"][:10]
+            compared = tasks.select("compare", source=source, n=20, seed=3)
+            assert compared == tasks.balanced_sample(parts["train"], 20, seed=3)
+
+    def test_the_grammars_parts_share_no_question(self):
+        found = {
+            part: tasks.select(part, source="grammar", n=40, seed=2)
+            for part in tasks.PARTS_OF_RUN
+        }
+        assert found["evaluate"] == found["compare"]
+        built, held_out = ({t.content for t in found[p]} for p in ("build", "evaluate"))
+        assert not built & held_out
+
+    def test_a_persons_file_builds_with_its_first_tasks_and_skips_them_after(self, tmp_path):
+        path = tmp_path / "mine.jsonl"
+        path.write_text("".join(f'{{"id": "{i}", "content": "q{i}"}}\n' for i in range(9)))
+        options = {"source": str(path), "seed": 0}
+        assert ids(tasks.select("build", n=4, **options)) == list("0123")
+        assert ids(tasks.select("evaluate", n=5, skip=4, **options)) == list("45678")
+        with pytest.raises(ValueError, match=r"evaluate: 10 tasks .* 1 and 9 can be had"):
+            tasks.select("evaluate", n=6, skip=4, **options)
+
+    def test_an_unknown_part_is_refused(self):
+        with pytest.raises(ValueError, match="'train' of a run: choose one of build, evaluate"):
+            tasks.select("train", source="messages", n=1)
 
 
-def test_a_judge_gets_controls_on_a_stated_number_of_tasks_from_every_category():
-    setup = RunConfig(model="owner/name", profile="paper", judge="openai:gpt-4.1")
-    asked = tasks.for_run(setup, "evaluate")
-    some = tasks.for_controls(setup, asked)
-    assert len(some) == setup.settings.n_control == 10
-    assert {task.category for task in some} == set(records.CATEGORIES)
-    assert [task.id for task in asked if task in some] == [task.id for task in some]
-    assert some == tasks.for_controls(setup, asked)
-    assert some != tasks.for_controls(replace(setup, seed=1), asked)
-    replayed = replace(setup, judge="replay:some/folder")
-    assert tasks.for_controls(replayed, asked) == some, "a judge's replies are of these alone"
+class TestSubset:
+    def test_every_category_in_turn_in_the_order_of_the_tasks(self, parts):
+        some = tasks.subset(parts["evaluate"], 10, seed=0)
+        assert {task.category for task in some} == set(CATEGORIES)
+        assert [task for task in parts["evaluate"] if task in some] == some
+        assert some == tasks.subset(parts["evaluate"], 10, seed=0)
+        assert some != tasks.subset(parts["evaluate"], 10, seed=1)
+
+    def test_all_where_none_or_as_many_are_asked_for(self, parts):
+        for n in (None, 50, 99):
+            assert tasks.subset(parts["evaluate"], n, seed=0) == parts["evaluate"]
+
+    def test_categories_of_any_size_share(self):
+        asked = [Task(f"a{i}", "a", "?") for i in range(9)] + [Task("b", "b", "?")]
+        found = Counter(task.category for task in tasks.subset(asked, 4, seed=0))
+        assert found == {"a": 3, "b": 1}
+
+
+# -- answers -------------------------------------------------------------------------------
+
+
+class TestReadAnswer:
+    @pytest.mark.parametrize(
+        ("text", "answer"),
+        [
+            ("The answer is 42.", "42"),
+            ("The answer is 412.5 grams. That is all.", "412.5 grams"),
+            ("So the final answer is: **22:02**.", "22:02"),
+            ("**Answer:** Thursday\n\nThis follows from 100 = 14 x 7 + 2.", "Thursday"),
+            ("## Final Answer\n\n7/12", "7/12"),
+            ("The answer to 17 times 24 is 408", "408"),
+            ("Answer: 5\n\nWait, I slipped.\n\nAnswer: 6", "6"),
+            (r"Thus \boxed{7} is not it, but \boxed{\frac{7}{12}} is.", "7/12"),
+            (r"\[ \boxed{\text{Cal}} \]", "Cal"),
+            (r"The total is $\boxed{1{,}332}$.", "1332"),
+            (
+                "We add.\n\nTherefore it costs **6.35 euros** in the end, as promised.",
+                "6.35 euros",
+            ),
+            ("17 * 24 - 19 * 12 = 408 - 228 = 180", "180"),
+            ("Adding it all up, the youngest of the four is Oli.", "Oli"),
+            (
+                "After all of that counting there were exactly 15 handshakes",
+                "15",
+            ),
+            ("By this method one obtains 600 pages without any doubt", "600"),
+            (
+                "No, because each move keeps the parity.",
+                "No, because each move keeps the parity",
+            ),
+            ("I don't think the answer is 5. I count six.\n\nAnswer: 6", "6"),
+            ("If the answer is 5, we fail. The sum is 6", "The sum is 6"),
+            ("<think>The answer is 5.</think>\nThe answer is 6.", "6"),
+            ("The opening tag was in the prompt: 5</think>6", "6"),
+            ("42", "42"),
+        ],
+    )
+    def test_finds_the_final_answer(self, text, answer):
+        assert tasks.read_answer(text) == answer
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            " \n ",
+            "<think>The answer is 5.",
+            "</think>",
+            r"\boxed{}",
+            "Five printers of that kind then print 600 pages every 4 minutes",
+            "It follows that one should think about this a good deal longer",
+        ],
+    )
+    def test_says_none_rather_than_guess(self, text):
+        assert tasks.read_answer(text) is None
+
+    def test_is_quick_on_long_and_broken_text(self):
+        for text in ("\\boxed{" * 3000, "answer to " * 20_000, "9" * 20_000):
+            assert not tasks.is_correct(text, "5")
+
+
+class TestIsCorrect:
+    @pytest.mark.parametrize(
+        ("text", "answer"),
+        [
+            ("180", "180"),
+            ("The answer is 180.0.", "180"),
+            ("The answer is $1.50.", "1.50"),
+            ("The answer is 1.5 euros per pen.", "1.50"),
+            (r"\boxed{\$540.80}", "540.80"),
+            (r"\boxed{1{,}080 \text{ ml}}", "1080"),
+            (r"\boxed{4\,000\,\text{g}}", "4000"),
+            ("Answer: 4,000 grams", "4000"),
+            ("Answer: 4 000 g", "4000"),
+            (r"\boxed{102 \text{ m}^2}", "102"),
+            ("Answer: 102 m²", "102"),
+            (r"\boxed{120^\circ}", "120"),
+            ("Answer: 120°", "120"),
+            ("Answer: −5 degrees", "-5"),
+            ("Answer: minus five", "-5"),
+            (r"\boxed{-\frac{1}{2}}", "-0.5"),
+            (r"\boxed{\dfrac{14}{24}}", "7/12"),
+            (r"\boxed{\frac7{12}}", "7/12"),
+            ("Answer: 2 1/2", "2.5"),
+            (r"\boxed{2\tfrac12}", "5/2"),
+            ("Answer: .5", "1/2"),
+            ("Answer: 25%", "25"),
+            ("Answer: 25 per cent", "1/4"),
+            (r"\boxed{25\%}", "0.25"),
+            ("Answer: six", "6"),
+            ("There are six of them.", "6"),
+            ("On the 8th day.", "8"),
+            ("Answer: day eight", "8"),
+            ("x = 36", "36"),
+            ("The answer is 15, because each of 6 people meets 5 others, not 6.", "15"),
+            ("Answer: 26 (a Tuesday)", "26"),
+            ("The letter s occurs 6 times between the two others.", "6"),
+            ("The answer is 6 times.", "6"),
+            ("Answer: 15, not 30.", "15"),
+            ("Answer: 10:02 pm", "22:02"),
+            ("Answer: 10:02 P.M.", "22:02"),
+            ("At 9:00.", "09:00"),
+            ("Answer: 12:05 am", "00:05"),
+            ("Answer: Yes.", "yes"),
+            ("No, it need not be.", "no"),
+            ("So the result is no", "no"),
+            ("**NO**", "no"),
+            ("It was Cal.", "Cal"),
+            ("The answer is that Cal did it.", "Cal"),
+            ("The answer is a liar.", "liar"),
+            ("The answer is that B is a liar.", "liar"),
+            ("The answer is the letter N.", "N"),
+            ('The answer is "frog".', "frog"),
+            (r"\boxed{\text{Saturday}}", "Saturday"),
+            ("It will be on a SATURDAY!", "saturday"),
+            ("Answer: A", "a"),
+        ],
+    )
+    def test_accepts_the_same_answer_in_another_form(self, text, answer):
+        assert tasks.is_correct(text, answer)
+
+    @pytest.mark.parametrize(
+        ("text", "answer"),
+        [
+            ("The answer is not 5.", "5"),
+            ("I do not think that the answer is 5.", "5"),
+            ("If the answer is 5, then pigs can fly over the whole town of mine.", "5"),
+            ("The answer is 5 or 6.", "5"),
+            ("The answer is 5 and 6.", "5"),
+            ("The answer is more than 5.", "5"),
+            ("The answer is about 5.", "5"),
+            ("The answer is at least 5.", "5"),
+            ("The answer is just over 5.", "5"),
+            ("Answer: twenty-five", "5"),
+            ("Answer: ~5", "5"),
+            (r"\boxed{\approx 5}", "5"),
+            (r"\boxed{x \leq 5}", "5"),
+            (r"\boxed{\sqrt{5}}", "5"),
+            (r"\boxed{5\pi}", "5"),
+            (r"\boxed{5^2}", "5"),
+            ("Answer: 5^2", "5"),
+            (r"\boxed{2 \cdot 5}", "5"),
+            ("Answer: 5 thousand", "5"),
+            ("Answer: 5 and a half", "5"),
+            ("Answer: 2 1/2", "2"),
+            ("Answer: 15", "5"),
+            ("Answer: 5.1", "5"),
+            ("Answer: 5,1", "5"),
+            ("Answer: 5, 6", "5"),
+            ("Answer: 5/6", "5"),
+            ("Answer: 5/0", "5"),
+            ("Answer: 5-7", "5"),
+            ("Answer: -5", "5"),
+            ("Answer: 0.58", "7/12"),
+            ("Answer: 0.5833333", "7/12"),
+            ("Answer: 1.234", "1234"),
+            ("Answer: 1,23", "123"),
+            ("Answer: 12,345,67", "1234567"),
+            ("Answer: A5", "5"),
+            ("Answer: 5:00", "5"),
+            ("Answer: 50%", "5"),
+            ("Answer: 3*4", "34"),
+            ("Answer: 10:02", "22:02"),
+            ("Answer: 10:02 am", "22:02"),
+            ("Answer: 22:02 or 22:03", "22:02"),
+            ("Answer: 2202", "22:02"),
+            ("Yes and no.", "yes"),
+            ("Yes, or rather no.", "yes"),
+            ("Not yes.", "yes"),
+            ("Nobody knows.", "no"),
+            ("Answer: not Cal", "Cal"),
+            ("Answer: Cal or Ben", "Cal"),
+            ("Answer: Cal and Ben", "Cal"),
+            ("Answer: Cal (or Ben)", "Cal"),
+            ("Answer: Cal's brother", "Cal"),
+            ("Answer: everyone but Cal", "Cal"),
+            ("Answer: Ben blames Cal", "Cal"),
+            ("Answer: Calvin", "Cal"),
+            ("Answer: truth-teller", "liar"),
+            ("Answer: greenish", "green"),
+            ("Answer: green, white", "green"),
+            ("Answer: the", "n"),
+            ("<think>The answer is 5.", "5"),
+            ("The answer is 5.</think>The answer is 6.", "5"),
+            ("", "5"),
+        ],
+    )
+    def test_rejects_what_is_not_the_answer(self, text, answer):
+        assert not tasks.is_correct(text, answer)
+
+    def test_no_two_different_answers_are_taken_for_one(self):
+        given = {task.answer.casefold() for task in tasks.load("checkable")}
+        for one in given:
+            assert [other for other in given if tasks.same(one, other)] == [one]
+
+
+# -- reasoning-gym -------------------------------------------------------------------------
+
+
+class Sums:
+    """A dataset as the package makes them: items from ``seed + place``, a lenient verifier."""
+
+    def __init__(self, size: int, seed: int, largest: int = 10**6) -> None:
+        self.size, self.seed, self.largest = size, seed, largest
+
+    def __getitem__(self, place: int) -> dict:
+        if not 0 <= place < self.size:
+            raise IndexError(place)
+        draw = random.Random(self.seed + place)
+        a, b = draw.randrange(self.largest), draw.randrange(self.largest)
+        return {"question": f"{a} + {b}?", "answer": a + b, "metadata": {}}
+
+    def score_answer(self, answer: str, item: dict) -> float:
+        return 1.0 if int(answer) == item["answer"] else 0.01
+
+
+def create_dataset(name: str, **options):
+    if name == "composite":
+        raise AssertionError("Must specify at least one dataset")
+    return Sums(**options, **({"largest": 2} if name == "coins" else {}))
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """The stand-in in place of ``reasoning_gym``."""
+    names = dict.fromkeys(("chain_sum", "coins", "composite", "ransom_note", "sudoku"))
+    stand_in = SimpleNamespace(
+        factory=SimpleNamespace(DATASETS=names), create_dataset=create_dataset
+    )
+    tasks._dataset.cache_clear()
+    monkeypatch.setitem(sys.modules, "reasoning_gym", stand_in)
+    yield stand_in
+    tasks._dataset.cache_clear()
+
+
+def gym(name: str, part: str = "build", n: int = 1, seed: int = 0) -> list[Task]:
+    return tasks.select(part, source=f"gym:{name}", n=n, seed=seed)
+
+
+def question(seed: int, index: int) -> str:
+    return Sums(tasks.BLOCK, seed * tasks.INDICES)[index]["question"]
+
+
+def test_tasks_come_from_name_seed_and_index_alone(package):
+    few, many = (gym("chain_sum", "build", n, 3) for n in (5, 250))
+    assert many[:5] == few
+    assert few != gym("chain_sum", "build", 5, 4)
+    for task in few:
+        assert task.id == f"gym-chain_sum-{task.index:06d}"
+        assert task.category == "chain_sum"
+        assert task.content == question(3, task.index)
+        assert task.answer == str(sum(int(x) for x in task.content[:-1].split(" + ")))
+
+
+def test_items_go_on_behind_the_first_block(package):
+    late = next(t for t in gym("chain_sum", "build", 250) if t.index >= tasks.BLOCK)
+    whole = Sums(10 * tasks.BLOCK, 0)
+    assert late.content == whole[late.index]["question"]
+
+
+def test_no_question_is_in_two_parts_even_of_another_seed(package):
+    questions = {
+        part: {
+            t.content for seed in (0, 1) for t in gym("chain_sum", part, 60, seed)
+        }
+        for part in tasks.PARTS_OF_RUN
+    }
+    assert {len(found) for found in questions.values()} == {120}
+    assert len(set.union(*questions.values())) == 360
+
+
+def test_a_question_is_asked_once_and_too_few_of_them_are_counted(package):
+    found = {"0 + 0?", "0 + 1?", "1 + 0?", "1 + 1?"}
+    for part in tasks.PARTS_OF_RUN:
+        mine = {one for one in found if tasks.gym_part(one) == part}
+        if mine:
+            made = gym("coins", part, len(mine))
+            assert {task.content for task in made} == mine
+        words = f"{len(mine)} different questions to {part}"
+        with pytest.raises(ValueError, match=words):
+            gym("coins", part, len(mine) + 1)
+
+
+def test_a_dataset_that_needs_options_says_so(package):
+    with pytest.raises(ValueError, match=r"gym:composite cannot be made.*at least one"):
+        gym("composite", "build", 1)
+
+
+def test_the_verifier_scores_and_not_the_string(package):
+    task = gym("chain_sum", "build", 1)[0]
+    right, wrong = f"{int(task.answer):,}", str(int(task.answer) + 1)
+    assert tasks.score(task, f"<think>\nHm.\n</think>\nThe answer is {right}.") == 1.0
+    assert tasks.score(task, f"So it is **{task.answer}**.") == 1.0
+    assert tasks.score(task, f"<answer> {task.answer} </answer> or {wrong}") == 1.0
+    assert tasks.score(task, f"The answer is {wrong}.") == 0.01
+    assert tasks.score(task, "I give up, sorry.") == 0.0  # int() raises: not accepted
+    assert tasks.score(task, f"<think>\nThe answer is {task.answer}") == 0.0
+    assert tasks.score(task, "") == 0.0
+
+
+def test_other_tasks_are_scored_as_before():
+    asked = Task("a", "own", "2 + 2?", "4")
+    assert tasks.score(asked, "The answer is 4.") == 1.0
+    assert tasks.score(asked, "The answer is 5.") == 0.0
+    assert math.isnan(tasks.score(Task("b", "own", "Why?"), "The answer is 4."))
 
 
 @pytest.mark.parametrize(
-    "options", [{"judge": "offline"}, {"n_control": 50}, {"profile": "full"}]
+    ("text", "several_lines", "expected"),
+    [
+        ("no <answer>1</answer> yes <answer>\n2\n3 </answer>.", True, ["2\n3"]),
+        ("Grid:\n\n1 2\n3 4", True, ["1 2\n3 4"]),
+        ("```text\n1 2\n3 4\n```\n\nDone.", True, ["1 2\n3 4", "Done"]),
+        (
+            "It is\n$\\boxed{x**2 + {y}}$.",
+            False,
+            ["plain", "x**2 + {y}", "\\boxed{x**2 + {y}}"],
+        ),
+        ("**Answer:** 3*x + 1\n\nBye.", False, ["plain", "3*x + 1", "Bye"]),
+        ("  ", False, ["plain"]),
+    ],
 )
-def test_controls_get_all_tasks_where_labels_are_free_or_as_many_are_asked_for(options):
-    given = {"model": "owner/name", "profile": "paper", "judge": "openai:gpt-4.1", **options}
-    setup = RunConfig(**given)
-    asked = tasks.for_run(setup, "evaluate")
-    assert tasks.for_controls(setup, asked) == asked
+def test_the_readings_of_an_answer(text, several_lines, expected):
+    assert tasks.readings(text, "plain", several_lines=several_lines) == expected
 
 
-def test_categories_of_any_size_share_the_tasks_of_controls():
-    asked = [records.Task(f"a{i}", "a", "?") for i in range(9)] + [records.Task("b", "b", "?")]
-    setup = RunConfig(model="owner/name", judge="openai:x", n_control=4)
-    found = Counter(task.category for task in tasks.for_controls(setup, asked))
-    assert found == {"a": 3, "b": 1}
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("chain_sums", "no dataset 'chain_sums'; did you mean chain_sum"),
+        ("zzzzzz", "it has 5, from chain_sum to sudoku"),
+        ("ransom_note", "gym:ransom_note are others in every process"),
+        ("composite", r"gym:composite cannot be made.*at least one"),
+    ],
+)
+def test_a_dataset_that_cannot_be_had_is_refused_in_one_line(package, name, words):
+    with pytest.raises(ValueError, match=words) as error:
+        gym(name)
+    assert "\n" not in str(error.value)
+
+
+def test_without_the_package_the_error_is_a_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ValueError, match=r"reasoning-gym: pip install 'stllms\[gym\]'"):
+        gym("chain_sum")
+
+
+@pytest.mark.parametrize(
+    "name", ["chain_sum", "mini_sudoku", "propositional_logic", "fraction_simplification"]
+)
+def test_the_packages_datasets_are_disjoint_and_score_their_answers(name):
+    pytest.importorskip("reasoning_gym", reason="the extra 'gym' is not installed")
+    tasks._dataset.cache_clear()
+    parts = [gym(name, part, 4) for part in tasks.PARTS_OF_RUN]
+    assert len({task.content for part in parts for task in part}) == 12
+    first = parts[0][0]
+    assert tasks.score(first, "zzz") < 0.5
+    if first.answer is not None:
+        assert tasks.score(first, f"So the answer is:\n\n{first.answer}") == 1.0

@@ -1,4 +1,401 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Steering one question: what the command ``stllms steer`` and the demo share.
 
-from stllms.bench import (STEERS, OF_THE_RUN, SAID, Bench, bench, at_hand, of)  # noqa: F401
-from stllms.pairs import (TYPED, MOST, LABELLED, Ask, Pair, task, check, layer_of, coefficient_of, intervention, decoding, write, write_all, label, shares, title, note, same, broke, remark)  # noqa: F401
+A :class:`Bench` is a model with the directions, layers and annotators that steering it takes.
+They come from the package, a file, or the model's run, which is made if need be.
+:func:`write` answers a question twice, plain and steered: both chains are rows of one batch with
+one key, so they share their sampling noise and part where the direction first changes the
+choice of a token. With coefficient 0 they are the same text.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+
+from stllms import config, models, registry
+from stllms.annotation import annotators
+from stllms.annotation.annotators import Annotator
+from stllms.app import preflight, stages
+from stllms.config import PROFILES, RunConfig
+from stllms.generation import decode
+from stllms.generation.decode import Intervention
+from stllms.labels import BEHAVIOURS
+from stllms.models.loading import ModelError
+from stllms.models.model import Model
+from stllms.records import Response, Steered, Task
+from stllms.runs.artifacts import ChangedConfiguration, Folder
+from stllms.runs.files import BadFile, load_table, read_json
+from stllms.steering import conditions
+from stllms.steering.measures import token_fractions
+from stllms.vectors import directions
+from stllms.vectors.directions import SteeringVectors
+
+#: Fields of a run that its directions, or how it writes chains, depend on.
+OF_THE_RUN = (
+    "profile", "seed", "n_samples", "n_evaluate", "max_tokens", "temperature", "prompts",
+    "quantization", "revision", "tasks",
+)  # fmt: skip
+#: The task id of a question that somebody typed, and so the key of its noise.
+TYPED = "question"
+#: The largest absolute coefficient; beyond it nothing but noise is left of any model.
+MOST = 1000.0
+#: A chain of which less than this share is labelled is mostly unlabelled.
+LABELLED = 0.5
+#: What transformers may make of the files of others.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
+#: A cell may write while the demo's thread does: nnsight traces one at a time.
+_ONE = threading.Lock()
+
+Pair = tuple[Steered, Steered]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model with all that steering it takes.
+
+    ``layers`` is the layer of each behaviour and ``coefficients`` the coefficient that is
+    suggested for adding it, where one is known; ``origin`` says where the directions are from;
+    ``preview`` labels for free while a chain is written, ``annotator`` at the end.
+    """
+
+    config: RunConfig
+    model: Model
+    directions: SteeringVectors
+    layers: dict[str, int]
+    origin: str
+    annotator: Annotator
+    preview: Annotator
+    coefficients: dict[str, float] = field(default_factory=dict)
+
+    def layer_of(self, behaviour: str) -> int:
+        """The layer a behaviour is steered at: without its own, that of backtracking."""
+        return self.layers.get(behaviour, self.layers["backtracking"])
+
+    def coefficient_of(self, behaviour: str) -> float:
+        """The coefficient suggested for adding a behaviour; 1 where none is known."""
+        return self.coefficients.get(behaviour, 1.0)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is written: a question, an intervention, and how tokens are chosen.
+
+    ``None`` is the default of the bench: the behaviour's own layer, the profile's temperature
+    (0 is greedy) and limit of new tokens, the run's seed.
+    """
+
+    task: Task
+    behaviour: str
+    coefficient: float = 1.0
+    layer: int | None = None
+    operation: str = "add"
+    where: str = "all"
+    temperature: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+
+
+# -- the bench -----------------------------------------------------------------------------
+
+
+def bench(setup: RunConfig, vectors_file: str | Path | None = None) -> Bench:
+    """Loads a model and its directions.
+
+    The directions are those of ``vectors_file`` (of notebook 02, or a released ``.pt``), else
+    those that ship with an embedded model, else those of the run in ``results/<slug>/``, which
+    notebooks 01 to 03 make first where there is none. **A run that is there is taken as it
+    is**, whoever labelled it: what ``setup`` leaves at its default (profile, temperature,
+    limit of new tokens, ...) is the run's. Who labels is ``setup.judge``, ``auto`` being the
+    free preview. The judge's key and the model are looked for before anything is run. Raises
+    ``ValueError`` for a model that cannot be steered here, :class:`ModelError` in a sentence
+    for one that cannot be loaded, and the errors of these steps.
+    """
+    if setup.entry.source == "api":
+        raise ValueError(
+            f"model: {setup.model!r} is reached through an API, where nothing can be added to "
+            "its activations; expected a model with weights"
+        )
+    shipped = vectors_file is None and directions.shipped(setup.model)
+    of_run = vectors_file is None and not shipped
+    there = of_run and Folder(setup).vectors.is_file()
+    if there:
+        setup = _as_the_run(setup)
+    config.hardware(setup.device, setup.quantization)
+    labels = preflight.annotator(setup)
+    labels = labels or annotators.annotator(setup.annotator, **setup.annotating)
+    free = labels if labels.name == setup.preview else annotators.annotator(setup.preview)
+    preflight.model(setup)
+    if of_run and not there:
+        _make(setup)
+    layers, coefficients = setup.entry.steering_layers or {}, {}
+    if vectors_file is not None:
+        path = Path(vectors_file).expanduser()
+        read = directions.load_published if path.suffix == ".pt" else SteeringVectors.load
+        found, origin = read(path), path.name
+    elif shipped:
+        found, origin = directions.load_shipped(setup.model), "shipped with the package"
+        coefficients = dict(registry.TINY_THINKER_COEFFICIENTS)
+    else:
+        folder = Folder(setup)
+        found, origin = SteeringVectors.load(folder.vectors), folder.label
+        coefficients = _suggested(folder / "steering_suggested.csv")
+        if (folder / "steering_layers.json").is_file():
+            layers = read_json(folder / "steering_layers.json")
+    model = _model(setup)
+    conditions.check(found, model, origin)
+    layers = {**directions.steering_layers(None, found.n_layers), **layers}
+    return Bench(setup, model, found, layers, origin, labels, free, coefficients)
+
+
+def _model(setup: RunConfig) -> Model:
+    """The model; :class:`ModelError` says in one sentence why it cannot be loaded."""
+    try:
+        return models.load(setup.model, **setup.loading)
+    except UNREADABLE as error:
+        said = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+        raise ModelError(
+            f"model: {setup.model!r} cannot be loaded; expected config.json, weights and a "
+            f"tokenizer that transformers can read ({said})"
+        ) from error
+
+
+def _as_the_run(setup: RunConfig) -> RunConfig:
+    """``setup`` with the values of the run in its folder where it sets none of its own.
+
+    Raises ``ValueError`` for directions that other weights of the model gave.
+    """
+    folder = Folder(setup)
+    record = folder.record()
+    stored, identity = record.get("configuration"), record.get("identity")
+    if not isinstance(stored, dict) or not isinstance(identity, dict):
+        raise BadFile(
+            f"{folder.label} holds directions but no run.json to say whose: name the file "
+            f"itself (--vectors {folder.vectors})"
+        )
+    default = {one.name: one.default for one in fields(RunConfig)}
+    free = [name for name in OF_THE_RUN if getattr(setup, name) == default[name]]
+    taken = {name: stored[name] for name in free if name in stored}
+    try:
+        replace(setup, tasks=taken.get("tasks"))
+    except ValueError:  # the file has gone; only the demo's list of questions is of it
+        del taken["tasks"]
+    run = replace(setup, **taken)
+    for name, now in registry.content_of(run.entry).items():
+        then = identity.get(name)
+        if then != now and (name != "revision" or None not in (then, now)):
+            raise ValueError(
+                f"{folder.label}: the {name} of the model changed since its directions were "
+                f"made ({then} then, {now} now): make them again (stllms run --fresh), or name "
+                "a file (--vectors)"
+            )
+    return run
+
+
+def _make(setup: RunConfig) -> None:
+    """Runs notebooks 01 to 03 for a model without directions; says so before.
+
+    Raises :class:`ModelError` with the last line of a notebook's error.
+    """
+    few = PROFILES["smoke"].n_build
+    print(
+        f"{setup.model} has no directions in {Folder(setup).label}: notebooks 01 to 03 make "
+        f"them first, from {setup.settings.n_build} tasks. Quicker: the profile smoke ({few} "
+        "tasks), or a file of directions (stllms steer --vectors FILE)",
+        flush=True,
+    )
+    try:
+        stages.prepare("04_steer", setup)
+    except ChangedConfiguration as error:
+        raise ValueError(
+            f"{error}. It has no directions yet: finish it (stllms run, with its own "
+            "options), or name a file of directions (--vectors)"
+        ) from None
+    except stages.StageError as error:  # which cell, the last line of its error, where it is
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        copies = [line for line in lines[1:] if line.startswith("as executed: ")]
+        cause = [line for line in lines[1:] if line not in copies][-1:]
+        said = " ".join([*lines[:1], *cause, *(f"({line})" for line in copies)])
+        raise ModelError(said) from error
+
+
+def _suggested(table: Path) -> dict[str, float]:
+    """The coefficients above 0 that notebook 04 suggests; none where it has not run."""
+    if not table.is_file():
+        return {}
+    rows = load_table(table).dropna(subset="coefficient")
+    rows = rows[rows["sign"] == "+"]
+    return dict(zip(rows["behaviour"], rows["coefficient"].astype(float), strict=True))
+
+
+# -- one question --------------------------------------------------------------------------
+
+
+def task(question: str) -> Task:
+    """A task of a typed question; ``ValueError`` for an empty one, and for one whose bytes
+    were no UTF-8 (a terminal hands them on as lone surrogates)."""
+    if not question.strip():
+        raise ValueError("the question is empty: type one, or choose one")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"question: character {error.start + 1} is no UTF-8; type it in a UTF-8 terminal"
+        ) from None
+    return Task(TYPED, TYPED, question.strip())
+
+
+def check(ask: Ask) -> None:
+    """Refuses, without a bench, what no bench can do; ``ValueError`` names the field."""
+    config.one_of("behaviour", ask.behaviour, BEHAVIOURS)
+    coefficient = config.real("coefficient", ask.coefficient)
+    if coefficient is None or abs(coefficient) > MOST:
+        raise ValueError(
+            f"coefficient: {coefficient!r}, expected a number from {-MOST:g} to {MOST:g}"
+        )
+    config.one_of("operation", ask.operation, tuple(decode.OPERATIONS))
+    config.one_of("where", ask.where, decode.WHERE)
+    _own(ask)
+
+
+def _own(ask: Ask) -> dict[str, Any]:
+    """The values of ``ask`` for decoding that are not left to the bench."""
+    given = {
+        "max_new_tokens": config.whole("max_tokens", ask.max_tokens, least=1),
+        "temperature": config.real("temperature", ask.temperature, least=0.0),
+        "seed": config.whole("seed", ask.seed, least=0),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def intervention(bench: Bench, ask: Ask) -> Intervention:
+    """What is done to the steered row; ``ValueError`` names what is wrong, and what exists."""
+    check(ask)
+    layer = bench.layer_of(ask.behaviour) if ask.layer is None else ask.layer
+    if not 0 <= layer < bench.model.n_layers:
+        last = bench.model.n_layers - 1
+        raise ValueError(f"layer: {layer}, {bench.model.name} has layers 0 to {last}")
+    try:
+        direction = bench.directions.direction(ask.behaviour, layer)
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
+    return Intervention(direction, layer, ask.coefficient, ask.operation, ask.where)
+
+
+def decoding(bench: Bench, ask: Ask) -> dict[str, Any]:
+    """How tokens are chosen: as in the run, with the values of ``ask`` put in."""
+    return {**bench.config.decoding, **_own(ask)}
+
+
+def write(
+    bench: Bench, ask: Ask, *, watch: Callable[[list[Response]], Any] | None = None
+) -> Pair:
+    """The plain and the steered chain, written together and labelled by the annotator.
+
+    ``watch`` is called with both responses so far after every token; what it raises ends the
+    run. Raises ``ValueError`` for an empty question, one that does not fit the context, and
+    any wrong value of ``ask``.
+    """
+    return write_all(bench, ask, [ask.task], watch=watch)[0]
+
+
+def write_all(
+    bench: Bench,
+    ask: Ask,
+    tasks: Sequence[Task],
+    *,
+    watch: Callable[[list[Response]], Any] | None = None,
+) -> list[Pair]:
+    """:func:`write` for several tasks instead of that of ``ask``, in one batch."""
+    for one in tasks:
+        task(one.content)
+    edit = intervention(bench, ask)
+    with _ONE:
+        responses = conditions.generate(
+            bench.model,
+            [one for one in tasks for _ in range(2)],
+            [None, edit] * len(tasks),
+            **decoding(bench, ask),
+            progress=False,
+            watch=watch,
+        )
+        return label(bench, ask, responses, bench.annotator)
+
+
+def label(
+    bench: Bench, ask: Ask, responses: Sequence[Response], annotator: Annotator
+) -> list[Pair]:
+    """Responses, plain and steered in turn, as labelled pairs; whole or being written."""
+    layer = intervention(bench, ask).layer
+    steered = (ask.behaviour, layer, float(ask.coefficient), ask.operation)
+    plain = conditions.plain().key("")[1:]
+    chains = [
+        Steered(one.task_id, *(steered if place % 2 else plain), one)
+        for place, one in enumerate(responses)
+    ]
+    labelled = annotators.steered(annotator, chains, model=bench.model)
+    return list(zip(labelled[::2], labelled[1::2], strict=True))
+
+
+# -- what is said of a pair ----------------------------------------------------------------
+
+
+def shares(chain: Steered) -> np.ndarray:
+    """Share of each of the six behaviours among the labelled tokens, ``[6]``; NaN without."""
+    return token_fractions([chain.annotation], BEHAVIOURS)[0]
+
+
+def title(chain: Steered) -> str:
+    """``plain``, or what was done to the chain."""
+    if chain.direction == "none":
+        return "plain"
+    how = "" if chain.operation == "add" else f" {chain.operation}"
+    return f"{chain.coefficient:+g}{how} {chain.direction}, layer {chain.layer}"
+
+
+def note(chain: Steered) -> str:
+    """Length, how the chain ended, its answer, and how much of it is labelled, in a line."""
+    response, label = chain.response, chain.annotation
+    said = f"answer: {' '.join(response.answer.split())}" if response.answer else "no answer"
+    parts = [f"{len(response.output_ids)} tokens", said]
+    if not response.finished:
+        parts.append("not finished")
+    failed = f"no labels ({label.failed})"
+    parts.append(failed if label.failed else f"{label.ledger['coverage']:.0%} labelled")
+    return "; ".join(parts)
+
+
+def same(pair: Pair) -> bool:
+    """Whether steering changed no token."""
+    plain, steered = (chain.response.output_ids for chain in pair)
+    return plain == steered
+
+
+def broke(pair: Pair) -> list[str]:
+    """What is wrong with the steered chain and not with the plain one."""
+    plain, steered = map(_wrong, pair)
+    return [what for what in steered if what not in plain]
+
+
+def _wrong(chain: Steered) -> list[str]:
+    label = chain.annotation
+    bare = label.failed is None and label.ledger["coverage"] < LABELLED
+    wrong = {"not finished": not chain.response.finished, "mostly unlabelled": bare}
+    return [what for what, holds in wrong.items() if holds]
+
+
+def remark(pair: Pair) -> str:
+    """What a reader of a pair should know: that nothing changed, or that the text broke."""
+    if pair[1].coefficient == 0:
+        return ""
+    if same(pair):
+        return "the push changed no token: try another seed or a larger coefficient"
+    if wrong := broke(pair):
+        return f"the push broke the text ({', '.join(wrong)}): try a smaller coefficient"
+    return ""

@@ -1,5 +1,561 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""The batched decoding loop, with or without interventions on each row.
 
-from stllms.decode import (REFILL, ENDED, add, ablate, OPERATIONS, WHERE, Intervention, fingerprints, Row, Written, Edit, default_batch_size, run, think_end, intervene, edits)  # noqa: F401
-from stllms.kvcache import (BufferedLayer, BatchCache)  # noqa: F401
-from stllms.memory import (SHARE, SPARE, SAMPLING, weights, cache, row, free, rows)  # noqa: F401
+Rows share batches whatever is done to them: a plain row, a ``+`` and a ``-`` row differ by the
+vectors they carry. Rows that end leave the batch and waiting ones take their places. A token is
+a function of the logits and of ``(seed, key of the row, step)`` alone (``sampling``), so the
+batch, its order and a restart change nothing, and rows of one key (a task, plain and steered)
+share their noise. An intervention adds to the output of a decoder layer at every step, through
+``nnsight``; a batch without any uses the plain forward of the same model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from nnsight import save
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, DynamicLayer
+
+from stllms.generation import sampling
+from stllms.generation.prompts import CLOSE
+from stllms.models.model import Model
+from stllms.runs.files import digest
+
+#: A batch is refilled once this share of its rows has ended.
+REFILL = 0.25
+#: The share of the free memory that a batch may take; the rest is for what is not counted.
+SHARE = 0.8
+#: Bytes a logit takes beside the model's own: float32 and float64 copies for sampling.
+SAMPLING = 4 + 8 + 8
+
+
+# -- interventions -------------------------------------------------------------------------
+
+
+def add(hidden: Tensor, vector: Tensor, coefficient: Tensor) -> Tensor:
+    """``c * v``, the paper's operation (method, section 8). All ``[B, T or 1, D or 1]``."""
+    return (coefficient * vector).expand_as(hidden)
+
+
+def ablate(hidden: Tensor, vector: Tensor, coefficient: Tensor) -> Tensor:
+    """``-c * <h, u> u`` with ``u = v / ||v||``: projects the direction out at ``c = 1``.
+
+    Directional ablation, Arditi et al. 2024 (arXiv 2406.11717), equation 4.
+    """
+    unit = vector / vector.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vector.dtype).tiny)
+    return -coefficient * (hidden.to(unit.dtype) * unit).sum(-1, keepdim=True) * unit
+
+
+#: name -> ``(hidden [B, T, D], vector [B, 1, D], coefficient [B, 1, 1]) -> delta [B, T, D]``.
+OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "add": add,
+    "ablate": ablate,
+}
+WHERE = ("all", "generated", "thinking")
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is done to the residual stream of one row.
+
+    ``direction [D]`` acts at the output of ``layer`` (0-based) with ``coefficient``;
+    ``operation`` is a name of :data:`OPERATIONS`; ``where`` is ``"all"`` positions, prompt
+    included (the paper's), ``"generated"`` tokens only, or ``"thinking"``: generated tokens
+    before ``</think>``. Raises ``ValueError`` naming what exists.
+    """
+
+    direction: Tensor
+    layer: int
+    coefficient: float
+    operation: str = "add"
+    where: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.operation not in OPERATIONS:
+            raise ValueError(f"unknown operation {self.operation!r}: {', '.join(OPERATIONS)}")
+        if self.where not in WHERE:
+            raise ValueError(f"unknown place {self.where!r}: {', '.join(WHERE)}")
+        if self.direction.ndim != 1 or not torch.isfinite(self.direction).all():
+            raise ValueError(
+                f"a direction is a finite vector [D], not {tuple(self.direction.shape)}"
+            )
+
+
+def fingerprints(interventions: Mapping[tuple, Intervention | None]) -> dict[str, str]:
+    """Hashes of what is added, by direction and layer: rows of other directions are not those
+    of these, whatever they are called."""
+    return {
+        f"direction of {name} at layer {layer}": digest(item.direction)
+        for (name, layer, *_), item in interventions.items()
+        if item is not None
+    }
+
+
+@dataclass
+class Edit:
+    """One operation at one layer for the whole batch; rows without it carry zeros.
+
+    ``vector [B, 1, D]``, ``coefficient [B, 1, 1]``, on the model's device.
+    """
+
+    layer: int
+    operation: str
+    where: str
+    vector: Tensor
+    coefficient: Tensor
+
+
+def edits(model: Model, interventions: Sequence[Sequence[Intervention]]) -> list[Edit]:
+    """The interventions of every row of a batch, as one :class:`Edit` for each layer,
+    operation, place and rank among those of its row."""
+    groups: dict[tuple, list[tuple[int, Intervention]]] = defaultdict(list)
+    for row, items in enumerate(interventions):
+        seen: Counter[tuple] = Counter()
+        for item in items:
+            name = (item.layer, item.operation, item.where)
+            seen[name] += 1
+            groups[*name, seen[name]].append((row, item))
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    made = []
+    for (*name, _), members in sorted(groups.items()):
+        vector = torch.zeros(len(interventions), 1, model.d_model, dtype=dtype)
+        coefficient = torch.zeros(len(interventions), 1, 1, dtype=dtype)
+        for row, item in members:
+            vector[row, 0] = item.direction.to(dtype)
+            coefficient[row] = item.coefficient
+        made.append(Edit(*name, vector.to(model.device), coefficient.to(model.device)))
+    return made
+
+
+def intervene(model: Model, placed: Sequence[tuple[Edit, Tensor]]) -> None:
+    """Inside a trace: each edit at its layer, with coefficients ``[B, 1 or T, 1]``."""
+    for edit, coefficient in placed:
+        hidden = model.nn_layers[edit.layer].output
+        delta = OPERATIONS[edit.operation](hidden, edit.vector, coefficient)
+        model.nn_layers[edit.layer].output = hidden + delta.to(hidden.dtype)
+
+
+def think_end(model: Model) -> int:
+    """The id of ``</think>``, -1 for a tokenizer without such a token."""
+    found = model.tokenizer.convert_tokens_to_ids(CLOSE)  # that of <unk> where there is none
+    known = found is not None and model.tokenizer.convert_ids_to_tokens(found) == CLOSE
+    return found if known else -1
+
+
+# -- the loop ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One chain to be written: its prompt, the key of its noise, its interventions."""
+
+    prompt_ids: tuple[int, ...]
+    key: str
+    interventions: tuple[Intervention, ...] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """A chain that was written: its new ids, the one that ended it included, and its audit
+    (:func:`stllms.generation.sampling.entry`), whose last digits depend on the batch and which
+    is not compared."""
+
+    ids: tuple[int, ...]
+    audit: dict[str, float] = field(compare=False)
+
+
+def default_batch_size(model: Model) -> int:
+    """Rows per batch that suit the model and its device."""
+    parameters = sum(p.numel() for p in model.hf.parameters())
+    if model.device.type == "cuda":
+        return 256 if parameters < 4e9 else 64
+    return 128 if parameters < 5e7 else 32
+
+
+@torch.no_grad()
+def run(
+    model: Model,
+    rows: Sequence[Row],
+    *,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: Callable[[int, int], Any] | None = None,
+    watch: Callable[[Sequence[Sequence[int]]], Any] | None = None,
+) -> list[Written]:
+    """What is written for every row.
+
+    Args:
+        rows: in any order; the result is in theirs.
+        max_new_tokens: limit of a row.
+        batch_size: rows at a time (``None``: :func:`default_batch_size`). If fewer fit into the
+            free memory (:func:`rows_that_fit`), that many, with a warning; if the device runs
+            out of memory all the same, half, and the rows start again. Later runs of this
+            model stay at what fitted.
+        temperature: 0 is greedy.
+        seed: of the noise.
+        progress: called with (new tokens, rows that ended) after every step, and with what was
+            told so far, below 0, when the rows start again.
+        watch: called after every step with the ids of every row so far, in the order of
+            ``rows``; to be read, not kept or changed. What it raises ends the run.
+
+    Raises:
+        ValueError: for a row that does not fit the model (context, layer, width), naming both.
+        SamplingError: for logits that are not finite, naming the row.
+    """
+    for row in rows:
+        _check(model, row, max_new_tokens)
+    size = _fitting(model, rows, max_new_tokens, batch_size or default_batch_size(model))
+    counted = [0, 0]
+
+    def tell(tokens: int, ended: int) -> None:
+        counted[:] = counted[0] + tokens, counted[1] + ended
+        if progress is not None:
+            progress(tokens, ended)
+
+    while True:
+        try:
+            return _run(model, rows, max_new_tokens, size, temperature, seed, tell, watch)
+        except torch.OutOfMemoryError:
+            tell(-counted[0], -counted[1])
+            if size == 1:
+                raise
+            size = model.fits = max(1, min(size, len(rows)) // 2)
+            warnings.warn(f"out of memory: going on with batches of {size} rows", stacklevel=2)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _check(model: Model, row: Row, max_new_tokens: int) -> None:
+    if len(row.prompt_ids) + max_new_tokens > model.max_context:
+        raise ValueError(
+            f"{row.key}: {len(row.prompt_ids)} prompt tokens and {max_new_tokens} new ones "
+            f"exceed the context of {model.name}, {model.max_context} tokens"
+        )
+    for item in row.interventions:
+        if not 0 <= item.layer < model.n_layers:
+            raise ValueError(
+                f"layer {item.layer} does not exist: {model.name} has layers 0 to "
+                f"{model.n_layers - 1}"
+            )
+        if item.where == "thinking" and think_end(model) < 0:
+            raise ValueError(
+                f"{model.name} has no token </think>: where='thinking' would be all that it "
+                "writes, which is where='generated'"
+            )
+        if len(item.direction) != model.d_model:
+            raise ValueError(
+                f"the direction has width {len(item.direction)}, {model.name} has "
+                f"{model.d_model}: it belongs to another model"
+            )
+
+
+@dataclass
+class _Batch:
+    """The rows under way; ``places`` are theirs in the result, ``live`` says which go on.
+
+    ``mask [B, T]`` covers what the cache holds. ``token [B]`` is chosen, and neither written
+    nor fed; ``measured [B, n]`` is what the audit needs of it.
+    """
+
+    rows: list[Row]
+    places: list[int]
+    live: list[bool]
+    edits: list[Edit]
+    cache: BatchCache
+    mask: Tensor
+    position: Tensor
+    token: Tensor
+    step: Tensor
+    key: Tensor
+    thinking: Tensor
+    measured: Tensor
+
+
+#: The columns of a batch, one value for each row.
+_COLUMNS = ("position", "token", "step", "key", "thinking", "measured")
+
+
+def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
+    """The loop of :func:`run` at one batch size, longest prompts first."""
+    waiting = deque(sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids)))
+    written: list[list[int]] = [[] for _ in rows]
+    sums = torch.zeros(len(rows), len(sampling.columns(temperature)), dtype=torch.float64)
+    batch: _Batch | None = None
+    while waiting or batch is not None:
+        room = batch_size - (0 if batch is None else len(batch.rows))
+        if waiting and room:
+            new = [waiting.popleft() for _ in range(min(room, len(waiting)))]
+            fresh = _prefill(model, [rows[i] for i in new], new, temperature, seed)
+            batch = fresh if batch is None else _join(model, batch, fresh)
+        living = sum(batch.live)
+        _record(model, batch, written, sums, limit)
+        progress(living, living - sum(batch.live))
+        if watch is not None:
+            watch(written)
+        batch = _drop(model, batch)
+        if batch is not None:
+            _advance(model, batch, temperature)
+    return [
+        Written(tuple(ids), sampling.entry(len(ids), temperature, total))
+        for ids, total in zip(written, sums.tolist(), strict=True)
+    ]
+
+
+def _prefill(model: Model, rows, places: list[int], temperature: float, seed: int) -> _Batch:
+    """A new batch whose prompts are read and whose first tokens are chosen."""
+    ids, mask, position = model.left_pad([row.prompt_ids for row in rows])
+    key = [sampling.hash_key(seed, row.key) for row in rows]
+    batch = _Batch(
+        rows=list(rows),
+        places=list(places),
+        live=[True] * len(rows),
+        edits=edits(model, [row.interventions for row in rows]),
+        cache=BatchCache(model.n_layers),
+        mask=mask,
+        position=position[:, -1:],
+        token=ids[:, -1],
+        step=torch.zeros(len(rows), dtype=torch.long, device=model.device),
+        key=torch.tensor(key, device=model.device),
+        thinking=torch.ones(len(rows), dtype=torch.bool, device=model.device),
+        measured=torch.empty(0),
+    )
+    _choose(batch, _forward(model, batch, ids, position, prompt=True), temperature)
+    return batch
+
+
+def _advance(model: Model, batch: _Batch, temperature: float) -> None:
+    """Feed the last tokens and choose the next ones."""
+    if any(edit.where == "thinking" for edit in batch.edits):
+        batch.thinking = batch.thinking & (batch.token != think_end(model))
+    batch.mask = pad(batch.mask, (0, 1), value=1)
+    batch.position = batch.position + 1
+    batch.step = batch.step + 1
+    logits = _forward(model, batch, batch.token[:, None], batch.position, prompt=False)
+    _choose(batch, logits, temperature)
+
+
+def _choose(batch: _Batch, logits: Tensor, temperature: float) -> None:
+    batch.token = sampling.choose(logits, batch.key, batch.step, temperature)
+    batch.measured = sampling.measure(logits, batch.token, temperature)
+
+
+def _forward(
+    model: Model, batch: _Batch, ids: Tensor, position: Tensor, *, prompt: bool
+) -> Tensor:
+    """Logits of the last column, ``[B, V]``."""
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": batch.mask,
+        "position_ids": position,
+        "past_key_values": batch.cache,
+        "use_cache": True,
+        "logits_to_keep": 1,
+    }
+    if not batch.edits:
+        return model.hf(**inputs).logits[:, -1]
+    placed = [(edit, _strength(edit, batch, prompt)) for edit in batch.edits]
+    with model.nn.trace(**inputs):
+        intervene(model, placed)
+        logits = save(model.nn.output.logits)
+    return logits[:, -1]
+
+
+def _strength(edit: Edit, batch: _Batch, prompt: bool) -> Tensor:
+    """The coefficients ``[B, 1, 1]`` that hold at this step."""
+    if edit.where != "all" and prompt:
+        return torch.zeros_like(edit.coefficient)
+    if edit.where == "thinking":
+        return edit.coefficient * batch.thinking[:, None, None]
+    return edit.coefficient
+
+
+def _record(
+    model: Model, batch: _Batch, written: list[list[int]], sums: Tensor, limit: int
+) -> None:
+    """Writes the chosen tokens down, adds what was measured of them to ``sums [rows, n]``, and
+    strikes out the rows that end."""
+    measured, tokens = batch.measured.cpu().double(), batch.token.tolist()
+    broken = measured.isnan().any(-1).tolist()
+    for i, place in enumerate(batch.places):
+        if not batch.live[i]:
+            continue
+        if broken[i]:
+            raise sampling.SamplingError(
+                f"{batch.rows[i].key}: the logits after {len(written[place])} new tokens are "
+                "not finite, so no token can be drawn: use a smaller coefficient, or dtype "
+                "float32"
+            )
+        sums[place] += measured[i]
+        written[place].append(tokens[i])
+        batch.live[i] = tokens[i] not in model.eos_ids and len(written[place]) < limit
+
+
+def _drop(model: Model, batch: _Batch) -> _Batch | None:
+    """The batch without ended rows and unneeded columns, once enough rows have ended."""
+    kept = [i for i, live in enumerate(batch.live) if live]
+    if not kept:
+        return None
+    if len(batch.rows) - len(kept) < max(1, REFILL * len(batch.rows)):
+        return batch
+    index = torch.tensor(kept, device=model.device)
+    mask = batch.mask[index]
+    first = int(mask.any(dim=0).to(torch.int8).argmax())
+    batch.cache.select(index, first)
+    rows = [batch.rows[i] for i in kept]
+    return _Batch(
+        rows=rows,
+        places=[batch.places[i] for i in kept],
+        live=[True] * len(kept),
+        edits=edits(model, [row.interventions for row in rows]),
+        cache=batch.cache,
+        mask=mask[:, first:],
+        **{name: getattr(batch, name)[index] for name in _COLUMNS},
+    )
+
+
+def _join(model: Model, old: _Batch, new: _Batch) -> _Batch:
+    """Both batches as one."""
+    old.cache.join(new.cache)
+    width = max(old.mask.shape[1], new.mask.shape[1])
+    rows = old.rows + new.rows
+    return _Batch(
+        rows=rows,
+        places=old.places + new.places,
+        live=old.live + new.live,
+        edits=edits(model, [row.interventions for row in rows]),
+        cache=old.cache,
+        mask=torch.cat([pad(one.mask, (width - one.mask.shape[1], 0)) for one in (old, new)]),
+        **{name: torch.cat([getattr(old, name), getattr(new, name)]) for name in _COLUMNS},
+    )
+
+
+# -- the cache -----------------------------------------------------------------------------
+
+
+class BufferedLayer(DynamicLayer):
+    """One layer's keys and values ``[B, heads, T, head_dim]``, views into buffers that double.
+
+    transformers' own dynamic cache copies all keys and values at every step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append ``[B, heads, t, head_dim]`` and return everything so far."""
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        states = (key_states, value_states)
+        length = self.keys.shape[-2] if self.buffers else 0
+        stop = length + key_states.shape[-2]
+        if not self.buffers or stop > self.buffers[0].shape[-2]:
+            empty = [state[:, :, :0] for state in states]
+            held = (self.keys, self.values) if self.buffers else empty
+            self.buffers = [pad(one, (0, 0, 0, 2 * stop - length)) for one in held]
+        for buffer, state in zip(self.buffers, states, strict=True):
+            buffer[:, :, length:stop] = state
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def put(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Replace everything."""
+        self.buffers = []
+        self.update(key_states, value_states)
+
+
+class BatchCache(Cache):
+    """The cache of a decoder for a batch whose rows come and go; padding is on the left."""
+
+    def __init__(self, n_layers: int) -> None:
+        super().__init__(layers=[BufferedLayer() for _ in range(n_layers)])
+
+    def select(self, rows: Tensor, first: int) -> None:
+        """Keep ``rows`` (indices) and the columns from ``first`` on."""
+        for layer in self.layers:
+            layer.put(layer.keys[rows, :, first:], layer.values[rows, :, first:])
+
+    def join(self, other: BatchCache) -> None:
+        """Add the rows of ``other`` below; the shorter of the two is padded on the left."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            keys, values = (mine.keys, theirs.keys), (mine.values, theirs.values)
+            width = max(one.shape[-2] for one in keys)
+            mine.put(
+                *(
+                    torch.cat([pad(one, (0, 0, width - one.shape[-2], 0)) for one in both])
+                    for both in (keys, values)
+                )
+            )
+
+
+# -- memory --------------------------------------------------------------------------------
+
+
+def _fitting(model: Model, rows: Sequence[Row], new: int, size: int) -> int:
+    """``size``, or as many of the longest rows as fit into the free memory."""
+    size = min(size, model.fits)
+    prompt = max((len(row.prompt_ids) for row in rows), default=0)
+    most, why = rows_that_fit(model, prompt, new)
+    if most >= min(size, len(rows)):
+        return size
+    model.fits = max(1, most)
+    warnings.warn(f"batches of {model.fits} rows, not {size}: {why}", stacklevel=3)
+    return model.fits
+
+
+def rows_that_fit(model: Model, prompt: int, new: int) -> tuple[int, str]:
+    """How many rows of ``prompt`` and ``new`` tokens fit now (0: not one), and why in words."""
+    needed, free = row_bytes(model, prompt, new), free_bytes(model.device)
+    held = {id(t): t for t in (*model.hf.parameters(), *model.hf.buffers())}
+    weights = sum(t.numel() * t.element_size() for t in held.values())
+    why = (
+        f"a row of {prompt} + {new} tokens takes {_gb(needed)} for keys, values and logits, "
+        f"{_gb(free)} are free on {model.device} beside weights of {_gb(weights)}"
+    )
+    return int(SHARE * free) // needed, why
+
+
+def row_bytes(model: Model, prompt: int, new: int) -> int:
+    """Bytes that a row of ``prompt`` tokens takes until ``new`` more are written: the cache,
+    whose buffers may be twice as long as what they hold; and the larger of a step's logits
+    with their copies, and of the hidden states of one layer while the prompt is read."""
+    config, size = model.text_config, model.dtype.itemsize
+    inner = getattr(config, "intermediate_size", None) or 4 * model.d_model
+    states = prompt * (8 * model.d_model + 3 * inner) * size
+    logits = config.vocab_size * (size + SAMPLING)
+    return 2 * cache_bytes(config, model.dtype, prompt + new) + max(states, logits)
+
+
+def cache_bytes(text_config: Any, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes of the keys and values of one row, ``2 * layers * kv_heads * head_dim * tokens *
+    bytes of the type``; with DeepSeek's latent attention one latent and one rotated key for
+    all heads."""
+    heads = text_config.num_attention_heads
+    if getattr(text_config, "kv_lora_rank", None):
+        width = text_config.kv_lora_rank + text_config.qk_rope_head_dim
+    else:
+        head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+        width = 2 * head_dim * (getattr(text_config, "num_key_value_heads", None) or heads)
+    return text_config.num_hidden_layers * width * tokens * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be taken on a device: of the card, else of the machine."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2g} GB" if count < 1e9 else f"{count / 1e9:.1f} GB"

@@ -1,3 +1,8 @@
-"""Stub: the names of this module still live at their old addresses."""
+"""Stub, deleted at the end: the module is :mod:`stllms.generation.chains`, because
+``generation.responses`` is the function."""
 
-from stllms.generate import (CHUNK, responses, summary, options, read)  # noqa: F401
+from stllms.generation.chains import (CHUNK, read, responses, summary)  # noqa: F401
+
+
+def options(setup):  # noqa: D103 - RunConfig.decoding
+    return setup.decoding

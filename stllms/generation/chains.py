@@ -1,0 +1,99 @@
+"""Stage 1: tasks -> responses (method, section 3).
+
+The work is cut into fixed chunks of tasks, the unit of refill, flush and resume: a chunk is
+always decoded whole, so that a run which was stopped ends in the same ids as one that was not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from stllms.generation import decode, prompts, sampling
+from stllms.models.model import Model
+from stllms.records import Response, Task, from_rows, response_from_row, to_row
+from stllms.runs.store import Rows, resumed
+from stllms.terminal import token_bar
+
+#: Tasks in a chunk.
+CHUNK = 100
+
+
+def responses(
+    model: Model,
+    tasks: Sequence[Task],
+    *,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    style: str = "sound",
+    store: Rows | None = None,
+    progress: bool = True,
+) -> list[Response]:
+    """What ``model`` writes for ``tasks``, in their order.
+
+    Args:
+        max_new_tokens: limit of a response; one that reaches it is not ``finished``.
+        batch_size: rows at a time; ``None`` suits the device.
+        temperature: 0 is greedy.
+        seed: of the sampling noise, with the task's id (:mod:`stllms.generation.sampling`).
+        style: of the prompts, ``"sound"`` or ``"published"`` (:data:`prompts.STYLES`).
+        store: rows by ``task_id``; what it holds is not made again, what is made is added
+            chunk by chunk.
+
+    Raises:
+        ValueError: for a task id that occurs twice, or a prompt longer than the context.
+        StaleArtefact: where the rows of ``store`` were made by another model, with another
+            prompt or other options, naming it.
+        SamplingError: if the audit of all of them fails.
+    """
+    twice = [name for name, count in Counter(task.id for task in tasks).items() if count > 1]
+    if twice:
+        raise ValueError(f"task ids must differ; more than once: {', '.join(sorted(twice))}")
+    opened = [prompts.opening(model, task, style) for task in tasks]
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    if store is not None:
+        store.bind({**model.identity, **options})
+        ids = {task.id: start[1] for task, start in zip(tasks, opened, strict=True)}
+        prompts.same(store.path, read(store), ids)
+
+    def make(start: int, stop: int) -> list[dict[str, Any]]:
+        part = list(zip(tasks[start:stop], opened[start:stop], strict=True))
+        rows = [decode.Row(ids, task.id) for task, (_, ids) in part]
+        written = decode.run(model, rows, batch_size=batch_size, progress=bar.tick, **options)
+        return [
+            to_row(prompts.response(model, task, prompt, chain.ids, chain.audit))
+            for (task, prompt), chain in zip(part, written, strict=True)
+        ]
+
+    with token_bar(len(tasks), "responses", most=max_new_tokens, enabled=progress) as bar:
+        keys = [(task.id,) for task in tasks]
+        rows = resumed(keys, make, size=CHUNK, store=store, skip=bar.skip)
+    found = [response_from_row(row) for row in rows]
+    sampling.audit(found).check()
+    return found
+
+
+def read(store: Rows) -> list[Response]:
+    """The stored responses, in the order of the file."""
+    return from_rows(store.load(), response_from_row, store.path)
+
+
+def summary(responses: Sequence[Response]) -> dict[str, float]:
+    """Counts that a reader should see before any number: finished, closed, lengths, and the
+    responses that use the tags otherwise than once each
+    (:func:`stllms.generation.prompts.irregular`)."""
+    count = len(responses)
+    tokens = [len(one.output_ids) for one in responses]
+    return {
+        "responses": count,
+        "finished": sum(one.finished for one in responses),
+        "truncated": sum(not one.finished for one in responses),
+        "thinking closed": sum(one.closed for one in responses),
+        "without thinking": sum(not one.thinking for one in responses),
+        **prompts.irregular(responses),
+        "mean output tokens": round(sum(tokens) / max(1, count), 1),
+        "longest output": max(tokens, default=0),
+    }
