@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Does what the command line asks for; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        with cli.make_context("stllms", words or ["--help"]) as context:
+        with cli.make_context("stllms", list(words) or ["--help"]) as context:
             status = cli.invoke(context)
         sys.stdout.flush()
         return status or 0
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error).replace("(--list-models)", "(stllms models)"), 2)
     except (RuntimeError, MemoryError) as error:  # models, servers, stages, memory
         from stllms.app.stages import StageError
-        from stllms.runs.store import LockedFolder
+        from stllms.runs.files import LockedFolder
 
         if isinstance(error, StageError):  # the failing cell, in lines
             print(f"stllms: {plain(error)}", file=sys.stderr)
