@@ -18,7 +18,8 @@ from stllms.annotation.judge import Judge
 from stllms.app import cli, preflight, runner, stages
 from stllms.app.preflight import Work
 from stllms.config import RunConfig
-from stllms.generation import responses as generation
+from stllms.generation.responses import read as read_responses
+from stllms.generation.responses import responses as generate
 from stllms.labels import STEERED
 from stllms.models import api
 from stllms.records import STEERED_KEY, Annotation, to_row
@@ -36,7 +37,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("STLLMS_RESULTS", str(tmp_path / "results"))
     monkeypatch.delenv(stages.INSIDE, raising=False)
     monkeypatch.setattr(runner, "execute", lambda *_, **__: pytest.fail("a notebook runs"))
-    for name in ("OPENAI_BASE_URL", api.KEY, *(p.key for p in api.PROVIDERS)):
+    for name in ("OPENAI_BASE_URL", api.KEY, *(key for _, key in api.PROVIDERS.values())):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -445,12 +446,12 @@ def lines(path) -> int:
 def test_what_is_left_of_a_stopped_generation_is_what_is_then_written(config, tiny_llama):
     """Five chains of at most twelve tokens; two of them are there."""
     assert work("01_generate", config) == Work("01_generate", config.model, 5, 60)
-    folder, asked = Folder(config).open(), tasks.for_run(config, "build")
-    store, options = folder.rows(folder.responses), generation.options(config)
-    generation.responses(tiny_llama, asked[:2], store=store, progress=False, **options)
+    folder, asked = Folder(config).open(), tasks.select("build", **config.tasks_of("build"))
+    store, options = folder.rows(folder.responses), config.decoding
+    generate(tiny_llama, asked[:2], store=store, progress=False, **options)
     left = work("01_generate", config)
     assert (left.chains, left.tokens) == (3, 36)
-    generation.responses(tiny_llama, asked, store=store, progress=False, **options)
+    generate(tiny_llama, asked, store=store, progress=False, **options)
     assert lines(folder.responses) == 2 + left.chains
     assert work("01_generate", config).chains == 0
 
@@ -486,10 +487,10 @@ def test_steered_chains_and_the_sweep_are_as_many_as_estimated(config, tiny_llam
     write_json(folder / "steering_layers.json", layers)
     left = work("04_steer", config, made=True)
     assert not left.at_most
-    arms = steering.arms(vectors, layers, config.settings.coefficients)
-    arms += steering.control_arms(controls, layers, config.settings.coefficients)
-    sweep = steering.sweep_arms(vectors, config.settings.coefficients, controls)
-    asked, options = tasks.for_run(config, "evaluate"), generation.options(config)
+    arms = steering.conditions(vectors, layers, config.settings.coefficients)
+    arms += steering.control_conditions(controls, layers, config.settings.coefficients)
+    sweep = steering.sweep_conditions(vectors, config.settings.coefficients, controls)
+    asked, options = tasks.select("evaluate", **config.tasks_of("evaluate")), config.decoding
     written = 0
     for name, some, every in (("steered", asked, arms), ("sweep", asked[:2], sweep)):
         path = folder / f"{name}.jsonl"
@@ -540,7 +541,7 @@ def test_real_chains_cost_no_more_than_was_said(monkeypatch, tmp_path):
     config = RunConfig(judge="openai:dear")
     (said,) = work("02_train_vectors", config).calls
     reference = RunConfig(results="results/reference").folder
-    responses = generation.read(Rows(reference / "responses.jsonl", ("task_id",)))
+    responses = read_responses(Rows(reference / "responses.jsonl", ("task_id",)))
     real = Judge("dear", folder=tmp_path / "none").estimate(responses)
     assert real.calls <= said.calls == 200
     assert 0.05 * said.cost < real.cost < said.cost
@@ -549,14 +550,14 @@ def test_real_chains_cost_no_more_than_was_said(monkeypatch, tmp_path):
 @pytest.mark.usefixtures("prices")
 def test_what_a_judge_has_answered_or_labelled_is_not_paid_again(config, tiny_llama):
     config = with_judge(config, "openai:dear")
-    folder, asked = Folder(config).open(), tasks.for_run(config, "build")
-    options = generation.options(config)
-    made = generation.responses(
+    folder, asked = Folder(config).open(), tasks.select("build", **config.tasks_of("build"))
+    options = config.decoding
+    made = generate(
         tiny_llama, asked, store=folder.rows(folder.responses), progress=False, **options
     )
     assert all(one.thinking.strip() for one in made)
     assert work("02_train_vectors", config).n_calls == 5
-    judge = annotators.for_run(config)
+    judge = annotators.annotator(config.annotator, **config.annotating)
     (request,) = judge.protocol.requests(made[0])
     body = {"choices": [{"message": {"content": '["deduction"]x["end-section"]'}}]}
     with api.Store(config.folder / "judge").writing() as store:

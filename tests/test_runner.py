@@ -48,7 +48,7 @@ log.open("a").write("{stage} " + config.model + "\\n")"""
 
 def write_notebook(folder: Path, stage: str, *, work: str | None = None, parameters=PARAMETERS):
     """A notebook of one stage; ``work`` replaces what it does."""
-    names = [*stages.ARTEFACTS[stage], f"figures_of_{stage[:2]}.txt"]
+    names = [*stages.PROMISED[stage], f"figures_of_{stage[:2]}.txt"]
     cells = [
         nbformat.v4.new_markdown_cell(f"# {stage}"),
         nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
@@ -218,7 +218,7 @@ def test_fresh_deletes_what_the_package_wrote_and_nothing_else(place):
 
 def test_a_killed_run_goes_on_where_it_was(place):
     stage = "02_train_vectors"
-    work = WORK.format(stage=stage, names=list(stages.ARTEFACTS[stage]))
+    work = WORK.format(stage=stage, names=list(stages.PROMISED[stage]))
     kill = (
         "import os, signal\n"
         + "once = folder / 'once'\n"
@@ -511,7 +511,7 @@ def label(task: str, annotator: str = "grammar", failed: str | None = None) -> d
 def made(stage: str, config: RunConfig, rows: list[dict] | None = None) -> None:
     """A stage that left what it promises; ``rows`` are those of ``annotations.jsonl``."""
     folder = stages.folder_of(stage, config).open()
-    for name in stages.ARTEFACTS[stage]:
+    for name in stages.PROMISED[stage]:
         (folder / name).write_text("")
     if rows:
         Rows(folder.annotations, ("task_id", "annotator")).write(rows)
@@ -624,9 +624,10 @@ empty = {"annotator": "grammar", "segments": [], "spans": [], "ledger": {}}
 rows = [{"task_id": "a", "failed": None, **empty}, {"task_id": "b", "failed": failed, **empty}]
 folder.rows(folder.annotations, ("task_id", "annotator")).write(rows)
 import torch
+from stllms.runs.files import save_tensors
 made = {"directions": torch.full((1,), float(failed is None))}
-folder.save_tensors(folder.vectors, made, {})
-folder.save_tensors(folder / "controls.safetensors", made, {})
+save_tensors(folder.vectors, made, {})
+save_tensors(folder / "controls.safetensors", made, {})
 log = folder.path.parent / "log.txt"
 log.open("a").write("02_train_vectors " + config.model + chr(10))"""
 

@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Does what the command line asks for; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        with cli.make_context("stllms", words or ["--help"]) as context:
+        with cli.make_context("stllms", list(words) or ["--help"]) as context:
             status = cli.invoke(context)
         sys.stdout.flush()
         return status or 0

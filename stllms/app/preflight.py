@@ -145,12 +145,14 @@ def model(config: RunConfig) -> int:
 
 def in_cache(hub_id: str | None) -> bool:
     """Whether the hub's cache on this machine holds the model (at least its config.json)."""
-    return registry.cached_commit(hub_id) is not None
+    found = huggingface_hub.try_to_load_from_cache(str(hub_id), "config.json")
+    return isinstance(found, str)
 
 
 def pair(config: RunConfig) -> None:
     """Refuses a comparison of one model with nothing. One behind an API has no other notebook,
-    and is let through."""
+    and is let through.
+    """
     alone = len(config.models) == 1 and not config.folders and config.published is None
     if alone and config.entry.source != "api":
         other = config.entry.pair
@@ -186,18 +188,19 @@ def annotator(config: RunConfig, n_chains: int = 1) -> Annotator | None:
         return None
     made = _annotator(config)
     if isinstance(made, Judge):
-        target, folder = made.client.target, Path(made.client.folder)
-        _paid(target.model, target.base_url, config.max_cost, folder, n_chains)
+        client = made.client
+        _paid(client.model, client.url, config.max_cost, Path(client.folder), n_chains)
     return made
 
 
 def _annotator(config: RunConfig) -> Annotator:
-    return annotators.for_run(config)
+    return annotators.annotator(config.annotator, **config.annotating)
 
 
 def _paid(name: str, url: str, max_cost: float | None, folder: Path, n: int) -> None:
     """Refuses a bound on a model without a price, and ``n`` requests without a key unless
-    ``folder`` holds as many answers."""
+    ``folder`` holds as many answers.
+    """
     if max_cost is not None and api.price(name, url) is None:
         raise Refused(
             f"max_cost: {max_cost:g}, but nobody knows the price of {name}: add it to a file "
@@ -214,7 +217,8 @@ def _paid(name: str, url: str, max_cost: float | None, folder: Path, n: int) -> 
 
 def tasks(config: RunConfig, stage: str) -> int:
     """The chains that a stage writes or labels at most. Refuses too few tasks for it, and a
-    line of a person's file that is no task."""
+    line of a person's file that is no task.
+    """
     if not has_name(config.task_set):
         sets.from_file(Path(config.task_set).expanduser())
     try:
@@ -234,7 +238,7 @@ def released(folder: str) -> None:
     readers: dict[str, Callable] = {
         "vectors": files.read_vectors,
         "effects": files.read_effects,
-        "comparison": files.read_counts,
+        "comparison": files.load_comparison,
     }
     for kind, paths in files.find(folder).items():
         for path in paths:
@@ -296,27 +300,29 @@ def rows(stage: str, config: RunConfig, *, made: bool = False) -> dict[str, list
         return {"responses.jsonl": [(task.id,) for task in asked]}
     coefficients, n_sweep = config.settings.coefficients, config.settings.n_sweep
     vectors, layers, controls = _directions(config, made)
-    own = steering.arms(vectors, layers, coefficients)
-    nulls = steering.control_arms(controls, layers, coefficients)
-    some = sets.for_controls(config, asked)
+    own = steering.conditions(vectors, layers, coefficients)
+    nulls = steering.control_conditions(controls, layers, coefficients)
+    some = sets.subset(asked, config.n_control_tasks, seed=config.seed)
     keys = [one.key(task.id) for task in asked for one in own]
     found = {"steered.jsonl": keys + [one.key(task.id) for task in some for one in nulls]}
     if n_sweep:
         few = controls.first(steering.SWEPT_CONTROLS)
-        every = steering.sweep_arms(vectors, coefficients, few)
+        every = steering.sweep_conditions(vectors, coefficients, few)
         found["sweep.jsonl"] = [one.key(task.id) for task in asked[:n_sweep] for one in every]
     return found
 
 
 def _tasks(config: RunConfig, stage: str) -> list[Task]:
-    return sets.for_run(config, PARTS[stage[:2]])
+    part = PARTS[stage[:2]]
+    return sets.select(part, **config.tasks_of(part))
 
 
 def _directions(
     config: RunConfig, made: bool
 ) -> tuple[SteeringVectors, dict[str, int], Controls]:
     """The directions, steering layers and controls of a run; before they are made, as many as
-    there can be, of width 1."""
+    there can be, of width 1.
+    """
     folder, n = Folder(config), config.settings.random_directions
     if made:
         return (
@@ -476,23 +482,16 @@ def _calls(
     config: RunConfig, bare: Sequence[Response], lacking: int, limit: int
 ) -> list[api.Estimate]:
     """What the judge of a run is sent about responses, and about as many as are ``lacking``,
-    each of ``limit`` tokens."""
+    each of ``limit`` tokens.
+    """
     if not config.annotator.startswith("openai:"):
         return []
     judge = _annotator(config)
     assert isinstance(judge, Judge)
     text = (SENTENCE * (4 * limit // len(SENTENCE) + 1))[: 4 * limit]
     response = Response("", "", "", (), (), text, text, 0, "", True, True)
-    sizes = [request.size for request in judge.protocol.requests(response)]
-    tokens_in, tokens_out = (lacking * sum(column) for column in zip(*sizes, strict=True))
-    later = replace(
-        judge.estimate([]),
-        calls=lacking * len(sizes),
-        tokens_in=tokens_in,
-        tokens_out=tokens_out,
-    )
-    if (price := judge.client.target.price) is not None:
-        later = replace(later, cost=price.of(tokens_in, tokens_out))
+    requests = judge.protocol.requests(response) * lacking
+    later = api.estimate(requests, judge.client.price, model=judge.client.model)
     return [judge.estimate(bare), later]
 
 

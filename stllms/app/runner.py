@@ -134,7 +134,8 @@ def _jobs(configs: Sequence[RunConfig], selected: Sequence[str]) -> list[Job]:
 
 def _pending(chosen: Sequence[Job], *, again: bool = True) -> list[Job]:
     """What is not done, each with the stages it needs, each once and in order; with ``again``
-    what has run and waits for chains that failed counts as not done."""
+    what has run and waits for chains that failed counts as not done.
+    """
     todo = [
         Job(name, job.config)
         for job in chosen
@@ -170,7 +171,8 @@ def check_writable(folders: Iterable[Path]) -> None:
 
 def _delete(chosen: Sequence[Job], which: str) -> None:
     """``--fresh``: the files of every folder that the run would write to; with a notebook those
-    of one stage and of what rests on it."""
+    of one stage and of what rests on it.
+    """
     if which != "all":
         stage = stages.stage_named(which)
         for config in dict.fromkeys(job.config for job in chosen):
@@ -256,7 +258,8 @@ def execute(jobs: Sequence[Job], *, quiet: bool = False) -> None:
 
 def _check_parameters(job: Job) -> int:
     """The number of cells; ``ValueError`` if the notebook lacks a parameter: papermill would
-    only warn."""
+    only warn.
+    """
     import papermill
 
     path = stages.notebook(job.stage)
@@ -306,7 +309,8 @@ def _execute(job: Job, progress: Progress) -> None:
 def _register_engine() -> None:
     """An engine of papermill whose kernel is this interpreter, whatever kernels are installed
     for the user, and which counts its cells on our :class:`Progress`. What a kernel writes to
-    stderr itself (an interrupted one: tracebacks of its own machinery) goes to ``log``."""
+    stderr itself (an interrupted one: tracebacks of its own machinery) goes to ``log``.
+    """
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from papermill.clientwrap import PapermillNotebookClient
@@ -397,7 +401,8 @@ class Progress:
     @property
     def environment(self) -> dict[str, str]:
         """The environment of a kernel: that of this process, where it was started, and where
-        to say how far it is."""
+        to say how far it is.
+        """
         from stllms.models.api import STARTED
 
         own = {STARTED: self._started, terminal.CHANNEL: str(self.channel)}
@@ -456,7 +461,8 @@ class Progress:
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Progress]:
     """A :class:`Progress` with a thread that looks; where ``quiet``, it says nothing, and
-    kernels tell whoever called this runner, or nobody, how far they are."""
+    kernels tell whoever called this runner, or nobody, how far they are.
+    """
     if quiet:
         yield Progress(Path(os.environ.get(terminal.CHANNEL) or os.devnull), quiet=True)
         return

@@ -24,11 +24,10 @@ from typing import IO
 
 from stllms import __version__
 from stllms.config import RunConfig
-from stllms.hashes import digest
 from stllms.records import STEERED_KEY
 from stllms.registry import PACKAGE, repository
 from stllms.runs.artifacts import Folder, now
-from stllms.runs.files import StaleArtefact, read_json
+from stllms.runs.files import ARTEFACTS, StaleArtefact, digest, read_json
 from stllms.runs.store import Rows
 from stllms.terminal import followed
 
@@ -45,22 +44,14 @@ REQUIRES: dict[str, tuple[str, ...]] = {
 }
 
 #: What a stage must have left, besides the figures that its marker lists.
-ARTEFACTS: dict[str, tuple[str, ...]] = {
-    "01_generate": ("responses.jsonl",),
-    "02_train_vectors": ("annotations.jsonl", "vectors.safetensors", "controls.safetensors"),
-    "03_attribute_layers": ("layer_effects.safetensors",),
-    "04_steer": ("steered.jsonl", "steering.csv"),
-    "05_compare": (),
+PROMISED = {
+    stage: tuple(n for n, one in ARTEFACTS.items() if one.stage == stage[:2] and one.promised)
+    for stage in STAGES
 }
-
-#: Artefacts that a stage takes up where it stopped: what they hold cost hours, so that stale
-#: ones are refused by name. Everything else a stage writes is made again without asking.
-RESUMED: dict[str, tuple[str, ...]] = {
-    "01_generate": ("responses.jsonl",),
-    "02_train_vectors": ("annotations.jsonl", "collecting.safetensors"),
-    "03_attribute_layers": ("layer_effects.safetensors",),
-    "04_steer": ("steered.jsonl", "sweep.jsonl", "likelihood.jsonl"),
-    "05_compare": (),
+#: What a stage takes up where it stopped; stale ones are refused by name.
+RESUMED = {
+    stage: tuple(n for n, one in ARTEFACTS.items() if one.stage == stage[:2] and one.resumed)
+    for stage in STAGES
 }
 
 #: The files of a stage that hold annotations of chains, and the keys of their rows.
@@ -92,7 +83,8 @@ class StageError(RuntimeError):
 
 def notebook(stage: str) -> Path:
     """The file of a stage, in ``STLLMS_NOTEBOOKS``, else in the checkout's ``notebooks``, else
-    in the wheel; ``ValueError`` if there is none."""
+    in the wheel; ``ValueError`` if there is none.
+    """
     root = repository()
     shipped = root / "notebooks" if root else PACKAGE / "_notebooks"
     folder = Path(os.environ.get("STLLMS_NOTEBOOKS") or shipped).resolve()
@@ -130,13 +122,13 @@ def _folders(stage: str, config: RunConfig) -> list[Folder]:
 
 def _files_of(stage: str, folder: Folder) -> set[str]:
     """The names of the files that a stage writes, or said that it wrote."""
-    return {*ARTEFACTS[stage], *RESUMED[stage], *folder.marker(stage).get("files", ())}
+    return {*PROMISED[stage], *RESUMED[stage], *folder.marker(stage).get("files", ())}
 
 
 def _holds_nothing(folder: Folder) -> bool:
     """Whether a run began here and left neither a finished stage nor a row of one."""
     record = folder.record_or_empty()
-    rows = {name for names in (*ARTEFACTS.values(), *RESUMED.values()) for name in names}
+    rows = [name for name, one in ARTEFACTS.items() if one.promised or one.resumed]
     return (
         isinstance(record.get("identity"), dict)
         and not record.get("stages")
@@ -149,12 +141,13 @@ def _holds_nothing(folder: Folder) -> bool:
 
 def check(stage: str, config: RunConfig) -> None:
     """Raises ``ChangedConfiguration`` if a folder of the stage holds rows of another run,
-    ``StaleArtefact`` for rows made from something that changed since, and ``DamagedFile``."""
+    ``StaleArtefact`` for rows made from something that changed since, and ``DamagedFile``.
+    """
     for folder in _folders(stage, config):
         if _holds_nothing(folder):
             continue
         folder.check()
-        read = {name for one in REQUIRES[stage] for name in ARTEFACTS[one]}
+        read = {name for one in REQUIRES[stage] for name in PROMISED[one]}
         for name in sorted(_files_of(stage, folder) | read):
             folder.recorded.check(folder / name)
         for name in RESUMED[stage]:
@@ -239,7 +232,8 @@ def fresh(stage: str, config: RunConfig) -> list[str]:
 
 def renew(stage: str, config: RunConfig) -> None:
     """Clears the folders of the stage that a failed run of another configuration left without
-    any row, so that the corrected one can have them. Call it with the stage locked."""
+    any row, so that the corrected one can have them. Call it with the stage locked.
+    """
     for folder in _folders(stage, config):
         if _holds_nothing(folder) and folder.record()["identity"] != folder.identity:
             folder.fresh()
@@ -288,7 +282,8 @@ def prepare(stage: str, config: RunConfig) -> None:
 
 def _hold(stage: str, config: RunConfig) -> None:
     """Takes the lock of the stage for a notebook opened by hand, and shares those of what it
-    reads, until :func:`finish`, the next stage or the end of the process."""
+    reads, until :func:`finish`, the next stage or the end of the process.
+    """
     folder = folder_of(stage, config)
     release(folder)
     stack = ExitStack()
@@ -309,11 +304,11 @@ def finish(stage: str, config: RunConfig) -> None:
     :class:`StageError` if an artefact that the stage promises is not there.
     """
     folder = folder_of(stage, config).open()
-    lacking = [name for name in ARTEFACTS[stage] if not (folder / name).is_file()]
+    lacking = [name for name in PROMISED[stage] if not (folder / name).is_file()]
     if lacking:
         raise StageError(f"{stage} is not done: {folder.label} lacks {', '.join(lacking)}")
     begun = _begun.get((stage, folder.path))
-    names = folder.kept | set(ARTEFACTS[stage])
+    names = folder.kept | set(PROMISED[stage])
     written = sorted(name for name in names if (folder / name).is_file())
     n_failed = _asked_again(stage, folder, config)
     folder.mark(
@@ -384,7 +379,7 @@ def _failed(stage: str, folder: Folder, config: RunConfig) -> list[str]:
 
 def _requests(folder: Path, model: str) -> tuple[set[str], set[str], set[str]]:
     """Names of the stored requests to a model: with a good reply, to be sent again, not."""
-    from stllms.models.api import Limits, Store
+    from stllms.models.api import ASKS, Store
 
     good: set[str] = set()
     waits: set[str] = set()
@@ -394,7 +389,7 @@ def _requests(folder: Path, model: str) -> tuple[set[str], set[str], set[str]]:
             continue
         answers = [row["status"] for row in tries if row["status"] != "failed"]
         usable = answers[-1:] == ["answered"]
-        again = not usable and len(answers) < Limits().asks
+        again = not usable and len(answers) < ASKS
         (waits if again else ended).add(tries[-1]["name"])
         if usable:
             good.add(tries[-1]["name"])
