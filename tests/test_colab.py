@@ -205,7 +205,7 @@ def ask(python: Path, code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_wheel_holds_what_is_not_code(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"stllms/_notebooks/{path.name}" for path in NOTEBOOKS} <= names
@@ -220,7 +220,7 @@ def test_the_wheel_holds_what_is_not_code(wheel):
     assert "stllms/report.html" in data
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @each
 def test_a_copy_runs_in_a_fresh_environment_and_an_empty_folder(
     name, tmp_path, kernel, colab_like

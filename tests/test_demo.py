@@ -88,7 +88,7 @@ def whole() -> Bench:
     return benches.bench(RunConfig(device="cpu"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("behaviour", "coefficient", "verb"),
     [("adding-knowledge", 1.0, "raised"), ("backtracking", -2.0, "lowered")],
@@ -170,7 +170,7 @@ def test_the_committed_notebook_shows_the_example():
     assert "Picked: of" in stored
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nbconvert_shows_the_example(tmp_path):
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute"]
     where = {"cwd": NOTEBOOK.parent, "env": {**os.environ, "JUPYTER_PLATFORM_DIRS": "1"}}

@@ -176,7 +176,7 @@ MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "control_vectors.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 def test_llama_cpp_and_our_steering_do_the_same(tmp_path):
     """The benchmark's rows for one prompt, the float32 file and both signs at one layer."""

@@ -160,7 +160,7 @@ def soundly(cells: list[dict]) -> None:
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_notebook_01_runs_in_jupyterlab(page, server, place, pictures):
     opened(page, server, "01_generate")
     cells = run_all(page, place / "01_generate.ipynb")
@@ -174,7 +174,7 @@ def test_notebook_01_runs_in_jupyterlab(page, server, place, pictures):
     keep(page, pictures, "01_generate-figure")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_slider_of_notebook_00_changes_the_steered_chain_only(
     page, server, place, pictures
 ):

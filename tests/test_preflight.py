@@ -12,14 +12,15 @@ import pytest
 import torch
 from huggingface_hub.hf_api import ModelInfo
 
+from stllms import config
 from stllms import tasks
 from stllms.annotation import annotators
 from stllms.annotation.judge import Judge
 from stllms.app import cli, preflight, runner, stages
 from stllms.app.preflight import Work
 from stllms.config import RunConfig
-from stllms.generation.responses import read as read_responses
-from stllms.generation.responses import responses as generate
+from stllms.generation.chains import read as read_responses
+from stllms.generation.chains import responses as generate
 from stllms.labels import STEERED
 from stllms.models import api
 from stllms.records import STEERED_KEY, Annotation, to_row
@@ -192,10 +193,10 @@ def test_quantization_needs_its_package(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"'4bit' needs bitsandbytes: pip install"):
-        configuration.hardware("auto", "4bit")
+        config.hardware("auto", "4bit")
     with pytest.raises(ValueError, match="needs a CUDA device and device is 'cpu'"):
-        configuration.hardware("cpu", "4bit")
-    configuration.hardware("cuda", None)
+        config.hardware("cpu", "4bit")
+    config.hardware("cuda", None)
 
 
 def test_a_model_behind_an_api_needs_no_device(place, monkeypatch):

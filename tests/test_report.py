@@ -368,7 +368,7 @@ def test_a_report_older_than_an_input_is_made_again(complete, name):
 # -- in a browser ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("width", [390, 1400])
 def test_a_browser_asks_for_nothing_and_never_scrolls_sideways(reference, width, tmp_path):
     with browser.chromium() as started:

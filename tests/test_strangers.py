@@ -270,14 +270,14 @@ def opened(view, page: Path, text: str) -> tuple[bool, list[str]]:
     return ran, [url for url in asked if url not in kept and not url.startswith(own)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_browser_runs_nothing_of_a_stranger_s_report(stranger, tmp_path):
     page = report.write(stranger).read_text(encoding="utf-8")
     with browser.chromium() as started:
         assert opened(started.new_page(), tmp_path / "report.html", page) == (False, [])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_policy_alone_stops_what_a_browser_runs_without_it(stranger, tmp_path):
     page = report.write(stranger).read_text(encoding="utf-8")
     head = page[: page.index("<title>")]

@@ -27,7 +27,8 @@ from stllms.config import RunConfig
 from stllms.records import STEERED_KEY
 from stllms.registry import PACKAGE, repository
 from stllms.runs.artifacts import Folder, now
-from stllms.runs.files import ARTEFACTS, StaleArtefact, digest, read_json
+from stllms.hashes import digest
+from stllms.runs.files import ARTEFACTS, StaleArtefact, read_json
 from stllms.runs.store import Rows
 from stllms.terminal import followed
 
