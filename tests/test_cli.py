@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from stllms.annotation import align, annotators
+from stllms.annotation import annotators, placing
 from stllms.app import cli, runner
 from stllms.config import PROFILES
 from stllms.generation import prompts
@@ -280,7 +280,7 @@ def test_a_chain_without_labels_is_status_1_and_named(capsys, tmp_path, monkeypa
 
         def annotate(self, chains):
             made = annotators.Lexical().annotate(chains)
-            made[2] = align.annotation(align.place([], "zzz"), "unknown", self.name)
+            made[2] = placing.annotation(placing.place([], "zzz"), "unknown", self.name)
             made[3] = replace(made[2], task_id="broken", failed="no stored reply")
             return made
 

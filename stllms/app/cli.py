@@ -609,14 +609,15 @@ def annotate(file: str, out: str | None, **given: Any) -> int:
     options = _judge_options(given)
     if out is not None:
         _check_out(file, out)
-    from stllms.annotation import align, annotators
+    from stllms.annotation import annotators
+    from stllms.annotation.placing import summarise
     from stllms.generation import prompts
 
     chains = prompts.read(file)
     annotator = annotators.annotator(given["judge"], **options)
     made = annotator.annotate(chains)
     _write(made, out)
-    counted = align.summarise(made)
+    counted = summarise(made)
     bare = [one for one in made if not one.segments]
     found = f"{_count(counted.chains, 'chain')}, {_count(counted.placed, 'segment')}"
     covered = f"{counted.coverage:.1%} of the text labelled" if counted.total else "no text"
