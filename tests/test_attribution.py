@@ -129,7 +129,7 @@ def test_results_do_not_depend_on_the_chunk_size(tiny_gemma2, objective, rows):
 
 def test_short_passes_have_at_most_max_rows(tiny_gemma2):
     rows = []
-    handle = tiny_gemma2.final_norm.register_forward_pre_hook(
+    handle = tiny_gemma2.decoder.norm.register_forward_pre_hook(
         lambda _module, inputs: rows.append(inputs[0].shape[1])
     )
     vectors = directions(tiny_gemma2)

@@ -411,10 +411,10 @@ def test_the_command_line_writes_prints_and_puts_the_table_into_a_document(tmp_p
     assert "no place for the ledger" in capsys.readouterr().err
 
 
-def test_the_readme_holds_the_committed_ledger():
+def test_the_page_holds_the_committed_ledger():
     root = Path(__file__).resolve().parents[1]
     rows = pd.read_csv(root / "results" / "reference" / "ledger.csv", keep_default_na=False)
-    text = (root / "README.md").read_text(encoding="utf-8")
+    text = (root / "docs" / "claims.md").read_text(encoding="utf-8")
     assert ledger.put(text, ledger.markdown(rows)) == text, "stllms.comparison.ledger --into"
 
 

@@ -73,8 +73,8 @@ def test_parameters_are_at_most_eight_literals(path):
 
 @each_stage
 def test_it_ensures_first_and_finishes_last(path):
-    assert f'run.ensure("{path.stem}", config)' in "\n".join(code(path))
-    assert f'run.finish("{path.stem}", config)' in code(path)[-1]
+    assert f'stages.ensure("{path.stem}", config)' in "\n".join(code(path))
+    assert f'stages.finish("{path.stem}", config)' in code(path)[-1]
 
 
 @each

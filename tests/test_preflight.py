@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub.hf_api import ModelInfo
 
-from stllms import config
+from stllms import config as configuration
 from stllms import tasks
 from stllms.annotation import annotators
 from stllms.annotation.judge import Judge
@@ -193,10 +193,10 @@ def test_quantization_needs_its_package(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"'4bit' needs bitsandbytes: pip install"):
-        config.hardware("auto", "4bit")
+        configuration.hardware("auto", "4bit")
     with pytest.raises(ValueError, match="needs a CUDA device and device is 'cpu'"):
-        config.hardware("cpu", "4bit")
-    config.hardware("cuda", None)
+        configuration.hardware("cpu", "4bit")
+    configuration.hardware("cuda", None)
 
 
 def test_a_model_behind_an_api_needs_no_device(place, monkeypatch):

@@ -47,7 +47,7 @@ def figures(monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.png").touch()
 
-    monkeypatch.setattr(files, "draw", keep)
+    monkeypatch.setattr(files, "save_figure", keep)
     return drawn
 
 

@@ -75,9 +75,9 @@ def write_json(content: object) -> Callable[[Path], None]:
 
 
 def read_counts_and_labels(path: Path) -> None:
-    released.read_counts(path)
-    for reader in compare.READERS.values():
-        compare.of_released(path, reader)
+    released.load_comparison(path)
+    for reader in released.READERS.values():
+        released.of_file(path, reader)
 
 
 MEANS, EFFECTS = mean_vectors(layers=4), layer_effects(layers=4, responses=3)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from stllms.app import stages
 from stllms.app.colab import unbadged
 from stllms.config import RunConfig
-from stllms.registry import MODELS, PACKAGE
+from stllms.registry import MODELS
 from stllms.runs.files import BadFile, load_table, read_json, replacing
 from stllms.terminal import plain
 
@@ -125,7 +125,7 @@ def write(folder: str | Path) -> Path:
         "dark": HtmlFormatter(style="monokai").get_style_defs(".highlight"),
     }
     exporter = HTMLExporter(
-        template_file=NAME, extra_template_paths=[str(PACKAGE)], exclude_anchor_links=True
+        template_file=NAME, extra_template_paths=[str(Path(__file__).parent)], exclude_anchor_links=True
     )
     exporter.environment.autoescape = True
     exporter.register_filter("clean", clean)

@@ -5,7 +5,7 @@ what it was measured on, a verdict. It is written from artefacts only (``publish
 ``<slug>/``, ``comparison/``); a claim without any says what to run.
 
 ``python -m stllms.comparison.ledger`` writes ``results/ledger.csv`` and prints the table;
-``--into README.md`` puts it there, between its two marks.
+``--into docs/claims.md`` puts it there, between its two marks.
 """
 
 from __future__ import annotations
@@ -575,7 +575,7 @@ CLAIMS: dict[str, Callable[[Path], Iterator[Cells]]] = {
     "early layers carry token identity": _embedding,
 }
 #: Where the table stands in a document.
-MARKS = ("<!-- ledger: written by python -m stllms.ledger -->", "<!-- end of ledger -->")
+MARKS = ("<!-- ledger: written by python -m stllms.comparison.ledger -->", "<!-- end of ledger -->")
 
 
 def ledger(results: str | Path, published: str | Path | None = None) -> pd.DataFrame:
