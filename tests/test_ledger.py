@@ -269,7 +269,7 @@ def test_a_model_of_a_persons_own_goes_by_its_folder(tmp_path):
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """For released files; their figures are not rendered."""
-    monkeypatch.setattr(files, "draw", lambda *_: None)
+    monkeypatch.setattr(files, "save_figure", lambda *_: None)
     path = tmp_path / "released"
     path.mkdir()
     return path
@@ -367,7 +367,7 @@ def test_averages_need_all_ten_files(tmp_path, folder):
 @pytest.mark.slow
 def test_the_authors_own_files_reproduce_the_committed_ledger(published, tmp_path, monkeypatch):
     """Optional: needs the released files (``STLLMS_PUBLISHED``)."""
-    monkeypatch.setattr(files, "draw", lambda *_: None)
+    monkeypatch.setattr(files, "save_figure", lambda *_: None)
     found = ledger.ledger(tmp_path, published)
     path = Path(__file__).parents[1] / "results" / "reference" / "ledger.csv"
     rows = pd.read_csv(path, keep_default_na=False)

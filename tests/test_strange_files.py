@@ -16,7 +16,6 @@ import pytest
 import torch
 from released_files import chains, layer_effects, mean_vectors
 
-from stllms.app import compare
 from stllms.comparison import released
 from stllms.models.loading import load
 from stllms.models.model import ModelError

@@ -24,10 +24,10 @@ from typing import IO
 
 from stllms import __version__
 from stllms.config import RunConfig
+from stllms.hashes import digest
 from stllms.records import STEERED_KEY
 from stllms.registry import PACKAGE, repository
 from stllms.runs.artifacts import Folder, now
-from stllms.hashes import digest
 from stllms.runs.files import ARTEFACTS, StaleArtefact, read_json
 from stllms.runs.store import Rows
 from stllms.terminal import followed

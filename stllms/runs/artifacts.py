@@ -21,7 +21,18 @@ from typing import TYPE_CHECKING, Any
 from stllms import __version__, registry
 from stllms.config import RunConfig
 from stllms.records import STEERED_KEY, from_rows, response_from_row
-from stllms.runs.files import ARTEFACTS, BadFile, RUN, Record, StaleArtefact, check, load_tensors, locked, save_figure, save_table
+from stllms.runs.files import (
+    ARTEFACTS,
+    RUN,
+    BadFile,
+    Record,
+    StaleArtefact,
+    check,
+    load_tensors,
+    locked,
+    save_figure,
+    save_table,
+)
 from stllms.runs.store import Rows
 
 if TYPE_CHECKING:
