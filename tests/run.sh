@@ -33,8 +33,8 @@ step() {
 
 # What only notebooks call is no dead code: vulture reads them as scripts.
 unused() {
-  "$python" -m jupyter nbconvert --log-level=ERROR --to script --output-dir "$work/notebooks" \
-    notebooks/0*.ipynb && "$python" -m vulture stllms training benchmarks tests "$work/notebooks"
+  "$python" -m jupyter nbconvert --log-level=ERROR --to python --output-dir "$work/notebooks" \
+    notebooks/0*.ipynb && "$python" -m vulture stllms training benchmarks "$work/notebooks"
 }
 
 step "style" "$python" -m ruff check .
