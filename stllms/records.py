@@ -44,7 +44,7 @@ class Response:
     model that does not open a ``<think>``). ``closed`` says that the thinking ended before the
     token limit, ``finished`` that the model ended its turn before it.
     ``audit`` holds the per-response sums of the sampling audit
-    (:func:`stllms.generation.sampling.entry`); responses that differ only in it are equal.
+    (:func:`stllms.runs.audit.entry`); responses that differ only in it are equal.
     It is ``None`` for text from a file or an API, and in older files.
     """
 

@@ -15,6 +15,7 @@ from scipy import stats
 
 from stllms.generation import chains, decode, sampling
 from stllms.records import Response, Task
+from stllms.runs import audit as runs_audit
 from stllms.runs.store import Rows
 from stllms.steering import conditions
 
@@ -288,7 +289,7 @@ def audited(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> l
     return [
         chain(
             f"t{number}",
-            sampling.entry(
+            runs_audit.entry(
                 len(row),
                 temperature,
                 sampling.measure(logits.expand(len(row), -1), row, temperature)
@@ -319,7 +320,7 @@ def old_draws(logits: torch.Tensor, count: int) -> torch.Tensor:
     ids=["peaked", "flat", "small", "bytes"],
 )
 def test_a_right_sampler_passes(logits, temperature):
-    found = sampling.audit(
+    found = runs_audit.audit(
         audited(logits, draws(logits, 1280, temperature).view(32, 40), temperature)
     )
     assert found.check() is found
@@ -336,10 +337,10 @@ def test_a_right_sampler_passes(logits, temperature):
 def test_the_old_sampler_is_caught():
     logits = peaked(REAL) * 2
     tokens = old_draws(logits, 1200)
-    found = sampling.audit(audited(logits, tokens.view(12, 100), 1.0))
+    found = runs_audit.audit(audited(logits, tokens.view(12, 100), 1.0))
     assert 4 < found.rare < 30, "0.9 % of 1200"
     assert found.rare_expected < 0.1
-    with pytest.raises(sampling.SamplingError, match=r"below 1e-06 where 0\.0"):
+    with pytest.raises(runs_audit.SamplingError, match=r"below 1e-06 where 0\.0"):
         found.check()
     assert found.z > 5
 
@@ -347,10 +348,10 @@ def test_the_old_sampler_is_caught():
 def test_a_wrong_temperature_is_caught():
     logits = peaked(5000)
     tokens = draws(logits, 6000, 1.0).view(60, 100)
-    assert sampling.audit(audited(logits, tokens, 1.0)).check()
+    assert runs_audit.audit(audited(logits, tokens, 1.0)).check()
     for claimed, sign in ((0.85, r"\+"), (1.2, "-")):
-        with pytest.raises(sampling.SamplingError, match=f"the mean entropy by {sign}"):
-            sampling.audit(audited(logits, tokens, claimed)).check()
+        with pytest.raises(runs_audit.SamplingError, match=f"the mean entropy by {sign}"):
+            runs_audit.audit(audited(logits, tokens, claimed)).check()
 
 
 def test_the_standard_error_is_that_of_chains_that_share_their_noise():
@@ -359,7 +360,7 @@ def test_the_standard_error_is_that_of_chains_that_share_their_noise():
     zs = []
     for seed in range(150):
         once = audited(logits, draws(logits, 100, 1.0, seed).view(5, 20), 1.0)
-        alone, found = sampling.audit(once), sampling.audit(once * 8)
+        alone, found = runs_audit.audit(once), runs_audit.audit(once * 8)
         assert found.z == pytest.approx(alone.z)
         assert found.standard_error == pytest.approx(alone.standard_error)
         assert (found.shared, alone.shared) == (8, 1)
@@ -374,45 +375,45 @@ def test_one_unlikely_token_in_a_short_chain_is_no_alarm():
     logits = torch.tensor([0.999, 0.001]).log()
     beyond = 0
     for seed in range(200):
-        found = sampling.audit(audited(logits, draws(logits, 30, 1.0, seed).view(1, 30), 1.0))
-        beyond += abs(found.z) > sampling.LIMIT
+        found = runs_audit.audit(audited(logits, draws(logits, 30, 1.0, seed).view(1, 30), 1.0))
+        beyond += abs(found.z) > runs_audit.LIMIT
         found.check()
     assert beyond > 0
 
 
 def test_rare_tokens_fail_beyond_their_poisson_tail():
-    base = sampling.audit([chain("a", sampling.entry(10**6, 1.0, [1e6, 1e6, 1e6, 0, 0.5]))])
+    base = runs_audit.audit([chain("a", runs_audit.entry(10**6, 1.0, [1e6, 1e6, 1e6, 0, 0.5]))])
     most = int(stats.poisson.isf(stats.norm.sf(5), 0.5))
     assert replace(base, rare=most).check()
-    with pytest.raises(sampling.SamplingError, match=f"{most + 2} sampled tokens"):
+    with pytest.raises(runs_audit.SamplingError, match=f"{most + 2} sampled tokens"):
         replace(base, rare=most + 2).check()
     assert replace(base, rare=4 * most, rare_expected=2.0, shared=4).check()
-    with pytest.raises(sampling.SamplingError, match="1 sampled tokens"):
+    with pytest.raises(runs_audit.SamplingError, match="1 sampled tokens"):
         replace(base, rare=1, rare_expected=0.0).check()
 
 
 def test_the_audit_of_greedy_chains_counts_what_is_not_the_likeliest():
     logits = torch.randn(900, generator=torch.Generator().manual_seed(0))
     best, second = logits.topk(2).indices.tolist()
-    right = sampling.audit(audited(logits, torch.tensor([[best] * 5]), 0.0)).check()
+    right = runs_audit.audit(audited(logits, torch.tensor([[best] * 5]), 0.0)).check()
     assert right.line == "sampling audit: 5 greedy tokens; 0 are not the likeliest"
     wrong = audited(logits, torch.tensor([[best] * 5, [best, second, best, best, 0]]), 0.0)
-    with pytest.raises(sampling.SamplingError, match="2 of 10 greedy tokens are not the"):
-        sampling.audit(wrong).check()
+    with pytest.raises(runs_audit.SamplingError, match="2 of 10 greedy tokens are not the"):
+        runs_audit.audit(wrong).check()
 
 
 def test_chains_without_entries_are_counted_and_wrong_ones_refused():
-    entry = sampling.entry(100, 1.0, [210.0, 200.0, 100.0, 1, 0.25])
-    found = sampling.audit([chain("a", entry), chain("b", None), chain("c", None)])
+    entry = runs_audit.entry(100, 1.0, [210.0, 200.0, 100.0, 1, 0.25])
+    found = runs_audit.audit([chain("a", entry), chain("b", None), chain("c", None)])
     assert found.unaudited == 2
     assert found.line == (
         "sampling audit: 100 tokens; mean -log p - entropy = +0.1000 +- 0.1000 nats "
         "(z = +1.0); tokens below 1e-06: 1 (0.25 expected); "
         "2 chains have no entries and were not audited"
     )
-    assert sampling.audit([]).check().line == "sampling audit: no tokens"
+    assert runs_audit.audit([]).check().line == "sampling audit: no tokens"
     with pytest.raises(ValueError, match="d: its audit has tokens, expected tokens with surp"):
-        sampling.audit([chain("d", {"tokens": 3})])
+        runs_audit.audit([chain("d", {"tokens": 3})])
 
 
 # -- in a run --------------------------------------------------------------------------------
@@ -458,13 +459,13 @@ def test_a_resumed_run_audits_all_its_tokens(tiny_llama, asked, tmp_path, monkey
     monkeypatch.setattr(chains, "CHUNK", 3)
     whole = Rows(tmp_path / "whole.jsonl")
     made = chains.responses(tiny_llama, asked, store=whole, **OPTIONS)
-    wanted = sampling.audit(made)
+    wanted = runs_audit.audit(made)
     assert wanted.tokens == sum(len(one.output_ids) for one in made)
-    assert sampling.audit(chains.read(whole)) == wanted
+    assert runs_audit.audit(chains.read(whole)) == wanted
     lines = whole.path.read_bytes().splitlines(keepends=True)
     cut = tiny.killed(whole, "cut.jsonl", b"".join(lines[:4]))
     again = chains.responses(tiny_llama, asked, store=cut, **OPTIONS)
-    assert sampling.audit(again) == wanted
+    assert runs_audit.audit(again) == wanted
 
 
 def test_rows_of_before_the_audit_are_read_and_counted(tiny_llama, asked, tmp_path):
@@ -476,7 +477,7 @@ def test_rows_of_before_the_audit_are_read_and_counted(tiny_llama, asked, tmp_pa
     store = tiny.killed(whole, "old.jsonl", b"".join(lines))
     found = chains.responses(tiny_llama, asked[:2], store=store, **OPTIONS)
     assert found == made
-    assert sampling.audit(found).unaudited == 1
+    assert runs_audit.audit(found).unaudited == 1
 
 
 def uniform(logits, key, step, temperature):
@@ -498,7 +499,7 @@ def test_generation_and_steering_stop_where_the_audit_fails(
         assert len(write()) == 7
     monkeypatch.setattr(sampling, "choose", uniform)
     for write in stages.values():
-        with pytest.raises(sampling.SamplingError, match="not drawn from the model's distrib"):
+        with pytest.raises(runs_audit.SamplingError, match="not drawn from the model's distrib"):
             write()
 
 
@@ -509,5 +510,5 @@ def test_logits_that_are_not_finite_are_refused_with_the_row(tiny_llama):
         decode.Row((50, 60, 70), "pushed", (decode.Intervention(vector, 1, 100.0),)),
     ]
     for temperature in (0.0, 0.8):
-        with pytest.raises(sampling.SamplingError, match="pushed: the logits after 0 new"):
+        with pytest.raises(runs_audit.SamplingError, match="pushed: the logits after 0 new"):
             decode.run(tiny_llama, rows, max_new_tokens=4, temperature=temperature)

@@ -16,12 +16,13 @@ from stllms.annotation import annotators
 from stllms.comparison import groups, released
 from stllms.comparison.groups import Member
 from stllms.config import RunConfig
-from stllms.generation import remote, sampling
+from stllms.generation import remote
 from stllms.generation.chains import responses
 from stllms.models.loading import load
 from stllms.models.model import Model
 from stllms.records import Annotation, Response, Task
 from stllms.registry import resolve
+from stllms.runs import audit
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import read_json
 from stllms.runs.store import Rows
@@ -83,7 +84,7 @@ def of_model(config: RunConfig, folder: Folder) -> Member:
         model = load(config.model, **config.loading)
         folder.made_with(model)
         chains = responses(model, asked, store=folder.rows(folder.responses), **decoding)
-        folder.note(sampling_audit_responses=sampling.audit(chains).recorded)
+        folder.note(sampling_audit_responses=audit.audit(chains).recorded)
     annotations = annotators.annotations(
         annotators.annotator(config.annotator, **config.annotating),
         chains,

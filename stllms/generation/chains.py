@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from stllms.generation import decode, prompts, sampling
+from stllms.generation import decode, prompts
 from stllms.models.model import Model
 from stllms.records import Response, Task, from_rows, response_from_row, to_row
+from stllms.runs import audit
 from stllms.runs.store import Rows, resumed
 from stllms.terminal import token_bar
 
@@ -72,7 +73,7 @@ def responses(
         keys = [(task.id,) for task in tasks]
         rows = resumed(keys, make, size=CHUNK, store=store, skip=bar.skip)
     found = [response_from_row(row) for row in rows]
-    sampling.audit(found).check()
+    audit.audit(found).check()
     return found
 
 

@@ -27,6 +27,7 @@ from stllms.generation import sampling
 from stllms.generation.prompts import CLOSE
 from stllms.hashes import digest
 from stllms.models.model import Model
+from stllms.runs import audit as sampling_audit
 
 #: A batch is refilled once this share of its rows has ended.
 REFILL = 0.25
@@ -164,7 +165,7 @@ class Row:
 @dataclass(frozen=True)
 class Written:
     """A chain that was written: its new ids, the one that ended it included, and its audit
-    (:func:`stllms.generation.sampling.entry`), whose last digits depend on the batch and which
+    (:func:`stllms.runs.audit.entry`), whose last digits depend on the batch and which
     is not compared."""
 
     ids: tuple[int, ...]
@@ -288,7 +289,7 @@ def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
     """The loop of :func:`run` at one batch size, longest prompts first."""
     waiting = deque(sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids)))
     written: list[list[int]] = [[] for _ in rows]
-    sums = torch.zeros(len(rows), len(sampling.columns(temperature)), dtype=torch.float64)
+    sums = torch.zeros(len(rows), len(sampling_audit.columns(temperature)), dtype=torch.float64)
     batch: _Batch | None = None
     while waiting or batch is not None:
         room = batch_size - (0 if batch is None else len(batch.rows))
@@ -305,7 +306,7 @@ def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
         if batch is not None:
             _advance(model, batch, temperature)
     return [
-        Written(tuple(ids), sampling.entry(len(ids), temperature, total))
+        Written(tuple(ids), sampling_audit.entry(len(ids), temperature, total))
         for ids, total in zip(written, sums.tolist(), strict=True)
     ]
 
@@ -389,7 +390,7 @@ def _record(
         if not batch.live[i]:
             continue
         if broken[i]:
-            raise sampling.SamplingError(
+            raise sampling_audit.SamplingError(
                 f"{batch.rows[i].key}: the logits after {len(written[place])} new tokens are "
                 "not finite, so no token can be drawn: use a smaller coefficient, or dtype "
                 "float32"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from stllms import __version__, registry
 from stllms.config import RunConfig
 from stllms.records import STEERED_KEY, from_rows, response_from_row
+from stllms.runs.audit import SamplingError, audit
 from stllms.runs.files import (
     ARTEFACTS,
     RUN,
@@ -408,15 +409,13 @@ def _row_count(path: Path, recorded: int) -> str:
 
 def _audited(path: Path) -> Finding:
     """The sampling audit of a file of chains, computed from its rows."""
-    from stllms.generation import sampling  # torch
-
     name = f"sampling audit of {path.name}"
     key = ("task_id",) if path.name == "responses.jsonl" else STEERED_KEY
     try:
         rows = Rows(path, key).load()
         chains = from_rows((row.get("response", row) for row in rows), response_from_row, path)
-        return Finding(name, True, sampling.audit(chains).check().line)
-    except (ValueError, sampling.SamplingError) as error:
+        return Finding(name, True, audit(chains).check().line)
+    except (ValueError, SamplingError) as error:
         return Finding(name, False, str(error))
 
 

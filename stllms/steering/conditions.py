@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stllms.generation import decode, prompts, sampling
+from stllms.generation import decode, prompts
 from stllms.generation.decode import Intervention
 from stllms.labels import STEERED
 from stllms.models.model import Model
 from stllms.records import Response, Steered, Task, from_rows, steered_from_row, to_row
+from stllms.runs import audit
 from stllms.runs.store import Rows, resumed
 from stllms.terminal import token_bar
 from stllms.vectors.directions import SteeringVectors
@@ -151,7 +152,7 @@ def generate(
             progress=bar.tick,
             watch=watch,
         )
-    sampling.audit(responses).check()
+    audit.audit(responses).check()
     return responses
 
 
@@ -247,7 +248,7 @@ def grid(
         size = CHUNK * len(every)
         rows = resumed(keys, make, size=size, store=store, skip=bar.skip) if every else []
     found = [steered_from_row(row) for row in rows]
-    sampling.audit(one.response for one in found).check()
+    audit.audit(one.response for one in found).check()
     return found
 
 
