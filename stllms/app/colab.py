@@ -64,7 +64,8 @@ def unbadged(text: str) -> str:
 
 def badged(text: str, name: str, published: str | None) -> str:
     """``text`` of the title cell of notebook ``name`` with its badge below the first line, or
-    without one if the package is not published."""
+    without one if the package is not published.
+    """
     text = unbadged(text)
     if not published:
         return text

@@ -209,7 +209,8 @@ def _sentence(record: Mapping[str, Any]) -> str:
 
 def _steering(folder: Path) -> tuple[Markup | None, list[str]]:
     """The paper's four effects (own token fraction of the baseline and under +1 and -1), and
-    the coefficients that break the text."""
+    the coefficients that break the text.
+    """
     from stllms.plotting import text
     from stllms.steering import dose, measures
 
@@ -245,7 +246,8 @@ def _warnings(record: Mapping[str, Any], sections: Sequence[Mapping[str, Any]]) 
 
 def _is_committed(record: Mapping[str, Any]) -> bool:
     """Whether the run is the one that the committed notebooks show and their readings are
-    about: every option that could change a number is the default."""
+    about: every option that could change a number is the default.
+    """
     default = RunConfig()
     try:
         config = RunConfig.from_dict(record["configuration"])
@@ -304,7 +306,8 @@ def _cells(
     sections: Sequence[dict[str, Any]], readings: bool
 ) -> Iterator[nbformat.NotebookNode]:
     """A heading for every stage, and the cells of its executed notebook. Text with the tag
-    :data:`COMMITTED` is left out but with ``readings``."""
+    :data:`COMMITTED` is left out but with ``readings``.
+    """
     from nbformat import v4
 
     for section in sections:
@@ -361,7 +364,8 @@ def _tables(places: Sequence[Path]) -> Iterator[tuple[str, Markup]]:
 
 def _ledger(folder: Path) -> dict[str, Any]:
     """The claims that this run speaks to and all others, or why there is no ledger: a broken
-    file of another run does not keep this one from its report."""
+    file of another run does not keep this one from its report.
+    """
     from stllms.comparison.ledger import display, ledger
 
     results = folder.parent

@@ -30,7 +30,8 @@ SWEPT_CONTROLS = 4
 @dataclass(frozen=True)
 class Condition:
     """One way to steer: ``direction`` is a behaviour, ``none``, or a control such as
-    ``shuffled:0``."""
+    ``shuffled:0``.
+    """
 
     direction: str
     layer: int
@@ -93,7 +94,8 @@ def sweep_conditions(
     vectors: SteeringVectors, coefficients: Sequence[float], controls: Controls | None = None
 ) -> list[Condition]:
     """The baseline, and every steered behaviour and control at every layer with the largest
-    coefficient of each sign, to see where a direction acts best."""
+    coefficient of each sign, to see where a direction acts best.
+    """
     ends = sorted({min(coefficients), max(coefficients)} - {0})
     layers = range(vectors.n_layers)
     names = [name for name in STEERED if name in vectors.behaviours]

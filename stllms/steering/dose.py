@@ -30,7 +30,8 @@ _LOWER = ("accuracy", "closed", "compression", "labelled", "well-formed")
 
 def side_effects(rows: pd.DataFrame) -> pd.DataFrame:
     """Side effects (columns) under every condition (rows); control directions as the mean of a
-    kind, over the tasks that they were measured on."""
+    kind, over the tasks that they were measured on.
+    """
     side = rows[rows["metric"].isin(SIDE_EFFECTS)]
     kind = side["direction"].str.replace(r":\d+$", "", regex=True)
     wide = side.assign(direction=kind).pivot_table(
@@ -41,7 +42,8 @@ def side_effects(rows: pd.DataFrame) -> pd.DataFrame:
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """Dose-response: own token fraction and side effects of every direction (column
-    ``steered``) over its coefficients, the baseline at 0; with interval and null interval."""
+    ``steered``) over its coefficients, the baseline at 0; with interval and null interval.
+    """
     made = []
     for behaviour in STEERED:
         fraction = (rows["metric"] == FRACTION) & (rows["behaviour"] == behaviour)
@@ -144,7 +146,8 @@ def summary(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> pd
 
 def sweep(measured: pd.DataFrame) -> pd.DataFrame:
     """Own token fraction of every direction by layer and coefficient, with the baseline and the
-    null interval, from the measurements of a sweep over layers (no rows without any)."""
+    null interval, from the measurements of a sweep over layers (no rows without any).
+    """
     columns = ["behaviour", "layer", "coefficient", "value", "ci_low", "ci_high", "n", "plain"]
     columns += ["null_low", "null_high", "null_n"]
     if measured.empty:

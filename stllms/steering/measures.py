@@ -100,7 +100,8 @@ def _shares(sizes: np.ndarray, present: np.ndarray, empty: str) -> np.ndarray:
 def coherence(text: str) -> dict[str, float]:
     """Signs of broken text: ``loops`` is the share of word 4-grams that occurred before in the
     text, ``compression`` its size after zlib over the size before (low: repeats); 0 and 1 for a
-    text that is too short to repeat itself."""
+    text that is too short to repeat itself.
+    """
     words = text.split()
     grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     raw = text.encode()
@@ -244,7 +245,8 @@ def _conditions(measured: pd.DataFrame) -> tuple[list[str], dict[tuple, pd.DataF
 
 def _null(by_condition: Mapping[tuple, pd.DataFrame]) -> dict[tuple, pd.DataFrame]:
     """(layer, coefficient) -> smallest and largest control, and the fewest tasks of any, a row
-    a measure."""
+    a measure.
+    """
     plain = by_condition[PLAIN]
     values: dict[tuple, list[pd.Series]] = defaultdict(list)
     counts: dict[tuple, list[pd.Series]] = defaultdict(list)
@@ -299,7 +301,8 @@ def differences(measured: pd.DataFrame, rows: pd.DataFrame, *, seed: int = 0) ->
 
 def changes(rows: pd.DataFrame, coefficient: float = 1.0) -> pd.DataFrame:
     """What else moves: change of the token share of all six behaviours (columns) under every
-    behaviour's direction (index ``direction``) against the baseline."""
+    behaviour's direction (index ``direction``) against the baseline.
+    """
     shares = rows[rows["metric"] == SHARE]
     plain = shares[shares["direction"] == PLAIN[0]].set_index("behaviour")["value"]
     steered = shares[(shares["coefficient"] == coefficient) & shares["direction"].isin(STEERED)]
@@ -317,7 +320,8 @@ def showcase(
     """(baseline, positive) of the finished response whose own token fraction rose most, over
     all ``behaviours`` and their positive coefficients; the earlier behaviour where two rose
     alike. ``None`` where nothing was steered or nothing rose (the share of repeated 4-grams
-    off it)."""
+    off it).
+    """
     at = {one.key[:4]: one for one in steered}
     _, by_condition = _conditions(measured)
     best, pair = 0.0, None
