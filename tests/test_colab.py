@@ -11,7 +11,9 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat import v4
 
 from stllms.app import colab
 
@@ -36,6 +38,7 @@ def source(cell: dict) -> str:
 
 
 def test_the_copies_are_what_the_command_makes(tmp_path):
+    """Of this project, which has no address yet."""
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     made = colab.write(tmp_path / "notebooks", tmp_path / "copies", colab.address(ROOT))
     assert [path.name for path in made] == [path.name for path in NOTEBOOKS]
@@ -47,58 +50,27 @@ def test_the_copies_are_what_the_command_makes(tmp_path):
         assert source == (tmp_path / "notebooks" / path.name).read_bytes(), "its badge"
 
 
-@each
-def test_a_copy_is_its_notebook_behind_an_install_cell_without_outputs(name, tmp_path):
-    (tmp_path / "one").mkdir()
-    shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "one")
-    (path,) = colab.write(tmp_path / "one", tmp_path / "copies", PUBLISHED)
-    first, *rest = cells(path)
-    original = cells(ROOT / "notebooks" / f"{name}.ipynb")
-    assert f'"git+{PUBLISHED}@main"' in source(first)
-    assert [cell["id"] for cell in rest] == [cell["id"] for cell in original]
-    for copy, cell in zip(rest, original, strict=True):
-        if cell["cell_type"] == "code":
-            assert source(copy) == source(cell)
-            assert copy["outputs"] == []
-            assert copy["execution_count"] is None
-            assert copy["metadata"].get("tags") == cell["metadata"].get("tags")
-        else:
-            assert "Open in Colab" not in source(copy)
-
-
 # -- what the command does ---------------------------------------------------------------
 
 
 def write_book(path: Path, *texts: str) -> None:
-    made = [
-        {
-            "cell_type": "markdown",
-            "id": f"c{number}",
-            "metadata": {"collapsed": True, "tags": ["a"]},
-            "source": text.splitlines(keepends=True),
-        }
-        for number, text in enumerate(texts)
-    ]
-    book = {"cells": made, "metadata": {"widgets": {}}, "nbformat": 4, "nbformat_minor": 5}
-    path.write_text(json.dumps(book, indent=1) + "\n", encoding="utf-8")
+    metadata = {"collapsed": True, "tags": ["a"]}
+    made = [v4.new_markdown_cell(text, metadata=metadata) for text in texts]
+    made.append(v4.new_code_cell("1", outputs=[v4.new_output("stream", text="1")]))
+    nbformat.write(v4.new_notebook(cells=made, metadata={"widgets": {}}), path)
 
 
 def test_a_copy_whose_notebook_is_gone_is_deleted(tmp_path):
-    notebooks, copies = tmp_path / "notebooks", tmp_path / "copies"
-    notebooks.mkdir()
-    write_book(notebooks / "01_one.ipynb", "# One")
-    write_book(notebooks / "02_two.ipynb", "# Two")
-    write_book(notebooks / "scratch.ipynb", "# Mine")
-    colab.write(notebooks, copies)
-    assert sorted(path.name for path in copies.glob("*")) == ["01_one.ipynb", "02_two.ipynb"]
-    (notebooks / "02_two.ipynb").unlink()
-    colab.write(notebooks, copies)
-    assert [path.name for path in copies.glob("*")] == ["01_one.ipynb"]
-
-
-def test_a_folder_without_notebooks_is_refused(tmp_path):
+    copies = tmp_path / "copies"
     with pytest.raises(ValueError, match=r"no notebooks in .*01_generate\.ipynb"):
-        colab.write(tmp_path, tmp_path / "copies")
+        colab.write(tmp_path, copies)
+    for name in ("01_one", "02_two", "scratch"):
+        write_book(tmp_path / f"{name}.ipynb", "# One")
+    colab.write(tmp_path, copies)
+    assert sorted(path.name for path in copies.glob("*")) == ["01_one.ipynb", "02_two.ipynb"]
+    (tmp_path / "02_two.ipynb").unlink()
+    colab.write(tmp_path, copies)
+    assert [path.name for path in copies.glob("*")] == ["01_one.ipynb"]
 
 
 def test_a_badge_is_below_the_title_where_an_address_is_configured_and_nowhere_else(tmp_path):
@@ -115,6 +87,8 @@ def test_a_badge_is_below_the_title_where_an_address_is_configured_and_nowhere_e
     assert badge.endswith(f"](https://{address})")
     assert source(cells(copy)[1]) == "# 01\n\n**Question.** Why?", "no gap in the copy"
     assert cells(copy)[1]["metadata"] == {"tags": ["a"]}
+    assert cells(copy)[-1]["outputs"] == []
+    assert '"git+https://example.org/them/theirs@main"' in source(cells(copy)[0])
     assert "widgets" not in json.loads(copy.read_text())["metadata"]
     colab.write(tmp_path, tmp_path / "copies", PUBLISHED.replace("theirs", "ours"))
     assert source(cells(path)[0]).count("Open in Colab") == 1
@@ -123,14 +97,6 @@ def test_a_badge_is_below_the_title_where_an_address_is_configured_and_nowhere_e
     assert path.read_bytes() == before, "as Jupyter writes it, and without a badge"
     assert "git+" not in source(cells(copy)[0])
     assert 'glob.glob("stllms-*.whl")' in source(cells(copy)[0])
-
-
-def test_the_address_is_that_of_the_project(tmp_path):
-    project = tmp_path / "pyproject.toml"
-    project.write_text('[project]\nname = "x"\n')
-    assert colab.address(tmp_path) is None
-    project.write_text(f'[project.urls]\nRepository = "{PUBLISHED}"\n')
-    assert colab.address(tmp_path) == PUBLISHED
 
 
 def test_the_machine_names_its_gpu_or_says_how_to_get_one(monkeypatch):
@@ -217,7 +183,7 @@ def test_the_wheel_holds_what_is_not_code(wheel):
         if path.is_file() and path.suffix not in (".py", ".pyc")
     ]
     assert set(data) <= names, "package-data of pyproject.toml"
-    assert "stllms/report.html" in data
+    assert "stllms/app/report.html" in data
 
 
 @pytest.mark.long

@@ -130,16 +130,6 @@ def test_steering_bars_have_the_null_interval_over_them_and_in_the_legend(axes):
     assert legend_of(other.figure) == MODES
 
 
-def test_a_behaviour_that_was_not_steered_has_two_bars_missing(axes):
-    table = steering_table()
-    gone = (table["behaviour"] == "backtracking") & (table["mode"] != "plain")
-    table.loc[gone, ["value", "low", "high", "null_low", "null_high"]] = NAN
-    draw.steering_bars(axes, table)
-    assert written(axes) == ["n/a", "n/a"]
-    boxes = [(p.get_x(), p.get_y(), p.get_height()) for p in axes.patches]
-    assert np.isfinite(boxes).all()
-
-
 def compared(*ways: tuple[str, str]) -> pd.DataFrame:
     rows = []
     for rank, (model, tasks) in enumerate(ways):
@@ -169,6 +159,20 @@ def test_a_comparison_has_a_bar_a_model_and_says_who_was_measured_otherwise(axes
     assert legend_of(other.figure) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize(
+    ("name", "bars"), [("counts", [3]), ("both", [3, 18]), ("totals", [18, 3])]
+)
+def test_each_comparison_figure_has_its_panels_and_one_legend(name, bars):
+    rows = compared(("a", "t"), ("b", "t"), ("c", "t"))
+    rows.loc[rows["behaviour"] == "all", "metric"] = "segment count"
+    rows = pd.concat(
+        [rows, rows[rows["behaviour"] == "deduction"].assign(metric="segment count")]
+    )
+    figure = draw.comparison(plt.figure(figsize=(9, 5)), rows, name, palette=PALETTE)
+    assert [len(axes.patches) for axes in figure.axes] == bars
+    assert legend_of(figure) == ["a", "b", "c"]
+
+
 def test_totals_have_a_line_a_model_and_name_what_is_missing(axes):
     draw.totals(axes, compared(("a", "t"), ("b", "t"), ("c", "t")), palette=PALETTE)
     assert [p.get_width() for p in axes.patches][:2] == [4, 5]
@@ -188,14 +192,6 @@ def test_a_matrix_is_signed_symmetric_and_names_missing_cells(axes):
     assert axes.collections[0].get_clim() == (-0.4, 0.4)
     missing = next(t for t in axes.texts if t.get_text() == "n/a")
     assert missing.get_position() == (0.5, 1.5)
-
-
-def test_the_heatmap_writes_every_cosine_in_its_cell(axes):
-    matrix = np.array([[1.0, 0.33], [0.33, 1.0]])
-    draw.heatmap(axes, matrix, ["backtracking", "adding-knowledge"])
-    assert written(axes) == ["1.00", "0.33", "0.33", "1.00"]
-    assert axes.collections[0].get_clim() == (-1, 1)
-    assert axes.get_yticklabels()[1].get_text() == "adding-\nknowledge"
 
 
 def test_confusions_have_a_panel_an_annotator_and_kappa_in_the_title():
@@ -248,12 +244,6 @@ def test_growth_has_a_line_a_behaviour_and_says_when_there_is_none(axes):
     _, other = plt.subplots()
     draw.growth(other, table.iloc[:0])
     assert "too few spans" in written(other)[0]
-
-
-def test_a_dot_stands_for_every_chain(axes):
-    draw.strip(axes, [0.2, 1.0, 1.0], label="coverage")
-    assert axes.lines[0].get_xdata().tolist() == [0.2, 1.0, 1.0]
-    assert axes.get_xlim()[1] > 1
 
 
 def effect_table(n_layers: int = 5) -> pd.DataFrame:
@@ -318,14 +308,6 @@ def test_one_huge_layer_does_not_hide_the_others_on_a_logarithmic_axis(band):
         plt.close(figure)
     assert heights[False] < 0.05
     assert heights[True] > 0.2
-
-
-def test_released_effects_say_which_behaviours_were_left_out():
-    _, panels = plt.subplots(1, 4)
-    draw.released_effects(panels, effect_table(), label="x", mark={STEERED[1]: 3})
-    assert written(panels[0]) == ["left out:\nno released values"]
-    assert list(panels[1].lines[1].get_xdata()) == [3, 3]
-    assert len(panels[2].lines) == 1
 
 
 # --- doses -------------------------------------------------------------------------------
@@ -517,22 +499,6 @@ def test_html_is_escaped_everywhere():
     assert made.count("&lt;script&gt;") >= 6
 
 
-def test_segments_have_the_colours_of_the_figures():
-    assert COLOURS["backtracking"] in words.html(TEXT, SEGMENTS)
-    assert all(name in words.html_legend() for name in BEHAVIOURS)
-    assert len(set(words.TERMINAL.values())) == len(BEHAVIOURS) == len(words.TERMINAL)
-    for name, code in words.TERMINAL.items():
-        assert f"48;5;{code}m{name}" in words.terminal_shares(["a"], [[0] * 6], colour=True)
-
-
-def test_several_chains_need_an_annotation_each():
-    one = steered(0).response
-    made = words.html_chains([one, one], [Annotation("t1", "x", SEGMENTS)] * 2)
-    assert made.count("t1") == 2
-    with pytest.raises(ValueError, match="shorter"):
-        words.html_chains([one], [])
-
-
 def test_bars_are_as_long_as_the_shares_and_a_missing_share_is_no_zero():
     shares = [0.0, 0.5, 0.25, 0.25, 0.0, NAN]
     made = words.html_panels([words.Panel("plain", TEXT, SEGMENTS, shares)])
@@ -600,11 +566,3 @@ def test_a_wide_table_refuses_two_numbers_for_one_cell_and_says_what_tells_them_
     assert found.columns.tolist() == ["x", "y"]
     assert found["x"].tolist() == [1.0, 3.0]
     assert found["y"].isna().tolist() == [False, True]
-
-
-def test_values_by_layer_have_a_row_a_behaviour():
-    curves = words.by_name(np.array([[0.1, 0.2], [0.3, 0.4]]), ["b", "a"])
-    table = words.layers(curves, quantity="AUC")
-    assert table.columns.tolist() == ["quantity", "behaviour", "layer 0", "layer 1"]
-    assert table.to_numpy().tolist() == [["AUC", "b", 0.1, 0.2], ["AUC", "a", 0.3, 0.4]]
-    assert words.layer_text({"b": 3, "a": 4}) == "b 3, a 4"

@@ -78,6 +78,13 @@ def test_the_result_comes_before_the_notebooks(reference):
     assert all(f"<td>{name}</td>" in text for name in STEERED)
 
 
+def test_only_verdicts_about_the_run_are_in_its_summary(reference):
+    seen = summary(reference.read_text(encoding="utf-8")).text
+    ledger = pd.read_csv(REFERENCE / "ledger.csv").groupby("claim")["on"].agg(" ".join)
+    own = ledger.str.contains("tiny-thinker")
+    assert {claim: claim in seen for claim in ledger.index} == own.to_dict()
+
+
 def test_a_coefficient_that_breaks_the_text_is_among_the_warnings(reference, tmp_path):
     folder = tmp_path / "results" / "tiny-thinker"
     shutil.copytree(reference.parent, folder)
@@ -109,7 +116,7 @@ def test_tables_ledger_configuration_and_versions_are_there(reference):
     assert record["recorded"]["sampling_audit_steered"]["line"] in page.text
 
 
-def test_the_file_asks_for_nothing_else(reference):
+def test_the_file_asks_for_nothing_else_and_its_contents_lead_somewhere(reference):
     text = reference.read_text(encoding="utf-8")
     page = Page(text)
     assert {tag for tag, _ in page.elements}.isdisjoint({"script", "link", "iframe", "base"})
@@ -120,11 +127,6 @@ def test_the_file_asks_for_nothing_else(reference):
             assert attributes["src"].startswith("data:image/"), tag
     assert "@import" not in text
     assert not re.search(r"url\(\s*[\"']?(?!data:)", text)
-    assert "prefers-color-scheme: dark" in text
-
-
-def test_the_contents_lead_somewhere(reference):
-    page = Page(reference.read_text(encoding="utf-8"))
     inside = [href[1:] for href in page.all("a", "href") if href.startswith("#")]
     assert len(inside) > 8
     assert set(inside) <= set(page.ids)
@@ -153,20 +155,6 @@ def test_a_run_whose_tasks_are_gone_keeps_its_report(results, tmp_path):
     folder = run_with("01_generate", *cells, tasks=str(tasks))
     tasks.unlink()
     assert "A reading." not in made(folder).text
-
-
-def test_only_verdicts_about_the_run_are_in_its_summary():
-    on = ["tiny-thinker, 60 tasks", "tiny-thinker and tiny-instruct, 60 tasks", "gpt-4o, 2"]
-    released = "released files, 3 thinking and 2 instruct models"
-    found = {
-        name: [report._speaks_of(Path(name), text) for text in (*on, released)]
-        for name in ("tiny-thinker", "tiny-instruct", "comparison")
-    }
-    assert found == {
-        "tiny-thinker": [True, True, False, False],
-        "tiny-instruct": [False, True, False, False],
-        "comparison": [False, True, False, False],
-    }
 
 
 # -- executed notebooks ----------------------------------------------------------------------
@@ -200,9 +188,6 @@ def test_code_is_folded_away_and_outputs_are_not(results):
     ("html", "seen"),
     [
         ("<script>alert(1)</script>", "the plain text"),
-        ("<img src='https://elsewhere.example/x.png'>", "the plain text"),
-        ("<style>@import 'x.css';</style>", "the plain text"),
-        ("<div id='plot'></div><script>draw('plot')</script>", "the plain text"),
         ("<p onclick = 'x()'>p</p>", "<p>p</p>"),
         ("<div style='background: url(x.png);color:red'>x</div>", "<div>x</div>"),
         ("<b>bold</b><script>alert(1)</script>", "<b>bold</b>"),
@@ -212,17 +197,14 @@ def test_code_is_folded_away_and_outputs_are_not(results):
 def test_an_output_loses_what_runs_or_loads_and_its_text_stands_in_for_nothing(
     results, html, seen
 ):
-    folder = run_with("01_generate", code("show()", shown(html=html, plain="the plain text")))
+    kept = '<span style="background:#99999959">once = url(x) src=y &lt;script&gt;</span>'
+    outputs = [shown(html=html, plain="the plain text"), shown(html=kept, plain="HTML object")]
+    folder = run_with("01_generate", code("show()", *outputs))
     text = report.write(folder).read_text(encoding="utf-8")
     assert html not in text
     assert seen in text
     assert ("the plain text" in text) is (seen == "the plain text")
-
-
-def test_words_that_only_look_like_markup_keep_their_colours(results):
-    html = '<span style="background:#99999959">once = url(x) src=y &lt;script&gt;</span>'
-    folder = run_with("01_generate", code("show()", shown(html=html, plain="HTML object")))
-    assert html in report.write(folder).read_text(encoding="utf-8")
+    assert kept in text, "words that only look like markup"
 
 
 def test_progress_bars_badges_and_pictures_from_elsewhere_are_left_out(results):
@@ -288,28 +270,27 @@ def test_the_comparison_is_shown_only_to_models_that_are_in_it(results):
     assert "01_generate" not in alone.ids
 
 
-def test_a_broken_file_of_another_run_is_told_in_the_report(results):
+def test_a_broken_table_of_another_run_is_told_and_one_of_the_run_itself_is_refused(results):
     folder = run_with("01_generate", prose("# 01"))
     (results / "other").mkdir()
     (results / "other" / "steering.csv").write_text("a,b\n1,2\n")
     assert "There is no ledger: other/steering.csv: no column behaviour" in made(folder).text
+    baseline = "metric,direction,behaviour,coefficient,value\nloops,x,,1,0\n"
+    for content in ("a,b\n1,2\n", baseline.replace("metric", "m"), baseline):
+        (folder / "steering.csv").write_text(content)
+        with pytest.raises(
+            BadFile, match=r"/steering\.csv: not a table of steering"
+        ):
+            report.write(folder)
 
 
 @pytest.mark.parametrize("content", [None, "[]", '{"stages": {}}'])
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, content):
     if content is not None:
         (tmp_path / "run.json").write_text(content)
-    with pytest.raises(BadFile, match=r"run\.json"):
-        report.write(tmp_path)
-    assert report.main([str(tmp_path)]) == 2
+    assert cli.main(["report", str(tmp_path)]) == 2
     assert "run.json" in capsys.readouterr().err
     assert not (tmp_path / report.NAME).exists()
-
-
-def test_the_command_prints_the_path(results, capsys):
-    folder = run_with("01_generate", prose("# 01"))
-    assert report.main([str(folder)]) == 0
-    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
 
 
 # -- made by a run, only when something changed ------------------------------------------------
@@ -326,9 +307,11 @@ def complete(results) -> RunConfig:
 
 
 def test_nothing_to_do_imports_nothing_slow_and_leaves_the_report(complete, capsys):
+    assert cli.main(["report", str(complete.folder)]) == 0
     assert cli.main(["run"]) == 0
     path = complete.folder / "report.html"
-    assert capsys.readouterr().out.splitlines()[-1] == f"report: {path}"
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert (first, last) == (str(path), f"report: {path}")
     before = path.stat().st_mtime_ns
     program = (
         "import sys\nfrom stllms.app import report\n"

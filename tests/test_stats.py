@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from fractions import Fraction
 
 import numpy as np
@@ -16,16 +15,6 @@ from stllms import stats
 # --- bootstrap ---------------------------------------------------------------------------
 
 
-def test_the_bootstrap_interval_approaches_that_of_the_normal_law():
-    values = np.random.default_rng(1).normal(3, 2, size=400)
-    found = stats.bootstrap(values)
-    half = 1.96 * values.std() / math.sqrt(400)
-    assert found.value == pytest.approx(values.mean())
-    assert found.low == pytest.approx(values.mean() - half, abs=0.03)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.03)
-    assert found.n == 400
-
-
 def test_ninety_five_percent_intervals_cover_the_mean_about_that_often():
     rng = np.random.default_rng(2)
     hits = 0
@@ -34,14 +23,6 @@ def test_ninety_five_percent_intervals_cover_the_mean_about_that_often():
         hits += found.low <= 1.0 <= found.high
     # A percentile bootstrap of a skewed law with 40 values covers a little less than nominal.
     assert 0.88 <= hits / 300 <= 0.98
-
-
-def test_wider_levels_give_wider_intervals_and_the_seed_decides():
-    values = np.random.default_rng(3).normal(size=30)
-    narrow, wide = (stats.bootstrap(values, level=level) for level in (0.5, 0.99))
-    assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
-    assert stats.bootstrap(values, seed=5) == stats.bootstrap(values, seed=5)
-    assert stats.bootstrap(values, seed=5) != stats.bootstrap(values, seed=6)
 
 
 def test_missing_values_take_no_part_in_the_bootstrap():
@@ -73,18 +54,6 @@ def test_sign_flips_of_few_pairs_are_enumerated_exactly_at_any_scale(scale):
         assert stats.sign_flip([float(v) for v in values]) == enumerated(values)
 
 
-def test_the_observed_signs_and_their_mirror_image_always_count():
-    rng = np.random.default_rng(7)
-    found = [stats.sign_flip(rng.normal(size=9) * 1e5) for _ in range(600)]
-    assert min(found) >= 2 / 2**9
-
-
-def test_sign_flip_of_five_equal_differences_is_two_in_thirty_two():
-    assert stats.sign_flip([0.3] * 5) == 2 / 32
-    assert stats.sign_flip([-0.3] * 5) == 2 / 32
-    assert stats.sign_flip([0.0] * 5) == 1.0
-
-
 def test_sign_flips_of_many_pairs_agree_with_the_t_test_and_never_give_zero():
     rng = np.random.default_rng(5)
     shifted = rng.normal(0.3, 1, size=60)
@@ -110,13 +79,8 @@ def test_holm_by_hand():
     # Sorted .01 .02 .03 .04, factors 4 3 2 1: .04 .06 .06 .04 -> running maximum.
     found = stats.holm([0.04, 0.01, 0.03, 0.02])
     assert found == pytest.approx([0.06, 0.04, 0.06, 0.06])
-    assert stats.holm([0.5, 0.9]).tolist() == [1.0, 1.0]
-
-
-def test_holm_does_not_count_what_is_missing():
     found = stats.holm([np.nan, 0.02, np.nan, 0.03])
-    assert np.isnan(found[[0, 2]]).all()
-    assert found[[1, 3]] == pytest.approx([0.04, 0.04])
+    assert found == pytest.approx([np.nan, 0.04, np.nan, 0.04], nan_ok=True), "not counted"
     assert stats.holm([]).shape == (0,)
 
 
@@ -147,6 +111,7 @@ def test_the_interval_is_that_of_the_drawn_samples():
     low, high = np.quantile(values[drawn].mean(1), [0.05, 0.95])
     found = stats.bootstrap(values, level=0.9, seed=5)
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-12)
+    assert (found.value, found.n) == (pytest.approx(values.mean()), 60)
 
 
 # --- areas --------------------------------------------------------------------------------

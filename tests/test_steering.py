@@ -216,11 +216,10 @@ def test_a_grid_resumes_to_the_same_bytes(
 def test_a_store_takes_no_chains_that_are_steered_somewhere_only(
     tiny_llama, asked, steering_vectors, tmp_path
 ):
-    every = conditions.conditions(
-        steering_vectors, {"backtracking": 2}, (1,), where="generated"
-    )
+    edit = steering.Intervention(steering_vectors.directions[1, 2], 2, 1.0, where="generated")
+    every = [conditions.plain(), conditions.Condition("backtracking", 2, 1.0, edit)]
     store = Rows(tmp_path / "rows.jsonl", STEERED_KEY)
-    with pytest.raises(ValueError, match="backtracking acts on generated tokens: a store"):
+    with pytest.raises(ValueError, match="a store keeps responses steered at all positions"):
         conditions.grid(tiny_llama, asked[:1], every, store=store, **OPTIONS)
     assert len(conditions.grid(tiny_llama, asked[:1], every, **OPTIONS)) == len(every)
 
@@ -259,26 +258,21 @@ def test_token_fractions_count_tokens_among_the_four_steered_behaviours_only():
     }
 
 
-def test_a_chain_with_segments_but_none_of_the_four_counts_as_zeros_in_both_treatments():
-    only_deduction = annotation(("deduction", 5, 9))
-    for empty in measures.EMPTY:
-        assert measures.token_fractions([only_deduction], empty=empty).tolist() == [[0.0] * 4]
-
-
-def test_a_chain_without_segments_is_apart_by_default_and_zero_as_published():
-    chains = [annotation(("backtracking", 5, 9)), annotation()]
-    assert np.isnan(measures.token_fractions(chains)[1]).all()
-    published = measures.token_fractions(chains, empty="published")
-    assert published[1].tolist() == [0.0] * 4
-    # The average over tasks is where the two differ: 1 of one chain, 1/2 of two.
-    assert np.nanmean(measures.token_fractions(chains)[:, 0]) == 1.0
-    assert published[:, 0].mean() == 0.5
-
-
-def test_a_failed_annotation_is_unknown_in_both_treatments():
-    for empty in measures.EMPTY:
-        found = measures.token_fractions([annotation(failed="no reply")], empty=empty)
-        assert np.isnan(found).all()
+def test_each_treatment_of_empty_chains():
+    chains = [
+        annotation(("backtracking", 5, 9)),
+        annotation(),
+        annotation(("deduction", 5, 9)),
+        annotation(("humming", 1, 50), ("backtracking", 50, 52)),
+        annotation(failed="no reply"),
+    ]
+    found = {empty: measures.token_fractions(chains, empty=empty) for empty in measures.EMPTY}
+    apart, published = (values[:, 0].tolist() for values in found.values())
+    assert apart == pytest.approx([1, NAN, 0, 1, NAN], nan_ok=True)
+    assert published == pytest.approx([1, 0, 0, 1, NAN], nan_ok=True)
+    assert measures.segment_counts(chains)[3].sum() == 1, "humming is no label"
+    with pytest.raises(ValueError, match=r"'zero'.*apart, published"):
+        measures.token_fractions([annotation()], empty="zero")
 
 
 def test_segment_counts_and_fractions_are_over_all_six_labels():
@@ -296,32 +290,18 @@ def test_segment_counts_and_fractions_are_over_all_six_labels():
     assert measures.segment_fractions(counts, empty="published")[1].tolist() == [0.0] * 6
 
 
-def test_unknown_labels_are_no_part_of_any_fraction():
-    one = annotation(("humming", 1, 50), ("backtracking", 50, 52))
-    assert measures.token_fractions([one])[0].tolist() == [1.0, 0, 0, 0]
-    assert measures.segment_counts([one])[0].sum() == 1
-
-
-def test_an_unknown_treatment_of_empty_chains_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"'zero'.*apart, published"):
-        measures.token_fractions([annotation()], empty="zero")
-
-
 # --- coherence ---------------------------------------------------------------------------
 
 
-def test_loops_are_the_share_of_four_grams_seen_before():
+def test_coherence_is_low_where_a_text_repeats_itself():
     # "a b c d" three times: 9 four-grams, the first 4 are new.
-    assert measures.coherence("a b c d " * 3).loops == pytest.approx(1 - 4 / 9)
-    assert measures.coherence("one two three four five six").loops == 0.0
-
-
-def test_repetition_compresses_and_short_texts_have_no_signs():
+    assert measures.coherence("a b c d " * 3)["loops"] == pytest.approx(1 - 4 / 9)
+    assert measures.coherence("one two three four five six")["loops"] == 0.0
     prose = "The tank gains six cups and loses two an hour, so four are added; twice four is 8."
-    assert measures.coherence("wait, no. " * 60).compression < 0.1
-    assert measures.coherence(prose).compression > 0.7
+    assert measures.coherence("wait, no. " * 60)["compression"] < 0.1
+    assert measures.coherence(prose)["compression"] > 0.7
     for text in ("", "yes", "so it is"):
-        assert measures.coherence(text) == measures.Coherence(0.0, 1.0)
+        assert measures.coherence(text) == {"loops": 0.0, "compression": 1.0}
 
 
 # --- measure -----------------------------------------------------------------------------
@@ -336,13 +316,14 @@ def test_a_chain_is_measured_by_its_tokens_its_answer_and_its_end():
     assert (found["accuracy"], found["tokens"], found["labelled"]) == (1.0, 8.0, 0.75)
     assert (found["closed"], found["truncated"]) == (1.0, 1.0)
     assert "well-formed" not in found.index, "only the grammar knows what is well-formed"
-
-
-def test_fractions_are_of_four_behaviours_and_shares_of_six():
-    one = chain("t1", tokens=(3, 1), labels=("deduction", "backtracking"))
-    found = measures.measure([one], TASKS).iloc[0]
-    assert found["token fraction/backtracking"] == 1.0
-    assert found["token share/backtracking"] == 0.25
+    two = [
+        chain("t1", tokens=(3, 1), labels=("deduction", "backtracking")),
+        chain("t1", tokens=(0, 0), failed="no reply"),
+    ]
+    found = measures.measure(two, TASKS)
+    assert found.loc[0, "token fraction/backtracking"] == 1.0, "of four behaviours"
+    assert found.loc[0, "token share/backtracking"] == 0.25, "of six"
+    assert found.loc[1, ["token share/backtracking", "labelled"]].isna().all()
 
 
 def test_a_chain_that_never_answered_is_wrong_whatever_it_was_thinking():
@@ -367,19 +348,6 @@ def test_well_formed_is_what_the_grammar_could_have_written():
     assert found.tolist() == [1.0] + [0.0] * len(bad)
 
 
-@pytest.mark.parametrize(("empty", "value"), [("apart", NAN), ("published", 0.0)])
-def test_a_chain_without_segments_follows_the_treatment_and_a_failed_one_is_unknown(
-    empty, value
-):
-    none = chain("t0", tokens=(0, 0))
-    failed = chain("t1", tokens=(0, 0), failed="no reply")
-    found = measures.measure([none, failed], TASKS, empty=empty)
-    at = "token fraction/backtracking"
-    assert np.array_equal(found[at], [value, NAN], equal_nan=True)
-    assert found["labelled"].tolist()[0] == 0.75
-    assert np.isnan(found["labelled"].tolist()[1])
-
-
 def test_chains_that_cannot_be_measured_are_refused_by_name():
     bare = Steered("t0", *PLAIN, "add", chain("t0").response)
     with pytest.raises(ValueError, match="1 of 2 chains have no annotation"):
@@ -395,14 +363,33 @@ def test_chains_that_cannot_be_measured_are_refused_by_name():
         measures.table(measures.measure(two, TASKS))
 
 
+def test_scores_belong_to_their_chains_and_none_may_lack():
+    pair = [chain("t0", annotator="grammar"), chain("t1", annotator="grammar")]
+    scores = [
+        dict(zip(STEERED_KEY, one.key, strict=True)) | {"kl": kl, "perplexity": np.e}
+        for one, kl in zip(pair, (0.25, None), strict=True)
+    ]
+    measured = measures.measure(pair, TASKS, scores[::-1])
+    assert measured["kl"].tolist() == pytest.approx([0.25, NAN], nan_ok=True)
+    assert measured["log perplexity"].tolist() == pytest.approx([1.0, 1.0])
+    own = {name for name in measured.columns if "/" not in name}
+    assert own - set(STEERED_KEY) == set(measures.SIDE_EFFECTS), "each has its name"
+    with pytest.raises(ValueError, match="1 of 2 chains have no score"):
+        measures.measure(pair, TASKS, scores[:1])
+
+
 # --- table -------------------------------------------------------------------------------
 
 
-def test_the_columns_are_those_of_the_design_plus_the_layer(rows):
-    assert rows.columns.tolist() == [
-        "behaviour", "direction", "layer", "coefficient", "metric", "value", "ci_low",
-        "ci_high", "n", "p", "p_holm", "null_low", "null_high", "null_n",
-    ]  # fmt: skip
+def test_p_values_are_paired_by_task_and_not_by_row():
+    # Every task rises by one, whatever its level: paired p = 2/64. By row the levels mix.
+    plain = {task.id: k for task, k in zip(TASKS, (1, 8, 2, 7, 3, 5), strict=True)}
+    chains = [chain(t, PLAIN, (k, 10 - k)) for t, k in plain.items()]
+    for t, k in reversed(plain.items()):
+        chains.append(chain(t, ("backtracking", 3, 1.0), (k + 1, 9 - k)))
+    table = measures.table(measures.measure(chains, TASKS))
+    found = cell(table, "backtracking", 1.0, "token fraction", "backtracking")
+    assert found["p"] == 2 / 64
 
 
 def test_values_are_means_over_tasks_and_p_values_those_of_the_pairs(rows):
@@ -415,23 +402,6 @@ def test_values_are_means_over_tasks_and_p_values_those_of_the_pairs(rows):
     assert own["p"] == 2 / 2**6
     knowledge = cell(rows, "backtracking", 1.0, "token fraction", "adding-knowledge")
     assert knowledge["value"] == pytest.approx(1 - values.mean())
-
-
-def test_p_values_are_paired_by_task_and_not_by_row():
-    # Every task rises by one, whatever its level: paired p = 2/64. By row the levels mix.
-    plain = {task.id: k for task, k in zip(TASKS, (1, 8, 2, 7, 3, 5), strict=True)}
-    moved = {task: k + 1 for task, k in plain.items()}
-    condition = ("backtracking", 3, 1.0)
-    chains = [chain(t, PLAIN, (k, 10 - k)) for t, k in plain.items()]
-    chains += [chain(t, condition, (k, 10 - k)) for t, k in reversed(moved.items())]
-    found = cell(
-        measures.table(measures.measure(chains, TASKS)),
-        *("backtracking", 1.0, "token fraction", "backtracking"),
-    )
-    differences = [moved[t] - plain[t] for t in plain]
-    signs = list(itertools.product((1, -1), repeat=6))
-    sums = [abs(sum(s * d for s, d in zip(row, differences, strict=True))) for row in signs]
-    assert found["p"] == np.mean([value >= abs(sum(differences)) for value in sums]) == 2 / 64
 
 
 def test_plain_chains_have_no_p_value_and_only_own_fractions_are_corrected(rows):
@@ -486,32 +456,21 @@ def test_a_null_of_some_tasks_is_compared_on_these_tasks():
     assert (found["n"], found["null_n"]) == (6, 2)
 
 
-def test_a_null_of_all_tasks_is_the_range_of_the_controls_means(rows):
-    up = cell(rows, "backtracking", 1.0, "token fraction", "backtracking")
-    assert up["null_n"] == 6
-    means = [0.4, 0.7]  # of every chain of the two controls
-    assert (up["null_low"], up["null_high"]) == pytest.approx(means)
-    bars = measures.bars(rows).set_index(["behaviour", "mode"])
-    assert bars.loc[("backtracking", "positive"), "null_n"] == 6
-    old = measures.bars(rows.drop(columns="null_n"))
-    assert old["null_n"].isna().all(), "a file of an earlier version"
-
-
 # --- views of the table ------------------------------------------------------------------
 
 
 def test_bars_are_plain_positive_and_negative_and_missing_where_nothing_was_steered(rows):
     found = measures.bars(rows).set_index(["behaviour", "mode"])
-    assert found.index.tolist() == [
-        (b, m) for b in STEERED for m in ("plain", "positive", "negative")
-    ]
-    value = found["value"]
-    assert value["backtracking", "plain"] == 0.5
-    assert value["backtracking", "positive"] == pytest.approx(np.mean([6 / 8, 7 / 9, 8 / 10]))
-    assert value["backtracking", "negative"] == pytest.approx(0.1)
-    assert value["adding-knowledge", "plain"] == 0.5
-    assert np.isnan(value["adding-knowledge", "positive"])
+    assert found.index.tolist() == list(itertools.product(STEERED, measures.MODES))
+    own = found.loc["backtracking"]
+    assert own["value"].tolist() == pytest.approx([0.5, np.mean([6 / 8, 7 / 9, 8 / 10]), 0.1])
+    assert own["null_n"].tolist() == [0, 6, 6]
+    assert found.loc["adding-knowledge", "value"].tolist() == pytest.approx(
+        [0.5, NAN, NAN], nan_ok=True
+    )
     assert shown(found)["n"].tolist()[:4] == ["6", "6", "6", "6"]
+    old = measures.bars(rows.drop(columns="null_n"))
+    assert old["null_n"].isna().all(), "a file of an earlier version"
 
 
 def test_differences_are_paired_and_carry_the_p_values_of_the_table(rows):
@@ -557,31 +516,6 @@ def test_the_showcase_is_the_finished_chain_that_rose_most():
     ]
     measured = measures.measure([*chains, chain("t1")], TASKS)
     assert measures.showcase(chains, measured, STEERED) is None, "no finished chain rose"
-
-
-def test_scores_belong_to_their_chains_and_none_may_lack():
-    pair = [chain("t0"), chain("t1")]
-    scores = [
-        dict(zip(STEERED_KEY, one.key, strict=True)) | {"kl": kl, "perplexity": 1.0}
-        for one, kl in zip(pair, (0.25, None), strict=True)
-    ]
-    measured = measures.measure(pair, TASKS, scores[::-1])
-    assert measured["task_id"].tolist() == ["t0", "t1"]
-    assert measured["kl"].tolist() == pytest.approx([0.25, NAN], nan_ok=True)
-    with pytest.raises(ValueError, match="1 of 2 chains have no score"):
-        measures.measure(pair, TASKS, scores[:1])
-
-
-def test_side_effects_have_a_reader_for_each_name():
-    one = chain("t0", annotator="grammar")
-    score = dict(zip(STEERED_KEY, one.key, strict=True)) | {"kl": 0.5, "perplexity": np.e}
-    measured = measures.measure([one], TASKS, [score])
-    assert measured.loc[0, ["kl", "log perplexity"]].tolist() == [0.5, 1.0]
-    own = {name for name in measured.columns if "/" not in name}
-    assert own - {"task_id", "direction", "layer", "coefficient", "operation"} == set(
-        measures.SIDE_EFFECTS
-    )
-    assert set(measures.EMPTY) == {"apart", "published"}
 
 
 # --- dose ----------------------------------------------------------------------------------
@@ -666,37 +600,13 @@ def test_coefficients_that_break_the_text_are_named_with_the_loop_score():
         "backtracking -1 breaks the text: loops 0.00 (plain 0.00), accuracy 0.10 (plain 0.80)",
     ]
     assert dose.warning(EFFECTS, {"loops": 0.9}) == "no coefficient breaks the text"
-
-
-def test_a_limit_of_zero_allows_a_gain_and_no_loss():
-    rows = pd.DataFrame(
-        [
-            {"direction": "none", "coefficient": 0.0, "metric": "accuracy", "value": 0.8},
-            {
-                "direction": "backtracking",
-                "coefficient": 1.0,
-                "metric": "accuracy",
-                "value": 0.9,
-            },
-            {
-                "direction": "backtracking",
-                "coefficient": -1.0,
-                "metric": "accuracy",
-                "value": 0.7,
-            },
-        ]
-    )
-    beyond = {("backtracking", -1.0): {"accuracy": (0.8, 0.7)}}
-    assert dose.broken(rows, {"accuracy": 0}) == beyond
-    assert dose.broken(rows.assign(metric="tokens"), {"tokens": 0.2}) == {}
-    assert len(dose.broken(rows.assign(metric="tokens"), {"tokens": 0.05})) == 2, "either way"
-
-
-def test_limits_below_zero_or_on_something_unknown_are_refused():
+    tokens = EFFECTS[EFFECTS["metric"] == "accuracy"].assign(metric="tokens")
+    assert {c for _, c in dose.broken(tokens, {"tokens": 0.05})} == {1, 2, -1}, "either way"
+    assert {c for _, c in dose.broken(EFFECTS, {"accuracy": 0})} == {1, 2, -1}, "not a gain"
     with pytest.raises(ValueError, match="no side effect 'loop'; there are: accuracy"):
-        dose.suggested(EFFECTS, "backtracking", 1, {"loop": 0.1})
+        dose.broken(EFFECTS, {"loop": 0.1})
     with pytest.raises(ValueError, match=r"limit of accuracy is -0\.1: say how much worse"):
-        dose.suggested(EFFECTS, "backtracking", 1, {"accuracy": -0.1})
+        dose.broken(EFFECTS, {"accuracy": -0.1})
 
 
 def test_a_claim_needs_to_be_outside_plain_and_outside_every_control():
@@ -712,22 +622,14 @@ def test_a_claim_needs_to_be_outside_plain_and_outside_every_control():
     assert (up["outside plain"], up["outside controls"]) == ("yes", "no"), "0.40 < 0.45"
     assert (down["outside plain"], down["outside controls"]) == ("yes", "yes")
     assert up["accuracy"] == 0.7
-
-
-def test_where_nothing_was_steered_the_summary_has_its_columns_and_no_rows(rows):
-    found = dose.summary(rows[rows["direction"] == "none"])
-    assert found.empty
-    assert {"behaviour", "coefficient", "outside controls"} <= set(found.columns)
-
-
-def test_without_controls_nothing_is_said_about_them():
-    fractions = [own("none", 0.0, 0.20), own("backtracking", 1.0, 0.22)]
-    effects = EFFECTS[EFFECTS["coefficient"].isin([0.0, 1.0])]
-    found = dose.summary(pd.concat([pd.DataFrame(fractions), effects]))
-    up, down = (found[found["sign"] == sign].iloc[0] for sign in "+-")
-    assert up["outside controls"] == ""
-    assert up["outside plain"] == "no", "0.22 is inside 0.15 to 0.25"
-    assert np.isnan(down["coefficient"]), "no negative coefficient was tried"
+    bare = pd.DataFrame([own("none", 0.0, 0.20), own("backtracking", 1.0, 0.22)])
+    found = dose.summary(pd.concat([bare, EFFECTS[EFFECTS["coefficient"].isin([0.0, 1.0])]]))
+    assert found["outside plain"].iloc[0] == "no", "0.22 is inside 0.15 to 0.25"
+    assert found["outside controls"].iloc[0] == "", "there were none"
+    assert np.isnan(found["coefficient"].iloc[1]), "no negative coefficient was tried"
+    nothing = dose.summary(bare[bare["direction"] == "none"])
+    assert nothing.empty
+    assert nothing.columns.tolist() == found.columns.tolist()
 
 
 def test_a_sweep_has_a_row_a_layer_and_coefficient(measured):

@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 import browser
-import html5lib
 import pytest
 from bs4 import BeautifulSoup
 from reports import code, png, prose, shown
@@ -289,9 +288,3 @@ def test_the_policy_alone_stops_what_a_browser_runs_without_it(stranger, tmp_pat
             assert ran, f"{name} is no payload"
             ran, asked = opened(started.new_page(), tmp_path / f"{name}.html", head + body)
             assert (ran, asked) == (False, []), name
-
-
-def test_html5lib_is_the_reader():
-    """``html.parser`` would not see an element that a browser makes of broken markup."""
-    assert html5lib.__version__
-    assert BeautifulSoup("<svg/onload=x>", "html5lib").find("svg")

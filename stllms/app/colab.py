@@ -9,15 +9,16 @@ installs a wheel that was uploaded beside it.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stllms.registry import repository
-from stllms.runs.files import read_json, replacing
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 BRANCH = "main"
 
@@ -55,12 +56,6 @@ def address(root: Path) -> str | None:
     return project.get("urls", {}).get("Repository")
 
 
-def install(published: str | None) -> str:
-    """The source of the cell that installs the package."""
-    source = f'"git+{published}@{BRANCH}"' if published else 'glob.glob("stllms-*.whl")[0]'
-    return INSTALL.replace("SOURCE", source)
-
-
 def unbadged(text: str) -> str:
     """``text`` without the lines that hold nothing but badges, and without gaps for them."""
     lines = [line for line in text.splitlines() if not line or _BADGE.sub("", line).strip()]
@@ -69,7 +64,8 @@ def unbadged(text: str) -> str:
 
 def badged(text: str, name: str, published: str | None) -> str:
     """``text`` of the title cell of notebook ``name`` with its badge below the first line, or
-    without one if the package is not published."""
+    without one if the package is not published.
+    """
     text = unbadged(text)
     if not published:
         return text
@@ -80,40 +76,27 @@ def badged(text: str, name: str, published: str | None) -> str:
     return f"{title}\n\n[![Open in Colab]({image})]({copy})\n{rest}"
 
 
-def copy_of(book: dict[str, Any], published: str | None) -> dict[str, Any]:
-    """The copy of a notebook (its JSON): install cell, then the cells without outputs.
+def copy_of(book: NotebookNode, published: str | None) -> NotebookNode:
+    """The copy of a notebook: install cell, then the cells without outputs.
 
     Of the metadata, tags and the language stay: the parameters cell is still one.
     """
-    cell: dict[str, Any] = {
-        "cell_type": "code",
-        "id": "colab-install",
-        "metadata": {"cellView": "form"},
-    }
-    cell |= {"execution_count": None, "outputs": []}
-    cell["source"] = install(published).splitlines(keepends=True)
+    from nbformat import v4
+
+    source = f'"git+{published}@{BRANCH}"' if published else 'glob.glob("stllms-*.whl")[0]'
+    install = INSTALL.replace("SOURCE", source)
+    cells = [v4.new_code_cell(install, id="colab-install", metadata={"cellView": "form"})]
+    for cell in book.cells:
+        tags = {name: value for name, value in cell.metadata.items() if name == "tags"}
+        if cell.cell_type == "code":
+            cells.append(v4.new_code_cell(cell.source, id=cell.id, metadata=tags))
+        else:
+            text = unbadged(cell.source)
+            cells.append(v4.new_markdown_cell(text, id=cell.id, metadata=tags))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return {
-        "cells": [cell, *map(_stripped, book["cells"])],
-        "metadata": {
-            "colab": {"provenance": []},
-            "kernelspec": kernel,
-            "language_info": {"name": "python"},
-        },
-        "nbformat": book["nbformat"],
-        "nbformat_minor": book["nbformat_minor"],
-    }
-
-
-def _stripped(cell: dict[str, Any]) -> dict[str, Any]:
-    source = "".join(cell["source"])
-    kept = {name: value for name, value in cell["metadata"].items() if name == "tags"}
-    made = {"cell_type": cell["cell_type"], "id": cell["id"], "metadata": kept}
-    if cell["cell_type"] == "code":
-        made |= {"execution_count": None, "outputs": []}
-    else:
-        source = unbadged(source)
-    return {**made, "source": source.splitlines(keepends=True)}
+    metadata = {"colab": {"provenance": []}, "kernelspec": kernel}
+    metadata["language_info"] = {"name": "python"}
+    return v4.new_notebook(cells=cells, metadata=metadata)
 
 
 def write(notebooks: Path, copies: Path, published: str | None = None) -> list[Path]:
@@ -121,30 +104,25 @@ def write(notebooks: Path, copies: Path, published: str | None = None) -> list[P
     notebooks get their badges, or lose them.
 
     A copy whose notebook is gone is deleted. Raises ``ValueError`` for a folder without
-    notebooks, ``BadFile`` for one that cannot be read.
+    notebooks, and for one that cannot be read.
     """
+    import nbformat
+
     sources = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
     if not sources:
         raise ValueError(f"no notebooks in {notebooks}, expected 01_generate.ipynb and others")
+    copies.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        book = nbformat.read(source, as_version=4)
+        title = badged(book.cells[0].source, source.stem, published)
+        if title != book.cells[0].source:
+            book.cells[0].source = title
+            nbformat.write(book, source)
+        nbformat.write(copy_of(book, published), copies / source.name)
     made = [copies / source.name for source in sources]
-    for source, path in zip(sources, made, strict=True):
-        book = read_json(source)
-        title = book["cells"][0]
-        text = badged("".join(title["source"]), source.stem, published)
-        if text != "".join(title["source"]):
-            title["source"] = text.splitlines(keepends=True)
-            _save(source, book)
-        _save(path, copy_of(book, published))
     for old in set(copies.glob("*.ipynb")) - set(made):
         old.unlink()
     return made
-
-
-def _save(path: Path, book: dict[str, Any]) -> None:
-    """As Jupyter writes a notebook."""
-    with replacing(path) as beside:
-        text = json.dumps(book, indent=1, ensure_ascii=False)
-        beside.write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> int:

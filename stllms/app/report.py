@@ -12,10 +12,8 @@ which a browser runs no script and asks for no file, whatever got through.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,14 +107,14 @@ def write(folder: str | Path) -> Path:
     folder = Path(folder).resolve()
     record = _record(folder)
     places = _places(folder)
-    readings = _is_committed(record)
-    cells = [cell for place in places for cell in _cells(place, readings)]
+    sections = [section for place in places for section in _sections(place)]
+    effects, broken = _steering(folder)
     figures = [folder / "figures" / f"{name}.png" for name in FIRST]
     page = {
         "title": _title(folder, record),
         "sentence": _sentence(record),
-        "effects": _effects(folder),
-        "warnings": _warnings(folder, record),
+        "effects": effects,
+        "warnings": [*_warnings(record, sections), *broken],
         "figures": _pictures(folder, figures),
         "ledger": _ledger(folder),
         "tables": list(_tables(places)),
@@ -124,12 +122,13 @@ def write(folder: str | Path) -> Path:
         "light": HtmlFormatter(style="default").get_style_defs(".highlight"),
         "dark": HtmlFormatter(style="monokai").get_style_defs(".highlight"),
     }
+    here = [str(Path(__file__).parent)]
     exporter = HTMLExporter(
-        template_file=NAME, extra_template_paths=[str(Path(__file__).parent)], exclude_anchor_links=True
+        template_file=NAME, extra_template_paths=here, exclude_anchor_links=True
     )
     exporter.environment.autoescape = True
     exporter.register_filter("clean", clean)
-    book = nbformat.v4.new_notebook(cells=cells)
+    book = nbformat.v4.new_notebook(cells=list(_cells(sections, _is_committed(record))))
     text, _ = exporter.from_notebook_node(book, resources={"page": page})
     with replacing(folder / NAME, record=False) as beside:
         beside.write_text(plain(text), encoding="utf-8")
@@ -208,50 +207,47 @@ def _sentence(record: Mapping[str, Any]) -> str:
     return f"Profile {record['configuration'].get('profile')}: {', '.join(words)}."
 
 
-def _effects(folder: Path) -> Markup | None:
-    """The paper's four effects: own token fraction of the baseline and under +1 and -1."""
+def _steering(folder: Path) -> tuple[Markup | None, list[str]]:
+    """The paper's four effects (own token fraction of the baseline and under +1 and -1), and
+    the coefficients that break the text.
+    """
     from stllms.plotting import text
-    from stllms.steering import measures
+    from stllms.steering import dose, measures
 
-    if not (folder / "steering.csv").is_file():
-        return None
-    bars = measures.bars(load_table(folder / "steering.csv"))
-    table = text.intervals(bars, ["behaviour"], "mode")
-    for mode in ("positive", "negative"):
+    path = folder / "steering.csv"
+    if not path.is_file():
+        return None, []
+    rows = load_table(path)
+    try:
+        bars, lines = measures.bars(rows), dose.warning(rows).splitlines()
+    except KeyError as error:
+        raise BadFile(f"{path}: not a table of steering, it has no {error.args[0]}") from None
+    table = text.intervals(bars, ["behaviour"], "mode").rename(columns={"plain": "baseline"})
+    for place, mode in ((2, "positive"), (4, "negative")):
         null = bars[bars["mode"] == mode][["null_low", "null_high"]].to_numpy(float)
-        table[f"null interval, {mode}"] = [
-            f"{low:.2f} to {high:.2f}" if low == low else "none" for low, high in null
-        ]
-    order = ["plain", "positive", "null interval, positive", "negative"]
-    table = table[[*order, "null interval, negative"]].rename(columns={"plain": "baseline"})
-    return _html(table.reset_index())
+        words = [f"{low:.2f} to {high:.2f}" if low == low else "none" for low, high in null]
+        table.insert(place, f"null interval, {mode}", words)
+    return _html(table.reset_index()), [line for line in lines if "breaks the text:" in line]
 
 
-def _warnings(folder: Path, record: Mapping[str, Any]) -> list[str]:
+def _warnings(record: Mapping[str, Any], sections: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader must know before the numbers."""
-    from stllms.steering import dose
-
-    found = []
     entry = MODELS.get(record["configuration"]["model"])
+    found = []
     if entry is not None and entry.source == "embedded":
         found.append(
             "A fixture: this model was built to be steerable. Its numbers show that the "
             "pipeline works, and never that a claim of the paper holds."
         )
-    for place in _places(folder):
-        states = {stage: _state(place, stage) for stage in _stages(place)}
-        found += [f"{stage}: {state}" for stage, state in states.items() if state != "done"]
-    recorded = record.get("recorded", {})
-    found += [f"The model: {remark}" for remark in recorded.get("remarks") or ()]
-    if (folder / "steering.csv").is_file():
-        lines = dose.warning(load_table(folder / "steering.csv")).splitlines()
-        found += [line for line in lines if "breaks the text:" in line]
-    return found
+    found += [f"{one['stage']}: {one['state']}" for one in sections if one["state"] != "done"]
+    remarks = record.get("recorded", {}).get("remarks") or ()
+    return found + [f"The model: {remark}" for remark in remarks]
 
 
 def _is_committed(record: Mapping[str, Any]) -> bool:
     """Whether the run is the one that the committed notebooks show and their readings are
-    about: every option that could change a number is the default."""
+    about: every option that could change a number is the default.
+    """
     default = RunConfig()
     try:
         config = RunConfig.from_dict(record["configuration"])
@@ -280,69 +276,61 @@ def _details(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 # --- the notebooks -----------------------------------------------------------------------
 
 
-def _stages(folder: Path) -> tuple[str, ...]:
-    return stages.STAGES[-1:] if folder.name == COMPARISON else stages.STAGES[:-1]
+def _sections(folder: Path) -> list[dict[str, Any]]:
+    """The stages of a folder: how each stands, its executed notebook, else its figures."""
+    done = _record(folder).get("stages", {})
+    found = []
+    for stage in stages.STAGES[-1:] if folder.name == COMPARISON else stages.STAGES[:-1]:
+        path = folder / "notebooks" / f"{stage}.ipynb"
+        state = "done" if stage in done else "executed, but not finished"
+        if not path.is_file():
+            without = "done, without an executed copy: only its figures and tables"
+            state = without if stage in done else "not run"
+        if path.with_suffix(".failed.ipynb").is_file():
+            state = "failed when it was last run"
+        marker = done.get(stage, {})
+        saved = [folder / name for name in marker.get("files", []) if name.endswith(".png")]
+        found.append(
+            {
+                "stage": stage,
+                "state": state,
+                "seconds": marker.get("seconds"),
+                "figures": [] if path.is_file() else _pictures(folder, saved),
+                "notebook": str(path) if path.is_file() else None,
+            }
+        )
+    return found
 
 
-def _state(folder: Path, stage: str) -> str:
-    """How a notebook stands."""
-    done = stage in _record(folder).get("stages", {})
-    if (folder / "notebooks" / f"{stage}.failed.ipynb").is_file():
-        return "failed when it was last run"
-    if (folder / "notebooks" / f"{stage}.ipynb").is_file():
-        return "done" if done else "executed, but not finished"
-    return "done, without an executed copy: only its figures and tables" if done else "not run"
-
-
-def _cells(folder: Path, readings: bool) -> Iterator[nbformat.NotebookNode]:
-    """A heading for every stage of a folder, and the cells of its executed notebook, else its
-    figures. Text with the tag :data:`COMMITTED` is left out but with ``readings``."""
+def _cells(
+    sections: Sequence[dict[str, Any]], readings: bool
+) -> Iterator[nbformat.NotebookNode]:
+    """A heading for every stage, and the cells of its executed notebook. Text with the tag
+    :data:`COMMITTED` is left out but with ``readings``.
+    """
     from nbformat import v4
 
-    for stage in _stages(folder):
-        marker = _record(folder).get("stages", {}).get(stage, {})
-        path = folder / "notebooks" / f"{stage}.ipynb"
-        saved = [folder / name for name in marker.get("files", []) if name.endswith(".png")]
-        figures = [] if path.is_file() else _pictures(folder, saved)
-        section = {"stage": stage, "state": _state(folder, stage), "figures": figures}
-        section["seconds"] = marker.get("seconds")
+    for section in sections:
         # Cells of a notebook are made anew below: none of them can pass for a heading.
         yield v4.new_markdown_cell(metadata={"section": section})
-        if path.is_file():
-            yield from _notebook(path, readings)
+        if section["notebook"]:
+            yield from _notebook(Path(section["notebook"]), readings)
 
 
 def _notebook(path: Path, readings: bool) -> Iterator[nbformat.NotebookNode]:
     from nbformat import ValidationError, from_dict, v4
 
-    content = read_json(path)
     try:
-        for cell in content["cells"]:
-            source = "".join(cell["source"])
-            tags = cell["metadata"].get("tags", ())
-            if cell["cell_type"] == "markdown" and (readings or COMMITTED not in tags):
-                yield v4.new_markdown_cell(unbadged(source))
-            elif cell["cell_type"] == "code" and source.strip():
-                outputs = from_dict(cell["outputs"])
-                source = _RESULTS.sub(r"\1\2", source)
-                yield v4.new_code_cell(source, outputs=[_joined(one) for one in outputs])
+        for cell in v4.rwbase.rejoin_lines(from_dict(read_json(path))).cells:
+            if cell.cell_type == "markdown":
+                if readings or COMMITTED not in cell.metadata.get("tags", ()):
+                    yield v4.new_markdown_cell(unbadged(cell.source))
+            elif cell.cell_type == "code" and cell.source.strip():
+                source = _RESULTS.sub(r"\1\2", cell.source)
+                yield v4.new_code_cell(source, outputs=cell.outputs)
     except (KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
         words = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise BadFile(f"{path}: not a Jupyter notebook of version 4 ({words})") from None
-
-
-def _joined(output: Any) -> Any:
-    """An output whose texts are strings; files may hold lists of lines."""
-    if output["output_type"] in ("display_data", "execute_result"):
-        output["data"] = {
-            name: "".join(data) if name.startswith(("text/", "image/")) else data
-            for name, data in output["data"].items()
-        }
-    elif output["output_type"] == "stream":
-        output["text"] = "".join(output["text"])
-    else:
-        output["traceback"] = [str(line) for line in output["traceback"]]
-    return output
 
 
 def _pictures(folder: Path, paths: Sequence[Path]) -> list[dict[str, str]]:
@@ -358,60 +346,37 @@ def _pictures(folder: Path, paths: Sequence[Path]) -> list[dict[str, str]]:
 
 
 def _html(table: pd.DataFrame) -> Markup:
-    options: dict[str, Any] = {"index": False, "border": 0, "na_rep": ""}
-    html = table.to_html(**options, float_format="{:.5g}".format, max_rows=5000)
     from markupsafe import Markup
 
+    html = table.to_html(
+        index=False, border=0, na_rep="", float_format="{:.5g}".format, max_rows=5000
+    )
     return Markup(html)
 
 
 def _tables(places: Sequence[Path]) -> Iterator[tuple[str, Markup]]:
     """The tables of a run that are not the data of a figure: name and HTML."""
-    for place in places:
-        for path in sorted(place.glob("*.csv")):
-            # A link leads elsewhere, and a table without a column has nothing to show.
-            if path.resolve() == path and path.read_bytes().strip():
-                yield f"{place.name}/{path.name}", _html(load_table(path))
+    for path in (path for place in places for path in sorted(place.glob("*.csv"))):
+        # A link leads elsewhere, and a table without a column has nothing to show.
+        if path.resolve() == path and path.read_bytes().strip():
+            yield f"{path.parent.name}/{path.name}", _html(load_table(path))
 
 
 def _ledger(folder: Path) -> dict[str, Any]:
     """The claims that this run speaks to and all others, or why there is no ledger: a broken
-    file of another run does not keep this one from its report."""
-    from stllms.comparison.ledger import ledger
+    file of another run does not keep this one from its report.
+    """
+    from stllms.comparison.ledger import display, ledger
 
     results = folder.parent
     try:
         found = ledger(results)
     except BadFile as error:
         return {"problem": str(error).replace(f"{results}/", "")}
-    own = [_speaks_of(folder, str(on)) for on in found["on"]]
-    first = found.loc[own, ["claim", "where", "ours", "verdict"]]
-    return {"own": _html(first) if len(first) else None, "all": _html(found)}
-
-
-def _speaks_of(folder: Path, on: str) -> bool:
-    """Whether a row of the ledger was measured on this run, alone or with another."""
-    from stllms.comparison.ledger import display
-
-    names = on.split(", ")[0].split(" and ")
-    return len(names) > 1 if folder.name == COMPARISON else display(folder.name) in names
-
-
-# --- command line ------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the report of a folder and prints its path; exit status 2 if refused."""
-    parser = argparse.ArgumentParser(prog="python -m stllms.app.report", description=__doc__)
-    parser.add_argument("folder", metavar="FOLDER", help="a run, such as results/tiny-thinker")
-    given = parser.parse_args(argv)
-    try:
-        print(write(given.folder))
-    except (ValueError, OSError) as error:
-        print(f"stllms.app.report: {plain(error)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    names = found["on"].str.split(", ").str[0].str.split(" and ")
+    if folder.name == COMPARISON:
+        own = found[names.str.len() > 1]
+    else:
+        own = found[[display(folder.name) in of for of in names]]
+    own = own[["claim", "where", "ours", "verdict"]]
+    return {"own": _html(own) if len(own) else None, "all": _html(found)}

@@ -2,13 +2,14 @@
 
 None reads a file, saves or shows. Colours are one per behaviour everywhere (Okabe and Ito's
 palette, told apart by colour-blind readers); a value that is missing is written as ``n/a``,
-never drawn as zero. Letters are sized for figures of :data:`PAGE` inches, printed as they are.
+never drawn as zero. Letters are sized for figures 7 inches wide, printed as they are.
 """
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -26,8 +27,6 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter, StrMet
 from stllms.labels import BEHAVIOURS, COLOURS, OTHER, STEERED
 from stllms.records import PlacedSegment, Steered
 
-#: Inches across the text of a page.
-PAGE = 7.0
 #: The baseline, positive and negative steering.
 MODES: dict[str, str] = {"plain": "#777777", "positive": "#1B9E77", "negative": "#7570B3"}
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -42,6 +41,13 @@ NULL: dict[str, Any] = {
 WHISKERS: dict[str, Any] = {"fmt": "none", "ecolor": "#333333", "elinewidth": 0.8}
 #: How the bars of a second, third, ... way of measuring are hatched.
 HATCHES = ("", "///", "...", "xxx", "---")
+#: The comparison figures: name -> a panel a metric; ``totals`` has another for the models.
+COMPARISONS = {
+    "counts": ("segment count",),
+    "fractions": ("segment fraction",),
+    "both": ("segment count", "segment fraction"),
+    "totals": ("segment fraction",),
+}
 #: Side effects that are no shares: unit.
 UNITS = {"tokens": "tokens", "kl": "nats a token", "log perplexity": "nats a token"}
 #: Characters of a line of a chain, and lines that are drawn at most.
@@ -79,7 +85,8 @@ def caption(figure: Figure, text: str) -> None:
 
 def legend(panels: Sequence[Axes], handles: Sequence[Artist] = (), columns: int = 6) -> None:
     """A legend above the figure of ``panels``, where it hides nothing and only once: of what is
-    labelled in the fullest of them, or of ``handles``."""
+    labelled in the fullest of them, or of ``handles``.
+    """
     figure = panels[0].figure
     drawn = max((axes.get_legend_handles_labels()[0] for axes in panels), key=len)
     handles = handles or drawn
@@ -102,7 +109,8 @@ def short(behaviour: str) -> str:
 
 def missing(axes: Axes, text: str) -> Axes:
     """An empty panel that says why it is empty. An axis that it shares keeps its ticks:
-    they are those of the other panels."""
+    they are those of the other panels.
+    """
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
     axes.grid(False)
     if len(axes.get_shared_x_axes().get_siblings(axes)) == 1:
@@ -127,38 +135,28 @@ def bars(
 ) -> Axes:
     """Grouped bars with intervals from rows (``x``, ``hue``, value, low, high); those that
     ``hatches`` names (by ``hue``) are hatched. Where the rows have them, ``null_low`` and
-    ``null_high`` are drawn over the bars as the null interval."""
+    ``null_high`` are drawn over the bars as the null interval.
+    """
     groups, hues = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[hue]))
     width = 0.8 / len(hues)
-    nulls = []
-    for rank, name in enumerate(hues):
-        rows = table[table[hue] == name].set_index(x).reindex(groups)
-        place = np.arange(len(groups)) + (rank - (len(hues) - 1) / 2) * width
-        value, low, high = rows[["value", "low", "high"]].to_numpy(float).T
-        look = _hatched((hatches or {}).get(name, ""))
-        axes.bar(
-            place, np.nan_to_num(value), width * 0.92, color=palette[name], label=name, **look
-        )
-        known = ~np.isnan(value)
-        reach = np.clip(np.array([value - low, high - value])[:, known], 0, None)
-        axes.errorbar(place[known], value[known], yerr=reach, capsize=2, **WHISKERS)
-        for spot in place[~known]:
-            axes.text(spot, 0.0, " n/a", rotation=90, ha="center", va="bottom", fontsize=7)
-        if "null_low" in rows:
-            nulls.append((place, *rows[["null_low", "null_high"]].to_numpy(float).T))
-    if nulls:
-        place, low, high = np.hstack(nulls)
-        known = ~np.isnan(low)
-        if known.any():
-            height = (high - low)[known]
-            axes.bar(
-                place[known],
-                height,
-                width * 0.92,
-                bottom=low[known],
-                **NULL,
-                label="null interval",
-            )
+    shift = (table[hue].map(hues.index) - (len(hues) - 1) / 2) * width
+    placed = table.assign(place=table[x].map(groups.index) + shift)
+    for name, rows in placed.groupby(hue, sort=False):
+        look = {
+            "color": palette[name],
+            "label": name,
+            **_hatched((hatches or {}).get(name, "")),
+        }
+        axes.bar(rows["place"], rows["value"].fillna(0), width * 0.92, **look)
+    known = placed.dropna(subset="value")
+    axes.errorbar(known["place"], known["value"], yerr=_reach(known), capsize=2, **WHISKERS)
+    for spot in placed.loc[placed["value"].isna(), "place"]:
+        axes.text(spot, 0.0, " n/a", rotation=90, ha="center", va="bottom", fontsize=7)
+    if "null_low" in table and table["null_low"].notna().any():
+        null = placed.dropna(subset="null_low")
+        low, height = null["null_low"], null["null_high"] - null["null_low"]
+        look = {"bottom": low, "label": "null interval", **NULL}
+        axes.bar(null["place"], height, width * 0.92, **look)
     axes.set_xticks(np.arange(len(groups)), [short(group) for group in groups])
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
@@ -199,12 +197,11 @@ def totals(axes: Axes, rows: pd.DataFrame, *, palette: Mapping[str, Any]) -> Axe
     chosen = rows[(rows["metric"] == "segment count") & (rows["behaviour"] == "all")]
     hatches = _measured(rows)
     place = np.arange(len(chosen))
-    value, low, high = chosen[["value", "low", "high"]].to_numpy(float).T
+    value = chosen["value"].to_numpy(float)
     drawn = axes.barh(place, value, color=[palette[n] for n in chosen["model"]], height=0.7)
     for patch, name in zip(drawn, chosen["model"], strict=True):
         patch.set(**_hatched(hatches[name][0]))
-    reach = np.clip([value - low, high - value], 0, None)
-    axes.errorbar(value, place, xerr=reach, **WHISKERS)
+    axes.errorbar(value, place, xerr=_reach(chosen), **WHISKERS)
     for spot in place[np.isnan(value)]:
         axes.text(0.0, spot, " n/a", va="center", fontsize=7)
     axes.set_yticks(place, chosen["model"])
@@ -230,6 +227,30 @@ def models_legend(
         label = f"{name}\n({way})" if way else name
         patches.append(Patch(facecolor=colour, label=label, **_hatched(hatch)))
     legend(figure.axes, patches, columns=max(1, min(5, int(figure.get_figwidth() / 2.2))))
+
+
+def comparison(
+    figure: Figure, rows: pd.DataFrame, name: str, *, palette: Mapping[str, Any]
+) -> Figure:
+    """One of the comparison figures of method, section 10 (:data:`COMPARISONS`), from rows of
+    ``comparison.csv``, with the models' legend.
+    """
+    metrics = COMPARISONS[name]
+    if name == "totals":
+        panels = figure.subplots(1, 2, width_ratios=(3, 1.3))
+        totals(panels[1], rows, palette=palette)
+    else:
+        panels = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, metric in zip(panels, metrics, strict=False):
+        compare(axes, rows, metric=metric, palette=palette)
+    models_legend(figure, palette, rows)
+    return figure
+
+
+def _reach(rows: pd.DataFrame) -> np.ndarray:
+    """Lengths of whiskers below and above the value, ``[2, rows]``."""
+    value, low, high = rows[["value", "low", "high"]].to_numpy(float).T
+    return np.clip([value - low, high - value], 0, None)
 
 
 def _hatched(hatch: str) -> dict[str, Any]:
@@ -263,7 +284,8 @@ def matrix(
     limit: float | None = None,
 ) -> Axes:
     """A labelled matrix of values, symmetric colours around zero; ``label`` is that of the
-    colour bar, and without one there is none."""
+    colour bar, and without one there is none.
+    """
     table = np.asarray(table, dtype=float)
     if not table.size:
         return missing(axes, "unavailable: nothing was steered")
@@ -521,7 +543,8 @@ def sweep(
 ) -> Sequence[Axes]:
     """A panel a direction from :func:`stllms.steering.dose.sweep`: own token fraction by layer,
     a line and a null interval a coefficient, the baseline dashed, the steering layer of
-    ``marks`` dotted; and a legend above the figure."""
+    ``marks`` dotted; and a legend above the figure.
+    """
     for axes, name in zip(panels, STEERED, strict=True):
         found = table[table["behaviour"] == name]
         axes.set_title(name)
@@ -531,14 +554,15 @@ def sweep(
         for coefficient, rows in found.groupby("coefficient"):
             mode, hatch = ("positive", "//////") if coefficient > 0 else ("negative", "......")
             colour, at, sign = MODES[mode], rows["layer"], f"{coefficient:+g}"
-            edges, null = (
-                (rows["ci_low"], rows["ci_high"]),
-                (rows["null_low"], rows["null_high"]),
-            )
-            look = {**NULL, "edgecolor": colour, "hatch": hatch}
+            look = NULL | {
+                "edgecolor": colour,
+                "hatch": hatch,
+                "label": f"null interval {sign}",
+            }
             axes.plot(at, rows["value"], color=colour, marker=MARKERS[0], label=sign)
+            edges = rows["ci_low"], rows["ci_high"]
             axes.fill_between(at, *edges, color=colour, alpha=0.15, linewidth=0)
-            axes.fill_between(at, *null, **look, label=f"null interval {sign}")
+            axes.fill_between(at, rows["null_low"], rows["null_high"], **look)
         plain = found["plain"].iloc[0]
         axes.axhline(plain, color=MODES["plain"], linestyle="--", label="baseline")
         if name in marks:
@@ -576,46 +600,31 @@ def chain(
     labels = np.full(len(text), "", dtype=object)
     for segment in segments:
         labels[segment.start : segment.end] = segment.label
-    lines = list(wrapped(text, width))
+    lines = wrapped(text, width)
     rows = max(1, len(lines)) if rows is None else rows
     axes.set_axis_off()
     axes.set_title(textwrap.fill(title, width), loc="left", fontsize=8)
     axes.set_xlim(0, width)
     axes.set_ylim(rows - 0.5, -0.5)
     drawn = lines if len(lines) <= rows else lines[: rows - 1]
-    letter: dict[str, Any] = {
-        "family": "monospace",
-        "fontsize": 7,
-        "ha": "center",
-        "va": "center",
-    }
+    letter = {"family": "monospace", "fontsize": 7, "ha": "center", "va": "center"}
     for row, (start, stop) in enumerate(drawn):
         for column, place in enumerate(range(start, stop)):
             if label := labels[place]:
                 box = Rectangle((column, row - 0.45), 1, 0.9, alpha=0.35, linewidth=0)
                 box.set_facecolor(COLOURS.get(label, OTHER))
                 axes.add_patch(box)
-            axes.text(column + 0.5, row, text[place], parse_math=False, **letter)
+            axes.text(column + 0.5, row, text[place], letter, parse_math=False)
     if len(drawn) < len(lines):
         note = f"(and {len(text) - lines[rows - 1][0]} more characters)"
         axes.text(0, rows - 1, note, fontsize=7, style="italic", va="center")
     return axes
 
 
-def wrapped(text: str, width: int) -> Iterator[tuple[int, int]]:
+def wrapped(text: str, width: int) -> list[tuple[int, int]]:
     """Start and end of lines of at most ``width`` characters, broken at spaces."""
-    start = 0
-    while start < len(text):
-        newline = text.find("\n", start, start + width + 1)
-        if newline >= 0:
-            stop = newline
-        elif len(text) - start <= width:
-            stop = len(text)
-        else:
-            space = text.rfind(" ", start, start + width + 1)
-            stop = space if space > start else start + width
-        yield start, stop
-        start = stop + (stop < len(text) and text[stop] in " \n")
+    line = rf"(.{{1,{width}}}(?=[ \n]|\Z)|.{{1,{width}}}|(?=\n))[ \n]?"
+    return [match.span(1) for match in re.finditer(line, text)]
 
 
 def chains(figure: Figure, shown: Sequence[tuple[str, str, Sequence[PlacedSegment]]]) -> Figure:
@@ -623,7 +632,7 @@ def chains(figure: Figure, shown: Sequence[tuple[str, str, Sequence[PlacedSegmen
 
     The figure is made as high as the longest of them needs, up to :data:`MOST_LINES`.
     """
-    rows = max(1, *(sum(1 for _ in wrapped(text, LINE)) for _, text, _ in shown))
+    rows = max(1, *(len(wrapped(text, LINE)) for _, text, _ in shown))
     rows = min(MOST_LINES, rows)
     figure.set_figheight(LINE_HEIGHT * rows + HEAD_AND_FOOT)
     panels = figure.subplots(1, len(shown), squeeze=False)[0]

@@ -79,7 +79,8 @@ def intervals(
     table: pd.DataFrame, rows: Sequence[str], columns: str, *, digits: int = 2
 ) -> pd.DataFrame:
     """For display, from rows with ``value, low, high``: ``value (low to high)``, the value
-    alone where the interval is missing, ``n/a`` without a value; laid out by :func:`wide`."""
+    alone where the interval is missing, ``n/a`` without a value; laid out by :func:`wide`.
+    """
     if table.empty:
         return pd.DataFrame(columns=[*rows])
     numbers = table[["value", "low", "high"]].to_numpy(float)
@@ -122,7 +123,8 @@ def wide(
 
 def shown(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     """For display: rounded, a missing number as ``n/a``, columns of whole numbers without a
-    point, p-values too small for the digits as less than the last of them."""
+    point, p-values too small for the digits as less than the last of them.
+    """
     return table.apply(_column, digits=digits)
 
 
@@ -229,7 +231,8 @@ def html_panels(panels: Sequence[Panel]) -> str:
 
 def html_pairs(pairs: Mapping[str, tuple[Steered, Steered] | None]) -> str:
     """A legend, and for every name a baseline and a steered response side by side (both need an
-    annotation); a line where there are none to show."""
+    annotation); a line where there are none to show.
+    """
     pieces = [html_legend()]
     for name, pair in pairs.items():
         if pair is None:
@@ -268,7 +271,8 @@ def _bar(name: str, share: float) -> str:
 
 def terminal(text: str, segments: Sequence[PlacedSegment], *, colour: bool) -> str:
     """A chain for a terminal: running text on coloured backgrounds, or, without colour, a
-    line a segment that begins with its label. The text itself has no say in colours."""
+    line a segment that begins with its label. The text itself has no say in colours.
+    """
     parts = [(segment, plain(part)) for segment, part in _parts(text, segments)]
     if colour:
         return "".join(part if s is None else _paint(part, s.label) for s, part in parts)

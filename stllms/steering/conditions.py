@@ -31,7 +31,8 @@ SWEPT_CONTROLS = 4
 @dataclass(frozen=True)
 class Condition:
     """One way to steer: ``direction`` is a behaviour, ``none``, or a control such as
-    ``shuffled:0``."""
+    ``shuffled:0``.
+    """
 
     direction: str
     layer: int
@@ -50,12 +51,7 @@ def plain() -> Condition:
 
 
 def conditions(
-    vectors: SteeringVectors,
-    layers: dict[str, int],
-    coefficients: Sequence[float],
-    *,
-    operation: str = "add",
-    where: str = "all",
+    vectors: SteeringVectors, layers: dict[str, int], coefficients: Sequence[float]
 ) -> list[Condition]:
     """The baseline, and a condition for every behaviour of ``layers`` and every coefficient
     other than 0.
@@ -75,8 +71,8 @@ def conditions(
             raise ValueError(f"no layer {layer} in the vectors; they have layers 0 to {last}")
         direction = vectors.direction(behaviour, layer)
         for coefficient in filter(None, coefficients):
-            edit = Intervention(direction, layer, coefficient, operation, where)
-            found.append(Condition(behaviour, layer, float(coefficient), edit, operation))
+            edit = Intervention(direction, layer, coefficient)
+            found.append(Condition(behaviour, layer, float(coefficient), edit))
     return found
 
 
@@ -99,7 +95,8 @@ def sweep_conditions(
     vectors: SteeringVectors, coefficients: Sequence[float], controls: Controls | None = None
 ) -> list[Condition]:
     """The baseline, and every steered behaviour and control at every layer with the largest
-    coefficient of each sign, to see where a direction acts best."""
+    coefficient of each sign, to see where a direction acts best.
+    """
     ends = sorted({min(coefficients), max(coefficients)} - {0})
     layers = range(vectors.n_layers)
     names = [name for name in STEERED if name in vectors.behaviours]
@@ -145,21 +142,15 @@ def generate(
             tasks,
             interventions,
             style,
+            watch=watch,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             temperature=temperature,
             seed=seed,
             progress=bar.tick,
-            watch=watch,
         )
     audit.audit(responses).check()
     return responses
-
-
-def _several(item: Intervention | Sequence[Intervention] | None) -> tuple[Intervention, ...]:
-    if item is None:
-        return ()
-    return (item,) if isinstance(item, Intervention) else tuple(item)
 
 
 def _responses(
@@ -173,10 +164,10 @@ def _responses(
 ) -> list[Response]:
     """:func:`generate` without its checks; ``options`` are those of ``decode.run``."""
     opened = [prompts.opening(model, task, style) for task in tasks]
-    rows = [
-        decode.Row(start[1], task.id, _several(edits))
-        for task, start, edits in zip(tasks, opened, interventions, strict=True)
-    ]
+    rows = []
+    for task, (_, ids), edits in zip(tasks, opened, interventions, strict=True):
+        several = (edits,) if isinstance(edits, Intervention) else tuple(edits or ())
+        rows.append(decode.Row(ids, task.id, several))
 
     def read(written: Sequence[Sequence[int]]) -> list[Response]:
         return [
@@ -209,9 +200,8 @@ def grid(
 
     All conditions of a chunk of tasks share batches. ``store`` has the row key of
     :class:`~stllms.records.Steered`; a chunk of which a row is missing is decoded whole, and
-    the missing rows are added. The key does not say where a row was steered, so ``ValueError``
-    is raised for a store and a condition that does not steer all positions, ``SamplingError``
-    if the audit of all responses fails.
+    the missing rows are added. Raises ``ValueError`` for a store and a condition that
+    does not steer all positions (the key does not tell), ``SamplingError`` if the audit fails.
     """
     every = list(every)
     cells = [(condition, task) for task in tasks for condition in every]
@@ -221,7 +211,8 @@ def grid(
         "seed": seed,
     }
     if store is not None and cells:
-        _check_storable(every)
+        if any(one.intervention and one.intervention.where != "all" for one in every):
+            raise ValueError("a store keeps responses steered at all positions: call without")
         store.bind({**model.identity, **options, **decode.fingerprints(by_condition(every))})
         ids = {task.id: prompts.opening(model, task, style)[1] for task in tasks}
         stored = from_rows(store.load(), steered_from_row, store.path)
@@ -250,16 +241,6 @@ def grid(
     found = [steered_from_row(row) for row in rows]
     audit.audit(one.response for one in found).check()
     return found
-
-
-def _check_storable(every: Sequence[Condition]) -> None:
-    for condition in every:
-        places = {item.where for item in _several(condition.intervention)} - {"all"}
-        if places:
-            raise ValueError(
-                f"the condition of {condition.direction} acts on {', '.join(places)} tokens: a "
-                "store keeps responses steered at all positions, so call grid without one"
-            )
 
 
 def check(vectors: SteeringVectors, model: Model, origin: str = "the directions") -> None:

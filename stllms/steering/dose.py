@@ -7,8 +7,8 @@ null interval, the range of control directions of the same length.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,8 @@ _LOWER = ("accuracy", "closed", "compression", "labelled", "well-formed")
 
 def side_effects(rows: pd.DataFrame) -> pd.DataFrame:
     """Side effects (columns) under every condition (rows); control directions as the mean of a
-    kind, over the tasks that they were measured on."""
+    kind, over the tasks that they were measured on.
+    """
     side = rows[rows["metric"].isin(SIDE_EFFECTS)]
     kind = side["direction"].str.replace(r":\d+$", "", regex=True)
     wide = side.assign(direction=kind).pivot_table(
@@ -41,17 +42,16 @@ def side_effects(rows: pd.DataFrame) -> pd.DataFrame:
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """Dose-response: own token fraction and side effects of every direction (column
-    ``steered``) over its coefficients, the baseline at 0; with interval and null interval."""
-    made = [rows.iloc[:0].assign(steered="")]
+    ``steered``) over its coefficients, the baseline at 0; with interval and null interval.
+    """
+    made = []
     for behaviour in STEERED:
-        mine = rows[rows["direction"].isin([behaviour, "none"])]
-        if (mine["direction"] == behaviour).any():
-            fraction = (mine["metric"] == FRACTION) & (mine["behaviour"] == behaviour)
-            found = mine[fraction | mine["metric"].isin(SIDE_EFFECTS)]
-            made.append(found.assign(steered=behaviour))
-    every = pd.concat(made[1:] or made)
+        fraction = (rows["metric"] == FRACTION) & (rows["behaviour"] == behaviour)
+        found = rows[fraction | rows["metric"].isin(SIDE_EFFECTS)].assign(steered=behaviour)
+        mine = found["direction"].isin([behaviour, "none"])
+        made.append(found[mine & (found["direction"] == behaviour).any()])
     columns = ["steered", "metric", "coefficient", "value", "ci_low", "ci_high", "n"]
-    every = every[[*columns, "null_low", "null_high", "null_n"]]
+    every = pd.concat(made)[[*columns, "null_low", "null_high", "null_n"]]
     return every.sort_values(["steered", "metric", "coefficient"], ignore_index=True)
 
 
@@ -75,16 +75,11 @@ def broken(
     found: dict[tuple[str, float], dict[str, tuple[float, float]]] = {}
     for (direction, coefficient, metric), value in values.items():
         plain = values["none", 0.0, metric]
-        if direction in STEERED and _worse(metric, value - plain) > limits[metric]:
+        change = value - plain
+        worse = abs(change) if metric == "tokens" else (-change if metric in _LOWER else change)
+        if direction in STEERED and worse > limits[metric]:
             found.setdefault((direction, coefficient), {})[metric] = (plain, value)
     return found
-
-
-def _worse(metric: str, change: float) -> float:
-    """How much worse than the baseline a change of a side effect is."""
-    if metric == "tokens":
-        return abs(change)
-    return -change if metric in _LOWER else change
 
 
 def warning(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> str:
@@ -106,14 +101,11 @@ def suggested(
     ``None`` if the smallest one does already, or if there is none of this sign. A side effect
     that was not measured (NaN) is within.
     """
-    bad = broken(rows, limits)
     own = rows.loc[rows["direction"] == behaviour, "coefficient"].unique()
-    best = None
-    for coefficient in sorted((float(c) for c in own if np.sign(c) == sign), key=abs):
-        if (behaviour, coefficient) in bad:
-            break
-        best = coefficient
-    return best
+    tried = sorted((float(c) for c in own if np.sign(c) == sign), key=abs)
+    bad = broken(rows, limits)
+    whole = list(itertools.takewhile(lambda c: (behaviour, c) not in bad, tried))
+    return whole[-1] if whole else None
 
 
 def summary(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> pd.DataFrame:
@@ -127,43 +119,35 @@ def summary(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> pd
     own = rows[rows["metric"] == FRACTION].set_index(["behaviour", "direction", "coefficient"])
     side = rows.set_index(["metric", "direction", "coefficient"])["value"]
     made = []
-    for behaviour in STEERED:
-        if (behaviour, behaviour) not in own.index.droplevel(2):
-            continue
+    steered = [b for b in STEERED if (b, b) in own.index.droplevel(2)]
+    for behaviour, sign in itertools.product(steered, (1, -1)):
         plain = own.loc[behaviour, "none", 0.0]
-        for sign in (1, -1):
-            at = suggested(rows, behaviour, sign, limits)
-            row: dict[str, Any] = {
-                "behaviour": behaviour,
-                "sign": "+-"[sign < 0],
-                "coefficient": at,
-            }
-            row |= {"plain": plain["value"], "plain_low": plain["ci_low"]}
-            row |= {"plain_high": plain["ci_high"]}
-            if at is not None:
-                row |= _beside(own.loc[behaviour, behaviour, at], plain, sign)
-                for name in ("well-formed", "accuracy"):
-                    row[name] = side.get((name, behaviour, at), np.nan)
-            made.append(row)
+        at = suggested(rows, behaviour, sign, limits)
+        row = {"behaviour": behaviour, "sign": "+-"[sign < 0], "coefficient": at}
+        row |= {"plain": plain["value"], "plain_low": plain["ci_low"]}
+        row |= {"plain_high": plain["ci_high"]}
+        if at is not None:
+            found = own.loc[behaviour, behaviour, at]
+            side_of_sign = "high" if sign > 0 else "low"
+            row |= found[["value", "null_low", "null_high"]].to_dict()
+            for name, edge in (
+                ("outside plain", plain[f"ci_{side_of_sign}"]),
+                ("outside controls", found[f"null_{side_of_sign}"]),
+            ):
+                outside = "yes" if sign * (found["value"] - edge) > 0 else "no"
+                row[name] = "" if np.isnan(edge) else outside
+            for name in ("well-formed", "accuracy"):
+                row[name] = side.get((name, behaviour, at), np.nan)
+        made.append(row)
     columns = ["behaviour", "sign", "coefficient", "plain", "plain_low", "plain_high", "value"]
     columns += ["null_low", "null_high", "outside plain", "outside controls"]
     return pd.DataFrame(made, columns=[*columns, "well-formed", "accuracy"])
 
 
-def _beside(found: pd.Series, plain: pd.Series, sign: int) -> dict[str, Any]:
-    """A value beside the edge of the baseline's interval and that of the null interval."""
-    edges = {"outside plain": plain["ci_high" if sign > 0 else "ci_low"]}
-    edges["outside controls"] = found["null_high" if sign > 0 else "null_low"]
-    outside = {
-        name: "" if np.isnan(edge) else ("yes" if sign * (found["value"] - edge) > 0 else "no")
-        for name, edge in edges.items()
-    }
-    return found[["value", "null_low", "null_high"]].to_dict() | outside
-
-
 def sweep(measured: pd.DataFrame) -> pd.DataFrame:
     """Own token fraction of every direction by layer and coefficient, with the baseline and the
-    null interval, from the measurements of a sweep over layers (no rows without any)."""
+    null interval, from the measurements of a sweep over layers (no rows without any).
+    """
     columns = ["behaviour", "layer", "coefficient", "value", "ci_low", "ci_high", "n", "plain"]
     columns += ["null_low", "null_high", "null_n"]
     if measured.empty:

@@ -14,9 +14,9 @@ steered behaviours has token fractions of zero. A failed annotation always gives
 from __future__ import annotations
 
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -97,22 +97,18 @@ def _shares(sizes: np.ndarray, present: np.ndarray, empty: str) -> np.ndarray:
     return shares
 
 
-@dataclass(frozen=True)
-class Coherence:
+def coherence(text: str) -> dict[str, float]:
     """Signs of broken text: ``loops`` is the share of word 4-grams that occurred before in the
-    text; ``compression`` its size after zlib over the size before (low: repeats)."""
-
-    loops: float
-    compression: float
-
-
-def coherence(text: str) -> Coherence:
-    """:class:`Coherence` of a text; ``(0, 1)`` for one that is too short to repeat itself."""
+    text, ``compression`` its size after zlib over the size before (low: repeats); 0 and 1 for a
+    text that is too short to repeat itself.
+    """
     words = text.split()
-    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     raw = text.encode()
-    loops = 1 - len(set(grams)) / len(grams) if grams else 0.0
-    return Coherence(loops, min(1.0, len(zlib.compress(raw, 9)) / len(raw)) if raw else 1.0)
+    return {
+        "loops": 1 - len(set(grams)) / len(grams) if grams else 0.0,
+        "compression": min(1.0, len(zlib.compress(raw, 9)) / len(raw)) if raw else 1.0,
+    }
 
 
 def measure(
@@ -143,48 +139,40 @@ def measure(
     fractions = token_fractions(annotations, STEERED, empty=empty)
     shares = token_fractions(annotations, BEHAVIOURS, empty=empty)
     columns = [f"{FRACTION}/{b}" for b in STEERED] + [f"{SHARE}/{b}" for b in BEHAVIOURS]
-    found = pd.concat(
-        [
-            pd.DataFrame([one.key for one in steered], columns=list(STEERED_KEY)),
-            pd.DataFrame(np.hstack([fractions, shares]), columns=columns),
-            pd.DataFrame(
-                [
-                    _side_effects(one, annotation, by_id[one.task_id])
-                    for one, annotation in zip(steered, annotations, strict=True)
-                ]
-            ),
-        ],
-        axis=1,
+    side = [
+        _side_effects(one, annotation, by_id[one.task_id])
+        for one, annotation in zip(steered, annotations, strict=True)
+    ]
+    keys = pd.DataFrame([one.key for one in steered], columns=list(STEERED_KEY))
+    shares = pd.DataFrame(np.hstack([fractions, shares]), columns=columns)
+    found = pd.concat([keys, shares, pd.DataFrame(side)], axis=1)
+    if scores is None:
+        return found
+    given = pd.DataFrame(scores, columns=[*STEERED_KEY, "kl", "perplexity"])
+    given["log perplexity"] = np.log(given.pop("perplexity").astype(float))
+    given["kl"] = given["kl"].astype(float)
+    joined = found.merge(
+        given, on=list(STEERED_KEY), how="left", validate="1:1", indicator=True
     )
-    return found if scores is None else _with_scores(found, scores)
+    if lacking := (joined.pop("_merge") == "left_only").sum():
+        raise ValueError(f"{lacking} of {len(found)} chains have no score")
+    return joined
 
 
 def _side_effects(one: Steered, annotation: Annotation, task: Task) -> dict[str, float]:
     response = one.response
-    signs = coherence(response.thinking)
     found = {
         "accuracy": score(task, response.answer),
         "tokens": float(len(response.output_ids)),
         "closed": float(response.closed),
         "truncated": float(not response.finished),
-        "loops": signs.loops,
-        "compression": signs.compression,
+        **coherence(response.thinking),
         "labelled": np.nan if annotation.failed else annotation.ledger["coverage"],
     }
     if annotation.annotator == "grammar":
         thinker = response.thinking != response.answer  # a text without tags is both
         found["well-formed"] = float(grammar.well_formed(response, thinker=thinker))
     return found
-
-
-def _with_scores(rows: pd.DataFrame, scores: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    given = pd.DataFrame(scores, columns=[*STEERED_KEY, "kl", "perplexity"])
-    given["log perplexity"] = np.log(given.pop("perplexity").astype(float))
-    given["kl"] = given["kl"].astype(float)
-    joined = rows.merge(given, on=list(STEERED_KEY), how="left", validate="1:1", indicator=True)
-    if lacking := (joined.pop("_merge") == "left_only").sum():
-        raise ValueError(f"{lacking} of {len(rows)} chains have no score")
-    return joined
 
 
 # --- of all tasks ------------------------------------------------------------------------
@@ -205,13 +193,12 @@ def table(measured: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     plain, null = by_condition[PLAIN], _null(by_condition)
     rows = []
     for (direction, layer, coefficient), found in by_condition.items():
-        low, high, n_tasks = null.get((layer, coefficient), ({}, {}, {}))
-        changes = found[names] - plain.reindex(found.index)
+        controls = null.get((layer, coefficient), pd.DataFrame(index=names)).to_dict("index")
+        changes = found - plain.reindex(found.index)
         for name in names:
             metric, _, behaviour = name.partition("/")
             interval = stats.bootstrap(found[name], seed=seed)
             is_plain = direction == PLAIN[0]
-            p = np.nan if is_plain else stats.sign_flip(changes[name], seed=seed)
             rows.append(
                 {
                     "behaviour": behaviour,
@@ -223,11 +210,12 @@ def table(measured: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
                     "ci_low": interval.low,
                     "ci_high": interval.high,
                     "n": interval.n,
-                    "p": p,
+                    "p": np.nan if is_plain else stats.sign_flip(changes[name], seed=seed),
                     "p_holm": np.nan,
-                    "null_low": low.get(name, np.nan),
-                    "null_high": high.get(name, np.nan),
-                    "null_n": n_tasks.get(name, 0),
+                    "null_low": np.nan,
+                    "null_high": np.nan,
+                    "null_n": 0,
+                    **controls[name],
                 }
             )
     made = pd.DataFrame(rows)
@@ -255,20 +243,24 @@ def _conditions(measured: pd.DataFrame) -> tuple[list[str], dict[tuple, pd.DataF
     return names, {place: rows.set_index("task_id")[names] for place, rows in groups}
 
 
-def _null(by_condition: Mapping[tuple, pd.DataFrame]) -> dict[tuple, tuple]:
-    """(layer, coefficient) -> smallest and largest control, and the fewest tasks of any."""
+def _null(by_condition: Mapping[tuple, pd.DataFrame]) -> dict[tuple, pd.DataFrame]:
+    """(layer, coefficient) -> smallest and largest control, and the fewest tasks of any, a row
+    a measure.
+    """
     plain = by_condition[PLAIN]
-    values: dict[tuple, list[pd.Series]] = {}
-    counts: dict[tuple, list[pd.Series]] = {}
+    values: dict[tuple, list[pd.Series]] = defaultdict(list)
+    counts: dict[tuple, list[pd.Series]] = defaultdict(list)
     for (direction, *place), found in by_condition.items():
         if is_control(direction):
             change = found - plain.reindex(found.index)
-            values.setdefault(tuple(place), []).append(plain.mean() + change.mean())
-            counts.setdefault(tuple(place), []).append(change.notna().sum())
+            values[tuple(place)].append(plain.mean() + change.mean())
+            counts[tuple(place)].append(change.count())
     made = {}
     for at, means in values.items():
         every, n = pd.DataFrame(means), pd.DataFrame(counts[at])
-        made[at] = every.min(), every.max(), n.where(n > 0).min().fillna(0).astype(int)
+        fewest = n.where(n > 0).min().fillna(0).astype(int)
+        edges = {"null_low": every.min(), "null_high": every.max(), "null_n": fewest}
+        made[at] = pd.DataFrame(edges)
     return made
 
 
@@ -295,31 +287,22 @@ def differences(measured: pd.DataFrame, rows: pd.DataFrame, *, seed: int = 0) ->
     Mean difference with its bootstrap interval; p-values are those of :func:`table`.
     """
     _, by_condition = _conditions(measured)
-    made = []
-    for row in rows[rows["p_holm"].notna()].itertuples():
-        name = f"{FRACTION}/{row.behaviour}"
-        mine = by_condition[row.direction, row.layer, row.coefficient][name]
-        found = stats.bootstrap(mine - by_condition[PLAIN][name].reindex(mine.index), seed=seed)
-        made.append(
-            {
-                "behaviour": row.behaviour,
-                "layer": row.layer,
-                "coefficient": row.coefficient,
-                "difference": found.value,
-                "low": found.low,
-                "high": found.high,
-                "n": found.n,
-                "p": row.p,
-                "p_holm": row.p_holm,
-            }
-        )
-    columns = ["behaviour", "layer", "coefficient", "difference", "low", "high", "n"]
-    return pd.DataFrame(made, columns=[*columns, "p", "p_holm"])
+    place = ["behaviour", "layer", "coefficient"]
+    tested = rows.loc[rows["p_holm"].notna(), [*place, "p", "p_holm"]].reset_index(drop=True)
+    found = []
+    for at in tested[place].itertuples(index=False):
+        mine = by_condition[tuple(at)][f"{FRACTION}/{at.behaviour}"]
+        plain = by_condition[PLAIN][mine.name].reindex(mine.index)
+        found.append(asdict(stats.bootstrap(mine - plain, seed=seed)))
+    intervals = pd.DataFrame(found, columns=["value", "low", "high", "n"])
+    made = pd.concat([tested[place], intervals, tested[["p", "p_holm"]]], axis=1)
+    return made.rename(columns={"value": "difference"})
 
 
 def changes(rows: pd.DataFrame, coefficient: float = 1.0) -> pd.DataFrame:
     """What else moves: change of the token share of all six behaviours (columns) under every
-    behaviour's direction (index ``direction``) against the baseline."""
+    behaviour's direction (index ``direction``) against the baseline.
+    """
     shares = rows[rows["metric"] == SHARE]
     plain = shares[shares["direction"] == PLAIN[0]].set_index("behaviour")["value"]
     steered = shares[(shares["coefficient"] == coefficient) & shares["direction"].isin(STEERED)]
@@ -337,20 +320,21 @@ def showcase(
     """(baseline, positive) of the finished response whose own token fraction rose most, over
     all ``behaviours`` and their positive coefficients; the earlier behaviour where two rose
     alike. ``None`` where nothing was steered or nothing rose (the share of repeated 4-grams
-    off it)."""
+    off it).
+    """
     at = {one.key[:4]: one for one in steered}
     _, by_condition = _conditions(measured)
-    best: tuple[float, int] = (0.0, 0)
-    pair = None
-    for place, rows in by_condition.items():
-        if place[0] not in behaviours or place[2] <= 0:
-            continue
-        name = f"{FRACTION}/{place[0]}"
-        rise = (rows[name] - by_condition[PLAIN][name].reindex(rows.index)).fillna(-1)
-        whole = rise - rows["truncated"] - rows["loops"]
-        rank = (whole.max(), -behaviours.index(place[0]))
-        if rank[0] > 0 and rank > best:
-            best, pair = rank, (at[whole.idxmax(), *PLAIN], at[whole.idxmax(), *place])
+    best, pair = 0.0, None
+    for behaviour in behaviours:
+        name = f"{FRACTION}/{behaviour}"
+        for place, rows in by_condition.items():
+            if place[0] != behaviour or place[2] <= 0:
+                continue
+            rise = (rows[name] - by_condition[PLAIN][name].reindex(rows.index)).fillna(-1)
+            whole = rise - rows["truncated"] - rows["loops"]
+            if whole.max() > best:
+                task = whole.idxmax()
+                best, pair = whole.max(), (at[task, *PLAIN], at[task, *place])
     return pair
 
 
