@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from stllms import registry
 from stllms.annotation import placing
 from stllms.annotation.annotators import Annotator, Grammar
-from stllms.fixtures import FOLDER, families, grammar
+from stllms.fixtures import families, grammar
 from stllms.labels import BEHAVIOURS, CATEGORIES, STEERED
 from stllms.records import Response, Task
 from stllms.vectors import directions
@@ -193,7 +193,7 @@ def test_there_are_at_least_twelve_families_in_the_categories_of_the_paper():
     assert len(FAMILIES) >= 12
     categories = {category for category, _ in families.FAMILIES.values()}
     assert categories == set(CATEGORIES)
-    assert set(families.FACTS) == set(FAMILIES)
+    assert set(families.LEXICON["facts"]) == set(FAMILIES)
     assert set(SOLVERS) == set(FAMILIES), "a solver is missing, or solves nothing"
 
 
@@ -482,10 +482,12 @@ def test_the_folder_of_an_embedded_model_has_one_set_of_weights(name):
     """As loaders see it that take every ``*.safetensors`` of a folder for weights: together the
     files hold each parameter once, and nothing else."""
     tensors: list[str] = []
-    for path in (FOLDER / name).glob("*.safetensors"):
+    for path in (registry.FIXTURES / name).glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             tensors += file.keys()
-    hf, info = AutoModelForCausalLM.from_pretrained(FOLDER / name, output_loading_info=True)
+    hf, info = AutoModelForCausalLM.from_pretrained(
+        registry.FIXTURES / name, output_loading_info=True
+    )
     assert len(tensors) == len(set(tensors))
     assert set(tensors) == {key for key, _ in hf.named_parameters()}, "tied heads are no file's"
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -494,7 +496,7 @@ def test_the_folder_of_an_embedded_model_has_one_set_of_weights(name):
 def test_what_lies_beside_the_embedded_models_is_shipped():
     settings = tomllib.loads((registry.PACKAGE.parent / "pyproject.toml").read_text())
     patterns = settings["tool"]["setuptools"]["package-data"]["stllms.fixtures"]
-    shipped = {path for pattern in patterns for path in FOLDER.glob(pattern)}
-    assert {path for path in FOLDER.glob("tiny-*") if path.is_file()} <= shipped
+    shipped = {path for pattern in patterns for path in registry.FIXTURES.glob(pattern)}
+    assert {path for path in registry.FIXTURES.glob("tiny-*") if path.is_file()} <= shipped
     assert directions.shipped_file("tiny-thinker") in shipped
-    assert FOLDER / "tiny-thinker" / "model.safetensors" in shipped
+    assert registry.FIXTURES / "tiny-thinker" / "model.safetensors" in shipped

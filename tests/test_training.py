@@ -19,7 +19,7 @@ from stllms import registry
 from stllms.annotation import offline, placing
 from stllms.annotation.agreement import kappa
 from stllms.annotation.annotators import annotator
-from stllms.fixtures import FOLDER, families, grammar
+from stllms.fixtures import families, grammar
 from stllms.generation import prompts
 from stllms.labels import BEHAVIOURS
 from stllms.models.loading import load
@@ -54,7 +54,10 @@ TINY = train.Recipe(
 @pytest.fixture(scope="module")
 def tokenizers():
     """The shipped tokenizers, one a style."""
-    return {style: AutoTokenizer.from_pretrained(FOLDER / f"tiny-{style}") for style in STYLES}
+    return {
+        style: AutoTokenizer.from_pretrained(registry.FIXTURES / f"tiny-{style}")
+        for style in STYLES
+    }
 
 
 def rows_of(ids, targets, tokenizer):
@@ -246,7 +249,7 @@ def test_the_command_line_trains_the_shipped_recipe(style, monkeypatch, tmp_path
 
 def test_a_card_has_the_numbers_of_its_model(tmp_path):
     folder = tmp_path / "tiny-thinker"
-    shutil.copytree(FOLDER / "tiny-thinker", folder)
+    shutil.copytree(registry.FIXTURES / "tiny-thinker", folder)
     (folder / "README.md").unlink()
     numbers = train.card(folder, "thinker", questions=4)
     text = (folder / "README.md").read_text(encoding="utf-8")

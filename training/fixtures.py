@@ -35,12 +35,13 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from stllms.annotation.annotators import Grammar
-from stllms.fixtures import FOLDER, families, grammar
+from stllms.fixtures import families, grammar
 from stllms.generation.chains import responses
 from stllms.generation.prompts import prompt
 from stllms.labels import BEHAVIOURS
 from stllms.models.loading import load
 from stllms.records import Response, Task
+from stllms.registry import FIXTURES
 from stllms.steering.measures import segment_counts
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -425,7 +426,7 @@ def measure(made: list[Response], tasks: list[Task], style: str) -> dict[str, An
 
 def card(folder: Path, style: str, questions: int = QUESTIONS) -> dict[str, Any]:
     """Measure the model in ``folder`` and write its card there; returns the numbers."""
-    model = load(folder.name if folder.parent == FOLDER else str(folder), device="cpu")
+    model = load(folder.name if folder.parent == FIXTURES else str(folder), device="cpu")
     tasks = grammar.tasks("evaluate", questions)
     found = {}
     for name, temperature in (("greedy", 0.0), ("sampled", TEMPERATURE)):
@@ -467,7 +468,7 @@ def main(argv: list[str] | None = None) -> None:
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     two = commands.add_parser("card", help="measure both models and write their cards")
-    two.add_argument("--folder", type=Path, default=FOLDER, help="where their folders are")
+    two.add_argument("--folder", type=Path, default=FIXTURES, help="where their folders are")
     two.add_argument("--questions", type=int, default=QUESTIONS)
     given = parser.parse_args(argv)
     if given.command == "train":
