@@ -106,9 +106,9 @@ class Grammar:
         made = []
         for response in responses:
             text = response.thinking
-            found = [(b, text[i:j], i, j) for b, i, j in grammar.sentences(text)]
-            placed = [PlacedSegment(b, *where) for b, *where in found if b is not None]
-            unknown = [said for b, said, *_ in found if b is None]
+            found = list(grammar.sentences(text))
+            placed = [PlacedSegment(b, text[i:j], i, j) for b, i, j in found if b is not None]
+            unknown = [text[i:j] for b, i, j in found if b is None]
             alignment = placing.place(placed, text)
             one = placing.annotation(alignment, response.task_id, self.name, unknown=unknown)
             made.append(one)

@@ -301,7 +301,8 @@ def summarise(annotations: Iterable[Annotation]) -> Summary:
                 f"{total} characters"
             )
         characters.update(counts)
-        row = {"task_id": one.task_id, "annotator": one.annotator, "failed": one.failed}
+        row: dict[str, Any] = {"task_id": one.task_id, "annotator": one.annotator}
+        row["failed"] = one.failed
         for key in ("placed", "rejected", "ambiguous", "coverage", "total"):
             row[key] = one.ledger[key]
         rows.append(row)
