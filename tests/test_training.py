@@ -60,19 +60,14 @@ def tokenizers():
     }
 
 
-def rows_of(ids, targets, tokenizer):
-    """(whole text, text that is learned) of every row of a batch."""
-    for row, target in zip(ids, targets, strict=True):
-        learned = target[target != train.IGNORED]
-        yield tokenizer.decode(row), tokenizer.decode(learned), row, target
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_targets_cover_exactly_the_output_tokens(tokenizers, style):
     tokenizer = tokenizers[style]
     end = "</think>" if style == "thinker" else ""
     for ids, targets in train.batches(replace(TINY, style=style), tokenizer, 0)[:8]:
-        for whole, learned, row, target in rows_of(ids, targets, tokenizer):
+        for row, target in zip(ids, targets, strict=True):
+            learned = tokenizer.decode(target[target != train.IGNORED])
+            whole = tokenizer.decode(row)
             opened, _, written = whole.partition("<think>\n" if end else train.ASSISTANT)
             assert opened.startswith(train.BEGIN)
             stop = written.index(train.END) + len(train.END)
