@@ -19,7 +19,7 @@ from stllms import registry
 from stllms.annotation import offline, placing
 from stllms.annotation.agreement import kappa
 from stllms.annotation.annotators import annotator
-from stllms.fixtures import FOLDER, families, grammar
+from stllms.fixtures import families, grammar
 from stllms.generation import prompts
 from stllms.labels import BEHAVIOURS
 from stllms.models.loading import load
@@ -54,14 +54,10 @@ TINY = train.Recipe(
 @pytest.fixture(scope="module")
 def tokenizers():
     """The shipped tokenizers, one a style."""
-    return {style: AutoTokenizer.from_pretrained(FOLDER / f"tiny-{style}") for style in STYLES}
-
-
-def rows_of(ids, targets, tokenizer):
-    """(whole text, text that is learned) of every row of a batch."""
-    for row, target in zip(ids, targets, strict=True):
-        learned = target[target != train.IGNORED]
-        yield tokenizer.decode(row), tokenizer.decode(learned), row, target
+    return {
+        style: AutoTokenizer.from_pretrained(registry.FIXTURES / f"tiny-{style}")
+        for style in STYLES
+    }
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -69,7 +65,9 @@ def test_targets_cover_exactly_the_output_tokens(tokenizers, style):
     tokenizer = tokenizers[style]
     end = "</think>" if style == "thinker" else ""
     for ids, targets in train.batches(replace(TINY, style=style), tokenizer, 0)[:8]:
-        for whole, learned, row, target in rows_of(ids, targets, tokenizer):
+        for row, target in zip(ids, targets, strict=True):
+            learned = tokenizer.decode(target[target != train.IGNORED])
+            whole = tokenizer.decode(row)
             opened, _, written = whole.partition("<think>\n" if end else train.ASSISTANT)
             assert opened.startswith(train.BEGIN)
             stop = written.index(train.END) + len(train.END)
@@ -246,7 +244,7 @@ def test_the_command_line_trains_the_shipped_recipe(style, monkeypatch, tmp_path
 
 def test_a_card_has_the_numbers_of_its_model(tmp_path):
     folder = tmp_path / "tiny-thinker"
-    shutil.copytree(FOLDER / "tiny-thinker", folder)
+    shutil.copytree(registry.FIXTURES / "tiny-thinker", folder)
     (folder / "README.md").unlink()
     numbers = train.card(folder, "thinker", questions=4)
     text = (folder / "README.md").read_text(encoding="utf-8")

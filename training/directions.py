@@ -20,12 +20,13 @@ import pandas as pd
 
 from stllms.annotation import annotators
 from stllms.config import PROFILES
-from stllms.fixtures import FOLDER, grammar
+from stllms.fixtures import grammar
 from stllms.generation.chains import responses
 from stllms.models.loading import load
 from stllms.models.model import Model
 from stllms.plotting.text import layer_text
 from stllms.records import Task
+from stllms.registry import FIXTURES
 from stllms.steering import dose, measures
 from stllms.steering.conditions import grid, sweep_conditions
 from stllms.vectors.activations import collect
@@ -38,7 +39,7 @@ from stllms.vectors.directions import (
 
 MODEL = "tiny-thinker"
 #: The layer sweep of the model, beside its folder, and the coefficients that it steers by.
-SWEEP = FOLDER / f"{MODEL}.layer_sweep.csv"
+SWEEP = FIXTURES / f"{MODEL}.layer_sweep.csv"
 COEFFICIENTS = (-1.0, 1.0)
 
 

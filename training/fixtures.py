@@ -26,6 +26,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,12 +36,13 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from stllms.annotation.annotators import Grammar
-from stllms.fixtures import FOLDER, families, grammar
+from stllms.fixtures import families, grammar
 from stllms.generation.chains import responses
 from stllms.generation.prompts import prompt
 from stllms.labels import BEHAVIOURS
 from stllms.models.loading import load
 from stllms.records import Response, Task
+from stllms.registry import FIXTURES
 from stllms.steering.measures import segment_counts
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -109,12 +111,9 @@ def build_tokenizer(style: str, recipe: Recipe) -> PreTrainedTokenizerFast:
         chain = sample(rng, kind)
         texts.append(f"{prompt(chain.content, KINDS[kind])}\n{chain.thinking}\n{chain.final}")
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocabulary - 2,
@@ -131,9 +130,8 @@ def build_tokenizer(style: str, recipe: Recipe) -> PreTrainedTokenizerFast:
         pad_token=END,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = _TEMPLATE.replace(
-        "OPENING", "<think>\n" if style == "thinker" else ""
-    )
+    opening = "<think>\n" if style == "thinker" else ""
+    tokenizer.chat_template = _TEMPLATE.replace("OPENING", opening)
     return tokenizer
 
 
@@ -152,25 +150,22 @@ def encode(chain: grammar.Chain, style: str, tokenizer) -> tuple[list[int], list
 def batches(recipe: Recipe, tokenizer, chunk: int) -> list[tuple[Tensor, Tensor]]:
     """The batches ``(ids, targets) [B, T]`` of a chunk, right-padded, of like length."""
     rng = Random(f"{recipe.style}/{recipe.seed}/{chunk}")
-    rows = [
-        encode(sample(rng, recipe.style), recipe.style, tokenizer)
-        for _ in range(CHUNK_BATCHES * recipe.batch)
-    ]
-    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+    rows = []
+    for _ in range(CHUNK_BATCHES * recipe.batch):
+        opened, written = encode(sample(rng, recipe.style), recipe.style, tokenizer)
+        targets = [IGNORED] * (len(opened) - 1) + written + [IGNORED]
+        rows.append((torch.tensor(opened + written), torch.tensor(targets)))
+    rows.sort(key=lambda row: len(row[0]))
     cut = [rows[i : i + recipe.batch] for i in range(0, len(rows), recipe.batch)]
     rng.shuffle(cut)
-    return [_pad(rows, tokenizer.pad_token_id) for rows in cut]
-
-
-def _pad(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(len(p) + len(o) for p, o in rows)
-    ids = torch.full((len(rows), width), pad)
-    targets = torch.full((len(rows), width), IGNORED)
-    for row, (opened, written) in enumerate(rows):
-        stop = len(opened) + len(written)
-        ids[row, :stop] = torch.tensor(opened + written)
-        targets[row, len(opened) - 1 : stop - 1] = torch.tensor(written)
-    return ids, targets
+    padding = (tokenizer.pad_token_id, IGNORED)
+    return [
+        tuple(
+            torch.nn.utils.rnn.pad_sequence(one, batch_first=True, padding_value=value)
+            for one, value in zip(zip(*rows, strict=True), padding, strict=True)
+        )
+        for rows in cut
+    ]
 
 
 def stream(recipe: Recipe, tokenizer, start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -258,7 +253,9 @@ def train(recipe: Recipe, out: Path, *, device: str = "cpu", save_every: int = 1
     tenth step.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(recipe, out)
+    if not (out / "tokenizer.json").is_file():
+        build_tokenizer(recipe.style, recipe).save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
     model = build_model(recipe, tokenizer).to(device).train()  # type: ignore[arg-type]
     steppers = optimisers(model, recipe)
     step, seen, seconds = _resume(out, model, steppers, recipe)
@@ -298,12 +295,6 @@ def _step(model, steppers, recipe: Recipe, step: int, ids: Tensor, targets: Tens
     return loss.item()
 
 
-def _tokenizer(recipe: Recipe, out: Path):
-    if not (out / "tokenizer.json").is_file():
-        build_tokenizer(recipe.style, recipe).save_pretrained(out)
-    return AutoTokenizer.from_pretrained(out)
-
-
 def _checkpoint(out: Path, model, steppers, recipe: Recipe, step, seen, seconds) -> None:
     state = {
         "recipe": asdict(recipe),
@@ -327,9 +318,8 @@ def _resume(out: Path, model, steppers, recipe: Recipe) -> tuple[int, int, float
         changed = [k for k, v in asdict(recipe).items() if state["recipe"].get(k) != v]
         raise ValueError(f"{path} was made with another recipe ({', '.join(changed)} differ)")
     # Steps after the checkpoint are made again: their lines too.
-    head, *log = (out / "loss.csv").read_text().splitlines(keepends=True)
-    kept = [line for line in log if int(line.split(",")[0]) <= state["step"]]
-    (out / "loss.csv").write_text("".join([head, *kept]))
+    log = pd.read_csv(out / "loss.csv", dtype={"loss": str, "seconds": str})
+    log[log["step"] <= state["step"]].to_csv(out / "loss.csv", index=False)
     model.load_state_dict(state["model"])
     for stepper, saved in zip(steppers, state["steppers"], strict=True):
         stepper.load_state_dict(saved)
@@ -425,7 +415,7 @@ def measure(made: list[Response], tasks: list[Task], style: str) -> dict[str, An
 
 def card(folder: Path, style: str, questions: int = QUESTIONS) -> dict[str, Any]:
     """Measure the model in ``folder`` and write its card there; returns the numbers."""
-    model = load(folder.name if folder.parent == FOLDER else str(folder), device="cpu")
+    model = load(folder.name if folder.parent == FIXTURES else str(folder), device="cpu")
     tasks = grammar.tasks("evaluate", questions)
     found = {}
     for name, temperature in (("greedy", 0.0), ("sampled", TEMPERATURE)):
@@ -433,8 +423,7 @@ def card(folder: Path, style: str, questions: int = QUESTIONS) -> dict[str, Any]
         found[name] = measure(made, tasks, style)
     training = json.loads((folder / "training.json").read_text())
     numbers = {"questions": questions, "temperature": TEMPERATURE, "tokens": TOKENS} | found
-    rows = (folder / "loss.csv").read_text().splitlines()[-10:]
-    loss = float(np.mean([float(row.split(",")[1]) for row in rows]))
+    loss = pd.read_csv(folder / "loss.csv")["loss"].tail(10).mean()
     greedy, sampled = found["greedy"]["shares"], found["sampled"]["shares"]
     shares = "\n".join(
         f"| {b} | {100 * greedy[b]:.1f} | {100 * sampled[b]:.1f} |" for b in BEHAVIOURS
@@ -467,7 +456,7 @@ def main(argv: list[str] | None = None) -> None:
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     two = commands.add_parser("card", help="measure both models and write their cards")
-    two.add_argument("--folder", type=Path, default=FOLDER, help="where their folders are")
+    two.add_argument("--folder", type=Path, default=FIXTURES, help="where their folders are")
     two.add_argument("--questions", type=int, default=QUESTIONS)
     given = parser.parse_args(argv)
     if given.command == "train":

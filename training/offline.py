@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.sparse import csr_matrix, hstack, vstack
 from sklearn.linear_model import LogisticRegression
@@ -322,6 +323,9 @@ def measure(
     tables = np.zeros((len(chains), N, N))
     np.add.at(tables, (data.chain, truth, chosen), 1)
     size = np.array([len(text) for text in said])
+    given = {"judge": truth, "labels": chosen, "rules": by_rules}
+    ways = {way: np.eye(N)[labels] for way, labels in given.items()}
+    ways = {"judge": ways["judge"], "expected": probabilities, **ways}
     return {
         "chains": len(chains),
         "sentences": len(truth),
@@ -339,8 +343,8 @@ def measure(
         "judge_with_itself": _repeats(said, truth),
         "confusion": table.tolist(),
         "per_label": _per_label(truth, chosen),
-        "fractions": _fractions(data, probabilities, chosen, by_rules, names),
-        "shrinkage": _shrinkage(data, probabilities, chosen, len(chains)),
+        "fractions": _fractions(data.source, ways, names),
+        "shrinkage": _shrinkage(data.chain, ways),
         "calibration": _calibration(truth, probabilities),
     }
 
@@ -374,46 +378,38 @@ def _per_label(truth: np.ndarray, chosen: np.ndarray) -> dict[str, dict[str, flo
     }
 
 
+def _means(rows: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Means of the rows of every group, groups in order."""
+    return pd.DataFrame(rows).groupby(by).mean().to_numpy()
+
+
 def _fractions(
-    data: Data,
-    probabilities: np.ndarray,
-    chosen: np.ndarray,
-    by_rules: np.ndarray,
-    names: Sequence[str],
+    source: np.ndarray, ways: dict[str, np.ndarray], names: Sequence[str]
 ) -> dict[str, Any]:
     """Label fractions of every source: by the judge, expected, by labels, by rules."""
-    found: dict[str, dict[str, list[float]]] = {}
-    errors = defaultdict(list)
-    ways = {
-        "judge": np.eye(N)[data.truth],
-        "expected": probabilities,
-        "labels": np.eye(N)[chosen],
-        "rules": np.eye(N)[by_rules],
+    shares = {way: _means(rows, source) for way, rows in ways.items()}
+    found = {
+        name: {way: share[k].tolist() for way, share in shares.items()}
+        for k, name in enumerate(names)
     }
-    for k, name in enumerate(names):
-        shares = {way: rows[data.source == k].mean(axis=0) for way, rows in ways.items()}
-        found[name] = {way: share.tolist() for way, share in shares.items()}
-        for way in ("expected", "labels", "rules"):
-            errors[way].append(float(np.abs(shares[way] - shares["judge"]).mean()))
+    errors = {
+        way: np.abs(share - shares["judge"]).mean(axis=1).tolist()
+        for way, share in shares.items()
+        if way != "judge"
+    }
     means = {way: float(np.mean(values)) for way, values in errors.items()}
-    return {"sources": found, "mean_error": means, "errors": dict(errors)}
+    return {"sources": found, "mean_error": means, "errors": errors}
 
 
-def _shrinkage(
-    data: Data, probabilities: np.ndarray, chosen: np.ndarray, chains: int
-) -> dict[str, dict[str, float]]:
+def _shrinkage(chain: np.ndarray, ways: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Slope of a chain's fraction on the judge's: 1 where differences keep their size."""
-    counts = np.bincount(data.chain, minlength=chains)[:, None]
-
-    def by_chain(rows: np.ndarray) -> np.ndarray:
-        sums = np.zeros((chains, N))
-        np.add.at(sums, data.chain, rows)
-        return (sums / np.maximum(1, counts))[counts[:, 0] > 0]
-
-    judge = by_chain(np.eye(N)[data.truth])
+    judge = _means(ways["judge"], chain)
     true = judge - judge.mean(axis=0)
-    ways = {"expected": probabilities, "labels": np.eye(N)[chosen]}
-    slopes = {w: (true * by_chain(r)).sum(0) / (true**2).sum(0) for w, r in ways.items()}
+    scale = (true**2).sum(axis=0)
+    slopes = {
+        way: (true * _means(ways[way], chain)).sum(axis=0) / scale
+        for way in ("expected", "labels")
+    }
     return {
         name: {way: float(slope[i]) for way, slope in slopes.items()}
         for i, name in enumerate(BEHAVIOURS)
@@ -422,15 +418,14 @@ def _shrinkage(
 
 def _calibration(truth: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
     """All label probabilities in ten bins: mean probability against share of hits."""
-    hits, flat = np.eye(N)[truth].ravel(), probabilities.ravel()
-    bins = np.minimum((flat * 10).astype(int), 9)
-    rows, error = [], 0.0
-    for b in np.unique(bins):
-        here = bins == b
-        said, true = float(flat[here].mean()), float(hits[here].mean())
-        rows.append({"bin": int(b), "count": int(here.sum()), "said": said, "true": true})
-        error += here.mean() * abs(said - true)
-    return {"bins": rows, "expected_error": float(error)}
+    flat = probabilities.ravel()
+    every = pd.DataFrame({"said": flat, "true": np.eye(N)[truth].ravel()})
+    every["bin"] = np.minimum((flat * 10).astype(int), 9)
+    bins = every.groupby("bin").agg(
+        count=("said", "size"), said=("said", "mean"), true=("true", "mean")
+    )
+    error = (bins["count"] * (bins["said"] - bins["true"]).abs()).sum() / len(flat)
+    return {"bins": bins.reset_index().to_dict("records"), "expected_error": float(error)}
 
 
 # --- the card ----------------------------------------------------------------------------
@@ -496,7 +491,23 @@ def page(n: dict[str, Any]) -> str:
         worst=100 * max(errors),
         slope_expected=100 * np.mean([slope["expected"] for slope in slopes]),
         slope_labels=100 * np.mean([slope["labels"] for slope in slopes]),
-        per_label_table=_per_label_table(n),
+        per_label_table=_table(
+            [
+                "label",
+                "sentences",
+                "precision",
+                "recall",
+                "F1",
+                "slope expected",
+                "slope labels",
+            ],
+            [
+                [name, row["sentences"]]
+                + [f"{row[key]:.2f}" for key in ("precision", "recall", "f1")]
+                + [f"{n['shrinkage'][name][key]:.2f}" for key in ("expected", "labels")]
+                for name, row in n["per_label"].items()
+            ],
+        ),
         confusion_table=_table(
             ["", *n["labels"]],
             [[name, *row] for name, row in zip(n["labels"], n["confusion"], strict=True)],
@@ -504,56 +515,40 @@ def page(n: dict[str, Any]) -> str:
         fractions_table=_table(
             ["model", "by", *n["labels"]],
             [
-                [name, way, *(f"{100 * share:.1f}" for share in shares)]
+                [name, way, *(f"{100 * share:.1f}" for share in ways[way])]
                 for name, ways in n["fractions"]["sources"].items()
-                for way, shares in ways.items()
-                if way != "rules"
+                for way in ("judge", "expected", "labels")
             ],
         ),
         calibration_table=_table(
             ["probability", "label probabilities", "mean said", "share true"],
             [
                 [
-                    f"{row['bin'] / 10:.1f} to {row['bin'] / 10 + 0.1:.1f}",
-                    row["count"],
-                    f"{row['said']:.3f}",
-                    f"{row['true']:.3f}",
+                    f"{b['bin'] / 10:.1f} to {b['bin'] / 10 + 0.1:.1f}",
+                    b["count"],
+                    *(f"{b[key]:.3f}" for key in ("said", "true")),
                 ]
-                for row in n["calibration"]["bins"]
+                for b in n["calibration"]["bins"]
             ],
         ),
     )
 
 
 def _summary(n: dict[str, Any]) -> str:
+    errors = {way: f"{100 * error:.1f}" for way, error in n["fractions"]["mean_error"].items()}
+    own = f"{errors['expected']} expected, {errors['labels']} labels"
     low, high = n["kappa_interval"]
-    errors = {way: 100 * error for way, error in n["fractions"]["mean_error"].items()}
-    own = f"{errors['expected']:.1f} expected, {errors['labels']:.1f} labels"
-    itself, rules = n["judge_with_itself"]["kappa"], n["rules"]
-    kappa_text = f"{n['kappa']:.3f} ({low:.3f} to {high:.3f})"
-    cues = f"{rules['kappa']:.3f}", f"{rules['accuracy']:.3f}", f"{errors['rules']:.1f}"
+    kappas = f"{n['kappa']:.3f} ({low:.3f} to {high:.3f})"
+    rules, itself = n["rules"], n["judge_with_itself"]["kappa"]
+    cues = f"{rules['kappa']:.3f}", f"{rules['accuracy']:.3f}", errors["rules"]
     return _table(
         ["", "kappa", "accuracy", "error of a model's fractions, points"],
         [
-            ["this annotator", kappa_text, f"{n['accuracy']:.3f}", own],
+            ["this annotator", kappas, f"{n['accuracy']:.3f}", own],
             ["cue words (`lexical`)", *cues],
             ["the judge, on repeated sentences", f"{itself:.3f}", "", ""],
         ],
     )
-
-
-def _per_label_table(n: dict[str, Any]) -> str:
-    rows = [
-        [
-            name,
-            row["sentences"],
-            *(f"{row[key]:.2f}" for key in ("precision", "recall", "f1")),
-            *(f"{n['shrinkage'][name][key]:.2f}" for key in ("expected", "labels")),
-        ]
-        for name, row in n["per_label"].items()
-    ]
-    columns = ("label", "sentences", "precision", "recall", "F1")
-    return _table([*columns, "slope expected", "slope labels"], rows)
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:

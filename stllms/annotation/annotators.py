@@ -83,14 +83,13 @@ class Lexical:
 
     def annotate(self, responses: Sequence[Response]) -> list[Annotation]:
         """One annotation per response, in order."""
-        return [self._one(response) for response in responses]
-
-    def _one(self, response: Response) -> Annotation:
-        text = response.thinking
-        places = sentences.split(text)
-        labels = [sentences.label(text[slice(*place)], i) for i, place in enumerate(places)]
-        alignment = placing.place(sentences.segments(text, places, labels), text)
-        return placing.annotation(alignment, response.task_id, self.name)
+        made = []
+        for response in responses:
+            text, places = response.thinking, sentences.split(response.thinking)
+            labels = [sentences.label(text[slice(*at)], i) for i, at in enumerate(places)]
+            alignment = placing.place(sentences.segments(text, places, labels), text)
+            made.append(placing.annotation(alignment, response.task_id, self.name))
+        return made
 
 
 class Grammar:
@@ -104,17 +103,16 @@ class Grammar:
 
     def annotate(self, responses: Sequence[Response]) -> list[Annotation]:
         """One annotation per response, in order."""
-        return [self._one(response) for response in responses]
-
-    def _one(self, response: Response) -> Annotation:
-        text, placed, unknown = response.thinking, [], []
-        for label, start, end in grammar.sentences(text):
-            if label is None:
-                unknown.append(text[start:end])
-            else:
-                placed.append(PlacedSegment(label, text[start:end], start, end))
-        alignment = placing.place(placed, text)
-        return placing.annotation(alignment, response.task_id, self.name, unknown=unknown)
+        made = []
+        for response in responses:
+            text = response.thinking
+            found = list(grammar.sentences(text))
+            placed = [PlacedSegment(b, text[i:j], i, j) for b, i, j in found if b is not None]
+            unknown = [text[i:j] for b, i, j in found if b is None]
+            alignment = placing.place(placed, text)
+            one = placing.annotation(alignment, response.task_id, self.name, unknown=unknown)
+            made.append(one)
+        return made
 
 
 # --- the stage: annotations of a run, stored ---------------------------------------------
@@ -143,19 +141,15 @@ def annotations(
         return _annotated(annotator, responses, model)
     _bind(store, annotator)
     rows = store.by_key()
-    stored = dict(
-        zip(rows, from_rows(rows.values(), annotation_from_row, store.path), strict=True)
-    )
-    made = {}
+    stored = {one.task_id: one for one in load(store, annotator.name)}
     for response in responses:
-        key = (response.task_id, annotator.name)
-        if key in rows and rows[key].get("of") != _of(response):
+        row = rows.get((response.task_id, annotator.name))
+        if row is not None and row.get("of") != _of(response):
             raise StaleArtefact(
                 f"{store.path.name} labels another chain of task {response.task_id}: the "
                 f"responses changed. --fresh makes it again; or move {store.path} away"
             )
-        if key in rows and stored[key].failed is None:
-            made[response.task_id] = stored[key]
+    made = {task_id: one for task_id, one in stored.items() if one.failed is None}
     todo = [response for response in responses if response.task_id not in made]
     if todo:
         made |= {one.task_id: one for one in _annotated(annotator, todo, model)}

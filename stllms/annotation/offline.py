@@ -35,6 +35,7 @@ WEIGHTS = Path(__file__).with_name("offline.npz")
 
 _OWN, _NEIGHBOURS = 0.8, 0.2  # how much a sentence and the transitions count
 _NETWORK = 0.3  # how much of a sentence's score comes from the network
+_EIGHT_BITS = ("words", "hidden_words")  # arrays that are stored so
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Classifier:
         words = rows.hashed(w["hidden_words"]) + w["hidden_words_bias"]
         around = rows.around @ w["hidden_around"] + w["hidden_around_bias"]
         hidden = np.maximum(np.hstack([words, around]), 0)
-        network = hidden @ w["out"] + w["out_bias"]
-        return (1 - _NETWORK) * log_softmax(linear, axis=1) + _NETWORK * log_softmax(
-            network, axis=1
+        linear, network = (
+            log_softmax(raw, axis=1) for raw in (linear, hidden @ w["out"] + w["out_bias"])
         )
+        return (1 - _NETWORK) * linear + _NETWORK * network
 
     def probabilities(self, rows: Features) -> np.ndarray:
         """``[n, N]`` for the sentences of one chain, each row adding up to 1."""
@@ -107,26 +108,17 @@ class Classifier:
         """Read what :meth:`save` wrote."""
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(
-                f"no weights at {path}: train them with "
-                "python training/offline.py --data FILE... --out FILE"
-            )
+            raise FileNotFoundError(f"no weights at {path}: training/offline.py makes them")
         with np.load(path, allow_pickle=False) as file:
             stored = dict(file)
         found = tuple(len(stored.get(name, ())) for name in ("words", "around"))
         if found != (1 << BITS, AROUND):
-            raise ValueError(
-                f"{path} has {found} rows, expected {(1 << BITS, AROUND)}: "
-                "it was trained with other features; train it again"
-            )
+            raise ValueError(f"{path} has {found} rows, expected {(1 << BITS, AROUND)}")
         metadata = json.loads(str(stored.pop("metadata")))
         for name in _EIGHT_BITS:
             stored[name] = stored[name].astype(np.float32) * stored.pop(name + "_scale")
         labels, correction = tuple(metadata.pop("labels")), metadata.pop("correction")
         return cls(labels, stored, correction, metadata)
-
-
-_EIGHT_BITS = ("words", "hidden_words")
 
 
 class Offline:
@@ -175,13 +167,24 @@ class Offline:
 
 #: Features live in ``2 ** BITS`` rows of the weights.
 BITS = 17
-_CONTEXT = (-2, -1, 1, 2)
-_CONTEXT_WEIGHT = 0.5
+_CONTEXT_WEIGHT = 0.5  # of the words of the two sentences before and after
 _LONGEST = 60  # words of a sentence that are looked at
 _NORM = 9.0  # length of every row of hashed features: long sentences are no surer
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _TOKEN = re.compile(r"[^\W\d_]+(?:'[a-z]+)?|0|[^\w\s]")
+_FIRST_PERSON = re.compile(r"(?:^|\s)I[ ']")
+_SHAPES = {
+    "bullet": re.compile(r"^[-*#•]"),
+    "numbered": re.compile(r"^\**\d+\."),
+    "quote": re.compile(r'["“]'),
+    "latex": re.compile(r"\\"),
+}
+
+_WINDOWS = ((-5, -1), (1, 5), (-12, -1), (-2, 2))
+_CHAIN_WEIGHT = 3.0  # as if its columns were penalised nine times less
+_MARKS = len(sentences.CUES) + 7
+AROUND = _MARKS * (len(_WINDOWS) + 1) + 6
 
 
 @dataclass(frozen=True)
@@ -218,30 +221,25 @@ def of_chain(text: str, places: Sequence[tuple[int, int]]) -> Features:
     words, pairs, signs = (
         [_hashes(names(sentence)) for sentence in said] for names in (_words, _pairs, _signs)
     )
-    none = np.array([zlib.crc32(b"none")], dtype=np.uint32)
-
-    index, value, start = [], [], [0]
-    for i in range(len(said)):
+    index, value, sizes = [], [], []
+    for i, sentence in enumerate(said):
         gap = text[places[i - 1][1] : places[i][0]].count("\n") if i else 3
-        here = _hashes(_position(i, len(said), gap, said[i]))
-        rows = [(words[i], 0, 1.0), (pairs[i], 0, 1.0), (signs[i], 0, 1.0), (here, 0, 1.0)]
-        for role, distance in enumerate(_CONTEXT, start=1):
-            if 0 <= i + distance < len(said):
-                rows.append((words[i + distance], role, _CONTEXT_WEIGHT))
-                rows.append((signs[i + distance], role, 1.0))
+        here = _hashes(_position(i, len(said), gap, sentence))
+        rows = [(hashes, 0, 1.0) for hashes in (words[i], pairs[i], signs[i], here)]
+        for role, near in enumerate((i - 2, i - 1, i + 1, i + 2), start=1):
+            if 0 <= near < len(said):
+                rows += [(words[near], role, _CONTEXT_WEIGHT), (signs[near], role, 1.0)]
             else:
-                rows.append((none, role, 1.0))
-        for hashes, role, weight in rows:
-            index.append(_rows_of(hashes, role))
-            value.append(np.full(len(hashes), weight, dtype=np.float32))
-        start.append(start[-1] + sum(len(hashes) for hashes, _, _ in rows))
-    values = np.concatenate([np.zeros(0, dtype=np.float32), *value])
-    edges = np.array(start)
-    sums = np.concatenate([[0.0], np.cumsum(values.astype(float) ** 2)])
-    norms = np.sqrt(sums[edges[1:]] - sums[edges[:-1]])
-    values *= np.repeat(_NORM / norms, np.diff(edges)).astype(np.float32)
-    indices = np.concatenate([np.zeros(0, dtype=np.int64), *index])
-    return Features(indices, values, edges, _surroundings(said))
+                rows.append((_hashes({"none"}), role, 1.0))
+        index.append(np.concatenate([_rows_of(hashes, role) for hashes, role, _ in rows]))
+        weights = [np.full(len(hashes), weight) for hashes, _, weight in rows]
+        raw = np.concatenate(weights).astype(np.float32)
+        value.append(raw * np.float32(_NORM / np.sqrt((raw.astype(float) ** 2).sum())))
+        sizes.append(len(raw))
+    start = np.cumsum([0, *sizes])
+    if not said:
+        index, value = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
+    return Features(np.concatenate(index), np.concatenate(value), start, _surroundings(said))
 
 
 def _surroundings(said: list[str]) -> np.ndarray:
@@ -260,12 +258,6 @@ def _surroundings(said: list[str]) -> np.ndarray:
     return np.hstack(blocks).astype(np.float32)
 
 
-_WINDOWS = ((-5, -1), (1, 5), (-12, -1), (-2, 2))
-_CHAIN_WEIGHT = 3.0  # as if its columns were penalised nine times less
-_MARKS = len(sentences.CUES) + 7
-AROUND = _MARKS * (len(_WINDOWS) + 1) + 6
-
-
 def _marks(sentence: str) -> list[float]:
     """Cues and shape as numbers between 0 and about 1, to be averaged over sentences."""
     cues, size = _cues(sentence), len(sentence)
@@ -279,9 +271,6 @@ def _marks(sentence: str) -> list[float]:
         sentence[0] in "-*#",
     )
     return [float(cue in cues) for cue in sentences.CUES] + [float(value) for value in shape]
-
-
-_FIRST_PERSON = re.compile(r"(?:^|\s)I[ ']")
 
 
 @lru_cache(maxsize=4096)
@@ -326,18 +315,7 @@ def _signs(sentence: str) -> set[str]:
     signs.add(f"digits {min(5, 10 * sum(c.isdigit() for c in sentence) // size)}")
     signs.add(f"maths {min(4, sum(c in '=+*/^×÷≈<>' for c in sentence))}")
     signs.add("end " + (sentence[-1] if not sentence[-1].isalnum() else "word"))
-    for name, pattern in _SHAPES.items():
-        if pattern.search(sentence):
-            signs.add(name)
-    return signs
-
-
-_SHAPES = {
-    "bullet": re.compile(r"^[-*#•]"),
-    "numbered": re.compile(r"^\**\d+\."),
-    "quote": re.compile(r'["“]'),
-    "latex": re.compile(r"\\"),
-}
+    return signs | {name for name, pattern in _SHAPES.items() if pattern.search(sentence)}
 
 
 def _position(i: int, n: int, gap: int, sentence: str) -> set[str]:

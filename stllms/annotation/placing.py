@@ -59,18 +59,6 @@ class Alignment:
     characters: dict[str, int]
     spans: tuple[Span, ...] = ()
 
-    def ledger(self) -> dict[str, Any]:
-        """The counts of this chain, ready for :attr:`Annotation.ledger`."""
-        return {
-            "placed": len(self.placed),
-            "rejected": len(self.rejected),
-            "reasons": dict(Counter(reason for _, reason in self.rejected)),
-            "ambiguous": self.ambiguous,
-            "coverage": self.coverage,
-            "total": self.total,
-            "characters": dict(self.characters),
-        }
-
 
 def align(
     segments: Sequence[Segment],
@@ -88,10 +76,7 @@ def align(
     """
     if method not in METHODS:
         raise ValueError(f"no alignment {method!r}: choose one of {', '.join(METHODS)}")
-    if reasons is None:
-        reasons = [None] * len(segments)
-    if len(reasons) != len(segments):
-        raise ValueError(f"{len(segments)} segments but {len(reasons)} reasons")
+    reasons = [None] * len(segments) if reasons is None else reasons
     find = _find_in_order if method == "tolerant" else _find_first
     found = find([segment.text for segment in segments], text)
 
@@ -139,9 +124,15 @@ def place(
 
 
 def annotation(alignment: Alignment, task_id: str, annotator: str, **ledger: Any) -> Annotation:
-    """The record of one chain; ``ledger`` are the annotator's own keys."""
-    counts = {**alignment.ledger(), **ledger}
-    return Annotation(task_id, annotator, alignment.placed, alignment.spans, counts)
+    """The record of one chain: its counts, and ``ledger``, the annotator's own keys."""
+    counts = {
+        "placed": len(alignment.placed),
+        "rejected": len(alignment.rejected),
+        "reasons": dict(Counter(reason for _, reason in alignment.rejected)),
+        **{name: getattr(alignment, name) for name in ("ambiguous", "coverage", "total")},
+        "characters": alignment.characters,
+    }
+    return Annotation(task_id, annotator, alignment.placed, alignment.spans, counts | ledger)
 
 
 def failed(text: str, task_id: str, annotator: str, why: str, **ledger: Any) -> Annotation:
@@ -163,10 +154,8 @@ def solid(text: str) -> np.ndarray:
 def _find_first(parts: list[str], text: str) -> list[tuple[int, int] | None]:
     """First exact occurrence of each part anywhere in the text."""
     starts = [text.find(part) if part.strip() else -1 for part in parts]
-    return [
-        (start, start + len(part)) if start >= 0 else None
-        for start, part in zip(starts, parts, strict=True)
-    ]
+    ends = [start + len(part) for start, part in zip(starts, parts, strict=True)]
+    return [at if at[0] >= 0 else None for at in zip(starts, ends, strict=True)]
 
 
 def _words(text: str) -> tuple[list[str], list[tuple[int, int]]]:
@@ -300,27 +289,23 @@ class Summary:
     rows: tuple[dict[str, Any], ...] = field(repr=False, default=())
 
 
-_COUNTS = ("placed", "rejected", "ambiguous", "coverage", "total")
-
-
 def summarise(annotations: Iterable[Annotation]) -> Summary:
     """The coverage of a run of chains. Raises where a chain's characters do not add up."""
     characters: Counter[str] = Counter({"labelled": 0})
     rows = []
     for one in annotations:
-        ledger, who = one.ledger, f"ledger of {one.task_id} ({one.annotator})"
-        lacking = {"characters", *_COUNTS} - ledger.keys()
-        if lacking:
+        counts, total = one.ledger["characters"], one.ledger["total"]
+        if sum(counts.values()) != total:
             raise ValueError(
-                f"{who} lacks {', '.join(sorted(lacking))}: build it with placing.annotation"
+                f"ledger of {one.task_id} ({one.annotator}): {counts} does not add up to "
+                f"{total} characters"
             )
-        if sum(ledger["characters"].values()) != ledger["total"]:
-            raise ValueError(
-                f"{who}: {ledger['characters']} does not add up to {ledger['total']} characters"
-            )
-        characters.update(ledger["characters"])
-        row = {"task_id": one.task_id, "annotator": one.annotator, "failed": one.failed}
-        rows.append(row | {key: ledger[key] for key in _COUNTS})
+        characters.update(counts)
+        row: dict[str, Any] = {"task_id": one.task_id, "annotator": one.annotator}
+        row["failed"] = one.failed
+        for key in ("placed", "rejected", "ambiguous", "coverage", "total"):
+            row[key] = one.ledger[key]
+        rows.append(row)
     total = characters.total()
     return Summary(
         chains=len(rows),
