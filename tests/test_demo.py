@@ -15,15 +15,12 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import tiny
 
-from stllms import registry
 from stllms.app import bench as benches
-from stllms.app import demo, preflight, stages
+from stllms.app import demo, stages
 from stllms.app.bench import Ask, Bench
 from stllms.config import RunConfig
 from stllms.labels import BEHAVIOURS
-from stllms.models.model import ModelError
 from stllms.records import to_row
 from stllms.registry import MODELS
 from stllms.runs.artifacts import Folder
@@ -300,18 +297,6 @@ def test_stop_leaves_what_is_there(player, monkeypatch):
     assert player._thread is None
 
 
-def test_a_behaviour_brings_its_own_order_and_the_question_stays(player):
-    chosen, before = player.controls["task"].value, player.controls["task"].options
-    player.controls["behaviour"].value = "backtracking"
-    player.wait()
-    assert player.controls["coefficient"].value == 2.0
-    assert player.controls["task"].value == chosen
-    assert player.controls["task"].options != before
-    assert "+2 backtracking raised" in player.hint.value
-    found = demo.listing(player.bench, replace(player.ask(), coefficient=2.0))
-    assert player.controls["task"].options[0][1] == found.tasks[0]
-
-
 def test_an_empty_box_is_no_error_and_write_writes(player):
     player.controls["task"].value = demo.OWN
     player.wait()
@@ -326,72 +311,3 @@ def test_an_empty_box_is_no_error_and_write_writes(player):
     player.controls["write"].click()
     player.wait()
     assert player.view.value == before != ""
-
-
-def other(bench, name: str) -> Bench:
-    """A bench that differs in what the controls show: layers, warmth, suggestions."""
-    config = RunConfig(name, max_tokens=16, temperature=2.0, device="cpu")
-    return replace(bench, config=config, layers={"backtracking": 1}, coefficients={})
-
-
-@pytest.fixture
-def two(bench, ask, listing, monkeypatch):
-    """A demo in which tiny-instruct can be chosen."""
-    monkeypatch.setattr(demo, "at_hand", lambda config: ["tiny-thinker", "tiny-instruct"])
-    made = demo.Demo(bench, ask, listing).request()
-    made.wait()
-    return made
-
-
-def test_another_model_brings_its_own_controls_and_chains(two, bench, monkeypatch):
-    monkeypatch.setattr(benches, "bench", lambda config: other(bench, config.model))
-    before = two.view.value
-    two.controls["model"].value = "tiny-instruct"
-    two.wait()
-    assert two.bench.config.model == "tiny-instruct"
-    assert (two.controls["layer"].value, two.controls["temperature"].value) == (1, 2.0)
-    assert two.controls["coefficient"].value == 1.0
-    assert two.controls["task"].index == 0
-    assert f"+1 {BEHAVIOUR}, layer 1" in two.view.value != before
-    two.controls["model"].value = "tiny-thinker"
-    two.wait()
-    assert two.bench is bench
-    assert f"layer {LAYER}" in two.view.value
-
-
-def test_a_model_that_cannot_be_loaded_leaves_no_chain_and_can_be_left(two, monkeypatch):
-    def fail(config):
-        raise ModelError("no weights")
-
-    monkeypatch.setattr(benches, "bench", fail)
-    two.controls["model"].value = "tiny-instruct"
-    two.wait()
-    assert "no weights" in two.status.value
-    assert two.view.value == ""
-    two.controls["model"].value = "tiny-thinker"
-    two.wait()
-    assert "tokens in" in two.status.value
-
-
-def test_models_at_hand_are_shipped_or_of_runs_whose_weights_are_here(
-    tmp_path, monkeypatch
-):
-    folder = tiny.save_tiny_model(tmp_path / "models" / "llama", "llama")
-    config = RunConfig(results=str(tmp_path / "results"))
-    assert demo.at_hand(config) == ["tiny-thinker"]
-    here, gone = str(folder), "someowner/somemodel"
-    for name, files in {
-        here: ("run.json", "vectors.safetensors"),
-        gone: ("run.json", "vectors.safetensors"),
-        "gpt-4o": ("run.json", "vectors.safetensors"),
-        "tiny-instruct": ("run.json",),
-    }.items():
-        place = config.results_folder / registry.slug(name)
-        place.mkdir(parents=True)
-        for file in files:
-            (place / file).write_text(json.dumps({"configuration": {"model": name}}))
-    assert demo.at_hand(config) == ["tiny-thinker", here]
-    monkeypatch.setattr(preflight, "in_cache", lambda hub_id: hub_id == gone)
-    assert demo.at_hand(RunConfig(gone, results=config.results)) == [
-        gone, "tiny-thinker", here,
-    ]  # fmt: skip
