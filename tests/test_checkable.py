@@ -356,20 +356,6 @@ def test_the_stored_answer_is_the_computed_one(task):
     assert all(tasks.score(replace(task, answer=other), said) == 0 for other in others)
 
 
-@pytest.mark.parametrize("key", FROM_NUMBERS)
-def test_other_numbers_in_the_text_give_another_answer(key):
-    given = numbers(TASKS[key].content)
-
-    def result(values: list[int | Fraction]) -> object:
-        try:
-            return FROM_NUMBERS[key](*values)
-        except (ValueError, AssertionError, ZeroDivisionError):
-            return None
-
-    changed = [[*given[:i], 2 * given[i] + 1, *given[i + 1 :]] for i in range(len(given))]
-    assert any(result(values) != result(given) for values in changed)
-
-
 def test_the_readme_says_how_many_answers_are_computed_from_what():
     readme = Path(__file__).parent.parent / "messages" / "README.md"
     text = " ".join(readme.read_text(encoding="utf-8").split())
