@@ -124,13 +124,21 @@ def edits(model: Model, interventions: Sequence[Sequence[Intervention]]) -> list
             groups[*name, seen[name]].append((row, item))
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     made = []
-    for (*name, _), members in sorted(groups.items()):
+    for (layer, operation, where, _), members in sorted(groups.items()):
         vector = torch.zeros(len(interventions), 1, model.d_model, dtype=dtype)
         coefficient = torch.zeros(len(interventions), 1, 1, dtype=dtype)
         for row, item in members:
             vector[row, 0] = item.direction.to(dtype)
             coefficient[row] = item.coefficient
-        made.append(Edit(*name, vector.to(model.device), coefficient.to(model.device)))
+        made.append(
+            Edit(
+                layer,
+                operation,
+                where,
+                vector.to(model.device),
+                coefficient.to(model.device),
+            )
+        )
     return made
 
 
@@ -287,7 +295,16 @@ class _Batch:
         self.edits = edits(self.model, [row.interventions for row in self.rows])
 
 
-def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
+def _run(
+    model: Model,
+    rows: Sequence[Row],
+    limit: int,
+    batch_size: int,
+    temperature: float,
+    seed: int,
+    progress: Callable[[int, int], Any],
+    watch: Callable[[Sequence[Sequence[int]]], Any] | None,
+) -> list[Written]:
     """The loop of :func:`run` at one batch size, longest prompts first."""
     waiting = deque(sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids)))
     written: list[list[int]] = [[] for _ in rows]
@@ -299,6 +316,7 @@ def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
             new = [waiting.popleft() for _ in range(min(room, len(waiting)))]
             fresh = _prefill(model, [rows[i] for i in new], new, temperature, seed)
             batch = fresh if batch is None else _join(batch, fresh)
+        assert batch is not None, "a new one, where there was none"
         living = sum(batch.live)
         _record(batch, written, sums, limit)
         progress(living, living - sum(batch.live))
@@ -433,6 +451,9 @@ class BufferedLayer(DynamicLayer):
 
     transformers' own dynamic cache copies all keys and values at every step.
     """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self) -> None:
         super().__init__()
