@@ -122,20 +122,6 @@ class TestMessages:
             assert text.count('"') % 2 == 0
             assert text.count("(") == text.count(")")
 
-    def test_lengths_vary(self, parts):
-        for category in CATEGORIES:
-            lengths = [
-                len(task.content) for task in parts["train"] if task.category == category
-            ]
-            low, high = np.percentile(lengths, [10, 90])
-            assert high >= 1.8 * low
-
-    def test_evaluation_is_disjoint_from_training(self, parts):
-        scores = similarity(contents(parts["evaluate"]), contents(parts["train"]))
-        i, j = divmod(int(scores.argmax()), scores.shape[1])
-        pair = parts["evaluate"][i].id, parts["train"][j].id
-        assert scores.max() < NEAR, f"{pair}: {scores.max():.0f}"
-
     def test_no_two_tasks_are_near_duplicates(self, parts):
         score, *pair = closest_pair(contents(*parts.values()))
         assert score < NEAR, pair
@@ -167,45 +153,11 @@ class TestMessages:
         assert repeated_templates(swapped) == [swapped[:3]]
         assert repeated_templates(swapped[1:]) == []
 
-    def test_openings_vary_within_a_category(self, parts):
-        openings = Counter(
-            (task.category, " ".join(task.content.lower().split()[:3]))
-            for part in parts.values()
-            for task in part
-        )
-        assert max(openings.values()) <= 3
-
-    def test_every_exact_answer_is_read_back(self, parts):
-        for task in parts["checkable"]:
-            assert tasks.is_correct(f"Some steps.\n\n**Answer:** {task.answer}", task.answer)
-            assert tasks.is_correct(rf"Hence \(\boxed{{{task.answer}}}\).", task.answer)
-            assert not tasks.is_correct("The answer is unknown.", task.answer)
-
     def test_the_readme_states_the_counts(self):
         readme = Path(__file__).parent.parent / "messages" / "README.md"
         text = readme.read_text(encoding="utf-8")
         for name, count in (("train", 500), ("evaluate", 50), ("checkable", 100)):
             assert re.search(rf"`{name}\.jsonl`[^\n]*\b{count}\b", text)
-
-
-class TestOneRuleOnly:
-    """Patterns that once fitted two rules."""
-
-    def test_the_rows_of_the_table_fix_the_product_and_the_sum(self, parts):
-        (task,) = (t for t in parts["train"] if t.id == "train-pattern-recognition-003")
-        rows = [tuple(map(int, row)) for row in re.findall(r"(\d+) (\d+) (\d+)", task.content)]
-        terms = np.array([[a * b, a + b, 1] for a, b, _ in rows])
-        assert np.linalg.matrix_rank(terms) == 3
-        rule = np.linalg.solve(terms, [c for _, _, c in rows])
-        assert rule == pytest.approx([1, 1, 0])
-
-    def test_the_syllables_of_the_words_are_not_their_vowels(self, parts):
-        (task,) = (t for t in parts["evaluate"] if t.id == "evaluate-pattern-recognition-03")
-        shown = dict(re.findall(r'"(\w+)"[^"\d.]* (\d)', task.content))
-        assert len(shown) == 4
-        for vowel in ("[aeiou]", "[aeiouy]", "[aeiou]+", "[aeiouy]+"):
-            counts = {word: str(len(re.findall(vowel, word))) for word in shown}
-            assert counts != shown
 
 
 class TestLoad:
@@ -223,43 +175,29 @@ class TestLoad:
 
 
 class TestBalancedSample:
-    def test_equally_many_of_each_category_without_repeats(self, parts):
-        drawn = tasks.balanced_sample(parts["train"], 100, seed=3)
-        assert Counter(task.category for task in drawn) == dict.fromkeys(CATEGORIES, 10)
-        assert len({task.id for task in drawn}) == 100
-        assert len({task.category for task in drawn[:10]}) == 10
+    @pytest.mark.parametrize("n", [3, 16, 100, 500])
+    def test_categories_differ_by_one_task_at_most_without_repeats(self, parts, n):
+        drawn = tasks.balanced_sample(parts["train"], n, seed=3)
+        counts = Counter(task.category for task in drawn)
+        assert len({task.id for task in drawn}) == len(drawn) == n
+        assert len(counts) == min(n, 10)
+        assert max(counts.values()) - min(counts.values()) <= 1
+        assert len({task.category for task in drawn[:10]}) == min(n, 10)
 
     def test_the_seed_alone_decides(self, parts):
         first, again, other = (
             tasks.balanced_sample(parts["train"], 30, seed=seed) for seed in (5, 5, 6)
         )
-        assert first == again
-        assert first != other
+        assert first == again != other
 
-    def test_a_remainder_goes_to_different_categories(self, parts):
-        counts = Counter(t.category for t in tasks.balanced_sample(parts["train"], 16, seed=0))
-        assert sorted(counts.values()) == [1] * 4 + [2] * 6
-
-    def test_fewer_tasks_than_categories(self, parts):
-        drawn = tasks.balanced_sample(parts["train"], 3, seed=0)
-        assert len({task.category for task in drawn}) == 3
-
-    def test_all_tasks_can_be_drawn(self, parts):
-        drawn = tasks.balanced_sample(parts["evaluate"], 50, seed=1)
-        assert sorted(task.id for task in drawn) == sorted(
-            task.id for task in parts["evaluate"]
-        )
-
-    def test_a_category_that_is_too_small_is_named(self):
-        few = [Task(f"a{i}", "wide", "?") for i in range(5)]
-        few.append(Task("b", "narrow", "?"))
-        with pytest.raises(ValueError, match="'narrow' has 1 tasks, 2 are needed"):
-            tasks.balanced_sample(few, 4, seed=0)
-
-    @pytest.mark.parametrize("n", [0, 51])
-    def test_n_out_of_range(self, parts, n):
-        with pytest.raises(ValueError, match="between 1 and 50"):
-            tasks.balanced_sample(parts["evaluate"], n, seed=0)
+    @pytest.mark.parametrize(
+        ("n", "words"),
+        [(0, "between 1 and 6"), (7, "between 1 and 6"), (4, "'narrow' has 1 tasks, 2 are")],
+    )
+    def test_a_number_that_cannot_be_had_is_refused(self, n, words):
+        few = [*(Task(f"a{i}", "wide", "?") for i in range(5)), Task("b", "narrow", "?")]
+        with pytest.raises(ValueError, match=words):
+            tasks.balanced_sample(few, n, seed=0)
 
 
 class TestFromFile:
@@ -666,11 +604,6 @@ def test_a_question_is_asked_once_and_too_few_of_them_are_counted(package):
         words = f"{len(mine)} different questions to {part}"
         with pytest.raises(ValueError, match=words):
             gym("coins", part, len(mine) + 1)
-
-
-def test_a_dataset_that_needs_options_says_so(package):
-    with pytest.raises(ValueError, match=r"gym:composite cannot be made.*at least one"):
-        gym("composite", "build", 1)
 
 
 def test_the_verifier_scores_and_not_the_string(package):

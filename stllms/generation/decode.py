@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -125,13 +125,21 @@ def edits(model: Model, interventions: Sequence[Sequence[Intervention]]) -> list
             groups[*name, seen[name]].append((row, item))
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     made = []
-    for (*name, _), members in sorted(groups.items()):
+    for (layer, operation, where, _), members in sorted(groups.items()):
         vector = torch.zeros(len(interventions), 1, model.d_model, dtype=dtype)
         coefficient = torch.zeros(len(interventions), 1, 1, dtype=dtype)
         for row, item in members:
             vector[row, 0] = item.direction.to(dtype)
             coefficient[row] = item.coefficient
-        made.append(Edit(*name, vector.to(model.device), coefficient.to(model.device)))
+        made.append(
+            Edit(
+                layer,
+                operation,
+                where,
+                vector.to(model.device),
+                coefficient.to(model.device),
+            )
+        )
     return made
 
 
@@ -198,7 +206,7 @@ def run(
         rows: in any order; the result is in theirs.
         max_new_tokens: limit of a row.
         batch_size: rows at a time (``None``: :func:`default_batch_size`). If fewer fit into the
-            free memory (:func:`rows_that_fit`), that many, with a warning; if the device runs
+            free memory (:func:`row_bytes`), that many, with a warning; if the device runs
             out of memory all the same, half, and the rows start again. Later runs of this
             model stay at what fitted.
         temperature: 0 is greedy.
@@ -259,6 +267,10 @@ def _check(model: Model, row: Row, max_new_tokens: int) -> None:
             )
 
 
+#: The tensors of a batch that have one value for each row.
+_COLUMNS = ("position", "token", "step", "key", "thinking", "measured")
+
+
 @dataclass
 class _Batch:
     """The rows under way; ``places`` are theirs in the result, ``live`` says which go on.
@@ -267,10 +279,9 @@ class _Batch:
     nor fed; ``measured [B, n]`` is what the audit needs of it.
     """
 
+    model: Model
     rows: list[Row]
     places: list[int]
-    live: list[bool]
-    edits: list[Edit]
     cache: BatchCache
     mask: Tensor
     position: Tensor
@@ -280,12 +291,21 @@ class _Batch:
     thinking: Tensor
     measured: Tensor
 
+    def __post_init__(self) -> None:
+        self.live = [True] * len(self.rows)
+        self.edits = edits(self.model, [row.interventions for row in self.rows])
 
-#: The columns of a batch, one value for each row.
-_COLUMNS = ("position", "token", "step", "key", "thinking", "measured")
 
-
-def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
+def _run(
+    model: Model,
+    rows: Sequence[Row],
+    limit: int,
+    batch_size: int,
+    temperature: float,
+    seed: int,
+    progress: Callable[[int, int], Any],
+    watch: Callable[[Sequence[Sequence[int]]], Any] | None,
+) -> list[Written]:
     """The loop of :func:`run` at one batch size, longest prompts first."""
     waiting = deque(sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids)))
     written: list[list[int]] = [[] for _ in rows]
@@ -293,54 +313,55 @@ def _run(model, rows, limit, batch_size, temperature, seed, progress, watch):
     batch: _Batch | None = None
     while waiting or batch is not None:
         room = batch_size - (0 if batch is None else len(batch.rows))
-        if waiting and room:
+        if waiting and room:  # at the start, or ended rows have just been dropped
             new = [waiting.popleft() for _ in range(min(room, len(waiting)))]
             fresh = _prefill(model, [rows[i] for i in new], new, temperature, seed)
-            batch = fresh if batch is None else _join(model, batch, fresh)
+            batch = fresh if batch is None else _join(batch, fresh)
+        assert batch is not None, "a new one, where there was none"
         living = sum(batch.live)
-        _record(model, batch, written, sums, limit)
+        _record(batch, written, sums, limit)
         progress(living, living - sum(batch.live))
         if watch is not None:
             watch(written)
-        batch = _drop(model, batch)
+        batch = _drop(batch)
         if batch is not None:
-            _advance(model, batch, temperature)
+            _advance(batch, temperature)
     return [
         Written(tuple(ids), sampling_audit.entry(len(ids), temperature, total))
         for ids, total in zip(written, sums.tolist(), strict=True)
     ]
 
 
-def _prefill(model: Model, rows, places: list[int], temperature: float, seed: int) -> _Batch:
+def _prefill(
+    model: Model, rows: list[Row], places: list[int], temperature: float, seed: int
+) -> _Batch:
     """A new batch whose prompts are read and whose first tokens are chosen."""
     ids, mask, position = model.left_pad([row.prompt_ids for row in rows])
-    key = [sampling.hash_key(seed, row.key) for row in rows]
+    key = torch.tensor([sampling.hash_key(seed, row.key) for row in rows], device=model.device)
     batch = _Batch(
-        rows=list(rows),
-        places=list(places),
-        live=[True] * len(rows),
-        edits=edits(model, [row.interventions for row in rows]),
+        model,
+        rows,
+        places,
         cache=BatchCache(model.n_layers),
         mask=mask,
         position=position[:, -1:],
         token=ids[:, -1],
-        step=torch.zeros(len(rows), dtype=torch.long, device=model.device),
-        key=torch.tensor(key, device=model.device),
-        thinking=torch.ones(len(rows), dtype=torch.bool, device=model.device),
+        step=torch.zeros_like(key),
+        key=key,
+        thinking=torch.ones_like(key, dtype=torch.bool),
         measured=torch.empty(0),
     )
-    _choose(batch, _forward(model, batch, ids, position, prompt=True), temperature)
+    _choose(batch, _forward(batch, ids, position, prompt=True), temperature)
     return batch
 
 
-def _advance(model: Model, batch: _Batch, temperature: float) -> None:
+def _advance(batch: _Batch, temperature: float) -> None:
     """Feed the last tokens and choose the next ones."""
-    if any(edit.where == "thinking" for edit in batch.edits):
-        batch.thinking = batch.thinking & (batch.token != think_end(model))
+    batch.thinking = batch.thinking & (batch.token != think_end(batch.model))
     batch.mask = pad(batch.mask, (0, 1), value=1)
     batch.position = batch.position + 1
     batch.step = batch.step + 1
-    logits = _forward(model, batch, batch.token[:, None], batch.position, prompt=False)
+    logits = _forward(batch, batch.token[:, None], batch.position, prompt=False)
     _choose(batch, logits, temperature)
 
 
@@ -349,10 +370,9 @@ def _choose(batch: _Batch, logits: Tensor, temperature: float) -> None:
     batch.measured = sampling.measure(logits, batch.token, temperature)
 
 
-def _forward(
-    model: Model, batch: _Batch, ids: Tensor, position: Tensor, *, prompt: bool
-) -> Tensor:
+def _forward(batch: _Batch, ids: Tensor, position: Tensor, *, prompt: bool) -> Tensor:
     """Logits of the last column, ``[B, V]``."""
+    model = batch.model
     inputs = {
         "input_ids": ids,
         "attention_mask": batch.mask,
@@ -363,25 +383,16 @@ def _forward(
     }
     if not batch.edits:
         return model.hf(**inputs).logits[:, -1]
-    placed = [(edit, _strength(edit, batch, prompt)) for edit in batch.edits]
+    thinking = batch.thinking[:, None, None]
+    holds = {"all": 1, "generated": not prompt, "thinking": 0 if prompt else thinking}
+    placed = [(edit, edit.coefficient * holds[edit.where]) for edit in batch.edits]
     with model.nn.trace(**inputs):
         intervene(model, placed)
         logits = save(model.nn.output.logits)
     return logits[:, -1]
 
 
-def _strength(edit: Edit, batch: _Batch, prompt: bool) -> Tensor:
-    """The coefficients ``[B, 1, 1]`` that hold at this step."""
-    if edit.where != "all" and prompt:
-        return torch.zeros_like(edit.coefficient)
-    if edit.where == "thinking":
-        return edit.coefficient * batch.thinking[:, None, None]
-    return edit.coefficient
-
-
-def _record(
-    model: Model, batch: _Batch, written: list[list[int]], sums: Tensor, limit: int
-) -> None:
+def _record(batch: _Batch, written: list[list[int]], sums: Tensor, limit: int) -> None:
     """Writes the chosen tokens down, adds what was measured of them to ``sums [rows, n]``, and
     strikes out the rows that end."""
     measured, tokens = batch.measured.cpu().double(), batch.token.tolist()
@@ -397,43 +408,37 @@ def _record(
             )
         sums[place] += measured[i]
         written[place].append(tokens[i])
-        batch.live[i] = tokens[i] not in model.eos_ids and len(written[place]) < limit
+        batch.live[i] = tokens[i] not in batch.model.eos_ids and len(written[place]) < limit
 
 
-def _drop(model: Model, batch: _Batch) -> _Batch | None:
+def _drop(batch: _Batch) -> _Batch | None:
     """The batch without ended rows and unneeded columns, once enough rows have ended."""
     kept = [i for i, live in enumerate(batch.live) if live]
     if not kept:
         return None
     if len(batch.rows) - len(kept) < max(1, REFILL * len(batch.rows)):
         return batch
-    index = torch.tensor(kept, device=model.device)
+    index = torch.tensor(kept, device=batch.mask.device)
     mask = batch.mask[index]
     first = int(mask.any(dim=0).to(torch.int8).argmax())
     batch.cache.select(index, first)
-    rows = [batch.rows[i] for i in kept]
-    return _Batch(
-        rows=rows,
+    return replace(
+        batch,
+        rows=[batch.rows[i] for i in kept],
         places=[batch.places[i] for i in kept],
-        live=[True] * len(kept),
-        edits=edits(model, [row.interventions for row in rows]),
-        cache=batch.cache,
         mask=mask[:, first:],
         **{name: getattr(batch, name)[index] for name in _COLUMNS},
     )
 
 
-def _join(model: Model, old: _Batch, new: _Batch) -> _Batch:
-    """Both batches as one."""
+def _join(old: _Batch, new: _Batch) -> _Batch:
+    """Both batches, whose rows all go on, as one."""
     old.cache.join(new.cache)
     width = max(old.mask.shape[1], new.mask.shape[1])
-    rows = old.rows + new.rows
-    return _Batch(
-        rows=rows,
+    return replace(
+        old,
+        rows=old.rows + new.rows,
         places=old.places + new.places,
-        live=old.live + new.live,
-        edits=edits(model, [row.interventions for row in rows]),
-        cache=old.cache,
         mask=torch.cat([pad(one.mask, (width - one.mask.shape[1], 0)) for one in (old, new)]),
         **{name: torch.cat([getattr(old, name), getattr(new, name)]) for name in _COLUMNS},
     )
@@ -448,6 +453,9 @@ class BufferedLayer(DynamicLayer):
     transformers' own dynamic cache copies all keys and values at every step.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.buffers: list[Tensor] = []
@@ -461,8 +469,7 @@ class BufferedLayer(DynamicLayer):
         length = self.keys.shape[-2] if self.buffers else 0
         stop = length + key_states.shape[-2]
         if not self.buffers or stop > self.buffers[0].shape[-2]:
-            empty = [state[:, :, :0] for state in states]
-            held = (self.keys, self.values) if self.buffers else empty
+            held = (self.keys, self.values) if self.buffers else (s[:, :, :0] for s in states)
             self.buffers = [pad(one, (0, 0, 0, 2 * stop - length)) for one in held]
         for buffer, state in zip(self.buffers, states, strict=True):
             buffer[:, :, length:stop] = state
@@ -488,15 +495,13 @@ class BatchCache(Cache):
 
     def join(self, other: BatchCache) -> None:
         """Add the rows of ``other`` below; the shorter of the two is padded on the left."""
+
+        def both(upper: Tensor, lower: Tensor) -> Tensor:
+            width = max(upper.shape[-2], lower.shape[-2])
+            return torch.cat([pad(x, (0, 0, width - x.shape[-2], 0)) for x in (upper, lower)])
+
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            keys, values = (mine.keys, theirs.keys), (mine.values, theirs.values)
-            width = max(one.shape[-2] for one in keys)
-            mine.put(
-                *(
-                    torch.cat([pad(one, (0, 0, width - one.shape[-2], 0)) for one in both])
-                    for both in (keys, values)
-                )
-            )
+            mine.put(both(mine.keys, theirs.keys), both(mine.values, theirs.values))
 
 
 # -- memory --------------------------------------------------------------------------------
@@ -506,24 +511,18 @@ def _fitting(model: Model, rows: Sequence[Row], new: int, size: int) -> int:
     """``size``, or as many of the longest rows as fit into the free memory."""
     size = min(size, model.fits)
     prompt = max((len(row.prompt_ids) for row in rows), default=0)
-    most, why = rows_that_fit(model, prompt, new)
+    needed, free = row_bytes(model, prompt, new), free_bytes(model.device)
+    most = int(SHARE * free) // needed
     if most >= min(size, len(rows)):
         return size
     model.fits = max(1, most)
-    warnings.warn(f"batches of {model.fits} rows, not {size}: {why}", stacklevel=3)
-    return model.fits
-
-
-def rows_that_fit(model: Model, prompt: int, new: int) -> tuple[int, str]:
-    """How many rows of ``prompt`` and ``new`` tokens fit now (0: not one), and why in words."""
-    needed, free = row_bytes(model, prompt, new), free_bytes(model.device)
-    held = {id(t): t for t in (*model.hf.parameters(), *model.hf.buffers())}
-    weights = sum(t.numel() * t.element_size() for t in held.values())
-    why = (
-        f"a row of {prompt} + {new} tokens takes {_gb(needed)} for keys, values and logits, "
-        f"{_gb(free)} are free on {model.device} beside weights of {_gb(weights)}"
+    warnings.warn(
+        f"batches of {model.fits} rows, not {size}: a row of {prompt} + {new} tokens takes "
+        f"{needed / 1e9:.2g} GB for keys, values and logits, {free / 1e9:.2g} GB are free on "
+        f"{model.device}",
+        stacklevel=3,
     )
-    return int(SHARE * free) // needed, why
+    return model.fits
 
 
 def row_bytes(model: Model, prompt: int, new: int) -> int:
@@ -556,7 +555,3 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2g} GB" if count < 1e9 else f"{count / 1e9:.1f} GB"

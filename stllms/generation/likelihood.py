@@ -65,7 +65,8 @@ def scores(
         _same_chains(store, chains)
 
     def make(start: int, stop: int) -> list[dict[str, Any]]:
-        part, found = chains[start:stop], {}
+        part = chains[start:stop]
+        found: dict[tuple, dict[str, float | None]] = {}
         for batch in _batches(model, part):
             rows = _compare(model, batch, [interventions[one.key[1:]] for one in batch])
             found |= {one.key: row for one, row in zip(batch, rows, strict=True)}

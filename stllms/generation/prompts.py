@@ -191,7 +191,8 @@ def read(source: str) -> list[Response]:
     rows = _rows(text, name, Path(source).suffix.lower())
     if rows is None:
         return [_chain("1", text, whole=False)]
-    chains, places = [], {}
+    chains: list[Response] = []
+    places: dict[str, str] = {}
     for number, (place, row) in enumerate(rows, 1):
         one = _from_row(row, number, f"{name}, {place}")
         if one.task_id in places:
