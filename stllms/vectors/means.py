@@ -9,7 +9,6 @@ the *test* half: what is made from one is measured on the other (:mod:`stllms.ve
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,8 +89,7 @@ class Means:
         model: str = "",
         sample_layers: tuple[int, ...] = (),
         controls: int = 0,
-        ledger: Mapping[str, int] | None = None,
-        config: Mapping[str, Any] | None = None,
+        **rest: Any,
     ) -> Means:
         """Nothing seen yet."""
 
@@ -119,8 +117,7 @@ class Means:
             signed=real(controls, *size),
             signs=whole(controls),
             sample_layers=sample_layers,
-            ledger=dict(ledger or {}),
-            config=dict(config or {}),
+            **rest,
         )
 
     @property
@@ -130,10 +127,12 @@ class Means:
 
     @property
     def n_layers(self) -> int:
+        """``L``."""
         return self.sums.shape[2]
 
     @property
     def width(self) -> int:
+        """``D``."""
         return self.sums.shape[3]
 
     def overall(self, parts: slice | list[int] = slice(None)) -> Tensor:
