@@ -155,16 +155,6 @@ def test_samples_are_the_span_means(tiny_qwen2):
     assert directions.estimate(got, "probe", min_spans=1).directions.shape == (6, 4, 32)
 
 
-def test_text_after_the_last_span_is_not_read(tiny_llama):
-    one = response(1, [1, 2], list(range(10, 40)))
-    longer = replace(one, output_ids=(*one.output_ids, *range(60, 90)))
-    spans = [[Span("deduction", 4, 20), Span("backtracking", 20, 31)]]
-    a = collect(tiny_llama, [one], spans)
-    b = collect(tiny_llama, [longer], spans)
-    assert torch.equal(a.sums, b.sums)
-    assert torch.equal(a.overall_sums, b.overall_sums)
-
-
 def test_what_is_not_used_is_counted(tiny_llama):
     ids = list(range(30))
     responses = [response(0, ids[:2], ids[2:]), response(1, ids[:2], ids[2:])]
@@ -364,6 +354,17 @@ def test_out_of_memory_halves_the_batch_and_adds_nothing_twice():
     tried.clear()
     collect(model, responses, spans, batch_size=8)
     assert max(tried) == 2
+
+
+def test_one_response_that_does_not_fit_is_out_of_memory():
+    responses, spans = sample()
+    model = tiny.model("llama")
+    short_of_memory(model, 0, "no room")
+    with (
+        pytest.warns(UserWarning, match="batches of 1 responses"),
+        pytest.raises(torch.OutOfMemoryError, match="no room"),
+    ):
+        collect(model, responses, spans, batch_size=2)
 
 
 # --- control directions ----------------------------------------------------------------------

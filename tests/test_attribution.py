@@ -724,14 +724,6 @@ def test_a_behaviour_without_any_effect_is_steered_at_the_default():
     assert effects.chosen_layers(none, None) == {}
 
 
-def test_rank_correlation_is_spearmans_and_missing_for_flat_curves():
-    assert effects.rank_correlation([1, 2, 3, 4], [10, 20, 25, 99]) == pytest.approx(1)
-    # Ranks 1 2 3 4 and 2 1 4 3: 1 - 6 * 4 / (4 * 15).
-    assert effects.rank_correlation([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)
-    assert np.isnan(effects.rank_correlation([1, 2, 3], [5, 5, 5]))
-    assert np.isnan(effects.rank_correlation([1, 2, 3], [NAN, 5, 5]))
-
-
 @pytest.mark.filterwarnings("error")
 def test_agreement_is_with_the_reference_and_leaves_out_what_has_no_effects():
     up, down = [0.0, 1.0, 2.0], [2.0, 1.0, 0.0]

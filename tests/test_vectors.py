@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from stllms import registry
 from stllms.labels import BEHAVIOURS, CONTROLS, HEATMAP, STEERED
 from stllms.runs.files import BadFile, save_tensors
-from stllms.vectors import directions, nulls, quality
+from stllms.vectors import directions, quality
 from stllms.vectors.directions import SteeringVectors
 from stllms.vectors.means import PARTS, Means
 
@@ -85,6 +85,16 @@ def test_every_estimator_finds_what_was_put_in(estimator):
     assert ((found * contrast).sum(-1) > 0.85).all()
     torch.testing.assert_close(sv.directions.norm(dim=-1), sv.overall.norm(dim=-1).expand(N, L))
     assert sv.config["estimator"] == estimator
+
+
+def test_difference_from_others_is_the_mean_of_the_rest():
+    made, _ = some_means()
+    sv = directions.estimate(made, "difference-from-others")
+    x, labels = made.samples.double(), made.sample_labels
+    raw = x[labels == 2].mean(0) - x[labels != 2].mean(0)
+    want = normalize(raw, dim=-1)
+    found = normalize(sv.directions[2].double(), dim=-1)
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
 
 
 def test_the_probe_is_at_the_minimum_of_its_loss():
@@ -314,16 +324,6 @@ def test_steering_layers_are_the_models_own_or_the_middle_one():
     assert directions.steering_layers(None, 28) == dict.fromkeys(STEERED, 14)
 
 
-def test_isotropic_directions_have_the_length_of_the_real_ones():
-    made, _ = some_means()
-    overall = directions.difference_of_means(made).overall
-    drawn = nulls.isotropic(overall, 5, seed=1)
-    assert drawn.shape == (5, L, D)
-    torch.testing.assert_close(drawn.norm(dim=-1), overall.norm(dim=-1).expand(5, L))
-    assert torch.equal(drawn, nulls.isotropic(overall, 5, seed=1))
-    assert not torch.equal(drawn, nulls.isotropic(overall, 5, seed=2))
-
-
 # --- shipped ---------------------------------------------------------------------------------
 
 
@@ -399,6 +399,16 @@ def test_stability_grows_with_the_share_and_with_the_signal():
     weak = quality.stability(some_means(spans=6, signal=0.1)[0], min_spans=1)
     assert weak.cosines[-1].mean() < strong.cosines[-1].mean() - 0.3
     assert quality.stability(some_means(spans=6)[0], min_spans=1000).behaviours == ()
+
+
+def test_a_share_with_too_few_spans_has_no_cosine():
+    made, _ = some_means(spans=6)
+    made.counts[0, 1], made.counts[1, 1] = 0, 9
+    result = quality.stability(made)
+    assert result.counts[:, :2].tolist() == [[6, 0], [12, 9], [24, 21]]
+    missing = result.cosines.isnan()
+    assert missing.all(2).tolist() == missing.any(2).tolist()
+    assert missing.all(2).tolist() == [[True] * 3, [False, True, False], [False] * 3]
 
 
 def test_stability_is_the_cosine_of_the_halves():

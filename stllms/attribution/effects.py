@@ -297,16 +297,24 @@ def best_layer(
     mean, controls = confirms[0], confirms[1][:, peak]
     peaks = _ratios(effects, flat, _resampled(len(effects), draws, seed))[0].argmax(-1)
     low, high = np.quantile(peaks, [0.025, 0.975], method="nearest")
-    stands, reason = True, "largest effect; no controls were measured for it"
-    if null is not None:
-        stands, reason = _verdict(peak, mean[peak], controls)
+    value, beyond = mean[peak], int((controls >= mean[peak]).sum())
+    held = f"{value:.2f} times the mean control on held-out responses"
+    if null is None:
+        beyond, reason = 0, "largest effect; no controls were measured for it"
+    elif beyond:
+        reason = (
+            f"no layer stands out: the best, {peak}, has {held}, and {beyond} of "
+            f"{len(controls)} controls do as much; default"
+        )
+    else:
+        reason = f"stands out: layer {peak} has {held}, above all {len(controls)}"
     return BestLayer(
         behaviour=behaviour,
-        layer=peak if stands else default,
+        layer=default if beyond else peak,
         reason=reason,
         peak=peak,
         relative=float(chooses[0][peak]),
-        held_out=float(mean[peak]),
+        held_out=float(value),
         null_held_out=np.nan if null is None else float(controls.max()),
         rank_in_other_half=int((mean > mean[peak]).sum()) + 1,
         support=float((peaks == peak).mean()),
@@ -314,18 +322,6 @@ def best_layer(
         high=int(high),
         n=len(effects),
     )
-
-
-def _verdict(peak: int, value: float, controls: np.ndarray) -> tuple[bool, str]:
-    """Whether a direction's ``value`` at its peak stands out from the controls', in words."""
-    held = f"{value:.2f} times the mean control on held-out responses"
-    beyond = int((controls >= value).sum())
-    if beyond:
-        return False, (
-            f"no layer stands out: the best, {peak}, has {held}, and {beyond} of "
-            f"{len(controls)} controls do as much; default"
-        )
-    return True, f"stands out: layer {peak} has {held}, above all {len(controls)}"
 
 
 def best_layers(measured: LayerEffects, key: str, names: Sequence[str]) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,13 +93,8 @@ class Means:
         **rest: Any,
     ) -> Means:
         """Nothing seen yet."""
-
-        def real(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype)
-
-        def whole(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64)
-
+        real = partial(torch.zeros, dtype=torch.float64)
+        whole = partial(torch.zeros, dtype=torch.int64)
         n, size = len(behaviours), (n_layers, width)
         return cls(
             behaviours=behaviours,
