@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 
 from stllms.labels import BEHAVIOURS, CONTROLS, STEERED, is_control
 from stllms.records import Response, Span
-from stllms.runs.files import BadFile, load_tensors, save_tensors
+from stllms.runs.files import BadFile, StaleArtefact, load_tensors, save_tensors
 from stllms.vectors import activations, directions, nulls, quality
-from stllms.vectors.means import HALVES, MIN_SPANS, PARTS, Means, is_build, mark, part_of
+from stllms.vectors.means import MIN_SPANS, Means, is_build, mark
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
 K = 8
@@ -126,15 +126,6 @@ def test_batched_is_unbatched_and_the_order_does_not_matter(tiny_llama):
             )
 
 
-def test_parts_follow_the_task_alone(tiny_llama):
-    responses, spans = sample()
-    got = collect(tiny_llama, responses, spans)
-    counted = [sum(part_of(one.task_id) == part for one in responses) for part in range(PARTS)]
-    assert got.overall_counts.tolist() == counted
-    n_build = sum(is_build(one.task_id) for one in responses)
-    assert 0 < int(got.overall_counts[HALVES["build"]].sum()) == n_build < len(responses)
-
-
 def test_the_test_half_is_projected_on_directions_of_the_build_half(tiny_llama):
     responses, spans = sample(40)
     got = collect(tiny_llama, responses, spans, keep=range(4), batch_size=5)
@@ -164,16 +155,6 @@ def test_samples_are_the_span_means(tiny_qwen2):
     assert directions.estimate(got, "probe", min_spans=1).directions.shape == (6, 4, 32)
 
 
-def test_text_after_the_last_span_is_not_read(tiny_llama):
-    one = response(1, [1, 2], list(range(10, 40)))
-    longer = replace(one, output_ids=(*one.output_ids, *range(60, 90)))
-    spans = [[Span("deduction", 4, 20), Span("backtracking", 20, 31)]]
-    a = collect(tiny_llama, [one], spans)
-    b = collect(tiny_llama, [longer], spans)
-    assert torch.equal(a.sums, b.sums)
-    assert torch.equal(a.overall_sums, b.overall_sums)
-
-
 def test_what_is_not_used_is_counted(tiny_llama):
     ids = list(range(30))
     responses = [response(0, ids[:2], ids[2:]), response(1, ids[:2], ids[2:])]
@@ -199,12 +180,6 @@ def test_what_is_not_used_is_counted(tiny_llama):
     assert int(unused.overall_counts.sum()) == 1
 
 
-def test_no_responses_give_empty_means(tiny_llama):
-    got = collect(tiny_llama, [], [])
-    assert int(got.counts.sum()) == 0
-    assert quality.separability(got).behaviours == ()
-
-
 @pytest.mark.parametrize("span", [(5, 5), (6, 5), (28, 31), (-1, 4)])
 def test_bad_spans_are_named(tiny_llama, span):
     one = response(3, [1], list(range(29)))
@@ -219,12 +194,10 @@ def test_bad_arguments_are_named(tiny_llama):
     with pytest.raises(ValueError, match="1 responses but spans of 2"):
         collect(tiny_llama, [one], [[], []])
     spans = [[Span("deduction", 3, 9)]]
-    with pytest.raises(ValueError, match=r"no layer 9 to keep: .* has layers 0 to 3"):
+    with pytest.raises(ValueError, match=r"has 4 layers; asked to keep \(1, 9\)"):
         collect(tiny_llama, [one], spans, keep=[1, 9])
-    with pytest.raises(ValueError, match=r"'task-3' is given 2 times.*each response once"):
+    with pytest.raises(ValueError, match="'task-3' is given 2 times"):
         collect(tiny_llama, [one, one], spans * 2)
-    with pytest.raises(ValueError, match="batch_size should be at least 1"):
-        collect(tiny_llama, [one], spans, batch_size=0)
 
 
 def test_activations_that_are_not_finite_are_named_by_layer_and_response():
@@ -330,21 +303,23 @@ def test_a_collection_of_something_else_is_refused_by_name(tiny_model, tmp_path,
     stopped(monkeypatch, 3, model, responses, spans, **options)
     kept = path.read_bytes()
 
-    def refused(message, model=model, responses=responses, spans=spans, **changes):
-        with pytest.raises(ValueError, match=rf"something else: {message}.*; delete it"):
-            collect(model, responses, spans, **{**options, **changes})
-
-    refused("model was 'tiny-random-llama.* now 'tiny-random-qwen2", tiny_model("qwen2"))
-    refused("responses was '24, .* now '23, ", responses=responses[1:], spans=spans[1:])
     other = [replace(responses[0], prompt_ids=(7,) * 5), *responses[1:]]
-    refused("responses was '24, .* now '24, ", responses=other)
     *others, last = spans[0]
     label = next(name for name in BEHAVIOURS if name != last.label)
-    refused("spans was ", spans=[[*others, replace(last, label=label)], *spans[1:]])
-    refused("spans was ", spans=[[*others, replace(last, start=last.end - 1)], *spans[1:]])
-    refused(r"spans was .*behaviours was \['initializing'", behaviours=BEHAVIOURS[1:])
-    refused(r"keep was \[\] and is now \[2\]", keep=[2])
-    refused("number of controls was 0 and is now 5", controls=5)
+    shorter = [[*others, replace(last, start=last.end - 1)], *spans[1:]]
+    relabelled = [[*others, replace(last, label=label)], *spans[1:]]
+    for named, given, changes in (
+        ("model", (tiny_model("qwen2"), responses, spans), {}),
+        ("responses, spans", (model, responses[1:], spans[1:]), {}),
+        ("responses", (model, other, spans), {}),
+        ("spans", (model, responses, relabelled), {}),
+        ("spans", (model, responses, shorter), {}),
+        ("spans, behaviours", (model, responses, spans), {"behaviours": BEHAVIOURS[1:]}),
+        ("keep", (model, responses, spans), {"keep": [2]}),
+        ("number of controls, controls", (model, responses, spans), {"controls": 5}),
+    ):
+        with pytest.raises(StaleArtefact, match=f"made with other {named}: "):
+            collect(*given, **options, **changes)
     assert path.read_bytes() == kept
     save_tensors(path, {"kl/own": torch.zeros(1)}, {})
     with pytest.raises(BadFile, match="no unfinished collection, but kl/own"):
@@ -536,7 +511,7 @@ def test_what_cannot_be_had_is_refused_by_name(tmp_path, collected):
         nulls.controls("shuffled", made, 9)
     with pytest.raises(ValueError, match="0 were collected"):
         nulls.controls("covariance", made.half("build"), 1)
-    with pytest.raises(BadFile, match=r"no control directions, which notebook 02 makes"):
+    with pytest.raises(BadFile, match="there is no such file"):
         nulls.Controls.load(tmp_path / "controls.safetensors")
     save_tensors(tmp_path / "x.safetensors", {"kl/own": torch.zeros(1)}, {})
     with pytest.raises(BadFile, match="no control directions, but kl/own"):

@@ -323,7 +323,7 @@ def meta(**values: str) -> Callable[[dict], None]:
         (meta(left_out="null"), "left_out"),
         (meta(surprise="1"), "surprise"),
         (lambda header: header.update(extra=header["counts"]), "safetensors"),
-        (lambda header: header.update(extra=header.pop("means")), "means, extra"),
+        (lambda header: header.update(extra=header.pop("means")), "extra"),
         (lambda header: header["counts"].update(dtype="F64"), "counts"),
         (lambda header: header["directions"].update(dtype="I32"), "directions"),
         (lambda header: header["overall"].update(shape=[4, 3]), "shape"),

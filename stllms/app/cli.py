@@ -697,13 +697,44 @@ def report(folder: str) -> None:
     print(reports.write(folder))
 
 
-@cli.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
-@click.argument("words", nargs=-1, type=click.UNPROCESSED)
-def export(words: Sequence[str]) -> int:
-    """Write the directions of a run for other engines (safetensors, GGUF)."""
-    from stllms.vectors.export import main as export_main
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--format", "kind", type=click.Choice(["safetensors", "gguf"]), default="safetensors"
+)
+@click.option("--behaviour", multiple=True, help="gguf: exactly one; default: all")
+@click.option(
+    "--layer", multiple=True, type=int, help="may be repeated; default: all (gguf: none)"
+)
+@click.option("--coefficient", default=1.0, help="multiplied into the tensors")
+@click.option("--model-hint", help="gguf: the architecture in llama.cpp, e.g. qwen2")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="the file to write")
+def export(
+    source: Path,
+    kind: str,
+    behaviour: tuple[str, ...],
+    layer: tuple[int, ...],
+    coefficient: float,
+    model_hint: str | None,
+    out: Path,
+) -> None:
+    """Write the directions of a run for other engines (safetensors, GGUF).
 
-    return export_main(words)
+    Layer N is the output of decoder layer N, counted from 0 (direction.N of llama.cpp). SOURCE
+    is results/<model>, or a vectors.safetensors.
+    """
+    from stllms.vectors import SteeringVectors
+    from stllms.vectors import export as engines
+
+    found = SteeringVectors.load(source / "vectors.safetensors" if source.is_dir() else source)
+    if kind == "safetensors":
+        chosen: dict[str, Any] = {"behaviours": behaviour or None, "layers": layer or None}
+        print(engines.safetensors(found, out, coefficient=coefficient, **chosen))
+    elif len(behaviour) != 1 or not layer:
+        raise ValueError("--format gguf takes one --behaviour and at least one --layer")
+    else:
+        chosen = {"layers": layer, "coefficient": coefficient, "model_hint": model_hint}
+        print(engines.gguf(found, behaviour[0], out, **chosen))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from stllms.attribution.patching import (
 )
 from stllms.models.model import Model
 from stllms.records import Annotation, Response, Span
-from stllms.runs.files import StaleArtefact
+from stllms.runs.store import refuse_other_work
 from stllms.terminal import token_bar
 from stllms.vectors.directions import SteeringVectors
 from stllms.vectors.means import mark
@@ -65,6 +66,10 @@ def collect(
     ``response_ids``; ``ledger`` counts them, and the positions that were measured.
 
     Args:
+        model: whose logits.
+        responses: those to measure, each task once.
+        annotations: theirs, in the same order, with the spans.
+        steering_vectors: whose directions.
         targets: the behaviours whose exact effects are measured, all unless said; those of the
             others are NaN.
         controls: control directions, whose exact effects are measured at a part of every
@@ -74,8 +79,8 @@ def collect(
         max_rows: rows of a short pass, as in :func:`layer_effects`.
         path: a cache of this computation, saved after every :data:`SAVE_EVERY` responses. Layer
             effects there that began the same work (model, dtype, directions, controls,
-            objectives, ids, spans and positions) are taken up and completed; of a file with
-            more responses the first ones are returned and the file stays.
+            objectives, ids, spans and positions) are taken up and completed.
+        progress: whether to show a bar.
 
     Raises:
         ValueError: lists of different length or of other tasks, a task twice, targets without
@@ -235,22 +240,21 @@ def _resume(path: Path | None, new: LayerEffects, wanted: Sequence[str]) -> Laye
     if path is None or not path.is_file():
         return new
     found = LayerEffects.load(path)
-    begun = found.fingerprints == tuple(wanted)[: len(found.response_ids)]
-    same = {
-        "model": found.model == new.model,
-        "weights": found.weights == new.weights,
-        "dtype": found.dtype == new.dtype,
-        "directions or controls": found.directions == new.directions,
-        "behaviours": found.behaviours == new.behaviours,
-        "controls": list(found.effects) == list(new.effects),
-        "responses, spans or sample of positions": begun,
-    }
-    if other := [name for name, equal in same.items() if not equal]:
-        raise StaleArtefact(
-            f"{path.name} was made with other {', '.join(other)}: --fresh of its notebook "
-            f"makes it again; or move {path} away"
-        )
+    begun = replace(new, fingerprints=tuple(wanted)[: len(found.response_ids)])
+    refuse_other_work(path, *(_made_from(effects) for effects in (found, begun)))
     return replace(found, ledger=new.ledger)
+
+
+def _made_from(effects: LayerEffects) -> dict[str, Any]:
+    return {
+        "model": effects.model,
+        "weights": effects.weights,
+        "dtype": effects.dtype,
+        "directions or controls": effects.directions,
+        "behaviours": effects.behaviours,
+        "controls": list(effects.effects),
+        "responses, spans or sample of positions": effects.fingerprints,
+    }
 
 
 # --- one response ------------------------------------------------------------------------
@@ -292,23 +296,18 @@ class _Work:
             weights=self.model.identity["weights"] or "",
         )
 
-    def exact_means(self, chosen: Sample) -> list[_Mean]:
-        """The means of exact effects that a response's sample asks for."""
-        n, found = len(self.vectors.behaviours), []
-        controls = dict(
-            zip(
-                map(null_key, self.controls.names),
-                range(n, n + len(self.controls)),
-                strict=True,
-            )
-        )
+    def exact_means(self, chosen: Sample) -> list[tuple[int, dict[str, int], tuple[int, ...]]]:
+        """The means of exact effects that a response's sample asks for: a behaviour's row, key
+        of the effects -> row of :attr:`directions`, and the positions."""
+        found, n = [], len(self.vectors.behaviours)
+        controls = {null_key(name): n + k for k, name in enumerate(self.controls.names)}
         for which, by_name in chosen.items():
             for name, mine in by_name.items():
                 row = self.vectors.index(name)
                 if which in SETS:
-                    found.append(_Mean(row, {f"kl/{which}": row}, mine))
+                    found.append((row, {f"kl/{which}": row}, mine))
                 elif controls:
-                    found.append(_Mean(row, {PAIRED: row, **controls}, mine))
+                    found.append((row, {PAIRED: row, **controls}, mine))
         return found
 
     def rows(self, chosen: Sample) -> int:
@@ -346,25 +345,17 @@ class _Work:
             prefix = Prefix(self.model, ids, where, self.directions)
             effects = exact(prefix, self.directions, which, where, self.max_rows, tick)
             _refuse_not_finite(effects, response, "kl")
-        for mean in means:
-            for key, direction in mean.directions.items() if mean.positions else ():
-                places = [pairs[direction, t] for t in mean.positions]
-                found[key][mean.row] = effects[places].mean(0)
+        for row, directions, places in means:
+            for key, direction in directions.items() if places else ():
+                found[key][row] = effects[[pairs[direction, t] for t in places]].mean(0)
         return found
 
 
-@dataclass(frozen=True)
-class _Mean:
-    """The behaviour ``row``'s exact effects over some positions: key -> row of directions."""
-
-    row: int
-    directions: dict[str, int]
-    positions: tuple[int, ...]
-
-
-def _pairs(means: Sequence[_Mean]) -> dict[tuple[int, int], int]:
+def _pairs(
+    means: Sequence[tuple[int, dict[str, int], tuple[int, ...]]],
+) -> dict[tuple[int, int], int]:
     """(row of directions, position) -> place, each once."""
-    pairs = ((d, t) for one in means for t in one.positions for d in one.directions.values())
+    pairs = ((d, t) for _, directions, mine in means for t in mine for d in directions.values())
     return {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
 
 

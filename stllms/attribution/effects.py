@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -45,7 +46,7 @@ class LayerEffects:
     run that was stopped and one that was not make the same tables. ``directions`` is a hash of
     those that were measured, ``dtype`` the model's, ``fingerprints`` tell of every response
     what its effects depend on, ``ledger`` counts what was given, ``weights`` is the checksum of
-    the model's. A file of an earlier version has none of the last four.
+    the model's.
     """
 
     effects: dict[str, Tensor]
@@ -99,22 +100,16 @@ class LayerEffects:
             BadFile: a file of something else.
         """
         effects, metadata = load_tensors(path)
-        if not {"response_ids", "behaviours", "model"} <= set(metadata):
-            raise BadFile(
-                f"{path}: no layer effects, but {', '.join(effects) or 'no tensors'}: "
-                "choose another path"
-            )
-        shape = (len(metadata["response_ids"]), len(metadata["behaviours"]))
-        for key, values in effects.items():
-            if values.ndim != 3 or tuple(values.shape[:2]) != shape:
-                raise BadFile(
-                    f"{path}: {key} has shape {tuple(values.shape)}, expected {shape} and "
-                    "layers; delete the file"
-                )
-        known = {n: metadata[n] for n in cls.__dataclass_fields__ if n in metadata}
-        for name in ("response_ids", "behaviours", "fingerprints"):
-            known[name] = tuple(known.get(name, ()))
-        return cls(effects, **known)
+        names = {name for name in cls.__dataclass_fields__ if name != "effects"}
+        shape = [len(metadata.get(name, ())) for name in ("response_ids", "behaviours")]
+        fits = (
+            values.ndim == 3 and [*values.shape[:2]] == shape for values in effects.values()
+        )
+        if set(metadata) != names or not all(fits):
+            there = ", ".join(effects) or "no tensors"
+            raise BadFile(f"{path}: no layer effects, but {there}: move it away")
+        lists = ("response_ids", "behaviours", "fingerprints")
+        return cls(effects, **metadata | {name: tuple(metadata[name]) for name in lists})
 
 
 def null_key(control: str) -> str:
@@ -242,8 +237,7 @@ def _ratios(
 # --- the layer to steer at ---------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class BestLayer:
+class BestLayer(NamedTuple):
     """The layer to steer a behaviour at, and why.
 
     ``peak`` is the layer of the largest effect, relative to the controls where these were
@@ -303,40 +297,31 @@ def best_layer(
     mean, controls = confirms[0], confirms[1][:, peak]
     peaks = _ratios(effects, flat, _resampled(len(effects), draws, seed))[0].argmax(-1)
     low, high = np.quantile(peaks, [0.025, 0.975], method="nearest")
-    stands, reason = True, "largest effect; no controls were measured for it"
-    if null is not None:
-        stands, reason = _verdict(peak, mean[peak], controls)
+    value, beyond = mean[peak], int((controls >= mean[peak]).sum())
+    held = f"{value:.2f} times the mean control on held-out responses"
+    if null is None:
+        beyond, reason = 0, "largest effect; no controls were measured for it"
+    elif beyond:
+        reason = (
+            f"no layer stands out: the best, {peak}, has {held}, and {beyond} of "
+            f"{len(controls)} controls do as much; default"
+        )
+    else:
+        reason = f"stands out: layer {peak} has {held}, above all {len(controls)}"
     return BestLayer(
         behaviour=behaviour,
-        layer=peak if stands else default,
+        layer=default if beyond else peak,
         reason=reason,
         peak=peak,
         relative=float(chooses[0][peak]),
-        held_out=float(mean[peak]),
+        held_out=float(value),
         null_held_out=np.nan if null is None else float(controls.max()),
-        rank_in_other_half=rank(mean, peak),
+        rank_in_other_half=int((mean > mean[peak]).sum()) + 1,
         support=float((peaks == peak).mean()),
         low=int(low),
         high=int(high),
         n=len(effects),
     )
-
-
-def _verdict(peak: int, value: float, controls: np.ndarray) -> tuple[bool, str]:
-    """Whether a direction's ``value`` at its peak stands out from the controls', in words."""
-    held = f"{value:.2f} times the mean control on held-out responses"
-    beyond = int((controls >= value).sum())
-    if beyond:
-        return False, (
-            f"no layer stands out: the best, {peak}, has {held}, and {beyond} of "
-            f"{len(controls)} controls do as much; default"
-        )
-    return True, f"stands out: layer {peak} has {held}, above all {len(controls)}"
-
-
-def rank(values: np.ndarray, layer: int) -> int:
-    """The rank of a layer's value among all layers, 1 for the largest."""
-    return int((np.asarray(values) > values[layer]).sum()) + 1
 
 
 def best_layers(measured: LayerEffects, key: str, names: Sequence[str]) -> pd.DataFrame:
@@ -347,8 +332,8 @@ def best_layers(measured: LayerEffects, key: str, names: Sequence[str]) -> pd.Da
         values, null = measured.of(key)[:, measured.behaviours.index(name)], None
         if key == "kl/own" and measured.controls:
             values, null = _with_controls(measured, PAIRED, name)
-        rows.append(vars(best_layer(values, name, measured.response_ids, null)))
-    return pd.DataFrame(rows, columns=list(BestLayer.__dataclass_fields__))
+        rows.append(best_layer(values, name, measured.response_ids, null))
+    return pd.DataFrame(rows, columns=list(BestLayer._fields))
 
 
 def chosen_layers(best: pd.DataFrame, known: Mapping[str, int] | None) -> dict[str, int]:

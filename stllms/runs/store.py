@@ -156,6 +156,16 @@ class Rows:
         return key
 
 
+def refuse_other_work(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises :class:`~stllms.runs.files.StaleArtefact` naming what an unfinished file was made
+    from, ``old``, where that differs from ``new``."""
+    if other := [name for name in {**new, **old} if old.get(name) != new.get(name)]:
+        raise StaleArtefact(
+            f"{path.name} was made with other {', '.join(other)}: --fresh of its notebook makes "
+            f"it again; or move {path} away"
+        )
+
+
 def _line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +29,7 @@ from stllms.labels import BEHAVIOURS, STEERED
 from stllms.models.model import Model
 from stllms.records import Response, Span
 from stllms.runs.files import BadFile, load_tensors, remove, save_tensors
+from stllms.runs.store import refuse_other_work
 from stllms.terminal import token_bar
 from stllms.vectors.means import HALVES, MIN_SPANS, PARTS, Means, is_build, mark, part_of
 
@@ -70,6 +71,8 @@ def collect(
     (:func:`stllms.vectors.quality.separability`), so that this needs no second pass.
 
     Args:
+        model: whose activations.
+        responses: in any order; the result does not depend on it.
         spans_per_response: the token spans of each response, as its annotation has them.
         batch_size: responses in a forward pass; the result does not depend on it. If the
             device runs out of memory, it is halved with a warning, and ``model.fits`` keeps
@@ -84,19 +87,17 @@ def collect(
         path: where to save what was read so far, about every :data:`SAVE_EVERY` responses. A
             file that a stopped collection left there is completed, bit for bit as if it had
             not been stopped (at the same ``batch_size``), and removed at the end.
+        progress: whether to show a bar.
 
     Raises:
         ValueError: a response given twice, a span that is empty or outside its response, lists
-            of different length, activations that are not finite (naming where), or a file of a
-            collection of something else (naming what differs).
+            of different length, or activations that are not finite (naming where).
+        StaleArtefact: a file of a collection of something else (naming what differs).
         BadFile: a file that no collection wrote.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size should be at least 1, it is {batch_size}")
     behaviours, keep = tuple(behaviours), tuple(dict.fromkeys(keep))
-    if unknown := [layer for layer in keep if not 0 <= layer < model.n_layers]:
-        last = model.n_layers - 1
-        raise ValueError(f"no layer {unknown[0]} to keep: {model.name} has layers 0 to {last}")
+    if not set(keep) <= set(range(model.n_layers)):
+        raise ValueError(f"{model.name} has {model.n_layers} layers; asked to keep {keep}")
     jobs, ledger = _jobs(responses, spans_per_response, behaviours)
     config: dict[str, Any] = {"window": WINDOW}
     if controls:
@@ -114,8 +115,9 @@ def collect(
         ledger=ledger,
         config=config,
     )
-    build = _ordered(job for job in jobs if is_build(job.task_id))
-    test = _ordered(job for job in jobs if not is_build(job.task_id))
+    jobs.sort(key=lambda job: (-len(job.ids), job.task_id))  # similar lengths, longest first
+    build = [job for job in jobs if is_build(job.task_id)]
+    test = [job for job in jobs if not is_build(job.task_id)]
     identity = _identity(model, means, [*build, *test])
     means, done = _resume(path, means, identity)
     size = min(batch_size, model.fits)
@@ -159,10 +161,7 @@ def _jobs(
         )
     for task_id, n in Counter(response.task_id for response in responses).items():
         if n > 1:
-            raise ValueError(
-                f"response {task_id!r} is given {n} times and its spans would count {n} times: "
-                "give each response once"
-            )
+            raise ValueError(f"response {task_id!r} is given {n} times: give each once")
     every = [span for spans in spans_per_response for span in spans]
     late = [span for span in every if span.start > 0]
     used = sum(span.label in behaviours for span in late)
@@ -202,7 +201,7 @@ def _targets(jobs: Sequence[_Job], behaviours: tuple[str, ...]) -> tuple[str, ..
 
 
 def _weighted(job: _Job, controls: int, targets: Sequence[int], seed: int) -> _Job:
-    """The response with its weights: ones where a permuted label is the control's target, then
+    """With weights: ones where a permuted label is the control's target, then
     random signs. Each kind has a generator of its own, so that control ``i`` is the same
     however many there are."""
     shuffling, tossing = (
@@ -216,11 +215,6 @@ def _weighted(job: _Job, controls: int, targets: Sequence[int], seed: int) -> _J
             weights[i] = permuted == targets[i % len(targets)]
         weights[controls + i] = 1 - 2 * tossing.integers(0, 2, len(labels))
     return replace(job, weights=weights)
-
-
-def _ordered(jobs: Iterable[_Job]) -> list[_Job]:
-    """Jobs of similar length together, the longest first."""
-    return sorted(jobs, key=lambda job: (-len(job.ids), job.task_id))
 
 
 # --- resuming ----------------------------------------------------------------------------
@@ -250,17 +244,7 @@ def _resume(path: Path | None, means: Means, identity: dict[str, Any]) -> tuple[
     tensors, metadata = load_tensors(path)
     if "collecting" not in metadata or set(tensors) != set(means.tensors):
         raise BadFile(f"{path}: no unfinished collection, but {', '.join(tensors)}")
-    old = metadata["collecting"]
-    changes = [
-        f"{name} was {old.get(name)!r} and is now {identity.get(name)!r}"
-        for name in dict.fromkeys([*identity, *old])
-        if old.get(name) != identity.get(name)
-    ]
-    if changes:
-        raise ValueError(
-            f"{path} holds an unfinished collection of something else: {'; '.join(changes)}; "
-            "delete it, or choose another path"
-        )
+    refuse_other_work(path, metadata["collecting"], identity)
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     return replace(means, **copies), metadata["done"]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -30,8 +31,21 @@ from stllms.vectors.means import MIN_SPANS, Means
 ESTIMATORS: tuple[str, ...] = ("difference-of-means", "difference-from-others", "probe")
 #: Those that need enough spans of other behaviours, too.
 CONTRASTS: tuple[str, ...] = ("difference-from-others", "probe")
+#: The tensors of a file of directions.
+DTYPES = dict.fromkeys(("directions", "means", "overall"), torch.float32)
+DTYPES["counts"] = torch.int64
 #: Of the probe: the weight of ``||a||^2 / 2`` beside the mean loss.
 PENALTY = 1e-2
+
+
+class _Metadata(BaseModel, strict=True, extra="forbid"):
+    """What a file of directions says beside its tensors."""
+
+    behaviours: list[str]
+    model: str
+    config: dict[str, Any]
+    unavailable: dict[str, int]
+    left_out: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -54,21 +68,31 @@ class SteeringVectors:
     left_out: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.overall.ndim != 2:
-            found = tuple(self.overall.shape)
-            raise ValueError(f"overall should have shape [L, D], it has {found}")
         whole = (len(self.behaviours), *self.overall.shape)
-        for name, shape in {"directions": whole, "means": whole, "counts": whole[:1]}.items():
-            found = tuple(getattr(self, name).shape)
-            if found != shape:
-                raise ValueError(f"{name} should have shape {shape}, it has {found}")
-        rows = zip(self.behaviours, self.directions, strict=True)
-        broken = [name for name, row in rows if not row.isfinite().all()]
-        if broken:
-            raise ValueError(f"directions are not finite: {', '.join(broken)}")
+        wanted = {
+            "directions": whole,
+            "means": whole,
+            "overall": whole[1:],
+            "counts": whole[:1],
+        }
+        for name, shape in wanted.items():
+            tensor, dtype = getattr(self, name), DTYPES[name]
+            found = tuple(tensor.shape)
+            if found != shape or tensor.dtype != dtype or len(whole) != 3:
+                raise ValueError(
+                    f"{name} should have shape {shape} and {dtype}, with overall [L, D]; "
+                    f"it has {found} and {tensor.dtype}"
+                )
+        if len(set(self.behaviours)) < len(self.behaviours):
+            raise ValueError(f"behaviours are given twice: {', '.join(self.behaviours)}")
+        finite = (self.directions.isfinite() & self.means.isfinite()).flatten(1).all(1)
+        if not finite.all():
+            broken = [self.behaviours[row] for row in (~finite).nonzero().flatten()]
+            raise ValueError(f"direction of {', '.join(broken)} is not finite")
 
     @property
     def n_layers(self) -> int:
+        """``L``."""
         return self.overall.shape[0]
 
     def index(self, behaviour: str) -> int:
@@ -96,11 +120,8 @@ class SteeringVectors:
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors, everything that is no tensor in its metadata."""
-        save_tensors(
-            path,
-            {name: getattr(self, name) for name in DTYPES},
-            {name: getattr(self, name) for name in METADATA},
-        )
+        tensors = {name: getattr(self, name) for name in DTYPES}
+        save_tensors(path, tensors, {n: getattr(self, n) for n in _Metadata.model_fields})
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVectors:
@@ -110,35 +131,18 @@ class SteeringVectors:
             BadFile: a file of other tensors, or one that :meth:`save` did not write.
         """
         tensors, metadata = load_tensors(path)
-        if "behaviours" not in metadata or "directions" not in tensors:
+        if set(tensors) != set(DTYPES):
             raise BadFile(f"{path}: no directions of behaviours, but {', '.join(tensors)}")
-        if wrong := _strange(tensors, metadata):
-            raise BadFile(f"{path}: not written by stllms ({', '.join(wrong)})")
         try:
-            return cls(**tensors, **{**metadata, "behaviours": tuple(metadata["behaviours"])})
+            known = _Metadata.model_validate(metadata)
+            return cls(**tensors, **{**vars(known), "behaviours": tuple(known.behaviours)})
+        except ValidationError as error:
+            wrong = {str(one["loc"][0]) for one in error.errors()}
+            raise BadFile(
+                f"{path}: not written by stllms ({', '.join(sorted(wrong))})"
+            ) from None
         except ValueError as error:  # shapes that differ, values that are not finite
             raise BadFile(f"{path}: {error}") from None
-
-
-DTYPES = dict.fromkeys(("directions", "means", "overall"), torch.float32)
-DTYPES["counts"] = torch.int64
-METADATA: dict[str, type] = {
-    "behaviours": list, "model": str, "config": dict, "unavailable": dict, "left_out": dict,
-}  # fmt: skip
-
-
-def _strange(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> list[str]:
-    """What of a file is not as :meth:`SteeringVectors.save` writes it: other names, or values
-    of another kind."""
-    wrong = [name for name in DTYPES if name not in tensors]
-    wrong += [name for name, one in tensors.items() if one.dtype != DTYPES.get(name)]
-    wrong += [n for n, value in metadata.items() if not isinstance(value, METADATA.get(n, ()))]
-    names = metadata["behaviours"] if "behaviours" not in wrong else []
-    if len({name for name in names if isinstance(name, str)}) < len(names):
-        wrong.append("behaviours")
-    for what in {"unavailable", "left_out"} - set(wrong):
-        wrong += [what] * any(type(n) is not int for n in metadata.get(what, {}).values())
-    return wrong
 
 
 # --- estimators --------------------------------------------------------------------------
@@ -262,48 +266,40 @@ def load_published(path: str | Path, *, min_spans: int = MIN_SPANS) -> SteeringV
         raise BadFile(f"{path}: there is no 'overall' among {sorted(content)}")
     found = {label: int(entry["count"]) for label, entry in content.items()}
     names = tuple(b for b in BEHAVIOURS if found.get(b, 0) >= min_spans)
-    means = {label: content[label]["mean"].double() for label in ("overall", *names)}
-    overall = means["overall"]
-    for label, mean in means.items():
-        shape, whole = tuple(mean.shape), tuple(overall.shape)
-        if shape != whole:
-            raise BadFile(
-                f"{path}: the mean of {label} has shape {shape}, that of 'overall' {whole}"
-            )
-        if not mean.float().isfinite().all():
-            raise BadFile(f"{path}: the mean of {label} is not finite")
-    mean = torch.stack(list(means.values()))[1:]
+    overall = content["overall"]["mean"].double()
+    mean = overall.new_zeros(len(names), *overall.shape)
+    for row, label in enumerate(names):
+        one = content[label]["mean"]
+        if one.shape != overall.shape:
+            shapes = f"{tuple(one.shape)}, that of 'overall' {tuple(overall.shape)}"
+            raise BadFile(f"{path}: the mean of {label} has shape {shapes}")
+        mean[row] = one
     try:
-        directions = rescale(mean - overall, overall, names)
-    except ValueError as error:
+        return SteeringVectors(
+            behaviours=names,
+            directions=rescale(mean - overall, overall, names).float(),
+            means=mean.float(),
+            overall=overall.float(),
+            counts=torch.tensor([found[b] for b in names], dtype=torch.int64),
+            model=Path(path).stem.removeprefix("mean_vectors_"),
+            config={"source": Path(path).name, "min_spans": min_spans},
+            unavailable={b: found.get(b, 0) for b in BEHAVIOURS if b not in names},
+            left_out={k: n for k, n in found.items() if k not in (*BEHAVIOURS, "overall")},
+        )
+    except ValueError as error:  # of length zero, or not finite
         raise BadFile(f"{path}: {error}") from None
-    return SteeringVectors(
-        behaviours=names,
-        directions=directions.float(),
-        means=mean.float(),
-        overall=overall.float(),
-        counts=torch.tensor([found[b] for b in names]),
-        model=Path(path).stem.removeprefix("mean_vectors_"),
-        config={"source": Path(path).name, "min_spans": min_spans},
-        unavailable={b: found.get(b, 0) for b in BEHAVIOURS if b not in names},
-        left_out={k: n for k, n in found.items() if k not in (*BEHAVIOURS, "overall")},
-    )
 
 
 def _is_entry(entry: Any) -> bool:
-    return (
-        isinstance(entry, Mapping)
-        and isinstance(entry.get("mean"), Tensor)
-        and is_plain(entry["mean"])
-        and entry["mean"].ndim == 2
-        and entry["mean"].numel() > 0
-        and type(entry.get("count")) is int
-        and 0 <= entry["count"] < 2**63
-    )
+    if not isinstance(entry, Mapping) or type(entry.get("count")) is not int:
+        return False
+    mean = entry.get("mean")
+    whole = isinstance(mean, Tensor) and is_plain(mean) and mean.ndim == 2 and mean.numel() > 0
+    return whole and 0 <= entry["count"] < 2**63
 
 
 def shipped_file(name: str) -> Path:
-    """The directions that ship with an embedded model, beside its folder: inside it, other
+    """Where the directions of an embedded model are: beside its folder, for inside it other
     loaders would take ``*.safetensors`` for weights."""
     return FIXTURES / f"{name}.vectors.safetensors"
 

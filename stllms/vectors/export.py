@@ -4,22 +4,16 @@ Layer ``l`` is the output of decoder layer ``l``, counted from 0: ``hidden_state
 transformers (whose last entry has passed the final norm), ``direction.l`` of llama.cpp (whose
 block 0 cannot be steered) and of EasySteer for vLLM. Every tensor is what is **added** to each
 position, prompt included: ``coefficient`` times the direction (method, section 6).
-
-    python -m stllms.vectors.export results/tiny-thinker --format gguf \
-        --behaviour backtracking --layer 4 --out backtracking.gguf
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import click
 from torch import Tensor
 
 from stllms.runs.files import replacing, save_tensors
-from stllms.terminal import plain
 from stllms.vectors.directions import SteeringVectors
 
 #: What the metadata says about the layer of a tensor ``<behaviour>.<layer>``.
@@ -133,70 +127,3 @@ def _added(
         }
     except (KeyError, IndexError) as error:
         raise ValueError(error.args[0]) from None
-
-
-# --- the command -------------------------------------------------------------------------
-
-
-@click.command(
-    help="Writes the directions of a run for other engines. Layer N is the output of decoder"
-    " layer N, counted from 0 (direction.N of llama.cpp). SOURCE is results/<model>, or a"
-    " vectors.safetensors."
-)
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option(
-    "--format", "kind", type=click.Choice(["safetensors", "gguf"]), default="safetensors"
-)
-@click.option("--behaviour", multiple=True, help="gguf: exactly one; default: all")
-@click.option(
-    "--layer", multiple=True, type=int, help="may be repeated; default: all (gguf: none)"
-)
-@click.option("--coefficient", default=1.0, help="multiplied into the tensors")
-@click.option("--model-hint", help="gguf: the architecture in llama.cpp, e.g. qwen2")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="the file to write")
-def command(
-    source: Path,
-    kind: str,
-    behaviour: tuple[str, ...],
-    layer: tuple[int, ...],
-    coefficient: float,
-    model_hint: str | None,
-    out: Path,
-) -> None:
-    found = SteeringVectors.load(source / "vectors.safetensors" if source.is_dir() else source)
-    if kind == "safetensors":
-        path = safetensors(
-            found,
-            out,
-            behaviours=behaviour or None,
-            layers=layer or None,
-            coefficient=coefficient,
-        )
-    elif len(behaviour) != 1 or not layer:
-        raise ValueError("--format gguf takes one --behaviour and at least one --layer")
-    else:
-        path = gguf(
-            found,
-            behaviour[0],
-            out,
-            layers=layer,
-            coefficient=coefficient,
-            model_hint=model_hint,
-        )
-    print(path)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command of the module's docstring; 0, or 2 with one line on stderr."""
-    name = "python -m stllms.vectors.export"
-    try:
-        command.main(arguments, prog_name=name, standalone_mode=False)
-    except (ValueError, OSError, click.ClickException) as error:
-        why = error.format_message() if isinstance(error, click.ClickException) else error
-        print(f"{name}: {plain(why)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,8 +9,8 @@ the *test* half: what is made from one is measured on the other (:mod:`stllms.ve
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,17 +90,11 @@ class Means:
         model: str = "",
         sample_layers: tuple[int, ...] = (),
         controls: int = 0,
-        ledger: Mapping[str, int] | None = None,
-        config: Mapping[str, Any] | None = None,
+        **rest: Any,
     ) -> Means:
         """Nothing seen yet."""
-
-        def real(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype)
-
-        def whole(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64)
-
+        real = partial(torch.zeros, dtype=torch.float64)
+        whole = partial(torch.zeros, dtype=torch.int64)
         n, size = len(behaviours), (n_layers, width)
         return cls(
             behaviours=behaviours,
@@ -119,8 +113,7 @@ class Means:
             signed=real(controls, *size),
             signs=whole(controls),
             sample_layers=sample_layers,
-            ledger=dict(ledger or {}),
-            config=dict(config or {}),
+            **rest,
         )
 
     @property
@@ -130,10 +123,12 @@ class Means:
 
     @property
     def n_layers(self) -> int:
+        """``L``."""
         return self.sums.shape[2]
 
     @property
     def width(self) -> int:
+        """``D``."""
         return self.sums.shape[3]
 
     def overall(self, parts: slice | list[int] = slice(None)) -> Tensor:

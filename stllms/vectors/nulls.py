@@ -38,10 +38,8 @@ def controls(kind: str, means: Means, n: int, *, seed: int = 0) -> Tensor:
     """``n`` control directions of a kind, as long as the behaviours' at each layer:
     ``[n, L, D]`` float32.
 
-    Args:
-        means: collected with ``controls=n`` or more; the seed of the first two kinds is that
-            of the collection.
-        seed: of ``"isotropic"``.
+    ``means`` are collected with ``controls=n`` or more. ``seed`` is that of ``"isotropic"``;
+    that of the first two kinds is the collection's.
 
     Raises:
         ValueError: another kind, fewer collected than asked for, or no span to make one from.
@@ -104,11 +102,6 @@ class Controls:
         Raises:
             BadFile: there is no such file, or it is one of something else.
         """
-        if not Path(path).is_file():
-            raise BadFile(
-                f"{path}: there are no control directions, which notebook 02 makes in this "
-                "version: execute it again"
-            )
         tensors, metadata = load_tensors(path)
         names = tuple(metadata.get("controls", ()))
         if set(tensors) != {"directions"} or len(names) != len(tensors["directions"]):

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import mannwhitneyu
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from stllms import stats
 from stllms.labels import CONTROLS
 from stllms.vectors.directions import ESTIMATORS, differences
 from stllms.vectors.means import HALVES, MIN_SPANS, PARTS, Means
@@ -41,7 +41,7 @@ class Separability:
 
 
 def separability(means: Means, *, min_spans: int = MIN_SPANS) -> Separability:
-    """d' and AUC of every behaviour and layer, held out.
+    """The d' and AUC of every behaviour and layer, held out.
 
     With projections ``x`` of the behaviour's own spans and ``y`` of all others, both of the
     test half: ``d' = (mean x - mean y) / sqrt((var x + var y) / 2)`` and ``AUC = P(x > y)``
@@ -60,23 +60,13 @@ def separability(means: Means, *, min_spans: int = MIN_SPANS) -> Separability:
         x, y = values[own], values[~own]
         spread = np.sqrt((x.var(0, ddof=1) + y.var(0, ddof=1)) / 2)
         d_prime[row] = (x.mean(0) - y.mean(0)) / np.maximum(spread, 1e-30)
-        auc[row] = area(values, own)
+        auc[row] = stats.auc(values, own)
     return Separability(
         tuple(means.behaviours[b] for b in chosen),
         torch.from_numpy(d_prime).float(),
         torch.from_numpy(auc).float(),
         test[chosen],
     )
-
-
-def area(values: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve ``P(x > y)``, ties one half, of every column of ``values
-    [S, ...]``; ``own [S]`` are the spans ``x``, all others ``y`` (Mann and Whitney 1947). NaN
-    without one of the two."""
-    if own.all() or not own.any():
-        return np.full(values.shape[1:], np.nan)
-    found = mannwhitneyu(values[own], values[~own], axis=0, method="asymptotic")
-    return found.statistic / (own.sum() * (~own).sum())
 
 
 # --- stability and precision -------------------------------------------------------------
@@ -134,21 +124,17 @@ def relative_error(means: Means, *, by: str = "span") -> Tensor:
       wholly in or out, and ``overall`` varies too.
 
     NaN with fewer than two spans, or two parts.
-
-    Raises:
-        ValueError: another unit.
     """
-    if by not in UNITS:
-        raise ValueError(f"an error is by {' or by '.join(UNITS)}, not by {by!r}")
+    squared = {"span": _of_spans, "part": _jackknife}[by](means)
+    squared[means.counts.sum(0) < 2] = torch.nan
+    return (squared.sqrt() / (means.mean() - means.overall()).norm(dim=-1)).float()
+
+
+def _of_spans(means: Means) -> Tensor:
+    """Squared standard error of means of independent spans: ``[N, L]``."""
     n = means.counts.sum(0)[:, None, None].double()
-    mean = means.mean()
-    if by == "part":
-        squared = _jackknife(means)
-    else:
-        variance = (means.squares.sum(0) / n - mean**2).clamp(min=0) / (n - 1)
-        squared = variance.sum(-1)
-    squared[n[:, 0, 0] < 2] = torch.nan
-    return (squared.sqrt() / (mean - means.overall()).norm(dim=-1)).float()
+    variance = (means.squares.sum(0) / n - means.mean() ** 2).clamp(min=0) / (n - 1)
+    return variance.sum(-1)
 
 
 def _jackknife(means: Means) -> Tensor:
@@ -216,11 +202,12 @@ def table(
 
     Args:
         means: collected with ``keep=`` the layers asked for.
-        layers: behaviour -> layer. Behaviours with fewer than ``min_spans`` spans in either
-            half are left out, and so are directions that have no other spans to compare with.
+        layers: behaviour -> layer. Directions that have no other spans to compare with are
+            left out.
         draws: control directions of each kind; ``value`` is then their mean, ``low`` and
             ``high`` their central 95 %. Missing elsewhere.
         seed: of all of them.
+        min_spans: behaviours with fewer in either half are left out.
 
     Raises:
         ValueError: the span means of a layer were not kept.
@@ -276,7 +263,7 @@ def _measure(direction: str, raw: Tensor, test: Means, b: int, layer: int) -> di
     own = (test.sample_labels == b).numpy()
     real = differences(test, "difference-of-means", [layer])[b, 0]
     found = {
-        "AUC": torch.from_numpy(area((test.at(layer) @ units.T).numpy(), own)),
+        "AUC": torch.from_numpy(stats.auc((test.at(layer) @ units.T).numpy(), own)),
         "cosine": cosine_similarity(units, real[None], dim=-1),
     }
     if direction in ("difference-of-means", "shuffled"):
