@@ -544,12 +544,13 @@ def ledger(results: str | Path, published: str | Path | None = None) -> pd.DataF
     """
     if published is not None:
         released.ensure(published, results)
+    empty = dict.fromkeys(COLUMNS, "")
     rows = [
-        {"claim": claim, **cells}
+        {**empty, "claim": claim, **cells}
         for claim, rows_of in CLAIMS.items()
         for cells in rows_of(Path(results))
     ]
-    return pd.DataFrame(rows, columns=[*COLUMNS]).fillna("")
+    return pd.DataFrame(rows)
 
 
 def write(results: str | Path, published: str | Path | None = None) -> pd.DataFrame:
