@@ -50,7 +50,7 @@ def select(part: str, *, source: str, n: int, skip: int = 0, seed: int = 0) -> l
 
     Args:
         source: ``grammar`` (of the embedded models); ``messages`` (``compare``: a balanced
-            sample of the training tasks, method, section 9) or ``checkable``, which evaluates
+            sample of the training tasks, method, section 1) or ``checkable``, which evaluates
             on the tasks that have exact answers; ``gym:NAME``, a dataset of reasoning-gym in
             three parts that share no question; else the path of a person's file.
         skip: tasks of a person's file to pass over (those that build, where others evaluate).

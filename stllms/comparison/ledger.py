@@ -11,11 +11,13 @@ what it was measured on, a verdict. It is written from artefacts only (``publish
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,63 +27,24 @@ from stllms.comparison import released
 from stllms.config import PROFILES, RunConfig
 from stllms.labels import HEATMAP, STEERED
 from stllms.registry import MODELS
-from stllms.runs.files import BadFile, load_table, read_json, save_table
+from stllms.runs.files import BadFile, Record, load_table, save_table
 from stllms.steering import measures
 from stllms.terminal import plain
 
-# -- what the paper says (method, section 12) --------------------------------------------
-
-#: The order of the six labels in the comparison, and its two groups of models.
-ORDER = (*STEERED, "initializing", "deduction")
-KINDS = ("thinking", "instruct")
-#: Treatment -> group -> (per cent of the segments in :data:`ORDER`, segments a response).
-COMPARISON: dict[str, dict[str, tuple[tuple[int, ...], float]]] = {
-    "published": {
-        "thinking": ((4, 9, 6, 15, 7, 52), 27.6),
-        "instruct": ((1, 2, 5, 24, 9, 57), 14.4),
-    },
-    "apart": {
-        "thinking": ((5, 9, 6, 16, 7, 56), 29.6),
-        "instruct": ((1, 2, 5, 25, 9, 58), 14.7),
-    },
-}
-#: Models of a group in the paper, all that it compares, and the pair that is cheapest to run.
+#: What the paper reports (method, section 12). ``comparison``: per cent of the segments by
+#: treatment and label, of the two :data:`KINDS`; ``segments``: how many a response has.
+#: ``steering``: token fraction in per cent, baseline / + / -. ``peak``, ``rank``,
+#: ``late_peak``: of the released layer effects, as in :func:`stllms.comparison.released.peaks`.
+#: ``cosines``: of the released vectors, the upper triangle in the order of ``HEATMAP``.
+PAPER: dict[str, Any] = json.loads(
+    Path(__file__).with_name("paper.json").read_text(encoding="utf-8")
+)
+KINDS = ["thinking", "instruct"]
+#: Models of each kind in the paper, all that it compares, and the pair that is cheapest to run.
 GROUP = 5
 COMPARED = tuple(name for name, entry in MODELS.items() if entry.hub_id or entry.api_id)
 PAIR = ("r1-distill-llama-8b", "llama-3.1-8b-instruct")
-#: Token fraction in per cent, plain / + / -, in the order of ``STEERED``.
-STEERING: dict[str, tuple[tuple[float, float, float], ...]] = {
-    "r1-distill-qwen-1.5b": (
-        (7.9, 35.7, 0.2), (19.7, 28.6, 2.0), (13.6, 34.0, 1.6), (43.1, 49.7, 11.2),
-    ),
-    "r1-distill-llama-8b": (
-        (10.0, 22.1, 6.2), (20.4, 33.6, 6.7), (17.4, 30.9, 5.2), (34.8, 61.5, 17.7),
-    ),
-    "r1-distill-qwen-14b": (
-        (5.8, 26.1, 0.9), (19.8, 46.7, 1.4), (21.9, 34.9, 1.4), (37.9, 66.6, 18.3),
-    ),
-}  # fmt: skip
-#: Layers of the largest released effect, in the order of ``STEERED``.
-PEAKS: dict[str, tuple[int, ...]] = {
-    "r1-distill-qwen-1.5b": (18, 18, 15, 18),
-    "r1-distill-qwen-14b": (29, 30, 29, 46),
-    "r1-distill-llama-8b": (0, 2, 0, 0),
-}
-#: Ranks of the steering layer, and the peaks without layers 0-4.
-LATE: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "r1-distill-llama-8b": ((2, 4, 2, 4), (12, 12, 12, 12)),
-}
 HEATMAP_MODEL = "r1-distill-qwen-1.5b"
-#: The upper triangle, row by row, in the order of ``HEATMAP``.
-TRIANGLE = (0.36, 0.32, 0.28, 0.17, 0.64, 0.33, 0.60, 0.19, 0.51, 0.45)
-
-# -- verdicts ----------------------------------------------------------------------------
-
-#: The paper's numbers, to the digits printed, computed again from its own files, or not; or
-#: the numbers are averages over more files than there are.
-REPRODUCED, DIFFERS = "reproduced from released files", "differs from released files"
-PART = "from part of the released files"
-NEEDS = "needs the model; run with ./run_all.sh {models} --profile paper --judge openai:gpt-4.1"
 #: A difference is significant below this, after Holm's correction.
 LEVEL = 0.05
 #: Two directions with a larger cosine are not called distinct (the paper's largest is .64).
@@ -91,7 +54,12 @@ SAME = 0.9
 Cells = dict[str, str]
 COLUMNS = ("claim", "where", "published", "ours", "on", "verdict", "note")
 #: A number with its interval, in the tables that are read.
-VALUES = ("value", "low", "high")
+VALUES = ["value", "low", "high"]
+#: What the fractions of segments are, in the column ``where``.
+SEGMENTS = "per cent of the segments, thinking and instruct"
+TAGS = "with the numbered tags read too"
+
+# -- verdicts and words ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -106,17 +74,17 @@ class Run:
     @classmethod
     def of(cls, folder: Path) -> Run:
         """From ``run.json``; the profile is named with the values that were not its own."""
-        path = folder / "run.json"
-        record = read_json(path) if path.is_file() else {}
-        if not isinstance(record, dict):
-            raise BadFile(f"{path}: not written by stllms (not a JSON object)")
-        identity, given = record.get("identity") or {}, record.get("configuration") or {}
-        name = given.get("profile", "")
+        record = Record(folder).content()
+        identity = record.get("identity", {})
+        name = record.get("configuration", {}).get("profile", "")
         own = vars(PROFILES[name]) if name in PROFILES else {}
         changed = [f"{k} {identity[k]}" for k, v in own.items() if identity.get(k, v) != v]
-        profile = f"profile {name}" + (f" but {', '.join(changed)}" if changed else "")
-        tasks = identity.get("tasks", "")
-        return cls(folder.name, identity.get("annotator", ""), tasks, profile if name else "")
+        profile = f"profile {name}" if name else ""
+        if changed:
+            profile += f" but {', '.join(changed)}"
+        return cls(
+            folder.name, identity.get("annotator", ""), identity.get("tasks", ""), profile
+        )
 
     @property
     def name(self) -> str:
@@ -128,7 +96,9 @@ class Run:
         parts = [("annotator ", self.annotator), ("tasks ", self.tasks), ("", self.profile)]
         return ", ".join([what, *(f"{word}{text}" for word, text in parts if text)])
 
-    def verdict(self, shown: int, tests: int, paper: Collection[str] = tuple(STEERING)) -> str:
+    def verdict(
+        self, shown: int, tests: int, paper: Collection[str] = tuple(PAPER["steering"])
+    ) -> str:
         """How much of a claim was shown, and on what; ``paper`` are the models it is about.
 
         A fixture is no evidence, and the paper's model counts as the paper's only in its
@@ -150,20 +120,18 @@ def display(slug: str) -> str:
     return MODELS[slug].display if slug in MODELS else slug
 
 
-def slug_of(name: str) -> str:
-    """The run folder of a display name, the name itself for a model of a person's own."""
-    return next((slug for slug, entry in MODELS.items() if entry.display == name), name)
-
-
 def _not_run(*slugs: str) -> Cells:
     models = " ".join(f"--model {MODELS[slug].hub_id}" for slug in slugs)
-    return {"on": "not run here", "verdict": NEEDS.format(models=models)}
+    command = f"./run_all.sh {models} --profile paper --judge openai:gpt-4.1"
+    return {"on": "not run here", "verdict": f"needs the model; run with {command}"}
 
 
-def _from_files(equal: bool, whole: bool = True) -> str:
+def _from_files(equal: bool, whole: bool) -> str:
+    """The verdict on numbers computed from released files: equal to the digits printed, on the
+    whole of the paper's files and labels, or not."""
     if not equal:
-        return DIFFERS
-    return REPRODUCED if whole else PART
+        return "differs from released files"
+    return "reproduced from released files" if whole else "from part of the released files"
 
 
 def _listed(values: Mapping[str, object]) -> str:
@@ -178,16 +146,16 @@ def _number(value: float, low: float, high: float, *, scale: float = 100) -> str
     return f"{scale * value:.1f} ({scale * low:.1f}–{scale * high:.1f})"
 
 
-def _table(path: Path, *columns: str) -> pd.DataFrame | None:
-    """A table of a run, ``None`` where it was not written or has no rows (a model without any
-    direction); ``BadFile`` without a column."""
-    if not path.is_file():
-        return None
-    found = load_table(path)
+def _table(path: Path, *columns: str) -> pd.DataFrame:
+    """A table of a run, without rows if it was not written (a model without any direction has
+    none either); ``BadFile`` without a column."""
+    found = load_table(path) if path.is_file() else pd.DataFrame()
     lacking = [name for name in columns if name not in found.columns]
-    if found.empty or not lacking:
-        return None if found.empty else found
-    raise BadFile(f"{path}: no column {', '.join(lacking)}")
+    if found.empty:
+        return pd.DataFrame(columns=[*columns])
+    if lacking:
+        raise BadFile(f"{path}: no column {', '.join(lacking)}")
+    return found
 
 
 # -- behaviours differ -------------------------------------------------------------------
@@ -198,17 +166,14 @@ def _comparison(results: Path) -> Iterator[Cells]:
     yield from rows or [_fractions("published") | _not_run(*PAIR)]
 
 
-def _fractions(treatment: str, pair: str = "") -> Cells:
-    """The paper's numbers of a treatment; ``pair`` names two models of a run of ours, whose
-    numbers stand beside averages over other models."""
-    shares = zip(ORDER, *(COMPARISON[treatment][kind][0] for kind in KINDS), strict=True)
-    measured = "per cent of the segments, thinking and instruct"
-    read = "with the numbered tags read too" if treatment == "apart" else ""
-    where = f"comparison, ten models, 100 tasks; {measured} {read}".strip()
-    if pair:
-        where = f"comparison of {pair}; {measured}; published: averages over ten models, "
-        where += f"100 tasks, {read}" if read else "100 tasks"
-    return {"where": where, "published": _listed({b: f"{t} and {i}" for b, t, i in shares})}
+def _fractions(treatment: str) -> Cells:
+    """The paper's averages over its models under a treatment."""
+    shares = PAPER["comparison"][treatment].items()
+    where = f"comparison, ten models, 100 tasks; {SEGMENTS}"
+    return {
+        "where": f"{where} {TAGS}" if treatment == "apart" else where,
+        "published": _listed({b: f"{thinking} and {other}" for b, (thinking, other) in shares}),
+    }
 
 
 def _released_comparison(folder: Path) -> Iterator[Cells]:
@@ -218,7 +183,7 @@ def _released_comparison(folder: Path) -> Iterator[Cells]:
     groups = _table(folder / "comparison_groups.csv", *columns)
     sums = ("chains", "equal_stored", "recovered")
     changes = _table(folder / "comparison_changes.csv", *sums)
-    if groups is None or changes is None or not {*KINDS} <= {*groups["kind"]}:
+    if changes.empty or not {*KINDS} <= {*groups["kind"]}:
         return
     chains, equal, recovered = (int(changes[name].sum()) for name in sums)
     for treatment, note in (
@@ -230,40 +195,41 @@ def _released_comparison(folder: Path) -> Iterator[Cells]:
             yield from _averages(rows, treatment, note)
         else:
             on = "released files of different tasks, which are not averaged"
-            yield _fractions(treatment) | {"on": on, "verdict": PART, "note": note}
+            verdict = _from_files(equal=True, whole=False)
+            yield _fractions(treatment) | {"on": on, "verdict": verdict, "note": note}
 
 
 def _averages(rows: pd.DataFrame, treatment: str, note: str) -> Iterator[Cells]:
     """Fractions, and segments a response, of one task set under one treatment."""
-    cells = rows.set_index(["kind", "metric", "behaviour"]).sort_index()
-    models = [int(cells.loc[kind, "models"].iloc[0]) for kind in KINDS]
-    part = models != [GROUP, GROUP]
-    on = "released files, {} thinking and {} instruct models of {} each".format(*models, GROUP)
-    paper = [COMPARISON[treatment][kind] for kind in KINDS]
+    cells = rows.set_index(["metric", "behaviour", "kind"])[VALUES].sort_index()
+    thinking, instruct = rows.drop_duplicates("kind").set_index("kind")["models"].loc[KINDS]
+    on = f"released files, {thinking} thinking and {instruct} instruct models of {GROUP} each"
 
-    def numbers(metric: str, behaviour: str, scale: float) -> tuple[np.ndarray, str]:
-        found = [cells.loc[(kind, metric, behaviour), list(VALUES)] for kind in KINDS]
-        said = " and ".join(_number(*one, scale=scale) for one in found)
-        return np.array([scale * one["value"] for one in found]), said
+    def verdict(equal: bool) -> str:
+        whole = thinking == instruct == GROUP
+        return _from_files(equal or not whole, whole)
 
-    found = {b: numbers("segment fraction", b, 100) for b in ORDER}
-    mine = np.array([values for values, _ in found.values()])
-    theirs = np.array([one[0] for one in paper]).T
-    signs = int((np.sign(np.diff(mine)) == np.sign(np.diff(theirs))).sum())
+    def said(metric: str, behaviour: str, scale: float) -> str:
+        found = cells.loc[(metric, behaviour)].loc[KINDS].to_numpy()
+        return " and ".join(_number(*one, scale=scale) for one in found)
+
+    theirs = pd.DataFrame(PAPER["comparison"][treatment], KINDS).T
+    mine = 100 * cells["value"]["segment fraction"].unstack().loc[theirs.index, KINDS]
+    signs = (np.sign(mine.diff(axis=1)) == np.sign(theirs.diff(axis=1)))["instruct"]
     fractions = _fractions(treatment) | {
         "on": on,
-        "verdict": PART if part else _from_files(np.array_equal(mine.round(), theirs)),
-        "ours": _listed({b: said for b, (_, said) in found.items()}),
-        "note": f"{note}; {signs} of {len(ORDER)} differences have the paper's sign",
+        "verdict": verdict(mine.round().eq(theirs).all(axis=None)),
+        "ours": _listed({b: said("segment fraction", b, 100) for b in theirs.index}),
+        "note": f"{note}; {signs.sum()} of {len(signs)} differences have the paper's sign",
     }
     yield fractions
-    totals, said = numbers("segment count", "all", 1)
-    counts = [one[1] for one in paper]
+    counts = PAPER["segments"][treatment]
+    totals = cells["value"]["segment count", "all"].loc[KINDS]
     yield fractions | {
         "where": fractions["where"].replace("per cent of the segments", "segments a response"),
         "published": " and ".join(map(str, counts)),
-        "verdict": PART if part else _from_files(totals.round(1).tolist() == counts),
-        "ours": said,
+        "verdict": verdict(totals.round(1).tolist() == counts),
+        "ours": said("segment count", "all", 1),
         "note": "",
     }
 
@@ -275,24 +241,25 @@ def _pairs(folder: Path) -> Iterator[Cells]:
     rows = _table(folder / "comparison.csv", *columns)
     tested = ("thinking", "instruct", "behaviour", "difference", "n", "p_holm")
     pairs = _table(folder / "comparison_pairs.csv", *tested)
-    if rows is None or pairs is None:
-        return
     rows = rows[(rows["metric"] == "segment fraction") & (rows["source"] == "run")]
-    cells = rows.set_index(["model", "behaviour"])[list(VALUES)]
-    thinking, instruct = (np.array(COMPARISON["published"][kind][0]) for kind in KINDS)
-    signs = np.sign(thinking - instruct)
+    cells = rows.set_index(["model", "behaviour"])[VALUES]
+    paper = pd.DataFrame(PAPER["comparison"]["published"], KINDS)
+    signs = np.sign(paper.loc["thinking"] - paper.loc["instruct"])
+    slugs = {entry.display: slug for slug, entry in MODELS.items()}
     for names, pair in pairs.groupby(["thinking", "instruct"], sort=False):
         if not {*names} <= {*rows["model"]}:
-            continue
-        run = Run.of(folder / slug_of(names[0]))
-        tests = pair.set_index("behaviour").loc[list(ORDER)]
+            continue  # of released files
+        run = Run.of(folder / slugs.get(names[0], names[0]))
+        tests = pair.set_index("behaviour").loc[signs.index]
         holds = (np.sign(tests["difference"]) == signs) & (tests["p_holm"] < LEVEL)
         shown = tests.index[holds].tolist()
         both = " and ".join(names)
-        ours = {b: " and ".join(_number(*cells.loc[(n, b)]) for n in names) for b in ORDER}
-        yield _fractions("apart", both) | {
+        ours = {b: " and ".join(_number(*cells.loc[(n, b)]) for n in names) for b in paper}
+        averages = f"published: averages over ten models, 100 tasks, {TAGS}"
+        yield _fractions("apart") | {
+            "where": f"comparison of {both}; {SEGMENTS}; {averages}",
             "on": run.on(f"{both}, {int(tests['n'].max())} tasks"),
-            "verdict": run.verdict(len(shown), len(ORDER), COMPARED),
+            "verdict": run.verdict(len(shown), len(tests), COMPARED),
             "ours": _listed(ours),
             "note": "the paper's sign with Holm p < .05: " + (", ".join(shown) or "none"),
         }
@@ -304,23 +271,21 @@ def _pairs(folder: Path) -> Iterator[Cells]:
 def _steering(results: Path) -> Iterator[Cells]:
     columns = ("behaviour", "direction", "coefficient", "metric", "value", "ci_low", "p_holm")
     paths = sorted(results.glob("*/steering.csv"))
-    found = {
-        path.parent.name: _table(path, *columns, "null_low", "null_high") for path in paths
-    }
-    for slug in STEERING:
-        if slug not in found:
+    for slug in PAPER["steering"]:
+        if results / slug / "steering.csv" not in paths:
             yield _effect_of_steering(Run(slug)) | _not_run(slug)
-    for slug, table in found.items():
-        if table is not None:
-            yield _steered(Run.of(results / slug), table)
+    for path in paths:
+        table = _table(path, *columns, "null_low", "null_high")
+        if not table.empty:
+            yield _steered(Run.of(path.parent), table)
 
 
 def _effect_of_steering(run: Run) -> Cells:
     """The paper's numbers, where the run is of its model."""
     numbers, tasks = "every behaviour rises with + and falls with -", ""
-    if run.slug in STEERING:
-        rows = zip(STEERED, STEERING[run.slug], strict=True)
-        numbers = _listed({b: " / ".join(f"{value:.1f}" for value in row) for b, row in rows})
+    if run.slug in PAPER["steering"]:
+        known = PAPER["steering"][run.slug].items()
+        numbers = _listed({b: " / ".join(f"{value:.1f}" for value in row) for b, row in known})
         tasks = ", 50 tasks"
     where = f"steering of {run.name}{tasks}; token fraction in per cent, plain / + / -"
     return {"where": where, "published": numbers}
@@ -338,15 +303,14 @@ def _steered(run: Run, table: pd.DataFrame) -> Cells:
     shown: list[str] = []
     inside: list[str] = []
     for b in STEERED:
-        cells = [bars.loc[(b, mode)] for mode in measures.MODES]
-        ours[b] = " / ".join(_number(*cell[list(VALUES)]) for cell in cells)
-        changed = zip(cells[1:], (1, -1), ("null_high", "null_low"), strict=True)
-        for cell, sign, limit in changed:
-            change = sign * (cell["value"] - cells[0]["value"])
-            if change > 0 and p_holm.get((b, float(sign)), np.nan) < LEVEL:
-                as_a_control = sign * (cell["value"] - cell[limit]) <= 0  # never without any
-                name = f"{b} {'+' if sign > 0 else '-'}"
-                (inside if as_a_control else shown).append(name)
+        cells = bars.loc[b].loc[list(measures.MODES)]
+        ours[b] = " / ".join(_number(*cell) for cell in cells[VALUES].to_numpy())
+        value = cells["value"]
+        for mode, sign, limit in (("positive", 1, "null_high"), ("negative", -1, "null_low")):
+            rises = sign * (value[mode] - value["plain"]) > 0
+            if rises and p_holm.get((b, float(sign)), np.nan) < LEVEL:
+                as_a_control = sign * (value[mode] - cells.loc[mode, limit]) <= 0  # not for NaN
+                (inside if as_a_control else shown).append(f"{b} {'+' if sign > 0 else '-'}")
     controls = own["null_low"].notna().any()
     where = " and outside the range of control directions" if controls else ""
     note = f"changes the claimed way with Holm p < .05{where}: {', '.join(shown) or 'none'}"
@@ -369,24 +333,23 @@ def _effects(results: Path) -> Iterator[Cells]:
     path = results / "published" / "layer_effects_peaks.csv"
     known = _table(path, "model", "behaviour", "layers", *names)
     paths = sorted(results.glob("*/layer_effects.safetensors"))
-    runs = {path.parent.name: path for path in paths}
-    for slug in PEAKS:
-        found = None if known is None else known[known["model"] == display(slug)]
-        if found is not None and len(found):
+    for slug in PAPER["peak"]:
+        found = known[known["model"] == display(slug)]
+        if len(found):
             yield from _released_peaks(slug, found)
-        elif slug not in runs:
+        elif results / slug / "layer_effects.safetensors" not in paths:
             yield _largest(slug) | _not_run(slug)
-    for slug, path in runs.items():
-        measured = _peaks(slug, LayerEffects.load(path))
+    for path in paths:
+        run = Run.of(path.parent)
+        measured = _peaks(run.slug, LayerEffects.load(path))
         if measured:
-            yield _run_peaks(Run.of(results / slug), measured)
+            yield _run_peaks(run, measured)
 
 
 def _largest(slug: str) -> Cells:
-    numbers = _listed(dict(zip(STEERED, PEAKS[slug], strict=True)))
     name = MODELS[slug].display
     where = f"layer effects of {name}, released values; layer of the largest mean"
-    return {"where": where, "published": numbers}
+    return {"where": where, "published": _listed(PAPER["peak"][slug])}
 
 
 def _layers(peaks: pd.DataFrame, name: str) -> dict[str, str]:
@@ -396,14 +359,12 @@ def _layers(peaks: pd.DataFrame, name: str) -> dict[str, str]:
     return dict(zip(peaks["behaviour"], texts, strict=True))
 
 
-def _outside(peaks: pd.DataFrame) -> list[str]:
-    """Behaviours whose peak is not in the middle half of the layers."""
+def _middle(peaks: pd.DataFrame) -> tuple[int, str]:
+    """How many peaks are in the middle half of the layers, and which are not."""
     place = peaks["peak"] / (peaks["layers"] - 1).clip(lower=1)
-    return peaks.loc[(place < 0.25) | (place > 0.75), "behaviour"].tolist()
-
-
-def _middle(peaks: pd.DataFrame) -> str:
-    return f"outside the middle half of the layers: {', '.join(_outside(peaks)) or 'none'}"
+    outside = peaks.loc[~place.between(0.25, 0.75), "behaviour"]
+    words = f"outside the middle half of the layers: {', '.join(outside) or 'none'}"
+    return len(peaks) - len(outside), words
 
 
 def _released_peaks(slug: str, peaks: pd.DataFrame) -> Iterator[Cells]:
@@ -411,31 +372,28 @@ def _released_peaks(slug: str, peaks: pd.DataFrame) -> Iterator[Cells]:
     known. A file without some of the behaviours reproduces a part at most."""
     found = peaks.set_index("behaviour")
 
-    def verdict(**numbers: Sequence[int]) -> str:
+    def verdict(*names: str) -> str:
         equal = all(
-            theirs == found[name].get(b, theirs)
-            for name, published in numbers.items()
-            for b, theirs in zip(STEERED, published, strict=True)
+            found[name].eq(pd.Series(PAPER[name][slug])[found.index]).all() for name in names
         )
         return _from_files(equal, whole=len(found) == len(STEERED))
 
     first = _largest(slug) | {
         "on": f"released file, {int(peaks['n'].min())} responses",
-        "verdict": verdict(peak=PEAKS[slug]),
+        "verdict": verdict("peak"),
         "ours": _listed(_layers(peaks, "peak")),
-        "note": _middle(peaks),
+        "note": _middle(peaks)[1],
     }
     yield first
-    if slug in LATE:
-        ranks, late = LATE[slug]
-        mine, behind = _layers(peaks, "rank"), _layers(peaks, "late_peak")
-        theirs = zip(STEERED, ranks, late, strict=True)
+    if slug in PAPER["rank"]:
+        ranks, late = _layers(peaks, "rank"), _layers(peaks, "late_peak")
+        theirs, behind = PAPER["rank"][slug], PAPER["late_peak"][slug]
         yield first | {
             "where": first["where"].partition(";")[0]
             + "; rank of the steering layer, and the peak without layers 0-4",
-            "published": _listed({b: f"{rank}, {peak}" for b, rank, peak in theirs}),
-            "verdict": verdict(rank=ranks, late_peak=late),
-            "ours": _listed({b: f"{mine[b]}, {behind[b]}" for b in mine}),
+            "published": _listed({b: f"{theirs[b]}, {behind[b]}" for b in theirs}),
+            "verdict": verdict("rank", "late_peak"),
+            "ours": _listed({b: f"{ranks[b]}, {late[b]}" for b in ranks}),
             "note": "",
         }
 
@@ -445,11 +403,12 @@ def _peaks(slug: str, found: LayerEffects) -> dict[str, pd.DataFrame]:
     layers = MODELS[slug].steering_layers if slug in MODELS else None
     measured: dict[str, pd.DataFrame] = {}
     for name in ("published/others", "kl/own"):
-        if name in found.effects:
-            values = dict(zip(found.behaviours, found.of(name).swapaxes(0, 1), strict=True))
-            known = [b for b in STEERED if b in values and np.isfinite(values[b]).all(1).any()]
-            if known:
-                measured[name] = released.peaks({b: values[b] for b in known}, layers)
+        if name not in found.effects:
+            continue
+        values = dict(zip(found.behaviours, found.of(name).swapaxes(0, 1), strict=True))
+        known = [b for b in STEERED if b in values and np.isfinite(values[b]).all(1).any()]
+        if known:
+            measured[name] = released.peaks({b: values[b] for b in known}, layers)
     return measured
 
 
@@ -457,19 +416,19 @@ def _run_peaks(run: Run, measured: Mapping[str, pd.DataFrame]) -> Cells:
     """Peaks of a run, of the published objective where there is one. Shown: in the middle
     half."""
     name, peaks = next(iter(measured.items()))
-    note = _middle(peaks)
+    middle, note = _middle(peaks)
     if name != "kl/own" and "kl/own" in measured:
         exact = [f"{b} {text}" for b, text in _layers(measured["kl/own"], "peak").items()]
         note += f"; exact effects at own spans: {', '.join(exact)}"
     size = f"{peaks['n'].max()} responses, {peaks['layers'].max()} layers"
     published, beside = "in middle layers", ""
-    if run.slug in PEAKS:
-        published, beside = _largest(run.slug)["published"], "; published: released values"
+    if run.slug in PAPER["peak"]:
+        published, beside = _listed(PAPER["peak"][run.slug]), "; published: released values"
     return {
         "where": f"layer effects of {run.name}; layer of the largest mean effect{beside}",
         "published": published,
         "on": run.on(f"{run.name}, {name}, {size}"),
-        "verdict": run.verdict(len(peaks) - len(_outside(peaks)), len(peaks)),
+        "verdict": run.verdict(middle, len(peaks)),
         "ours": _listed(_layers(peaks, "peak")),
         "note": note,
     }
@@ -482,11 +441,11 @@ def _heatmap(results: Path) -> Iterator[Cells]:
     """Shown by a run: every pair of directions has a cosine below :data:`SAME`."""
     name = MODELS[HEATMAP_MODEL].display
     where = f"heatmap, {name}, released vectors; cosines, upper triangle"
-    paper = {"where": where, "published": _triangle(TRIANGLE)}
+    paper = {"where": where, "published": _triangle(PAPER["cosines"])}
     known = _table(results / "published" / "heatmap.csv", "model", "behaviour", "other")
-    found = None if known is None else known[known["model"] == name]
+    found = known[known["model"] == name]
     runs = _of_runs(results, "cosine_heatmap", "behaviour")
-    if found is not None and len(found):
+    if len(found):
         matrix = found.pivot(index="behaviour", columns="other", values="cosine")
         yield paper | _released_heatmap(matrix)
     elif HEATMAP_MODEL not in runs:
@@ -508,7 +467,7 @@ def _heatmap(results: Path) -> Iterator[Cells]:
 def _released_heatmap(matrix: pd.DataFrame) -> Cells:
     """The cosines of the released vectors, to two decimals; a part where labels are absent."""
     cosines, names = _upper(matrix)
-    pairs = zip(combinations(HEATMAP, 2), TRIANGLE, strict=True)
+    pairs = zip(combinations(HEATMAP, 2), PAPER["cosines"], strict=True)
     theirs = [value for pair, value in pairs if {*pair} <= {*names}]
     absent = [name for name in HEATMAP if name not in names]
     without = f"; without {', '.join(absent)}" if absent else ""
@@ -537,31 +496,26 @@ def _embedding(results: Path) -> Iterator[Cells]:
     where = "largest cosine with an embedding row{}, per layer; first and last layer here"
     paper = {"where": where.format(""), "published": "figure only"}
     runs = _of_runs(results, "similarity_embedding", "behaviour", "layer 0")
-    if not {*runs} & {*STEERING}:
+    if not {*runs} & {*PAPER["steering"]}:
         yield paper | _not_run(HEATMAP_MODEL)
     for slug, table in runs.items():
         run = Run.of(results / slug)
-        first, last = table.iloc[:, 0].to_numpy(float), table.iloc[:, -1].to_numpy(float)
-        rows = zip(table.index, first, last, strict=True)
+        first, last = table.iloc[:, 0].astype(float), table.iloc[:, -1].astype(float)
         falls = int((first > last).sum())
         yield paper | {
             "where": where.format(f" of {run.name}"),
             "on": run.on(f"{run.name}, {table.shape[1]} layers"),
             "verdict": run.verdict(falls, len(table)),
-            "ours": _listed({b: f"{one:.2f} and {other:.2f}" for b, one, other in rows}),
+            "ours": _listed({b: f"{first[b]:.2f} and {last[b]:.2f}" for b in table.index}),
             "note": f"larger at the first layer for {falls} of {len(table)}",
         }
 
 
 def _of_runs(results: Path, figure: str, *columns: str) -> dict[str, pd.DataFrame]:
     """The data of a figure of every run that has some, by slug, indexed by behaviour."""
-    found = {
-        path.parents[1].name: _table(path, *columns)
-        for path in sorted(results.glob(f"*/figures/{figure}.csv"))
-    }
-    return {
-        slug: table.set_index("behaviour") for slug, table in found.items() if table is not None
-    }
+    paths = sorted(results.glob(f"*/figures/{figure}.csv"))
+    found = {path.parents[1].name: _table(path, *columns) for path in paths}
+    return {slug: one.set_index("behaviour") for slug, one in found.items() if not one.empty}
 
 
 # -- the ledger --------------------------------------------------------------------------
@@ -575,7 +529,10 @@ CLAIMS: dict[str, Callable[[Path], Iterator[Cells]]] = {
     "early layers carry token identity": _embedding,
 }
 #: Where the table stands in a document.
-MARKS = ("<!-- ledger: written by python -m stllms.comparison.ledger -->", "<!-- end of ledger -->")
+MARKS = (
+    "<!-- ledger: written by python -m stllms.comparison.ledger -->",
+    "<!-- end of ledger -->",
+)
 
 
 def ledger(results: str | Path, published: str | Path | None = None) -> pd.DataFrame:
@@ -605,16 +562,15 @@ def write(results: str | Path, published: str | Path | None = None) -> pd.DataFr
 
 def markdown(table: pd.DataFrame) -> str:
     """The ledger as a Markdown table; the commands of what was not run follow once, below."""
+    parts = table["verdict"].str.partition("; run with ")
+    shown = table.assign(
+        claim=table["claim"].mask(table["claim"].duplicated(), ""), verdict=parts[0]
+    )
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    commands: dict[str, None] = {}
-    before = ""
-    for _, row in table.fillna("").iterrows():
-        cells = [str(row[name]).replace("|", "\\|") for name in COLUMNS]
-        verdict, _, command = cells[5].partition("; run with ")
-        commands |= {command: None} if command else {}
-        cells[5] = verdict
-        cells[0], before = ("" if cells[0] == before else cells[0]), cells[0]
-        lines.append("| " + " | ".join(cell.replace("; ", "<br>") for cell in cells) + " |")
+    for row in shown[[*COLUMNS]].itertuples(index=False):
+        cells = [cell.replace("|", "\\|").replace("; ", "<br>") for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    commands = [command for command in dict.fromkeys(parts[2]) if command]
     if commands:
         lines += ["", f"What needs the model runs with `{'` or `'.join(commands)}`."]
     return "\n".join(lines) + "\n"
@@ -640,14 +596,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     results = RunConfig(results=given.results).results_folder
     try:
-        found = write(results, given.published)
+        table = markdown(write(results, given.published))
         if given.into is not None:
-            text = put(given.into.read_text(encoding="utf-8"), markdown(found))
+            text = put(given.into.read_text(encoding="utf-8"), table)
             given.into.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"stllms.comparison.ledger: {plain(error)}", file=sys.stderr)
         return 2
-    print(plain(markdown(found)), end="")
+    print(plain(table), end="")
     print(results / "ledger.csv", file=sys.stderr)
     return 0
 

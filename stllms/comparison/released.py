@@ -118,32 +118,30 @@ def load_layer_effects(path: str | Path) -> dict[str, torch.Tensor]:
     for label, values in content.items():
         try:
             found[str(label)] = _matrix(values)
-        except (ValueError, OverflowError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise BadFile(
-                f"{path}: expected behaviour -> responses -> layers at {label!r}: {reason}"
-            ) from None
+        except (ValueError, OverflowError, RuntimeError):
+            form = "expected behaviour -> responses -> layers"
+            raise BadFile(f"{path}: {form}, not so at {label!r}") from None
     return found
 
 
 def _matrix(values: Any) -> torch.Tensor:
-    """A table ``[responses, L]``, float32. A list is measured before torch sees it: lists may
-    share their parts, so that a file of a kilobyte unfolds to more than any memory holds."""
+    """A table ``[responses, L]``, float32; ``ValueError`` for anything else.
+
+    A list is measured before torch sees it: lists may share their parts, so that a file of a
+    kilobyte unfolds to more than any memory holds.
+    """
     import torch
 
     if isinstance(values, torch.Tensor) and files.is_plain(values) and values.ndim == 2:
         return values.float()
-    lists = isinstance(values, list | tuple)
-    if not lists or not all(isinstance(row, list | tuple) for row in values):
+    if not isinstance(values, list) or not all(isinstance(row, list) for row in values):
         raise ValueError("no list of lists")
-    lengths = sorted({len(row) for row in values})
-    if len(lengths) > 1:
-        raise ValueError(f"rows of {lengths[0]} to {lengths[-1]} numbers")
-    if sum(lengths) * len(values) > LARGEST:
-        raise ValueError("more numbers than a released file may have")
+    width = max(map(len, values), default=0)
+    if width * len(values) > LARGEST or any(len(row) < width for row in values):
+        raise ValueError("no table, or one of more numbers than a released file may have")
     if not all(type(value) in (int, float) for row in values for value in row):
         raise ValueError("something that is no number")
-    return torch.tensor(values, dtype=torch.float32).reshape(len(values), sum(lengths))
+    return torch.tensor(values, dtype=torch.float32).reshape(len(values), width)
 
 
 class Effects(NamedTuple):
@@ -313,18 +311,15 @@ def changes(
     """
     rows = []
     for old, new in zip(published, sound, strict=True):
-        counted = [
-            {b: int(n) for b, n in zip(BEHAVIOURS, row, strict=True) if n} for row in old.counts
-        ]
-        counts = [one["label_counts"] for one in stored[old.display]]
-        counts = [{b: n for b, n in one.items() if n} for one in counts]
+        counts = [Counter(one["label_counts"]) for one in stored[old.display]]
+        read = [Counter(dict(zip(BEHAVIOURS, row, strict=True))) for row in old.counts]
         empty = old.counts.sum(1) == 0
         rows.append(
             {
                 "model": old.display,
                 "kind": old.kind,
-                "chains": len(counted),
-                "equal_stored": sum(a == b for a, b in zip(counted, counts, strict=True)),
+                "chains": len(read),
+                "equal_stored": sum(a == b for a, b in zip(read, counts, strict=True)),
                 "empty_published": old.empty,
                 "empty_sound": new.empty,
                 "recovered": int((empty & (new.counts.sum(1) > 0)).sum()),
@@ -560,7 +555,7 @@ def _comparison_figures(
 
 
 def _figure(width: float, height: float) -> Figure:
-    """A figure with a canvas of its own: no window, no backend and no global state."""
+    """A figure without pyplot's state; its canvas measures text as the PNG will show it."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -614,11 +609,7 @@ def views(published: str | Path | None, results: str | Path) -> list[Figure | pd
         return []
     curves = files.load_table(folder / "layer_effects.csv")
     found = files.load_table(folder / "layer_effects_peaks.csv")
-    layers = found.dropna(subset="steering_layer").groupby("model")
-    marks = {
-        model: dict(zip(rows["behaviour"], rows["steering_layer"].astype(int), strict=True))
-        for model, rows in layers
-    }
+    marks = {entry.display: entry.steering_layers for entry in MODELS.values()}
     by_model = curves.groupby("model", sort=False)
     figures = [_effects_figure("row", rows, marks.get(model)) for model, rows in by_model]
     return [*figures, _ranks(found)]
@@ -626,17 +617,14 @@ def views(published: str | Path | None, results: str | Path) -> list[Figure | pd
 
 def _ranks(found: pd.DataFrame) -> pd.DataFrame:
     """Peaks and ranks (1 is the largest of all layers) with their intervals, as text."""
+    keys = ["model", "behaviour", "layers", "steering_layer"]
     parts = [
-        found.assign(
-            quantity=words,
-            value=found[name],
-            low=found[f"{name}_low"],
-            high=found[f"{name}_high"],
-        )
+        found[[*keys, name, f"{name}_low", f"{name}_high"]]
+        .set_axis([*keys, "value", "low", "high"], axis=1)
+        .assign(quantity=words)
         for name, words in RANKS.items()
     ]
     shown = pd.concat(parts, ignore_index=True).sort_values("model", kind="stable")
-    keys = ["model", "behaviour", "layers", "steering_layer"]
     shown["steering_layer"] = text.shown(shown[["steering_layer"]])
     table = text.intervals(shown, keys, "quantity", digits=0)
     return table[list(RANKS.values())].reset_index().rename_axis(columns=None)

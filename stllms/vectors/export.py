@@ -3,7 +3,7 @@
 Layer ``l`` is the output of decoder layer ``l``, counted from 0: ``hidden_states[l + 1]`` of
 transformers (whose last entry has passed the final norm), ``direction.l`` of llama.cpp (whose
 block 0 cannot be steered) and of EasySteer for vLLM. Every tensor is what is **added** to each
-position, prompt included: ``coefficient`` times the direction (method, section 6).
+position, prompt included: ``coefficient`` times the direction (method, section 8).
 """
 
 from __future__ import annotations
