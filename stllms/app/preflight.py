@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -269,13 +269,9 @@ def _existing(folder: Path) -> Path:
 def written(config: RunConfig, chains: dict[str, int]) -> int:
     """Bytes that stages write at most, by their numbers of chains."""
     small = config.entry.source in ("embedded", "gguf")
-    size = REST if small else LARGE_REST
-    for stage, n in chains.items():
-        compared = stage == "05_compare"
-        limit = config.settings.max_tokens_compare if compared else config.settings.max_tokens
-        both = stage[:2] in ("04", "05")  # a response and its labels
-        size += n * (TOKEN * limit + ROW) * (2 if both else 1)
-    return size
+    limit = max(config.settings.max_tokens, config.settings.max_tokens_compare)
+    each = 2 * (TOKEN * limit + ROW)  # a response and its labels
+    return sum(chains.values()) * each + (REST if small else LARGE_REST)
 
 
 def _amount(size: int) -> str:
@@ -407,10 +403,10 @@ def works(
 
 
 def total(made: Iterable[Work]) -> Work:
-    """Several works as one, with one estimate of calls for each API model."""
+    """Several works as one."""
     made = list(made)
     chains, tokens = sum(one.chains for one in made), sum(one.tokens for one in made)
-    calls = _merged(call for one in made for call in one.calls)
+    calls = tuple(call for one in made for call in one.calls)
     return Work("together", "", chains, tokens, any(one.at_most for one in made), calls)
 
 
@@ -444,7 +440,7 @@ def _of_local(stage: str, folder: Folder, made: bool) -> Work:
             calls += _calls(config, responses, lacking, limit)
     labels_only = stage == "02_train_vectors"
     at_most, chains = missing > 0 and (labels_only or not made), 0 if labels_only else missing
-    return Work(stage, config.model, chains, chains * limit, at_most, _merged(calls))
+    return Work(stage, config.model, chains, chains * limit, at_most, _sent(calls))
 
 
 def _of_api(stage: str, folder: Folder) -> Work:
@@ -460,7 +456,7 @@ def _of_api(stage: str, folder: Folder) -> Work:
     client = api.Client(name, folder=folder / "api", base_url=config.base_url)
     sent = client.estimate(asked, remote.unusable)
     later = _calls(config, [], len(asked) - len(_labelled(folder)), limit)
-    return Work(stage, config.model, sent.calls, calls=_merged([sent, *later]))
+    return Work(stage, config.model, sent.calls, calls=_sent([sent, *later]))
 
 
 def _labelled(folder: Folder) -> set[tuple[str]]:
@@ -495,23 +491,9 @@ def _calls(
     return [judge.estimate(bare), later]
 
 
-def _merged(calls: Iterable[api.Estimate]) -> tuple[api.Estimate, ...]:
-    """One estimate a model, without those that send nothing."""
-    found: dict[str, api.Estimate] = {}
-    for one in calls:
-        if one.calls and (old := found.get(one.model)):
-            unknown = old.cost is None or one.cost is None
-            one = replace(
-                one,
-                calls=old.calls + one.calls,
-                stored=old.stored + one.stored,
-                tokens_in=old.tokens_in + one.tokens_in,
-                tokens_out=old.tokens_out + one.tokens_out,
-                cost=None if unknown else (old.cost or 0.0) + (one.cost or 0.0),
-            )
-        if one.calls:
-            found[one.model] = one
-    return tuple(found.values())
+def _sent(calls: Iterable[api.Estimate]) -> tuple[api.Estimate, ...]:
+    """The estimates that send something."""
+    return tuple(one for one in calls if one.calls)
 
 
 def _cost(calls: Iterable[api.Estimate]) -> str:
@@ -524,4 +506,4 @@ def _cost(calls: Iterable[api.Estimate]) -> str:
         else:
             sums[one.currency] = sums.get(one.currency, 0.0) + one.cost
     known = [f"at most {value:,.2f} {currency}" for currency, value in sums.items()]
-    return ", ".join([*known, *unknown])
+    return ", ".join([*known, *dict.fromkeys(unknown)])
