@@ -128,6 +128,8 @@ def annotations(
     """One annotation per response, in order.
 
     Args:
+        annotator: labels the chains that ``store`` lacks.
+        responses: the chains.
         model: gives the token spans (``spans`` stay empty without it, and for a response
             through an API, which has no ids).
         store: rows by :data:`KEY`. A chain it holds is not annotated again unless it failed;
@@ -136,6 +138,7 @@ def annotations(
     Raises:
         StaleArtefact: for a stored annotation of another chain with the same task, or by an
             annotator that was another one then.
+
     """
     if store is None:
         return _annotated(annotator, responses, model)

@@ -1,11 +1,11 @@
-"""The reader of a judge's markup, ``["label"] the text ["end-section"]``, repeated.
+r"""The reader of a judge's markup, ``["label"] the text ["end-section"]``, repeated.
 
 ``"tolerant"`` (default) takes every form that judges write: quoted or not, numbered
 (``[0. label]``), other case, spaces or underscores for hyphens, a missing closing tag, a
 section inside another one, text around the sections. ``"published"`` takes quoted and closed
 tags only and keeps unknown labels (method, section 4); ``"published-counts"`` takes each
 opening tag of a known label in lower case, quoted or not, for a segment (section 9). Square
-brackets that hold anything but a label (``f[0]``, ``[ x^2 \\]``, ``x = ["apple"]``) are text.
+brackets that hold anything but a label (``f[0]``, ``[ x^2 \]``, ``x = ["apple"]``) are text.
 """
 
 from __future__ import annotations

@@ -213,7 +213,8 @@ def _tightened(at: np.ndarray, to: np.ndarray, part: list[str], words: list[str]
 
 def _densest_run(at: np.ndarray, to: np.ndarray, length: int) -> tuple[int, int] | None:
     """Words ``[start, end)`` of the text for a part of ``length`` words whose words ``at``
-    matched the text's words ``to``; ``None`` where too few did."""
+    matched the text's words ``to``; ``None`` where too few did.
+    """
     if not len(at):
         return None
     cuts = np.flatnonzero(np.diff(to) > np.diff(at) + _SLACK) + 1
