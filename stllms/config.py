@@ -8,7 +8,6 @@ Every choice of method, section 11, has a name in :data:`CHOICES`; the models ar
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import re
@@ -428,10 +427,6 @@ class RunConfig:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
         }
-
-    def to_json(self) -> str:
-        """Every field as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:

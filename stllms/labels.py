@@ -35,20 +35,6 @@ HEATMAP: tuple[str, ...] = (
 #: Kinds of control directions (method, section 13): a direction is called ``"shuffled:0"``.
 CONTROLS: tuple[str, ...] = ("shuffled", "covariance", "isotropic")
 
-#: The ten categories of tasks.
-CATEGORIES: tuple[str, ...] = (
-    "mathematical logic",
-    "spatial reasoning",
-    "verbal logic",
-    "pattern recognition",
-    "lateral thinking",
-    "causal reasoning",
-    "probabilistic thinking",
-    "systems thinking",
-    "creative problem solving",
-    "scientific reasoning",
-)
-
 #: One colour per label, distinct for colour-blind readers (the palette of Okabe and Ito).
 COLOURS: dict[str, str] = {
     "initializing": "#999999",

@@ -124,6 +124,13 @@ class Steered:
     annotation: Annotation | None = None
 
     @property
+    def labelled(self) -> Annotation:
+        """The annotation; ``ValueError`` where nobody has annotated the chain yet."""
+        if self.annotation is None:
+            raise ValueError(f"the chain of {self.response.task_id} is not annotated yet")
+        return self.annotation
+
+    @property
     def key(self) -> tuple[str, str, int, float, str]:
         """What tells the row from others of its file."""
         return self.task_id, self.direction, self.layer, self.coefficient, self.operation

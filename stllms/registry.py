@@ -121,7 +121,7 @@ def _api(name: str, display: str, api_id: str, kind: Kind, **more: Any) -> Model
 _CLAUDE_THINKS: dict[str, Any] = {"reasoning": {"effort": "high"}, "temperature": 1.0}
 
 
-#: Layers at which the embedded thinking model is steered: the best of the layer sweep beside its
+#: Layers at which the embedded thinking model is steered: the best of the sweep beside its
 #: folder.
 TINY_THINKER_LAYERS: dict[str, int] = _layers(4, 4, 3, 4)
 #: The largest coefficient of each behaviour that leaves the text whole there, for the sign

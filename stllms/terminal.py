@@ -236,7 +236,7 @@ def token_bar(
 
 @contextlib.contextmanager
 def _drawn(total: int) -> Iterator[Callable[[State], None]]:
-    """tqdm's bar, of a notebook or of a terminal, and the function that draws a state on it."""
+    """Tqdm's bar, of a notebook or of a terminal, and the function that draws a state on it."""
     from tqdm.auto import tqdm  # it imports IPython in a kernel
 
     form = "{percentage:3.0f}%|{bar}| {desc}"

@@ -214,10 +214,30 @@ def test_bad_input_is_refused_by_name(tiny_llama):
         effects(positions=[])
     with pytest.raises(ValueError, match=r"\(2, 3, 32\).*\(N, 4, 32\)"):
         effects(directions=vectors[:, :3])
+    with pytest.raises(ValueError, match=r"whole numbers, not torch.float32"):
+        effects(positions=[3.5])
+    with pytest.raises(ValueError, match=r"ids run from 1 to 100000, .* has"):
+        layer_effects(tiny_llama, [1, 2, 100_000], [1], vectors)
     with pytest.raises(ValueError, match="objective 'kld'"):
         effects(objective="kld")
     with pytest.raises(ValueError, match="takes no coefficient"):
         effects(objective="published", coefficient=2.0)
+    with pytest.raises(ValueError, match="max_rows"):
+        effects(max_rows=0)
+    broken = vectors.clone()
+    broken[1, 2, 0] = float("nan")
+    with pytest.raises(ValueError, match="direction 1 at layer 2 is not finite"):
+        effects(directions=broken)
+
+
+def test_rows_are_as_many_as_their_logits_fit_into_the_budget(tiny_llama, monkeypatch):
+    monkeypatch.setattr(patching, "BUDGET", 10 * 256 * 4 + 5)
+    vocabulary = tiny_llama.hf.get_input_embeddings().weight.shape[0]
+    assert patching.rows_of(tiny_llama) == (10 * 256 * 4 + 5) // (4 * vocabulary)
+    monkeypatch.setattr(patching, "BUDGET", 1)
+    assert patching.rows_of(tiny_llama) == 1
+    monkeypatch.setattr(patching, "BUDGET", 2**40)
+    assert patching.rows_of(tiny_llama) == patching.MAX_ROWS
 
 
 # --- many responses --------------------------------------------------------------------------
@@ -485,6 +505,17 @@ def test_a_file_of_other_work_is_refused_by_name_and_stays(
     assert path.read_bytes() == before
 
 
+def test_a_file_that_holds_no_layer_effects_is_refused_and_stays(
+    collect, vectors, chains, tmp_path
+):
+    path = tmp_path / "vectors.safetensors"
+    vectors.save(path)
+    before = path.read_bytes()
+    with pytest.raises(BadFile, match=r"vectors.safetensors: no layer effects, but"):
+        collect(*chains, path=path)
+    assert path.read_bytes() == before
+
+
 def test_the_ledger_counts_what_is_not_measured(collect, chains):
     assert collect(*chains).ledger == {
         "responses": 2,
@@ -617,6 +648,14 @@ def test_a_curve_averages_responses_and_leaves_out_those_without_the_behaviour()
     assert nothing["n"].tolist() == [0, 0]
 
 
+def test_the_table_holds_every_set_behaviour_and_layer():
+    values = np.arange(12.0).reshape(2, 2, 3)
+    found = effects.table({"kl/own": values, "kl/others": values + 1}, NAMES)
+    assert len(found) == 2 * 2 * 3
+    cell = found.set_index(["set", "behaviour", "layer"]).loc["kl/others", "deduction", 2]
+    assert cell["mean"].item() == (values[0, 1, 2] + values[1, 1, 2]) / 2 + 1
+
+
 def test_the_best_layer_is_chosen_on_the_build_half_and_ranked_on_the_other():
     values = np.zeros((8, 4))
     values[:4] = [0, 1, 5, 2]  # the half that chooses
@@ -724,6 +763,14 @@ def test_a_behaviour_without_any_effect_is_steered_at_the_default():
     assert effects.chosen_layers(none, None) == {}
 
 
+def test_rank_correlation_is_spearmans_and_missing_for_flat_curves():
+    assert effects.rank_correlation([1, 2, 3, 4], [10, 20, 25, 99]) == pytest.approx(1)
+    # Ranks 1 2 3 4 and 2 1 4 3: 1 - 6 * 4 / (4 * 15).
+    assert effects.rank_correlation([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)
+    assert np.isnan(effects.rank_correlation([1, 2, 3], [5, 5, 5]))
+    assert np.isnan(effects.rank_correlation([1, 2, 3], [NAN, 5, 5]))
+
+
 @pytest.mark.filterwarnings("error")
 def test_agreement_is_with_the_reference_and_leaves_out_what_has_no_effects():
     up, down = [0.0, 1.0, 2.0], [2.0, 1.0, 0.0]
@@ -798,7 +845,7 @@ def test_effects_survive_a_file_bit_for_bit(tmp_path):
         (
             torch.ones(2, 2, 3),
             {"response_ids": ["t0"], "behaviours": NAMES, "model": "m"},
-            "no layer effects, but kl/own",
+            r"kl/own has shape \(2, 2, 3\), expected \(1, 2\)",
         ),
     ],
 )

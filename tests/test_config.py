@@ -298,7 +298,7 @@ FULL = RunConfig(
 
 @pytest.mark.parametrize("made", [RunConfig(), FULL])
 def test_json_and_parameters_bring_everything_back(made):
-    assert RunConfig.from_dict(json.loads(made.to_json())) == made
+    assert RunConfig.from_dict(json.loads(json.dumps(made.to_dict()))) == made
     parameters = json.loads(json.dumps(made.parameters()))
     assert tuple(parameters) == config.PARAMETERS
     back = RunConfig.from_parameters(**parameters)

@@ -75,7 +75,9 @@ def words_of(command: str) -> list[str]:
 def parsed(words: list[str]) -> click.Context:
     """The innermost context of ``stllms WORDS``: everything is parsed and nothing is run."""
     context = cli.cli.make_context("stllms", list(words), resilient_parsing=False)
-    name, command, rest = cli.cli.resolve_command(context, [*context._protected_args, *context.args])
+    name, command, rest = cli.cli.resolve_command(
+        context, [*context._protected_args, *context.args]
+    )
     return command.make_context(name, rest, parent=context)
 
 
@@ -86,7 +88,9 @@ def test_there_are_commands_and_their_needs_have_a_name():
         assert ("install" in needs) == (words_of(command)[0] in ("pip", "conda")), command
 
 
-@pytest.mark.parametrize(("page", "command"), [(page, command) for page, _, command in COMMANDS])
+@pytest.mark.parametrize(
+    ("page", "command"), [(page, command) for page, _, command in COMMANDS]
+)
 def test_the_words_of_a_command_are_understood(page, command):
     first, *rest = words_of(command)
     if first == "./run_all.sh":
@@ -95,7 +99,9 @@ def test_the_words_of_a_command_are_understood(page, command):
     elif first == "stllms":
         parsed(rest)
     elif first == "python":
-        there = Path(rest[0]) if rest[0] != "-m" else Path(*rest[1].split(".")).with_suffix(".py")
+        there = (
+            Path(rest[0]) if rest[0] != "-m" else Path(*rest[1].split(".")).with_suffix(".py")
+        )
         assert (ROOT / there).is_file(), command
     elif first in ("pip", "source", "jupyter", "conda"):
         assert rest[0] in ("install", ".venv/bin/activate", "lab", "env"), command
@@ -138,7 +144,9 @@ def test_the_readme_is_short_and_its_python_runs():
     text = README.read_text(encoding="utf-8")
     assert len(text.encode()) <= 9 * 1024
     (body,) = [body for language, _, body in FENCE.findall(text) if language == "python"]
-    lines = [line for line in body.splitlines() if line and not line.startswith(("from", "import"))]
+    lines = [
+        line for line in body.splitlines() if line and not line.startswith(("from", "import"))
+    ]
     assert len(lines) <= 8
     names: dict = {}
     exec(compile(body, str(README), "exec"), names)
@@ -155,7 +163,9 @@ def test_every_path_in_the_docs_is_there():
     top = {item.name for item in ROOT.iterdir()}
     found = []
     for page in PAGES:
-        links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
+        links = [
+            link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link
+        ]
         found += [(page.name, os.path.relpath(page.parent / link, ROOT)) for link in links]
     for page, code in inline():
         words = [word.removeprefix("./") for word in re.split(r"[\s=,:]+", code) if "/" in word]

@@ -13,13 +13,14 @@ from random import Random
 
 import pytest
 from safetensors import safe_open
+from tiny import CATEGORIES
 from transformers import AutoModelForCausalLM
 
 from stllms import registry
 from stllms.annotation import placing
 from stllms.annotation.annotators import Annotator, Grammar
 from stllms.fixtures import families, grammar
-from stllms.labels import BEHAVIOURS, CATEGORIES, STEERED
+from stllms.labels import BEHAVIOURS, STEERED
 from stllms.records import Response, Task
 from stllms.vectors import directions
 

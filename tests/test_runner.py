@@ -160,7 +160,7 @@ def test_several_models_share_one_comparison(place):
 
 
 def test_parameters_reach_the_notebook_whatever_its_folder(place):
-    work = 'import json\n(folder / "responses.jsonl").write_text(config.to_json())'
+    work = 'import json\n(folder / "responses.jsonl").write_text(json.dumps(config.to_dict()))'
     write_notebook(place / "notebooks", "01_generate", work=work)
     assert (
         call(

@@ -499,7 +499,9 @@ def test_generation_and_steering_stop_where_the_audit_fails(
         assert len(write()) == 7
     monkeypatch.setattr(sampling, "choose", uniform)
     for write in stages.values():
-        with pytest.raises(runs_audit.SamplingError, match="not drawn from the model's distrib"):
+        with pytest.raises(
+            runs_audit.SamplingError, match="not drawn from the model's distrib"
+        ):
             write()
 
 

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from rapidfuzz import fuzz, process
+from tiny import CATEGORIES
 
 from stllms import tasks
-from stllms.labels import CATEGORIES
 from stllms.records import Task
 
 CHECKABLE_KINDS = (

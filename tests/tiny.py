@@ -16,6 +16,19 @@ from stllms.models.model import Model, wrap
 from stllms.runs.files import Record
 from stllms.runs.store import Rows
 
+#: The ten categories of tasks.
+CATEGORIES: tuple[str, ...] = (
+    "mathematical logic",
+    "spatial reasoning",
+    "verbal logic",
+    "pattern recognition",
+    "lateral thinking",
+    "causal reasoning",
+    "probabilistic thinking",
+    "systems thinking",
+    "creative problem solving",
+    "scientific reasoning",
+)
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>")
 TAGS = ("<think>", "</think>")
 TEMPLATE = (

@@ -149,7 +149,13 @@ class Protocol:
         """A part as the judge sees it, the tokens expected back, what to store beside."""
         raise NotImplementedError
 
-    def _annotate(self, response, replies, annotator, ledger) -> Annotation:
+    def _annotate(
+        self,
+        response: Response,
+        replies: Sequence[api.Reply],
+        annotator: str,
+        ledger: dict[str, Any],
+    ) -> Annotation:
         raise NotImplementedError
 
 
@@ -160,12 +166,19 @@ class Rewrite(Protocol):
     frame = "<reasoning>\n{text}\n</reasoning>"
 
     def unusable(self, reply: api.Reply) -> str | None:
+        """Why nothing can be read from a reply, ``None`` where something can."""
         return None if markup.read(reply.content).segments else _nothing_in(reply)
 
     def _show(self, part: str) -> tuple[str, int, dict[str, Any]]:
         return part, api.tokens(part) + 9 * len(sentences.split(part)), {}
 
-    def _annotate(self, response, replies, annotator, ledger) -> Annotation:
+    def _annotate(
+        self,
+        response: Response,
+        replies: Sequence[api.Reply],
+        annotator: str,
+        ledger: dict[str, Any],
+    ) -> Annotation:
         text = "\n".join(reply.content for reply in replies)
         return markup.from_markup(response, text, annotator, reader=self.reader, **ledger)
 
@@ -201,6 +214,7 @@ class Indexed(Protocol):
     }
 
     def unusable(self, reply: api.Reply) -> str | None:
+        """Why nothing can be read from a reply, ``None`` where something can."""
         shown = reply.row.get("about", {}).get("pieces")
         if type(shown) is not int:
             return "the stored reply does not say how many pieces it is about (about.pieces)"
@@ -212,7 +226,13 @@ class Indexed(Protocol):
         lines = (f"{n}| {' '.join(part[i:j].split())}" for n, (i, j) in enumerate(cuts, 1))
         return "\n".join(lines), 10 + 5 * len(cuts) // 2, {"pieces": len(cuts)}
 
-    def _annotate(self, response, replies, annotator, ledger) -> Annotation:
+    def _annotate(
+        self,
+        response: Response,
+        replies: Sequence[api.Reply],
+        annotator: str,
+        ledger: dict[str, Any],
+    ) -> Annotation:
         # Places come from this chain's own text: a reply may be shared with another chain.
         text, placed, left = response.thinking, [], 0
         rejected: Counter[str] = Counter()

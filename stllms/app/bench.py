@@ -1,10 +1,10 @@
 """Steering one question: what the command ``stllms steer`` and the demo share.
 
 A :class:`Bench` is a model with the directions, layers and annotators that steering it takes.
-They come from the package, a file, or the model's run, which is made if need be.
-:func:`write` answers a question twice, plain and steered: both chains are rows of one batch with
-one key, so they share their sampling noise and part where the direction first changes the
-choice of a token. With coefficient 0 they are the same text.
+They come from the package, a file, or the model's run, which is made if need be. :func:`write`
+answers a question twice, plain and steered: both chains are rows of one batch with one key, so
+they share their sampling noise and part where the direction first changes the choice of a
+token. With coefficient 0 they are the same text.
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ def label(
 
 def shares(chain: Steered) -> np.ndarray:
     """Share of each of the six behaviours among the labelled tokens, ``[6]``; NaN without."""
-    return token_fractions([chain.annotation], BEHAVIOURS)[0]
+    return token_fractions([chain.labelled], BEHAVIOURS)[0]
 
 
 def title(chain: Steered) -> str:
@@ -360,7 +360,7 @@ def title(chain: Steered) -> str:
 
 def note(chain: Steered) -> str:
     """Length, how the chain ended, its answer, and how much of it is labelled, in a line."""
-    response, label = chain.response, chain.annotation
+    response, label = chain.response, chain.labelled
     said = f"answer: {' '.join(response.answer.split())}" if response.answer else "no answer"
     parts = [f"{len(response.output_ids)} tokens", said]
     if not response.finished:
@@ -383,7 +383,7 @@ def broke(pair: Pair) -> list[str]:
 
 
 def _wrong(chain: Steered) -> list[str]:
-    label = chain.annotation
+    label = chain.labelled
     bare = label.failed is None and label.ledger["coverage"] < LABELLED
     wrong = {"not finished": not chain.response.finished, "mostly unlabelled": bare}
     return [what for what, holds in wrong.items() if holds]

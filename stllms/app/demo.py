@@ -125,8 +125,8 @@ def render(pair: Pair, *, whole: bool = True) -> str:
         text.Panel(
             benches.title(chain),
             chain.response.thinking.rstrip("\ufffd"),  # half of a character, for now
-            chain.annotation.segments,
-            benches.shares(chain),
+            chain.labelled.segments,
+            list(benches.shares(chain)),
             benches.note(chain) if whole else f"{len(chain.response.output_ids)} tokens ...",
         )
         for chain in pair

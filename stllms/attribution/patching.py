@@ -51,12 +51,10 @@ def layer_effects(
     otherwise.
 
     Args:
-        model: whose logits.
         input_ids: ``[T]``, prompt and output.
         positions: ``[P]`` positions ``t`` in ``1 .. T - 1``; ``s - 1`` for a span ``[s, e)``.
         directions: ``[N, L, D]``.
         objective: ``"kl"`` or ``"published"``, which takes no coefficient.
-        coefficient: times the direction that is added.
         max_rows: rows of a short pass (:func:`rows_of`, unless said); in float32 the result
             does not depend on it.
 
@@ -64,15 +62,20 @@ def layer_effects(
         ``[N, L, P]`` float32 on the CPU.
 
     Raises:
-        ValueError: positions out of range, at 0 or missing, directions of another shape, an
-            unknown objective, or a model whose attention cannot take a mask.
+        ValueError: positions out of range, at 0 or missing, directions of another shape or not
+            finite, an unknown objective, or a model whose attention cannot take a mask.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
     if objective == "published" and coefficient != 1.0:
         raise ValueError('objective "published" is a gradient: it takes no coefficient')
-    max_rows = max_rows or rows_of(model)
-    where = torch.as_tensor(positions, dtype=torch.long)
+    max_rows = rows_of(model) if max_rows is None else max_rows
+    if max_rows < 1:
+        raise ValueError(f"max_rows should be at least 1, it is {max_rows}")
+    where = torch.as_tensor(positions)
+    if where.is_floating_point() and len(where):
+        raise ValueError(f"positions are tokens, whole numbers, not {where.dtype}")
+    where = where.long()
     prefix = Prefix(model, torch.as_tensor(input_ids, dtype=torch.long), where, directions)
     if objective == "published":
         chunks = [_gradients(prefix, chunk, directions) for chunk in where.split(max_rows)]
@@ -172,8 +175,16 @@ class Prefix:
 
 
 def _check(model: Model, ids: Tensor, positions: Tensor, directions: Tensor) -> None:
+    if ids.ndim != 1 or positions.ndim != 1:
+        raise ValueError(
+            "input_ids and positions should have one dimension, they have shapes "
+            f"{tuple(ids.shape)} and {tuple(positions.shape)}"
+        )
     if not len(positions):
         raise ValueError("there are no positions: a behaviour without spans has no effects")
+    size = model.hf.get_input_embeddings().weight.shape[0]
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise ValueError(f"ids run from {ids.min()} to {ids.max()}, {model.name} has {size}")
     bad = positions[(positions < 1) | (positions >= len(ids))]
     if len(bad):
         raise ValueError(
@@ -186,6 +197,10 @@ def _check(model: Model, ids: Tensor, positions: Tensor, directions: Tensor) -> 
             f"directions have shape {tuple(directions.shape)}, expected [N, L, D] = "
             f"(N, {wanted[0]}, {wanted[1]}) for {model.name}"
         )
+    finite = torch.isfinite(directions).all(-1)
+    if not finite.all():
+        row, layer = (~finite).nonzero()[0].tolist()
+        raise ValueError(f"direction {row} at layer {layer} is not finite")
     attention = model.text_config._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise ValueError(

@@ -289,7 +289,7 @@ def wrap(hf_model: nn.Module, tokenizer: Any, *, name: str) -> Model:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without progress bars and advice; errors still come through."""
+    """Transformers without progress bars and advice; errors still come through."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -353,11 +353,11 @@ def _matrix(module: nn.Module | None, what: str) -> Tensor:
 
 
 def character_ranges(decode: Decode, ids: Sequence[int], whole: str) -> np.ndarray:
-    """Half-open ranges int64 ``[T, 2]`` of the characters of ``whole = decode(ids)``.
+    r"""Half-open ranges int64 ``[T, 2]`` of the characters of ``whole = decode(ids)``.
 
     A character whose bytes are spread over tokens is in the range of each of them: of the
-    token that holds its first bytes, be it alone or behind a space or a letter (``" \\xc3"``
-    and ``"\\xb1"`` make ``" ñ"``), of those between, and of the one that completes it.
+    token that holds its first bytes, be it alone or behind a space or a letter (``" \xc3"``
+    and ``"\xb1"`` make ``" ñ"``), of those between, and of the one that completes it.
 
     Linear time, by short windows; every prefix is decoded only where the windows do not add up
     to ``whole``.

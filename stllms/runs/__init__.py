@@ -1,9 +1,9 @@
 """The folder of a run and the files in it.
 
-:mod:`~stllms.runs.files` reads and writes single files, with a record of what each was made
-from; :mod:`~stllms.runs.store` keeps rows that can be resumed; :mod:`~stllms.runs.audit` audits sampled ones; :mod:`~stllms.runs.artifacts` is
-the folder as a whole: whose it is, its lock, and :func:`verify`. Nothing here imports torch,
-pandas or matplotlib before a file needs it.
+:mod:`~.files` reads and writes single files, with a record of what each was made from;
+:mod:`~.store` keeps rows that can be resumed; :mod:`~.audit` tells from stored rows whether they
+were sampled right; :mod:`~.artifacts` is the folder as a whole: whose it is, its lock, and
+:func:`verify`. Nothing here imports torch, pandas or matplotlib before a file needs it.
 """
 
 from stllms.runs import audit, files

@@ -1,9 +1,9 @@
-"""The sampling audit: how a run shows that its tokens were drawn from the model (method, section 13).
+"""The sampling audit: were the tokens of a run drawn from the model (method, section 13)?
 
 Given what was written before it, a token drawn from ``p`` has ``E[-log p(token)] = H(p)`` and
 ``Var[-log p(token)] = E[(log p)^2] - H^2``; over a run the sum of ``-log p(token) - H`` is a
-martingale, zero up to a standard error that is known token by token. Every chain carries its sums
-(:func:`entry`), so that stored rows can be audited without the model: :func:`audit`.
+martingale, zero up to a standard error that is known token by token. Every chain carries its
+sums (:func:`entry`), so that stored rows can be audited without the model: :func:`audit`.
 """
 
 from __future__ import annotations

@@ -161,8 +161,8 @@ def refuse_other_work(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]
     from, ``old``, where that differs from ``new``."""
     if other := [name for name in {**new, **old} if old.get(name) != new.get(name)]:
         raise StaleArtefact(
-            f"{path.name} was made with other {', '.join(other)}: --fresh of its notebook makes "
-            f"it again; or move {path} away"
+            f"{path.name} was made with other {', '.join(other)}: --fresh of its notebook "
+            f"makes it again; or move {path} away"
         )
 
 

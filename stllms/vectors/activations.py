@@ -95,6 +95,8 @@ def collect(
         StaleArtefact: a file of a collection of something else (naming what differs).
         BadFile: a file that no collection wrote.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size should be at least 1, it is {batch_size}")
     behaviours, keep = tuple(behaviours), tuple(dict.fromkeys(keep))
     if not set(keep) <= set(range(model.n_layers)):
         raise ValueError(f"{model.name} has {model.n_layers} layers; asked to keep {keep}")
