@@ -845,7 +845,7 @@ def test_effects_survive_a_file_bit_for_bit(tmp_path):
         (
             torch.ones(2, 2, 3),
             {"response_ids": ["t0"], "behaviours": NAMES, "model": "m"},
-            r"kl/own has shape \(2, 2, 3\), expected \(1, 2\)",
+            "no layer effects, but kl/own",
         ),
     ],
 )

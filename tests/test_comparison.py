@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from stllms import stats
@@ -144,8 +145,10 @@ def test_figures_hatch_what_was_measured_otherwise_and_the_legend_says_how():
         plots.compare(axes[0], rows, metric="segment count", palette=palette)
         plots.totals(axes[1], rows, palette=palette)
         plots.models_legend(figure, palette, rows)
-        bars = [{bar.get_hatch() or "" for bar in group} for group in axes[0].containers[::2]]
-        sideways = [{bar.get_hatch() or ""} for bar in axes[1].containers[0]]
+        groups_of_bars = [g for g in axes[0].containers if isinstance(g, BarContainer)]
+        bars = [{bar.get_hatch() or "" for bar in group} for group in groups_of_bars]
+        totals = next(g for g in axes[1].containers if isinstance(g, BarContainer))
+        sideways = [{bar.get_hatch() or ""} for bar in totals]
         assert bars == sideways
         looks.append((bars, [text.get_text() for text in figure.legends[0].texts]))
     (plain, names), (hatched, labels) = looks

@@ -264,7 +264,7 @@ def test_another_configuration_is_refused_by_name(place, capsys):
     [
         (["--model", "does-not-exist"], ["does-not-exist", "stllms models"]),
         (["--model", "tiny-thinkr"], ["tiny-thinkr", "did you mean tiny-thinker"]),
-        (["--profile", "papr"], ["papr", "smoke, default, full, paper. Did you mean paper?"]),
+        (["--profile", "papr"], ["papr", "smoke, default, full, paper (did you mean paper?)"]),
         (["--modle", "x"], ["--modle", "Did you mean", "--model"]),
         (["--max-tokens", "-3"], ["max_tokens", "-3"]),
         (["--max-tokens", "many"], ["--max-tokens", "many"]),

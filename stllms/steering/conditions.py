@@ -129,7 +129,7 @@ def generate(
     """One response a task, each with its own intervention, several, or ``None`` for none.
 
     A task may occur several times with different interventions; its rows share their
-    noise. Arguments are those of :func:`stllms.generation.responses.responses`; ``watch`` is
+    noise. Arguments are those of :func:`stllms.generation.chains.responses`; ``watch`` is
     called with the responses so far after every token, and what it raises ends the run.
     Raises ``ValueError`` for lists of different lengths, and for a layer or width the model
     does not have; ``SamplingError`` if the audit of the responses fails.
