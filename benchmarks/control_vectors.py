@@ -186,7 +186,7 @@ def _margin(best: np.ndarray, parted: np.ndarray) -> float | None:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Case:
     """A chain of ours under one push; layer -1 and coefficient 0 for the plain one."""
 
     prompt: int
@@ -196,7 +196,7 @@ class Arm:
     moved: float
 
 
-def arms(
+def cases(
     model: models.Model,
     prompts: Sequence[tuple[int, ...]],
     found: SteeringVectors,
@@ -204,7 +204,7 @@ def arms(
     layers: Sequence[int],
     coefficients: Sequence[float],
     limit: int,
-) -> list[Arm]:
+) -> list[Case]:
     """Our chains: for each prompt the plain one, then every layer and coefficient.
 
     ``moved`` is the mean change of the first step's logits from the plain chain's.
@@ -212,42 +212,42 @@ def arms(
     made = []
     for number, prompt in enumerate(prompts):
         plain = ours(model, prompt, None, limit)
-        made.append(Arm(number, -1, 0.0, plain, 0.0))
+        made.append(Case(number, -1, 0.0, plain, 0.0))
         for layer in layers:
             for coefficient in coefficients:
                 push = decode.Intervention(found.direction("random", layer), layer, coefficient)
                 chain = ours(model, prompt, push, limit)
                 moved = np.abs(chain.logits[0] - plain.logits[0]).mean()
-                made.append(Arm(number, layer, coefficient, chain, float(moved)))
+                made.append(Case(number, layer, coefficient, chain, float(moved)))
     return made
 
 
 def measure(
-    engine: Engine, chains: Sequence[Arm], found: SteeringVectors, folder: Path
+    engine: Engine, chains: Sequence[Case], found: SteeringVectors, folder: Path
 ) -> Iterator[dict[str, Any]]:
     """A row a chain: llama.cpp against us, and what one layer off would give."""
-    for arm in chains:
-        row = {"prompt": arm.prompt, "layer": arm.layer, "coefficient": arm.coefficient}
-        row["steering_moves_our_logits_by"] = arm.moved
+    for case in chains:
+        row = {"prompt": case.prompt, "layer": case.layer, "coefficient": case.coefficient}
+        row["steering_moves_our_logits_by"] = case.moved
         for off, name in ((-1, "at_layer_minus_one"), (1, "at_layer_plus_one")):
-            if arm.coefficient and 1 <= arm.layer + off < found.n_layers:
-                engine.steer(_vector(found, arm, arm.layer + off, folder))
-                wrong = compared(arm.chain, engine.logits(arm.chain))
+            if case.coefficient and 1 <= case.layer + off < found.n_layers:
+                engine.steer(_vector(found, case, case.layer + off, folder))
+                wrong = compared(case.chain, engine.logits(case.chain))
                 row[f"mean_logit_difference_{name}"] = wrong["mean_logit_difference"]
-        engine.steer(_vector(found, arm, arm.layer, folder) if arm.coefficient else None)
-        yield row | compared(arm.chain, engine.logits(arm.chain))
+        engine.steer(_vector(found, case, case.layer, folder) if case.coefficient else None)
+        yield row | compared(case.chain, engine.logits(case.chain))
 
 
-def _vector(found: SteeringVectors, arm: Arm, place: int, folder: Path) -> Path:
-    """The direction of the arm's layer as a control vector at the layer ``place``."""
+def _vector(found: SteeringVectors, case: Case, place: int, folder: Path) -> Path:
+    """The direction of the case's layer as a control vector at the layer ``place``."""
     moved = found.directions.clone()
-    moved[:, place] = found.directions[:, arm.layer]
+    moved[:, place] = found.directions[:, case.layer]
     return export.gguf(
         replace(found, directions=moved),
         "random",
         folder / "vector.gguf",
         layers=[place],
-        coefficient=arm.coefficient,
+        coefficient=case.coefficient,
     )
 
 
@@ -265,7 +265,7 @@ def main() -> None:
     model = models.load("smollm2", device="cpu", dtype="float32")
     prompts = [model.prompt_ids(t.content)[1] for t in tasks.load("evaluate", n=given.prompts)]
     found = directions(model, prompts[0], given.seed)
-    chains = arms(
+    chains = cases(
         model,
         prompts,
         found,

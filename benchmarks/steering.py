@@ -4,7 +4,7 @@
 
 The work is 4 behaviours x 3 modes x 50 tasks, greedy. The published procedure writes each
 chain alone, ``model.generate`` with a hook, and writes the plain chains again for every
-behaviour: 600 chains. Ours writes 450, a direction a row. The naive side is timed on a seeded
+behaviour: 600 chains. Ours writes 450, one direction per row. The naive side is timed on a seeded
 subset of its chains and multiplied up. End-of-sequence tokens are ignored on both sides, so
 that both write ``--tokens`` tokens a chain: no row ends early, and refilling wins nothing.
 ``--free`` lets chains end.
@@ -43,7 +43,7 @@ from stllms.models import Model
 from stllms.steering import conditions
 
 #: Chains of a task: plain, and + and - of each behaviour.
-ARMS = 1 + 2 * len(STEERED)
+CONDITIONS = 1 + 2 * len(STEERED)
 
 
 def prompts_of(model: Model, count: int) -> list[tuple[int, ...]]:
@@ -110,7 +110,7 @@ def naive(model: Model, jobs, limit: int, free: bool) -> int:
 
 
 def our_rows(prompts, chosen) -> list[Row]:
-    """Every chain once: plain, and + and - of each behaviour, the arms of a task together."""
+    """Every chain once: plain, and + and - of each behaviour, the conditions of a task together."""
     edits: list[tuple[Intervention, ...]] = [()]
     for item in chosen.values():
         edits += [(item,), (Intervention(item.direction, item.layer, -item.coefficient),)]
@@ -162,12 +162,12 @@ def main(argv: list[str] | None = None) -> None:
     jobs = naive_jobs(prompts, chosen)
     subset = random.Random(options.seed).sample(jobs, min(options.subset, len(jobs)))
     rows = our_rows(prompts, chosen)
-    some = rows[: options.cost_tasks * ARMS]
+    some = rows[: options.cost_tasks * CONDITIONS]
     asked = options.batch_size or decode.default_batch_size(model)
-    batch = min(asked, options.chunk * ARMS, len(rows))
+    batch = min(asked, options.chunk * CONDITIONS, len(rows))
 
     def write(rows: list[Row], limit: int = options.tokens) -> int:
-        return ours(model, rows, limit, batch, options.chunk * ARMS)
+        return ours(model, rows, limit, batch, options.chunk * CONDITIONS)
 
     naive(model, subset[:1], 8, options.free)  # warm
     write(rows[:batch], 8)

@@ -23,7 +23,6 @@ from stllms import tasks as sets
 from stllms.annotation import annotators
 from stllms.annotation.annotators import Annotator
 from stllms.annotation.judge import Judge
-from stllms.comparison import released as files
 from stllms.config import RunConfig, hardware, has_name
 from stllms.generation import remote
 from stllms.labels import STEERED
@@ -235,6 +234,8 @@ def tasks(config: RunConfig, stage: str) -> int:
 
 def released(folder: str) -> None:
     """Refuses a folder of released files that is missing, empty or holds a bad one."""
+    from stllms.comparison import released as files  # brings the figures' libraries
+
     readers: dict[str, Callable] = {
         "vectors": files.read_vectors,
         "effects": files.read_effects,
