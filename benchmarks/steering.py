@@ -4,8 +4,8 @@
 
 The work is 4 behaviours x 3 modes x 50 tasks, greedy. The published procedure writes each
 chain alone, ``model.generate`` with a hook, and writes the plain chains again for every
-behaviour: 600 chains. Ours writes 450, one direction per row. The naive side is timed on a seeded
-subset of its chains and multiplied up. End-of-sequence tokens are ignored on both sides, so
+behaviour: 600 chains. Ours writes 450, one direction per row. The naive side is timed on a
+seeded subset of its chains and multiplied up. End-of-sequence tokens are ignored on both sides, so
 that both write ``--tokens`` tokens a chain: no row ends early, and refilling wins nothing.
 ``--free`` lets chains end.
 
@@ -110,7 +110,7 @@ def naive(model: Model, jobs, limit: int, free: bool) -> int:
 
 
 def our_rows(prompts, chosen) -> list[Row]:
-    """Every chain once: plain, and + and - of each behaviour, the conditions of a task together."""
+    """Every chain once: plain, and + and - of each behaviour, a task's conditions together."""
     edits: list[tuple[Intervention, ...]] = [()]
     for item in chosen.values():
         edits += [(item,), (Intervention(item.direction, item.layer, -item.coefficient),)]

