@@ -5,8 +5,9 @@
 The work is 4 behaviours x 3 modes x 50 tasks, greedy. The published procedure writes each
 chain alone, ``model.generate`` with a hook, and writes the plain chains again for every
 behaviour: 600 chains. Ours writes 450, one direction per row. The naive side is timed on a
-seeded subset of its chains and multiplied up. End-of-sequence tokens are ignored on both sides, so
-that both write ``--tokens`` tokens a chain: no row ends early, and refilling wins nothing.
+seeded subset of its chains and multiplied up. End-of-sequence tokens are ignored on both
+sides, so that both write ``--tokens`` tokens a chain: no row ends early, and refilling wins
+nothing.
 ``--free`` lets chains end.
 
 What steering costs over plain decoding is measured beside it on the rows of ``--cost-tasks``

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from stllms import models, registry
+from stllms import models
 from stllms.annotation import placing
 from stllms.models import loading, selfcheck
 from stllms.models.model import ModelError, character_ranges, find_layers
@@ -420,6 +420,9 @@ def test_smollm2_loads_from_its_package():
 def test_nnsight_leaves_nothing_on_every_object():
     """Else the openai client fails in a process that has loaded a model: anyio refuses classes
     with an attribute that has no annotation."""
-    code = "import stllms.models.model, anyio._backends._asyncio; print(hasattr(object(), 'save'))"
+    code = (
+        "import stllms.models.model, anyio._backends._asyncio; "
+        "print(hasattr(object(), 'save'))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr
