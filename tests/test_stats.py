@@ -126,3 +126,9 @@ def test_areas_are_those_of_scikit_learn_with_ties_in_every_column():
         assert found[place] == pytest.approx(expected, abs=1e-12)
     assert np.isnan(stats.auc(values, np.ones(200, bool))).all()
     assert np.isnan(stats.auc(values, np.zeros(200, bool))).all()
+
+
+@pytest.mark.parametrize("n", [8, 40])
+def test_a_sign_flip_test_has_two_sides(n):
+    differences = np.random.default_rng(n).normal(0.6, 1.0, n)
+    assert stats.sign_flip(-differences) == stats.sign_flip(differences) < 0.5
