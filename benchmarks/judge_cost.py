@@ -3,7 +3,7 @@
     python benchmarks/judge_cost.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
 
 Nothing is sent and no model is loaded. Every chain is as long as the profile's limit, the most
-that it can be (:mod:`stllms.estimate`); once with the controls on all tasks and once on
+that it can be (:mod:`stllms.app.preflight`); once with the controls on all tasks and once on
 ``n_control``, by both protocols.
 """
 

@@ -1,4 +1,4 @@
-"""Layer effects in one pass, against the naive loops of METHOD section 7, in one process.
+"""Layer effects in one pass, against the naive loops of method, section 7, in one process.
 
     python benchmarks/layer_effects.py --model smollm2 --tokens 800 --positions 40
 

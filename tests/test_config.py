@@ -57,7 +57,7 @@ def test_pairs_are_mutual_and_of_opposite_kind():
 
 
 def test_published_steering_layers():
-    """METHOD, section 8, row by row in the order of the paper's figures."""
+    """method, section 8, row by row in the order of the paper's figures."""
     rows = {
         "r1-distill-qwen-1.5b": [17, 18, 15, 18],
         "r1-distill-llama-8b": [12, 12, 12, 12],

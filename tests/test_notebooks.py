@@ -1,4 +1,4 @@
-"""The notebook rules of STYLE.md, checked on the files; nbval runs them."""
+"""The rules for notebooks, checked on the files; nbval runs them."""
 
 from __future__ import annotations
 
