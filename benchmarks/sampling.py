@@ -1,9 +1,10 @@
 """Choosing tokens: the exact choice by blocks, and its audit, against noise for every token.
 
 ``python benchmarks/sampling.py [--rows 64] [--vocabulary 151936]`` prints a line and writes
-``benchmarks/results/sampling.json``, one entry a vocabulary. Naive is Gumbel-max as docs/method.md,
-section 13 says it: noise for every token of the vocabulary, of the same hash. ``topk`` stands
-beside it as what the cheapest pass over the logits costs. All take turns, the fastest counts.
+``benchmarks/results/sampling.json``, one entry a vocabulary. Naive is Gumbel-max as
+docs/method.md, section 13 says it: noise for every token of the vocabulary, of the same hash.
+``topk`` stands beside it as what the cheapest pass over the logits costs. All take turns, the
+fastest counts.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ nothing.
 What steering costs over plain decoding is measured beside it on the rows of ``--cost-tasks``
 tasks, written steered and plain in turn ``--repeats`` times; the fastest of each counts.
 
-``--chunk`` tasks of nine chains are decoded together, as in :func:`stllms.steering.conditions.grid`; a
+``--chunk`` tasks of nine chains are decoded together, as in ``conditions.grid``; a
 batch is never larger than that. On a GPU full batches are had with
 
     python benchmarks/steering.py --model random-qwen2 --device cuda --dtype bfloat16 \\
@@ -119,7 +119,7 @@ def our_rows(prompts, chosen) -> list[Row]:
 
 
 def ours(model: Model, rows, limit: int, batch: int, size: int) -> int:
-    """Chunks of ``size`` rows, as :func:`stllms.steering.conditions.grid` writes them; the new tokens."""
+    """Chunks of ``size`` rows, as ``conditions.grid`` writes them; the new tokens."""
     return sum(
         len(chain.ids)
         for start in range(0, len(rows), size)
