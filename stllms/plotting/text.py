@@ -213,6 +213,29 @@ def html_line(text: str, *, wrong: bool = False) -> str:
     return f'<span style="{_SMALL}">{"<b>error:</b> " if wrong else ""}{line}</span>'
 
 
+def html_tokens(
+    tokens: Sequence[str],
+    values: Sequence[float],
+    surprise: Sequence[float],
+    *,
+    title: str = "",
+    most: float = 1.0,
+) -> str:
+    """Tokens on backgrounds from blue (``-most``) to orange (``most``), value and surprise on
+    hovering. Bytes that are no whole character are shown as the decoder writes them."""
+    pieces = []
+    for token, value, nats in zip(tokens, values, surprise, strict=True):
+        strength = min(1.0, abs(value) / most)
+        colour = "#D55E00" if value > 0 else "#0072B2"
+        note = f"{value:+.2f}" + ("" if math.isnan(nats) else f", {nats:.2f} nats")
+        pieces.append(
+            f'<span title="{note}" style="background:{colour}{round(160 * strength):02x}">'
+            f"{escape(token)}</span>"
+        )
+    head = f"<b>{escape(title)}</b><br>" if title else ""
+    return f'<div style="{_TEXT}">{head}{"".join(pieces)}</div>'
+
+
 def html_panels(panels: Sequence[Panel]) -> str:
     """The shares of all panels as small bars, with the colours' names, then the chains."""
     cell = f'<td style="{_CELL}">'
