@@ -403,6 +403,27 @@ def growth(axes: Axes, table: pd.DataFrame) -> Axes:
     return axes
 
 
+def onset(panels: Sequence[Axes], table: pd.DataFrame, names: Sequence[str]) -> None:
+    """A panel for each behaviour: its direction read around the starts of its own spans, and in
+    grey of all others (:func:`stllms.vectors.reading.onset`)."""
+    for axes, name in zip(panels, names, strict=True):
+        axes.set_title(short(name))
+        rows = table[table["behaviour"] == name]
+        if rows.empty:
+            missing(axes, "unavailable")
+            continue
+        for of, colour in (("others", OTHER), ("own", COLOURS[name])):
+            line = rows[rows["of"] == of]
+            axes.plot(line["offset"], line["value"], color=colour, label=f"{of} spans")
+            axes.fill_between(
+                line["offset"], line["low"], line["high"], color=colour, alpha=0.2, linewidth=0
+            )
+        axes.axvline(0, color=OTHER, linestyle=":", linewidth=0.8)
+        axes.set_xlabel("token")
+    panels[0].set_ylabel("reading (coefficients)")
+    panels[0].legend(fontsize="small")
+
+
 def effect_panels(
     panels: Sequence[Axes],
     table: pd.DataFrame,
