@@ -421,7 +421,8 @@ def onset(panels: Sequence[Axes], table: pd.DataFrame, names: Sequence[str]) -> 
         axes.axvline(0, color=OTHER, linestyle=":", linewidth=0.8)
         axes.set_xlabel("token")
     panels[0].set_ylabel("reading (coefficients)")
-    panels[0].legend(fontsize="small")
+    if drawn := [axes for axes in panels if axes.get_legend_handles_labels()[0]]:
+        drawn[0].legend(fontsize="small")
 
 
 def effect_panels(

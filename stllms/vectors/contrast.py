@@ -27,7 +27,9 @@ from stllms.vectors.activations import WINDOW
 from stllms.vectors.means import HALVES, PARTS, Means, is_build, mark, part_of
 
 #: Where a side is read out: its last token; the mean over its tokens; the window of the paper
-#: over given characters (method, section 6).
+#: over given characters (method, section 6). The first token of a sequence is left out of means:
+#: models keep there what they attend to when there is nothing to attend to, and its length (on
+#: SmolLM2 a hundred times that of any other) would make the direction one of short texts.
 POSITIONS = ("last", "mean", "span")
 #: What the negative side of a pair is called.
 OTHER_SIDE = "other"
@@ -184,13 +186,17 @@ def _sides(
                 f"pair {pair.id}: {name} has {len(ids)} tokens, {model.name} has a context of "
                 f"{model.max_context}"
             )
-        window = {"last": (len(ids) - 1, len(ids)), "mean": (start, len(ids))}.get(position)
+        least = min(1, len(ids) - 1)  # never the first token of a sequence, if there are more
+        window = {"last": (len(ids) - 1, len(ids)), "mean": (max(least, start), len(ids))}.get(
+            position
+        )
         if window is None:
             if span is None:
                 raise ValueError(f"pair {pair.id}: position 'span' needs a {name}_span")
             own = [k for k, (a, b) in enumerate(offsets) if a < span[1] and b > span[0]]
             first, end = start + own[0], start + own[-1] + 1
-            window = (max(0, first - 1), max(1, min(end - 1, first - 1 + WINDOW)))
+            begin = max(least, first - 1)
+            window = (begin, max(begin + 1, min(end - 1, begin + WINDOW)))
         found.append((ids, window))
     return found
 
