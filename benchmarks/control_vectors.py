@@ -33,6 +33,7 @@ from gguf.quants import dequantize
 
 from stllms import models, registry, tasks
 from stllms.generation import decode
+from stllms.generation.interventions import Intervention
 from stllms.models import loading
 from stllms.vectors import SteeringVectors, export
 from stllms.vectors.nulls import isotropic
@@ -105,7 +106,7 @@ def _outputs(model: models.Model) -> Iterator[list[torch.Tensor]]:
 def ours(
     model: models.Model,
     prompt_ids: tuple[int, ...],
-    intervention: decode.Intervention | None,
+    intervention: Intervention | None,
     limit: int,
 ) -> Chain:
     """A greedy chain by our decoding loop, with the logits of every step."""
@@ -215,7 +216,7 @@ def cases(
         made.append(Case(number, -1, 0.0, plain, 0.0))
         for layer in layers:
             for coefficient in coefficients:
-                push = decode.Intervention(found.direction("random", layer), layer, coefficient)
+                push = Intervention(found.direction("random", layer), layer, coefficient)
                 chain = ours(model, prompt, push, limit)
                 moved = np.abs(chain.logits[0] - plain.logits[0]).mean()
                 made.append(Case(number, layer, coefficient, chain, float(moved)))

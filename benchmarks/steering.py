@@ -38,7 +38,8 @@ import common
 from stllms import tasks
 from stllms.fixtures import grammar
 from stllms.generation import decode
-from stllms.generation.decode import Intervention, Row
+from stllms.generation.decode import Row
+from stllms.generation.interventions import Intervention
 from stllms.labels import STEERED
 from stllms.models import Model
 from stllms.steering import conditions

@@ -332,9 +332,7 @@ def test_options_of_the_stages():
     }  # fmt: skip
     assert made.tasks_of("compare") == {"source": "messages", "n": 8, "skip": 0, "seed": 3}
     assert (made.annotating, made.n_control_tasks) == ({}, None)
-    with pytest.raises(
-        ValueError, match=r"part of a run: 'train', expected one of build"
-    ):
+    with pytest.raises(ValueError, match=r"part of a run: 'train', expected one of build"):
         made.tasks_of("train")
 
 

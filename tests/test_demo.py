@@ -373,9 +373,7 @@ def test_a_model_that_cannot_be_loaded_leaves_no_chain_and_can_be_left(two, monk
     assert "tokens in" in two.status.value
 
 
-def test_models_at_hand_are_shipped_or_of_runs_whose_weights_are_here(
-    tmp_path, monkeypatch
-):
+def test_models_at_hand_are_shipped_or_of_runs_whose_weights_are_here(tmp_path, monkeypatch):
     folder = tiny.save_tiny_model(tmp_path / "models" / "llama", "llama")
     config = RunConfig(results=str(tmp_path / "results"))
     assert demo.at_hand(config) == ["tiny-thinker"]

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from stllms import models, registry
 from stllms.generation import chains, decode, prompts
-from stllms.generation.decode import BatchCache, Intervention, Row
+from stllms.generation.decode import BatchCache, Row
+from stllms.generation.interventions import Intervention, ablate, think_end
 from stllms.records import Response, Task
 from stllms.runs.files import BadFile
 from stllms.runs.store import Rows
@@ -326,7 +327,7 @@ def test_greedy_ignores_seed_and_key(tiny_llama):
 
 def test_thinking_only_stops_at_the_closing_tag(tiny_llama):
     """A vector that forces one token acts until that token is </think>, then no longer."""
-    end = decode.think_end(tiny_llama)
+    end = think_end(tiny_llama)
     assert end > 0
     push = tiny_llama.unembedding()[end] * 1e3
     last = tiny_llama.n_layers - 1
@@ -347,9 +348,9 @@ def test_thinking_only_stops_at_the_closing_tag(tiny_llama):
 def test_ablation_leaves_nothing_along_the_direction():
     hidden = torch.randn(2, 3, 8, dtype=torch.float64)
     vector = torch.randn(2, 1, 8, dtype=torch.float64)
-    after = hidden + decode.ablate(hidden, vector, torch.ones(2, 1, 1, dtype=torch.float64))
+    after = hidden + ablate(hidden, vector, torch.ones(2, 1, 1, dtype=torch.float64))
     assert torch.allclose((after * vector).sum(-1), torch.zeros(2, 3, dtype=torch.float64))
-    nothing = decode.ablate(hidden, torch.zeros_like(vector), torch.ones(2, 1, 1))
+    nothing = ablate(hidden, torch.zeros_like(vector), torch.ones(2, 1, 1))
     assert torch.equal(nothing, torch.zeros_like(hidden))
 
 

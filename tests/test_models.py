@@ -421,8 +421,7 @@ def test_nnsight_leaves_nothing_on_every_object():
     """Else the openai client fails in a process that has loaded a model: anyio refuses classes
     with an attribute that has no annotation."""
     code = (
-        "import stllms.models.model, anyio._backends._asyncio; "
-        "print(hasattr(object(), 'save'))"
+        "import stllms.models.model, anyio._backends._asyncio; print(hasattr(object(), 'save'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr

@@ -278,9 +278,7 @@ def test_a_broken_table_of_another_run_is_told_and_one_of_the_run_itself_is_refu
     baseline = "metric,direction,behaviour,coefficient,value\nloops,x,,1,0\n"
     for content in ("a,b\n1,2\n", baseline.replace("metric", "m"), baseline):
         (folder / "steering.csv").write_text(content)
-        with pytest.raises(
-            BadFile, match=r"/steering\.csv: not a table of steering"
-        ):
+        with pytest.raises(BadFile, match=r"/steering\.csv: not a table of steering"):
             report.write(folder)
 
 

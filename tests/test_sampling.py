@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 
 from stllms.generation import chains, decode, sampling
+from stllms.generation.interventions import Intervention
 from stllms.records import Response, Task
 from stllms.runs import audit as runs_audit
 from stllms.runs.store import Rows
@@ -509,7 +510,7 @@ def test_logits_that_are_not_finite_are_refused_with_the_row(tiny_llama):
     vector = torch.full((tiny_llama.d_model,), 1e38)
     rows = [
         decode.Row((50, 60, 70), "fine"),
-        decode.Row((50, 60, 70), "pushed", (decode.Intervention(vector, 1, 100.0),)),
+        decode.Row((50, 60, 70), "pushed", (Intervention(vector, 1, 100.0),)),
     ]
     for temperature in (0.0, 0.8):
         with pytest.raises(runs_audit.SamplingError, match="pushed: the logits after 0 new"):

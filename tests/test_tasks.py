@@ -585,9 +585,7 @@ def test_items_go_on_behind_the_first_block(package):
 
 def test_no_question_is_in_two_parts_even_of_another_seed(package):
     questions = {
-        part: {
-            t.content for seed in (0, 1) for t in gym("chain_sum", part, 60, seed)
-        }
+        part: {t.content for seed in (0, 1) for t in gym("chain_sum", part, 60, seed)}
         for part in tasks.PARTS_OF_RUN
     }
     assert {len(found) for found in questions.values()} == {120}

@@ -24,8 +24,7 @@ from stllms.annotation import annotators
 from stllms.annotation.annotators import Annotator
 from stllms.app import preflight, stages
 from stllms.config import PROFILES, RunConfig
-from stllms.generation import decode
-from stllms.generation.decode import Intervention
+from stllms.generation.interventions import OPERATIONS, WHERE, Intervention
 from stllms.labels import BEHAVIOURS
 from stllms.models.model import Model, ModelError
 from stllms.records import Response, Steered, Task
@@ -258,8 +257,8 @@ def check(ask: Ask) -> None:
         raise ValueError(
             f"coefficient: {coefficient!r}, expected a number from {-MOST:g} to {MOST:g}"
         )
-    config.one_of("operation", ask.operation, tuple(decode.OPERATIONS))
-    config.one_of("where", ask.where, decode.WHERE)
+    config.one_of("operation", ask.operation, tuple(OPERATIONS))
+    config.one_of("where", ask.where, WHERE)
     _own(ask)
 
 

@@ -11,8 +11,8 @@ share their noise. An intervention adds to the output of a decoder layer at ever
 from __future__ import annotations
 
 import warnings
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,8 +24,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
 from stllms.generation import sampling
-from stllms.generation.prompts import CLOSE
-from stllms.hashes import digest
+from stllms.generation.interventions import Intervention, check, edits, intervene, think_end
 from stllms.models.model import Model
 from stllms.runs import audit as sampling_audit
 
@@ -35,127 +34,6 @@ REFILL = 0.25
 SHARE = 0.8
 #: Bytes a logit takes beside the model's own: float32 and float64 copies for sampling.
 SAMPLING = 4 + 8 + 8
-
-
-# -- interventions -------------------------------------------------------------------------
-
-
-def add(hidden: Tensor, vector: Tensor, coefficient: Tensor) -> Tensor:
-    """``c * v``, the paper's operation (method, section 8). All ``[B, T or 1, D or 1]``."""
-    return (coefficient * vector).expand_as(hidden)
-
-
-def ablate(hidden: Tensor, vector: Tensor, coefficient: Tensor) -> Tensor:
-    """``-c * <h, u> u`` with ``u = v / ||v||``: projects the direction out at ``c = 1``.
-
-    Directional ablation, Arditi et al. 2024 (arXiv 2406.11717), equation 4.
-    """
-    unit = vector / vector.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vector.dtype).tiny)
-    return -coefficient * (hidden.to(unit.dtype) * unit).sum(-1, keepdim=True) * unit
-
-
-#: name -> ``(hidden [B, T, D], vector [B, 1, D], coefficient [B, 1, 1]) -> delta [B, T, D]``.
-OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "add": add,
-    "ablate": ablate,
-}
-WHERE = ("all", "generated", "thinking")
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """What is done to the residual stream of one row.
-
-    ``direction [D]`` acts at the output of ``layer`` (0-based) with ``coefficient``;
-    ``operation`` is a name of :data:`OPERATIONS`; ``where`` is ``"all"`` positions, prompt
-    included (the paper's), ``"generated"`` tokens only, or ``"thinking"``: generated tokens
-    before ``</think>``. Raises ``ValueError`` naming what exists.
-    """
-
-    direction: Tensor
-    layer: int
-    coefficient: float
-    operation: str = "add"
-    where: str = "all"
-
-    def __post_init__(self) -> None:
-        if self.operation not in OPERATIONS:
-            raise ValueError(f"unknown operation {self.operation!r}: {', '.join(OPERATIONS)}")
-        if self.where not in WHERE:
-            raise ValueError(f"unknown place {self.where!r}: {', '.join(WHERE)}")
-        if self.direction.ndim != 1 or not torch.isfinite(self.direction).all():
-            raise ValueError(
-                f"a direction is a finite vector [D], not {tuple(self.direction.shape)}"
-            )
-
-
-def fingerprints(interventions: Mapping[tuple, Intervention | None]) -> dict[str, str]:
-    """Hashes of what is added, by direction and layer: rows of other directions are not those
-    of these, whatever they are called."""
-    return {
-        f"direction of {name} at layer {layer}": digest(item.direction)
-        for (name, layer, *_), item in interventions.items()
-        if item is not None
-    }
-
-
-@dataclass
-class Edit:
-    """One operation at one layer for the whole batch; rows without it carry zeros.
-
-    ``vector [B, 1, D]``, ``coefficient [B, 1, 1]``, on the model's device.
-    """
-
-    layer: int
-    operation: str
-    where: str
-    vector: Tensor
-    coefficient: Tensor
-
-
-def edits(model: Model, interventions: Sequence[Sequence[Intervention]]) -> list[Edit]:
-    """The interventions of every row of a batch, as one :class:`Edit` for each layer,
-    operation, place and rank among those of its row."""
-    groups: dict[tuple, list[tuple[int, Intervention]]] = defaultdict(list)
-    for row, items in enumerate(interventions):
-        seen: Counter[tuple] = Counter()
-        for item in items:
-            name = (item.layer, item.operation, item.where)
-            seen[name] += 1
-            groups[*name, seen[name]].append((row, item))
-    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    made = []
-    for (layer, operation, where, _), members in sorted(groups.items()):
-        vector = torch.zeros(len(interventions), 1, model.d_model, dtype=dtype)
-        coefficient = torch.zeros(len(interventions), 1, 1, dtype=dtype)
-        for row, item in members:
-            vector[row, 0] = item.direction.to(dtype)
-            coefficient[row] = item.coefficient
-        made.append(
-            Edit(
-                layer,
-                operation,
-                where,
-                vector.to(model.device),
-                coefficient.to(model.device),
-            )
-        )
-    return made
-
-
-def intervene(model: Model, placed: Sequence[tuple[Edit, Tensor]]) -> None:
-    """Inside a trace: each edit at its layer, with coefficients ``[B, 1 or T, 1]``."""
-    for edit, coefficient in placed:
-        hidden = model.nn_layers[edit.layer].output
-        delta = OPERATIONS[edit.operation](hidden, edit.vector, coefficient)
-        model.nn_layers[edit.layer].output = hidden + delta.to(hidden.dtype)
-
-
-def think_end(model: Model) -> int:
-    """The id of ``</think>``, -1 for a tokenizer without such a token."""
-    found = model.tokenizer.convert_tokens_to_ids(CLOSE)  # that of <unk> where there is none
-    known = found is not None and model.tokenizer.convert_ids_to_tokens(found) == CLOSE
-    return found if known else -1
 
 
 # -- the loop ------------------------------------------------------------------------------
@@ -250,20 +128,11 @@ def _check(model: Model, row: Row, max_new_tokens: int) -> None:
             f"exceed the context of {model.name}, {model.max_context} tokens"
         )
     for item in row.interventions:
-        if not 0 <= item.layer < model.n_layers:
-            raise ValueError(
-                f"layer {item.layer} does not exist: {model.name} has layers 0 to "
-                f"{model.n_layers - 1}"
-            )
+        check(item, model.n_layers, model.d_model, model.name)
         if item.where == "thinking" and think_end(model) < 0:
             raise ValueError(
                 f"{model.name} has no token </think>: where='thinking' would be all that it "
                 "writes, which is where='generated'"
-            )
-        if len(item.direction) != model.d_model:
-            raise ValueError(
-                f"the direction has width {len(item.direction)}, {model.name} has "
-                f"{model.d_model}: it belongs to another model"
             )
 
 

@@ -21,6 +21,14 @@ from nnsight import save
 from torch import Tensor
 
 from stllms.generation import decode
+from stllms.generation.interventions import (
+    Edit,
+    Intervention,
+    edits,
+    fingerprints,
+    intervene,
+    think_end,
+)
 from stllms.hashes import digest
 from stllms.models.model import Model
 from stllms.records import STEERED_KEY, Steered
@@ -39,7 +47,7 @@ LOGITS = 2**24
 def scores(
     model: Model,
     chains: Sequence[Steered],
-    interventions: Mapping[tuple, decode.Intervention | None],
+    interventions: Mapping[tuple, Intervention | None],
     *,
     store: Rows | None = None,
     progress: bool = True,
@@ -61,7 +69,7 @@ def scores(
     if strange:
         raise ValueError(f"chains of conditions without an intervention: {strange[0]}, ...")
     if store is not None:
-        store.bind({**model.identity, **decode.fingerprints(interventions)})
+        store.bind({**model.identity, **fingerprints(interventions)})
         _same_chains(store, chains)
 
     def make(start: int, stop: int) -> list[dict[str, Any]]:
@@ -119,7 +127,7 @@ def _batches(model: Model, chains: Sequence[Steered]) -> list[list[Steered]]:
 def _compare(
     model: Model,
     chains: Sequence[Steered],
-    interventions: Sequence[decode.Intervention | None],
+    interventions: Sequence[Intervention | None],
 ) -> list[dict[str, float | None]]:
     """``kl`` and ``perplexity`` of every chain of a batch."""
     lengths = [len(one.response.output_ids) for one in chains]
@@ -137,8 +145,8 @@ def _compare(
     before = written.roll(-1, dims=1)  # the state before a token predicts it
     before[:, -1] = False
     plain = model.decoder(**inputs).last_hidden_state[before]
-    edits = decode.edits(model, [() if item is None else (item,) for item in interventions])
-    steered = _steered(model, inputs, edits, written)[before] if edits else None
+    acting = edits(model, [() if item is None else (item,) for item in interventions])
+    steered = _steered(model, inputs, acting, written)[before] if acting else None
     kl, surprise = _reduce(model, plain, steered, ids[written])
     return [
         {"kl": max(0.0, float(a.mean())), "perplexity": float(b.mean().exp())}
@@ -149,18 +157,18 @@ def _compare(
 
 
 def _steered(
-    model: Model, inputs: dict[str, Any], edits: Sequence[decode.Edit], written: Tensor
+    model: Model, inputs: dict[str, Any], acting: Sequence[Edit], written: Tensor
 ) -> Tensor:
     """Decoder outputs ``[B, T, D]`` with the interventions, each where it acted."""
-    closing = (inputs["input_ids"] == decode.think_end(model)) & written
+    closing = (inputs["input_ids"] == think_end(model)) & written
     places = {
         "all": torch.ones_like(written),
         "generated": written,
         "thinking": written & (closing.cumsum(-1) == 0),
     }
-    placed = [(edit, edit.coefficient * places[edit.where][:, :, None]) for edit in edits]
+    placed = [(edit, edit.coefficient * places[edit.where][:, :, None]) for edit in acting]
     with model.nn.trace(**inputs, logits_to_keep=1):
-        decode.intervene(model, placed)
+        intervene(model, placed)
         hidden = save(model.nn_decoder.output.last_hidden_state)
     return hidden
 

@@ -8,7 +8,7 @@ annotations the rows of ``steering.csv``.
 * :mod:`~stllms.steering.dose`: dose and response, and which coefficients keep the text whole
 """
 
-from stllms.generation.decode import Intervention
+from stllms.generation.interventions import Intervention
 from stllms.steering.conditions import generate
 
 __all__ = ["Intervention", "generate"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stllms.generation import decode, prompts
-from stllms.generation.decode import Intervention
+from stllms.generation.interventions import Intervention, fingerprints
 from stllms.labels import STEERED
 from stllms.models.model import Model
 from stllms.records import Response, Steered, Task, from_rows, steered_from_row, to_row
@@ -213,7 +213,7 @@ def grid(
     if store is not None and cells:
         if any(one.intervention and one.intervention.where != "all" for one in every):
             raise ValueError("a store keeps responses steered at all positions: call without")
-        store.bind({**model.identity, **options, **decode.fingerprints(by_condition(every))})
+        store.bind({**model.identity, **options, **fingerprints(by_condition(every))})
         ids = {task.id: prompts.opening(model, task, style)[1] for task in tasks}
         stored = from_rows(store.load(), steered_from_row, store.path)
         prompts.same(store.path, (one.response for one in stored), ids)

@@ -27,9 +27,9 @@ from stllms.vectors.activations import WINDOW
 from stllms.vectors.means import HALVES, PARTS, Means, is_build, mark, part_of
 
 #: Where a side is read out: its last token; the mean over its tokens; the window of the paper
-#: over given characters (method, section 6). The first token of a sequence is left out of means:
-#: models keep there what they attend to when there is nothing to attend to, and its length (on
-#: SmolLM2 a hundred times that of any other) would make the direction one of short texts.
+#: over given characters (method, section 6). The first token of a sequence is left out of
+#: means: models attend to it where there is nothing to attend to, and its length (on SmolLM2 a
+#: hundred times that of any other) would make the direction one of short texts.
 POSITIONS = ("last", "mean", "span")
 #: What the negative side of a pair is called.
 OTHER_SIDE = "other"
