@@ -8,18 +8,21 @@ the two embedded fixtures and ``smollm2``.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from stllms.hashes import digest, remembered_hash
 from stllms.records import loads
 
+T = TypeVar("T")
 Kind = Literal["thinking", "instruct", "unknown"]
 Source = Literal["hub", "embedded", "gguf", "api", "folder"]
 
@@ -365,3 +368,76 @@ def _hash_of(files: list[Path], texts: Iterable[str] = ()) -> str | None:
     """Sixteen hex digits of the names and contents of files, and of texts beside them."""
     parts = [*(f"{path.name} {remembered_hash(path)}" for path in files), *texts]
     return digest(parts) if parts else None
+
+
+# -- what a person adds --------------------------------------------------------------------
+
+#: The group of entry points that packages with things of their own declare.
+ENTRY_POINTS = "stllms"
+
+
+class Registry(Mapping[str, Any]):
+    """Things of one kind by name.
+
+    ``@registry.estimator("mine")`` registers what follows. A package of one's own declares a
+    module in the group :data:`ENTRY_POINTS` of its entry points; it is imported when a name is
+    looked for that nobody has registered yet.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._known: dict[str, Any] = {}
+
+    def __call__(self, name: str) -> Callable[[T], T]:
+        """A decorator that registers under ``name``; ``ValueError`` where another thing has it.
+        The same function again, as when a notebook cell runs twice, takes the place of the
+        first."""
+
+        def register(thing: T) -> T:
+            old = self._known.get(name)
+            if old is not None and _origin(old) != _origin(thing):
+                raise ValueError(f"there is already {self.kind} {name!r}: choose another name")
+            self._known[name] = thing
+            return thing
+
+        return register
+
+    def __getitem__(self, name: str) -> Any:
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def find(self, name: str) -> Any:
+        """What is registered under ``name``; ``ValueError`` naming what there is."""
+        if name not in self._known:
+            load_entry_points()
+        if name not in self._known:
+            hint = did_you_mean(name, self._known)
+            raise ValueError(f"no {self.kind} {name!r}{hint}; there are {', '.join(self)}")
+        return self._known[name]
+
+
+def _origin(thing: Any) -> tuple[Any, Any]:
+    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+
+
+@functools.cache
+def load_entry_points() -> None:
+    """Imports the modules that installed packages declare, once. An error in one of them is
+    raised with its name: it would be missed in silence otherwise."""
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            point.load()
+        except Exception as error:
+            raise ImportError(f"entry point {point.name} ({point.value}): {error}") from error
+
+
+annotator = Registry("annotator")
+estimator = Registry("estimator")
+metric = Registry("metric")
+model = Registry("model")
+operator = Registry("operator")
