@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from typing import Any, TypeVar
@@ -25,12 +25,14 @@ STEERED_KEY = ("task_id", "direction", "layer", "coefficient", "operation")
 
 @dataclass(frozen=True)
 class Task:
-    """A task. ``answer`` is the exact answer where one can be checked."""
+    """A task. ``answer`` is the exact answer where one can be checked; ``messages`` is the chat
+    (``{"role", "content"}``) that is sent in place of a prompt made of ``content``."""
 
     id: str
     category: str
     content: str
     answer: str | None = None
+    messages: tuple[Mapping[str, str], ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -143,14 +143,6 @@ def test_offsets_find_the_thinking_in_a_text_with_tags_twice(name, text):
     assert visible(one.thinking, one.answer) == visible(whole)
 
 
-def test_only_instruct_models_are_asked_to_think_step_by_step():
-    assert prompts.prompt("Why?", "thinking") == "Why?"
-    assert "step by step" in prompts.prompt("Why?", "instruct")
-    assert "step by step" in prompts.prompt("Why?", "thinking", "published")
-    with pytest.raises(ValueError, match="unknown prompt style 'other'"):
-        prompts.prompt("Why?", "thinking", "other")
-
-
 def test_kind_is_the_registrys_or_the_templates(tiny_llama):
     assert prompts.kind_of(tiny_llama) == "thinking"
     plain = tiny.model("llama")

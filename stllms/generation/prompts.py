@@ -2,7 +2,8 @@
 
 A thinking model gets the question alone; an instruct model is asked to think step by step
 before it answers. The published script sent the step-by-step prompt to every model, which
-stays available as ``style="published"``. :func:`read` takes chains from a person's own file.
+stays available as ``style="published"``; a person's own prompts go in as they are
+(:func:`opening`). :func:`read` takes chains from a person's own file.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllms.records import Response, Task, kind, loads
-from stllms.registry import MODELS
+from stllms.registry import MODELS, did_you_mean
 from stllms.runs.files import BadFile, StaleArtefact
 
 if TYPE_CHECKING:  # torch
     from stllms.models.model import Model
 
-STYLES = ("sound", "published")
-STEP_BY_STEP = "{question}\n\nThink step by step first, then give the final answer."
+#: Styles of prompts by name (:func:`opening`); a text with ``{question}`` in it is one, too.
+STYLES = ("sound", "published", "bare", "raw")
+QUESTION = "{question}"
+STEP_BY_STEP = f"{QUESTION}\n\nThink step by step first, then give the final answer."
 OPEN, CLOSE = "<think>", "</think>"
 _LEADING = re.compile(rf"\s*{re.escape(OPEN)}")
 
@@ -37,16 +40,26 @@ FIELDS: dict[str, bool] = {
 }
 
 
+def check_style(style: str) -> str:
+    """``style``, if it is one of :data:`STYLES` or a template; ``ValueError`` otherwise."""
+    if style not in STYLES and QUESTION not in style:
+        raise ValueError(
+            f"prompts: {style!r}, expected one of {', '.join(STYLES)} or a template with "
+            f"{QUESTION} in it{did_you_mean(style, STYLES)}"
+        )
+    return style
+
+
 def prompt(question: str, kind: str, style: str = "sound") -> str:
     """The user message for ``question`` to a model of ``kind`` ("thinking", "instruct", ...).
 
-    Raises ``ValueError`` for an unknown style.
+    Raises ``ValueError`` as :func:`check_style`.
     """
-    if style not in STYLES:
-        raise ValueError(f"unknown prompt style {style!r}; choose one of {', '.join(STYLES)}")
-    if kind == "thinking" and style == "sound":
+    if check_style(style) not in STYLES:
+        return style.replace(QUESTION, question)
+    if style in ("bare", "raw") or (style == "sound" and kind == "thinking"):
         return question
-    return STEP_BY_STEP.format(question=question)
+    return STEP_BY_STEP.replace(QUESTION, question)
 
 
 def kind_of(model: Model) -> str:
@@ -57,9 +70,29 @@ def kind_of(model: Model) -> str:
     return "thinking" if OPEN in str(model.tokenizer.chat_template or "") else "instruct"
 
 
-def opening(model: Model, task: Task, style: str = "sound") -> tuple[str, tuple[int, ...]]:
-    """The prompt of ``task`` as text and ids, chat template applied."""
-    return model.prompt_ids(prompt(task.content, kind_of(model), style))
+def opening(
+    model: Model, task: Task, style: str = "sound", system: str | None = None
+) -> tuple[str, tuple[int, ...]]:
+    """The prompt of ``task`` as text and ids.
+
+    * ``"sound"``: the task through the chat template, with the step-by-step suffix for a model
+      that is no thinking one; ``"published"``: with the suffix for every model (method,
+      section 3); ``"bare"``: without it for every model;
+    * a template such as ``"Q: {question}"`` is the user message;
+    * ``"raw"``: the text as it is, without the chat template; ``system`` is refused.
+
+    ``system`` is put before it as a system message. A task with ``messages`` of its own is
+    asked with these, whatever the style.
+    """
+    if task.messages:
+        return model.prompt_ids([dict(one) for one in task.messages])
+    content = prompt(task.content, kind_of(model), style)
+    if style == "raw":
+        if system is not None:
+            raise ValueError("prompts='raw' has no place for a system message")
+        return content, tuple(model.tokenizer(content)["input_ids"])
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return model.prompt_ids([*before, {"role": "user", "content": content}])
 
 
 def split(text: str, *, opened: bool) -> tuple[str, int, str, bool]:
