@@ -117,7 +117,7 @@ def test_a_chunk_that_is_there_in_part_is_made_whole_and_only_its_missing_rows_a
     assert (made, skipped) == ([(4, 8), (8, 10)], [4])
     assert [bool(item.get("old")) for item in found] == [True] * 6 + [False] * 4
     assert rows.load() == found
-    with pytest.raises(ValueError, match="1 rows were made of 2 keys"):
+    with pytest.raises(ValueError, match="shorter"):
         resumed(KEYS[:2], lambda start, stop: [row("t0")], size=2)
 
 
@@ -135,7 +135,6 @@ def test_the_file_is_read_again_if_someone_else_added_to_it(tmp_path):
         (b'{"task_id": "a"}\nnonsense\n', "line 2 is not JSON"),
         (b'{"task_id": "a"}\n[1]\n', "line 2 is not a JSON object"),
         (b'{"other": "a"}\n', "line 1 lacks task_id"),
-        (b'{"task_id": ["a"]}\n', "line 1 has a key that is no text"),
         (b'{"task_id": "a"}\n{"task_id": "a"}\n', "line 2 repeats the key"),
         (b"\x00\x00\xff\n", "line 1 is not JSON"),
     ],
@@ -380,7 +379,9 @@ def fill(folder: Folder) -> None:
     for name in ARTEFACTS:
         path = folder / name
         if path.suffix == ".jsonl":
-            rows_of(folder, name).append([{**base, "task_id": f"t{n}"} for n in range(5)])
+            rows = rows_of(folder, name)
+            rows.bind({})
+            rows.append([{**base, "task_id": f"t{n}"} for n in range(5)])
         elif path.suffix == ".safetensors":
             files.save_tensors(path, {"values": torch.arange(64.0)}, {"name": name})
         elif path.suffix == ".json":
@@ -513,11 +514,11 @@ def test_other_vectors_make_what_was_made_from_them_stale(full):
 
 
 def test_a_stage_that_is_made_anew_takes_its_files_and_no_others(full):
-    full.mark("03", {"files": ["figures/bars.png"]})
-    gone = full.fresh_stages({"03": ["layer_effects.safetensors"]})
+    full.mark("03", {"key": "k"})
+    gone = full.fresh_stages({"03": ["layer_effects.safetensors", "figures/bars.png"]})
     assert gone == ["figures/bars.png", "layer_effects.safetensors"]
     assert full.marker("03") == {}
-    assert {*bad(full)} <= {"figures/bars.png"}
+    assert not bad(full)
 
 
 def test_what_rows_depend_on_is_recorded_and_another_value_refused(folder):
