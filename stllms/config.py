@@ -244,20 +244,14 @@ class RunConfig:
     @property
     def loading(self) -> dict[str, Any]:
         """Options of :func:`stllms.models.load`."""
-        names = ("device", "dtype", "quantization", "revision")
-        return {name: getattr(self, name) for name in names}
+        return self._values("device", "dtype", "quantization", "revision")
 
     @property
     def decoding(self) -> dict[str, Any]:
         """Options of :func:`stllms.generation.chains.responses` and
         :func:`stllms.steering.conditions.grid`."""
-        return {
-            "max_new_tokens": self.settings.max_tokens,
-            "batch_size": self.batch_size,
-            "temperature": self.settings.temperature,
-            "seed": self.seed,
-            "style": self.prompts,
-        }
+        own = self._values("batch_size", "temperature", "seed")
+        return {"max_new_tokens": self.settings.max_tokens, "style": self.prompts, **own}
 
     @property
     def annotating(self) -> dict[str, Any]:
@@ -319,31 +313,19 @@ class RunConfig:
         """
         content = registry.content_of(self.entry)
         return {
-            "model": self.model,
             **content,
+            **self._values("model", "quantization", "seed", "prompts", "reader", "retokenise"),
+            **self._values("n_build", "n_evaluate", "max_tokens", "temperature"),
             "revision": self.revision or content["revision"],
-            "quantization": self.quantization,
             "tasks": _task_identity(self.task_set),
-            "seed": self.seed,
-            "n_build": self.settings.n_build,
-            "n_evaluate": self.settings.n_evaluate,
-            "max_tokens": self.settings.max_tokens,
-            "temperature": self.settings.temperature,
             "annotator": _judge_identity(self.annotator),
-            "prompts": self.prompts,
-            "reader": self.reader,
-            "retokenise": self.retokenise,
         }
 
     def comparison_identity(self) -> dict[str, Any]:
         """:meth:`identity` of this model's rows under ``results/comparison/``."""
         own = ("n_build", "n_evaluate", "max_tokens", "retokenise")
         shared = {name: value for name, value in self.identity().items() if name not in own}
-        return {
-            **shared,
-            "n_compare": self.settings.n_compare,
-            "max_tokens_compare": self.settings.max_tokens_compare,
-        }
+        return shared | self._values("n_compare", "max_tokens_compare")
 
     def for_model(self, name: str) -> RunConfig:
         """The same run on another model (notebook 05); ``self`` for this one."""
@@ -354,36 +336,29 @@ class RunConfig:
 
     def stage_options(self, stage: str) -> dict[str, Any]:
         """What changes the artefacts of a stage (``"03_…"``) beyond :meth:`identity`."""
-        controls = {
-            "controls": self.controls,
-            "random_directions": self.settings.random_directions,
-        }
+        controls = ("controls", "random_directions")
         options: dict[str, dict[str, Any]] = {
-            "02": controls,
+            "02": self._values(*controls),
             "03": {
-                **controls,
-                "n_positions": self.settings.n_positions,
-                "objective": self.objective,
-                "positions": self.positions,
+                **self._values(*controls, "n_positions", "objective", "positions"),
                 "published": _content_identity(self.published, "*.pt"),
             },
             "04": {
-                "coefficients": list(self.settings.coefficients),
-                **controls,
+                **self._values(*controls, "coefficients", "n_sweep", "empty_chains"),
                 "n_control": self.n_control_tasks,
-                "n_sweep": self.settings.n_sweep,
-                "empty_chains": self.empty_chains,
             },
             "05": {
-                "models": list(self.models),
+                **self._values("models", "n_compare", "max_tokens_compare", "empty_chains"),
                 "folders": [_content_identity(one, "*.jsonl") for one in self.folders],
-                "n_compare": self.settings.n_compare,
-                "max_tokens_compare": self.settings.max_tokens_compare,
-                "empty_chains": self.empty_chains,
                 "published": _content_identity(self.published, "*.json"),
             },
         }
         return options.get(stage[:2], {})
+
+    def _values(self, *names: str) -> dict[str, Any]:
+        """Some values by name, those of a profile as :attr:`settings` has them."""
+        resolved = vars(self.settings)
+        return {n: resolved[n] if n in resolved else getattr(self, n) for n in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as a plain JSON value."""

@@ -126,7 +126,7 @@ notebooks 01 to 03 make one first where there is none (this may take long)."""
 ANNOTATE = """Examples:
   stllms annotate chain.txt                              one chain, the offline classifier
   stllms annotate - --judge lexical < chain.txt          from standard input
-  stllms annotate responses.jsonl --out segments.jsonl   rows of notebook 01
+  stllms annotate responses.jsonl > segments.jsonl       rows of notebook 01
   stllms annotate reasoning_comparison_MODEL.json        a released file
   stllms annotate responses.jsonl --judge openai:gpt-4.1 --max-cost 2
 
@@ -317,23 +317,16 @@ def _judge_options(given: dict[str, Any]) -> dict[str, Any]:
 
 @cli.command(epilog=_as_it_is(STEER))
 @click.argument("question")
-@click.option(
-    "--behaviour",
-    "--behavior",
-    "behaviour",
-    required=True,
-    help="what is added or removed; see below",
-)
+@click.option("--behaviour", "--behavior", required=True, help="added or removed; see below")
 @click.option("--coefficient", default=1.0, help="adds the behaviour, below 0 removes it")
 @click.option("--layer", type=int, help="from 0 (default: the behaviour's own)")
 @click.option("--vectors", help="directions: a vectors.safetensors, a released .pt")
 @click.option("--operation", default="add", help="add or ablate")
 @click.option("--where", default="all", help="all, generated or thinking tokens")
-@click.option("--no-plain", is_flag=True, help="show the steered chain only")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object instead of text")
 @config_options("model", "profile", "results", "max_tokens", "temperature", "seed")
 @config_options("judge", "base_url", "max_cost", "device")
-def steer(question: str, no_plain: bool, as_json: bool, **given: Any) -> None:
+def steer(question: str, as_json: bool, **given: Any) -> None:
     """Answer QUESTION plain, and with a behaviour added or removed."""
     of_run = ("model", "profile", "judge", "results", "device")
     config = RunConfig(**{name: given[name] for name in of_run}, **_judge_options(given))
@@ -354,13 +347,12 @@ def steer(question: str, no_plain: bool, as_json: bool, **given: Any) -> None:
             f'its grammar, like "{QUESTION}"',
             file=sys.stderr,
         )
-    chains = pair[1:] if no_plain else pair
     if as_json:
-        made = _as_json(bench, ask, chains)
+        made = _as_json(bench, ask, pair)
         print(plain(json.dumps(made, ensure_ascii=False, allow_nan=False)))
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print(_as_text(chains, colour=colour))
+        print(_as_text(pair, colour=colour))
 
 
 def _as_text(chains: Sequence[Steered], *, colour: bool) -> str:
@@ -415,35 +407,20 @@ def _chain_as_json(chain: Steered) -> dict[str, Any]:
 
 @cli.command(epilog=_as_it_is(ANNOTATE))
 @click.argument("file")
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="write the segments to this file instead of printing them",
-)
 @config_options("judge", "base_url", "max_cost", judge="offline")
-def annotate(file: str, out: Path | None, **given: Any) -> int:
+def annotate(file: str, **given: Any) -> int:
     """Label the behaviours in the chains of FILE (text, JSONL, JSON; - is standard input)."""
     options = _judge_options(given)
-    if out and out.resolve() == Path(file).resolve():
-        raise ValueError(f"--out {out}: expected another file than the one that is read")
     from stllms.annotation import annotators
     from stllms.generation import prompts
     from stllms.records import to_row
-    from stllms.runs.files import replacing
 
     annotator = annotators.annotator(given["judge"], **options)
     made = annotator.annotate(prompts.read(file))
-    rows = [
-        {"task_id": one.task_id, "annotator": one.annotator, **to_row(segment)}
-        for one in made
-        for segment in one.segments
-    ]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if out:
-        with replacing(out) as beside:
-            beside.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    for one in made:
+        for segment in one.segments:
+            row = {"task_id": one.task_id, "annotator": one.annotator, **to_row(segment)}
+            print(json.dumps(row))
     print(plain(f"{annotator.name}: {_labelled(made)}"), file=sys.stderr)
     return 0 if all(one.segments for one in made) else 1
 
