@@ -106,9 +106,6 @@ class Folder:
     def __fspath__(self) -> str:
         return str(self.path)
 
-    def __repr__(self) -> str:
-        return f"Folder({self.label})"
-
     @property
     def label(self) -> str:
         """The folder's name for people, without the machine's own path."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -371,8 +370,6 @@ def save_figure(
 ) -> list[Path]:
     """``name`` in ``folder`` as ``.png`` and ``.pdf`` (without dates or software names), and
     its data as ``.csv``; returns the paths."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
-        raise ValueError(f"figure name: {name!r}, expected lower-case letters, digits, - . _")
     metadata: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
         "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
