@@ -429,6 +429,7 @@ def test_the_rows_behind_the_record_were_appended_before_a_kill(folder):
     folder.rows(folder.responses).append([{"task_id": "a"}])
     with folder.responses.open("ab") as file:
         file.write(b'{"task_id": "b"}\n{"task_id": "c", "te')
+    assert bad(folder) == {"responses.jsonl": "2 rows, 1 were recorded"}
     assert [row["task_id"] for row in Rows(folder.responses).load()] == ["a", "b"]
     folder.rows(folder.responses).append([{"task_id": "d"}])
     assert [row["task_id"] for row in Rows(folder.responses).load()] == ["a", "b", "d"]
