@@ -7,13 +7,15 @@ Every choice of method, section 11, has a name in :data:`CHOICES`; the models ar
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,8 @@ CHOICES: dict[str, tuple[str, str]] = {
 
 #: What a judge may be; the last two take a model, and a folder of stored replies.
 ANNOTATORS = ("auto", "grammar", "lexical", "offline", "openai:MODEL", "replay:FOLDER")
+#: Begins a judge that is a folder of stored replies.
+REPLAY = "replay:"
 
 #: Sets of tasks that have a name; anything else is a file. ``checkable`` is ``messages``, but
 #: evaluated on tasks that have exact answers.
@@ -90,15 +94,6 @@ PARAMETERS = (
     "model", "profile", "judge", "results", "seed", "n_samples", "max_tokens", "options",
 )  # fmt: skip
 
-
-#: Field -> its least value, of whole numbers.
-_LEAST = dict.fromkeys(("seed", "random_directions", "n_sweep"), 0) | dict.fromkeys(
-    (
-        "n_samples", "n_evaluate", "n_compare", "max_tokens", "max_tokens_compare",
-        "n_positions", "n_control", "batch_size",
-    ),
-    1,
-)  # fmt: skip
 #: Field -> its values.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "profile": tuple(PROFILES),
@@ -159,31 +154,10 @@ class RunConfig:
     empty_chains: str = "apart"
 
     def __post_init__(self) -> None:
-        self._set("model", resolve(self.model).name)
-        if self.seed is None:
-            raise refusal("seed", None, "a whole number of at least 0")
-        for name, least in _LEAST.items():
-            whole(name, getattr(self, name), least=least)
-        for name in ("temperature", "max_cost"):
-            self._set(name, real(name, getattr(self, name), least=0.0))
-        for name, allowed in _ALLOWED.items():
-            one_of(name, getattr(self, name), allowed)
-        for name in ("results", "base_url", "published", "revision", "tasks"):
-            self._set(name, _text(name, getattr(self, name)))
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(self.device)):
-            raise refusal("device", self.device, "auto, cpu, mps, cuda[:N]")
-        self._set("coefficients", _coefficients(self.coefficients))
-        self._set("compare", self._compare())
-        self._set("folders", _run_folders(self.folders))
-        self._check_judge()
-        _check_task_set(self.task_set)
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    def _check_judge(self) -> None:
-        if not re.fullmatch(r"(openai|replay):.+", str(self.judge)):
-            one_of("judge", self.judge, ANNOTATORS[:4], shown=ANNOTATORS)
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        others = tuple(name for name in self.compare if name != self.model)
+        object.__setattr__(self, "compare", others)
         if self.judge == "grammar" and not self.embedded:
             raise refusal(
                 "judge",
@@ -191,13 +165,6 @@ class RunConfig:
                 "lexical, offline, openai:MODEL or replay:FOLDER: the grammar knows the chains "
                 f"of the embedded models only, not those of {self.model}",
             )
-
-    def _compare(self) -> tuple[str, ...]:
-        """The other models by entry name, each once."""
-        if isinstance(self.compare, str):
-            raise refusal("compare", self.compare, "a list of models")
-        names = dict.fromkeys(resolve(name).name for name in self.compare)
-        return tuple(name for name in names if name != self.model)
 
     @cached_property
     def entry(self) -> ModelEntry:
@@ -207,7 +174,7 @@ class RunConfig:
     @property
     def embedded(self) -> bool:
         """Whether the model is one of the package's own fixtures."""
-        return resolve(self.model).source == "embedded"
+        return self.entry.source == "embedded"
 
     @property
     def preview(self) -> str:
@@ -261,34 +228,30 @@ class RunConfig:
         A profile asks for no more tasks than ``messages/`` has. ``max_tokens`` alone also
         limits the comparison. Only embedded models sweep their layers without being told.
         """
-        own = {item.name: getattr(self, item.name, None) for item in fields(Profile)}
+        profile = PROFILES[self.profile]
+        values = asdict(profile)
+        for name, n in SIZES.get(self.task_set, {}).items():
+            values[name] = min(n, values[name])
+        if not self.embedded:
+            values["n_sweep"] = 0
+        own = {name: getattr(self, name, None) for name in values}
         own["n_build"] = self.n_samples
         own["max_tokens_compare"] = self.max_tokens_compare or self.max_tokens
-        own["n_sweep"] = 0 if self.n_sweep is None and not self.embedded else self.n_sweep
-        given = {name: value for name, value in own.items() if value is not None}
-        profile, sizes = PROFILES[self.profile], SIZES.get(self.task_set, {})
-        there = {name: min(n, getattr(profile, name)) for name, n in sizes.items()}
-        return replace(profile, **(there | given))
+        return replace(profile, **values | {k: v for k, v in own.items() if v is not None})
 
     # -- what the stages take ------------------------------------------------------------
 
     @property
     def loading(self) -> dict[str, Any]:
         """Options of :func:`stllms.models.load`."""
-        names = ("device", "dtype", "quantization", "revision")
-        return {name: getattr(self, name) for name in names}
+        return self._values("device", "dtype", "quantization", "revision")
 
     @property
     def decoding(self) -> dict[str, Any]:
         """Options of :func:`stllms.generation.chains.responses` and
         :func:`stllms.steering.conditions.grid`."""
-        return {
-            "max_new_tokens": self.settings.max_tokens,
-            "batch_size": self.batch_size,
-            "temperature": self.settings.temperature,
-            "seed": self.seed,
-            "style": self.prompts,
-        }
+        own = self._values("batch_size", "temperature", "seed")
+        return {"max_new_tokens": self.settings.max_tokens, "style": self.prompts, **own}
 
     @property
     def annotating(self) -> dict[str, Any]:
@@ -307,17 +270,12 @@ class RunConfig:
         """Options of :func:`stllms.tasks.select` for a ``part`` of the run: ``build``,
         ``evaluate`` or ``compare``. The first tasks of a person's file build, those after
         them evaluate, and all of them serve the comparison."""
-        numbers = {
-            "build": self.settings.n_build,
-            "evaluate": self.settings.n_evaluate,
-            "compare": self.settings.n_compare,
-        }
-        one_of("part of a run", part, tuple(numbers))
+        one_of("part of a run", part, ("build", "evaluate", "compare"))
         named = has_name(self.task_set)
         return {
             "source": self.task_set if named else str(Path(self.task_set).expanduser()),
-            "n": numbers[part],
-            "skip": numbers["build"] if part == "evaluate" and not named else 0,
+            "n": getattr(self.settings, f"n_{part}"),
+            "skip": self.settings.n_build if part == "evaluate" and not named else 0,
             "seed": self.seed,
         }
 
@@ -355,31 +313,19 @@ class RunConfig:
         """
         content = registry.content_of(self.entry)
         return {
-            "model": self.model,
             **content,
+            **self._values("model", "quantization", "seed", "prompts", "reader", "retokenise"),
+            **self._values("n_build", "n_evaluate", "max_tokens", "temperature"),
             "revision": self.revision or content["revision"],
-            "quantization": self.quantization,
             "tasks": _task_identity(self.task_set),
-            "seed": self.seed,
-            "n_build": self.settings.n_build,
-            "n_evaluate": self.settings.n_evaluate,
-            "max_tokens": self.settings.max_tokens,
-            "temperature": self.settings.temperature,
             "annotator": _judge_identity(self.annotator),
-            "prompts": self.prompts,
-            "reader": self.reader,
-            "retokenise": self.retokenise,
         }
 
     def comparison_identity(self) -> dict[str, Any]:
         """:meth:`identity` of this model's rows under ``results/comparison/``."""
         own = ("n_build", "n_evaluate", "max_tokens", "retokenise")
         shared = {name: value for name, value in self.identity().items() if name not in own}
-        return {
-            **shared,
-            "n_compare": self.settings.n_compare,
-            "max_tokens_compare": self.settings.max_tokens_compare,
-        }
+        return shared | self._values("n_compare", "max_tokens_compare")
 
     def for_model(self, name: str) -> RunConfig:
         """The same run on another model (notebook 05); ``self`` for this one."""
@@ -390,43 +336,34 @@ class RunConfig:
 
     def stage_options(self, stage: str) -> dict[str, Any]:
         """What changes the artefacts of a stage (``"03_…"``) beyond :meth:`identity`."""
-        controls = {
-            "controls": self.controls,
-            "random_directions": self.settings.random_directions,
-        }
+        controls = ("controls", "random_directions")
         options: dict[str, dict[str, Any]] = {
-            "02": controls,
+            "02": self._values(*controls),
             "03": {
-                **controls,
-                "n_positions": self.settings.n_positions,
-                "objective": self.objective,
-                "positions": self.positions,
+                **self._values(*controls, "n_positions", "objective", "positions"),
                 "published": _content_identity(self.published, "*.pt"),
             },
             "04": {
-                "coefficients": list(self.settings.coefficients),
-                **controls,
-                "n_control": self.settings.n_control if self.judged else None,
-                "n_sweep": self.settings.n_sweep,
-                "empty_chains": self.empty_chains,
+                **self._values(*controls, "coefficients", "n_sweep", "empty_chains"),
+                "n_control": self.n_control_tasks,
             },
             "05": {
-                "models": list(self.models),
+                **self._values("models", "n_compare", "max_tokens_compare", "empty_chains"),
                 "folders": [_content_identity(one, "*.jsonl") for one in self.folders],
-                "n_compare": self.settings.n_compare,
-                "max_tokens_compare": self.settings.max_tokens_compare,
-                "empty_chains": self.empty_chains,
                 "published": _content_identity(self.published, "*.json"),
             },
         }
         return options.get(stage[:2], {})
 
+    def _values(self, *names: str) -> dict[str, Any]:
+        """Some values by name, those of a profile as :attr:`settings` has them."""
+        resolved = vars(self.settings)
+        return {n: resolved[n] if n in resolved else getattr(self, n) for n in names}
+
     def to_dict(self) -> dict[str, Any]:
         """Every field as a plain JSON value."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        values = asdict(self).items()
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -434,14 +371,11 @@ class RunConfig:
         known = [item.name for item in fields(cls)]
         for name in values:
             if name not in known:
-                hint = did_you_mean(name, known)
-                listed = "" if hint else f"; expected one of {', '.join(known)}"
-                raise ValueError(f"unknown option {name!r}{hint}{listed}")
-        given: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-        return cls(**given)
+                raise ValueError(
+                    f"unknown option {name!r}{did_you_mean(name, known)}; expected one of "
+                    f"{', '.join(known)}"
+                )
+        return cls(**values)
 
     @classmethod
     def from_parameters(
@@ -467,15 +401,21 @@ class RunConfig:
         return cls.from_dict({**cell, **(options or {})})
 
     def parameters(self) -> dict[str, Any]:
-        """The inverse of :meth:`from_parameters`; paths are made absolute."""
-        values = {name: _absolute(name, value) for name, value in self.to_dict().items()}
-        values["results"] = str(self.results_folder)
+        """The inverse of :meth:`from_parameters`. Paths are made absolute: a kernel has a
+        working folder of its own."""
+        values = self.to_dict() | {
+            "results": str(self.results_folder),
+            "folders": [_absolute(one) for one in self.folders],
+        }
+        if self.published is not None:
+            values["published"] = _absolute(self.published)
+        if not has_name(self.task_set):
+            values["tasks"] = _absolute(self.task_set)
+        if self.judge.startswith(REPLAY):
+            values["judge"] = REPLAY + _absolute(self.judge.removeprefix(REPLAY))
         cell = {name: values.pop(name) for name in PARAMETERS if name != "options"}
         defaults = RunConfig().to_dict()
-        cell["options"] = {
-            name: value for name, value in values.items() if value != defaults[name]
-        }
-        return cell
+        return cell | {"options": {k: v for k, v in values.items() if v != defaults[k]}}
 
 
 # -- single values -------------------------------------------------------------------------
@@ -486,18 +426,17 @@ def refusal(name: str, value: Any, expected: str) -> ValueError:
     return ValueError(f"{name}: {value!r}, expected {expected}")
 
 
-def one_of(
-    name: str, value: Any, allowed: tuple[Any, ...], *, shown: tuple[Any, ...] = ()
-) -> None:
-    """Refuses a value that is not among ``allowed``; the message lists ``shown``."""
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    """The value; refuses one that is not among ``allowed``."""
     if value not in allowed:
-        listed = ", ".join(str(item) for item in shown or allowed)
+        listed = ", ".join(map(str, allowed))
         raise refusal(name, value, f"one of {listed}{did_you_mean(value, allowed)}")
+    return value
 
 
-def whole(name: str, value: Any, *, least: int) -> int | None:
-    """A whole number of at least ``least``; ``None`` (use the default) is let through."""
-    if value is None or (type(value) is int and value >= least):
+def whole(name: str, value: Any, *, least: int, optional: bool = True) -> int | None:
+    """A whole number of at least ``least``; ``None`` (use the default) if ``optional``."""
+    if (value is None and optional) or (type(value) is int and value >= least):
         return value
     raise refusal(name, value, f"a whole number of at least {least}")
 
@@ -522,108 +461,138 @@ def hardware(device: str, quantization: str | None) -> None:
     found = torch.cuda.is_available()
     if device.startswith("cuda") and not found:
         raise refusal("device", device, "cpu: torch finds no CUDA device")
-    if quantization is None:
-        return
-    if not found or device in ("cpu", "mps"):
+    if quantization and (not found or device in ("cpu", "mps")):
         where = f"device is {device!r}" if found else "torch finds none"
         raise ValueError(
             f"quantization: {quantization!r} needs a CUDA device and {where}; leave it out"
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if quantization and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             f"quantization: {quantization!r} needs bitsandbytes: pip install bitsandbytes"
         )
 
 
 def has_name(task_set: str) -> bool:
-    """Whether a set of tasks is known by name and is not a file."""
-    return task_set in TASK_SETS or task_set.startswith(GYM)
+    """Whether a set of tasks has the form of a name, and is not a file. That reasoning-gym has
+    such a dataset is not checked here."""
+    return task_set in TASK_SETS or bool(re.fullmatch(rf"{GYM}\w+", task_set))
 
 
-def _check_task_set(task_set: str) -> None:
-    """Only the form of ``gym:NAME`` is checked here, not that there is such a dataset."""
-    named = task_set in TASK_SETS or re.fullmatch(rf"{GYM}\w+", task_set)
-    if not named and not Path(task_set).expanduser().is_file():
+def _text(name: str, value: Any) -> str | None:
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or (isinstance(value, str) and value.strip()):
+        return value
+    raise refusal(name, value, "a text that is not empty")
+
+
+def _list(name: str, value: Any, of: str) -> list[Any]:
+    if isinstance(value, str | Path) or not isinstance(value, Iterable):
+        raise refusal(name, value, f"a list of {of}")
+    return list(value)
+
+
+def _tasks(name: str, value: Any) -> str | None:
+    task_set = _text(name, value)
+    if task_set and not has_name(task_set) and not Path(task_set).expanduser().is_file():
         raise ValueError(
             f"tasks: {task_set!r} is not a file; expected {', '.join(TASK_SETS)}, {GYM}NAME "
             f"(a dataset of reasoning-gym) or a JSONL file{did_you_mean(task_set, TASK_SETS)}"
         )
+    return task_set
 
 
-def _text(name: str, value: Any) -> str | None:
-    if value is None or isinstance(value, Path):
-        return None if value is None else str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise refusal(name, value, "a text that is not empty")
+def _judge(name: str, value: Any) -> str:
+    paid_or_stored = re.fullmatch(r"(openai|replay):.+", str(value))
+    return value if paid_or_stored else one_of(name, value, ANNOTATORS)
+
+
+def _device(name: str, value: Any) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(value)):
+        raise refusal(name, value, "auto, cpu, mps, cuda[:N]")
     return value
 
 
-def _coefficients(values: Any) -> tuple[float, ...] | None:
-    """Sorted and distinct; ``None`` stays ``None``."""
-    if values is None:
+def _coefficients(name: str, value: Any) -> tuple[float, ...] | None:
+    """Sorted and distinct."""
+    if value is None:
         return None
-    if isinstance(values, str) or not hasattr(values, "__iter__"):
-        raise refusal("coefficients", values, "a list of numbers")
-    numbers = sorted({real("coefficients", value) or 0.0 for value in values})
+    numbers = sorted({real(name, one) or 0.0 for one in _list(name, value, "numbers")})
     if not any(numbers):
-        raise refusal("coefficients", numbers, "at least one that is not 0")
+        raise refusal(name, numbers, "at least one that is not 0")
     return tuple(numbers)
 
 
-def _run_folders(value: Any) -> tuple[str, ...]:
-    """A list of folders of runs, as texts; each must hold what a run leaves."""
-    if isinstance(value, str | Path):
-        raise refusal("folders", str(value), "a list of folders")
-    found = tuple(str(one) for one in value)
-    for one in found:
-        for needed in ("run.json", "annotations.jsonl"):
-            if not (Path(one).expanduser() / needed).is_file():
-                raise ValueError(
-                    f"folders: {one} has no {needed}: expected the folder of a run that got "
-                    "as far as notebook 02"
-                )
+def _compare(name: str, value: Any) -> tuple[str, ...]:
+    """Models by the names of their entries, each once."""
+    return tuple(dict.fromkeys(resolve(one).name for one in _list(name, value, "models")))
+
+
+def _folders(name: str, value: Any) -> tuple[str, ...]:
+    """Folders of runs; each must hold what a run leaves."""
+    found = tuple(map(str, _list(name, value, "folders")))
+    for folder, needed in product(found, ("run.json", "annotations.jsonl")):
+        if not (Path(folder).expanduser() / needed).is_file():
+            raise ValueError(
+                f"folders: {folder} has no {needed}: expected the folder of a run that got as "
+                "far as notebook 02"
+            )
     return found
 
 
-def _absolute(name: str, value: Any) -> Any:
-    """A value of a field, paths made absolute: kernels have a working folder of their own."""
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
-    def resolved(path: str) -> str:
-        return str(Path(path).expanduser().resolve())
 
-    if name == "folders":
-        return [resolved(one) for one in value]
-    if name == "judge" and value.startswith("replay:"):
-        return f"replay:{resolved(value.removeprefix('replay:'))}"
-    if value is not None and (name == "published" or (name == "tasks" and not has_name(value))):
-        return resolved(value)
-    return value
+#: Field -> the check of its value, which also brings it into its one form.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "model": lambda _, value: resolve(value).name,
+    "judge": _judge,
+    "seed": partial(whole, least=0, optional=False),
+    "coefficients": _coefficients,
+    "device": _device,
+    "tasks": _tasks,
+    "compare": _compare,
+    "folders": _folders,
+    **dict.fromkeys(("results", "base_url", "published", "revision"), _text),
+    **dict.fromkeys(("random_directions", "n_sweep"), partial(whole, least=0)),
+    **dict.fromkeys(
+        (
+            "n_samples", "n_evaluate", "n_compare", "max_tokens", "max_tokens_compare",
+            "n_positions", "n_control", "batch_size",
+        ),
+        partial(whole, least=1),
+    ),
+    **dict.fromkeys(("temperature", "max_cost"), partial(real, least=0.0)),
+    **{name: partial(one_of, allowed=values) for name, values in _ALLOWED.items()},
+}  # fmt: skip
+
+
+# -- what a value is by content ------------------------------------------------------------
 
 
 def _task_identity(task_set: str) -> str:
     """The name of a set of tasks, with the version of the package that makes it; the name of a
     file and the hash of its content."""
-    if task_set.startswith(GYM):
-        from importlib import metadata
-
-        try:
-            return f"{task_set} (reasoning-gym {metadata.version('reasoning-gym')})"
-        except metadata.PackageNotFoundError:
-            raise ValueError(
-                f"tasks: {task_set} needs the package reasoning-gym: pip install 'stllms[gym]' "
-                "(or: pip install reasoning-gym)"
-            ) from None
-    if has_name(task_set):
+    if not has_name(task_set):
+        path = Path(task_set).expanduser()
+        return f"{path.name}:{file_hash(path)[:12]}"
+    if not task_set.startswith(GYM):
         return task_set
-    path = Path(task_set).expanduser()
-    return f"{path.name}:{file_hash(path)[:12]}"
+    try:
+        return f"{task_set} (reasoning-gym {importlib.metadata.version('reasoning-gym')})"
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            f"tasks: {task_set} needs the package reasoning-gym: pip install 'stllms[gym]' "
+            "(or: pip install reasoning-gym)"
+        ) from None
 
 
 def _judge_identity(judge: str) -> str:
     """The annotator of a run; of stored replies with the hash of what is stored."""
-    if not judge.startswith("replay:"):
+    if not judge.startswith(REPLAY):
         return judge
-    return f"replay:{_content_identity(judge.removeprefix('replay:'), '*.jsonl')}"
+    return f"{REPLAY}{_content_identity(judge.removeprefix(REPLAY), '*.jsonl')}"
 
 
 def _content_identity(folder: str | None, pattern: str) -> str | None:

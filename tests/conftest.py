@@ -47,14 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def tiny_model():
     """``tiny_model(kind)``: the wrapped random model of a family, built once a session."""
-    built = {}
-
-    def get(kind: str):
-        if kind not in built:
-            built[kind] = tiny.model(kind)
-        return built[kind]
-
-    return get
+    return functools.cache(tiny.model)
 
 
 @pytest.fixture(scope="session")
@@ -68,11 +61,6 @@ def tiny_qwen2(tiny_model):
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen3(tiny_model):
-    return tiny_model("qwen3")
-
-
-@pytest.fixture(scope="session")
 def tiny_mistral(tiny_model):
     return tiny_model("mistral")
 
@@ -80,11 +68,6 @@ def tiny_mistral(tiny_model):
 @pytest.fixture(scope="session")
 def tiny_gemma2(tiny_model):
     return tiny_model("gemma2")
-
-
-@pytest.fixture(scope="session")
-def tiny_gemma3(tiny_model):
-    return tiny_model("gemma3")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,6 @@ from stllms.app import cli, runner
 from stllms.config import PROFILES
 from stllms.generation import prompts
 from stllms.labels import BEHAVIOURS, STEERED
-from stllms.records import to_row
 
 CHAIN = "Okay, I need to find 2+2. Wait, maybe I should check. So 2+2 is 4."
 STEER = ["steer", cli.QUESTION, "--behaviour", "backtracking", "--max-tokens", "24"]
@@ -70,9 +70,7 @@ def test_the_module_shows_help_and_models_without_importing_anything_heavy():
         (["steer", "why? " * 500, *STEER[2:]], "exceed the context of tiny-thinker"),
         (["annotate", "nowhere.txt"], "nowhere.txt: there is no such file"),
         (["annotate", "x", "--max-cost", "2"], "--max-cost is for a judge openai:MODEL"),
-        (["annotate", "x", "--out", "."], "--out .: expected another file"),
-        (["annotate", "x", "--out", "nowhere/b"], "in a folder that is there"),
-        (["annotate", "x", "--out", "./x"], "than the one that is read"),
+        (["annotate", __file__, "--judge", "replay:."], "holds no stored replies"),
         (["run", "--published", "x", "--seed", "3"], "--seed needs --model"),
     ],
 )
@@ -96,8 +94,7 @@ def test_the_help_names_commands_profiles_behaviours_and_what_option_takes(capsy
     assert all(name in below for name in cli.OTHER_FIELDS)
     assert "n_samples" not in below, "it has an option of its own"
     assert max(map(len, out.splitlines())) < 100
-    _, out, _ = told(capsys, "steer", "--help")
-    assert all(name in out for name in STEERED)
+    assert all(name in told(capsys, "steer", "--help")[1] for name in STEERED)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +118,8 @@ def test_the_options_of_run_become_configurations(capsys, monkeypatch, words, fr
 def test_the_first_example_of_the_help_shows_the_behaviour_rise(capsys):
     words = shlex.split(cli.EXAMPLE.replace("\\\n", " "))[1:]
     for command in ((), ("steer",)):
-        assert f"Examples:\n  {cli.EXAMPLE}" in told(capsys, *command, "--help")[1]
+        shown = textwrap.indent(f"Examples:\n  {cli.EXAMPLE}", "  ")
+        assert shown in told(capsys, *command, "--help")[1]
     status, out, err = told(capsys, *words, "--json")
     assert status == 0
     plain, steered = (one["shares"]["backtracking"] for one in json.loads(out)["chains"])
@@ -166,37 +164,18 @@ def test_steer_prints_labels_without_a_terminal_and_colours_with_one(capsys, mon
     assert "-1 backtracking, layer " in out
     assert "\x1b" not in out
     assert any(line.startswith("initializing  ") for line in out.splitlines())
-    monkeypatch.setattr(cli, "has_colour", lambda: True)
-    status, out, _ = told(capsys, *STEER, "--no-plain")
-    assert out.startswith("+1 backtracking, layer ")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    _, out, _ = told(capsys, *STEER)
+    assert "+1 backtracking, layer " in out
     assert "\x1b[30;48;5;" in out
-    assert "plain" not in out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in told(capsys, *STEER)[1]
 
 
 def test_a_push_that_changes_no_token_is_one_more_line(capsys):
     said = "stllms: the push changed no token: try another seed"
     assert said in told(capsys, *STEER, "--coefficient", "0.01", "--json")[2]
-
-
-@pytest.mark.parametrize(
-    ("tty", "no_colour", "term", "expected"),
-    [
-        (True, None, "xterm", True),
-        (True, "", "xterm", True),
-        (True, "1", "xterm", False),
-        (True, None, "dumb", False),
-        (False, None, "xterm", False),
-    ],
-)
-def test_colour_is_for_terminals_that_want_it(monkeypatch, tty, no_colour, term, expected):
-    stdout = io.StringIO()
-    stdout.isatty = lambda: tty
-    monkeypatch.setattr(sys, "stdout", stdout)
-    monkeypatch.setenv("TERM", term)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    if no_colour is not None:
-        monkeypatch.setenv("NO_COLOR", no_colour)
-    assert cli.has_colour() is expected
 
 
 # --- annotate ------------------------------------------------------------------------------
@@ -215,7 +194,7 @@ def test_a_text_from_standard_input_is_labelled_where_it_says(capsys, monkeypatc
 
 
 def test_a_chain_without_labels_is_status_1_and_named(capsys, tmp_path, monkeypatch):
-    source, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    source = tmp_path / "a.jsonl"
     texts = {"good": CHAIN, "nothing": "", "unknown": "zzz", "broken": CHAIN}
     rows = [{"task_id": name, "thinking": text} for name, text in texts.items()]
     source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -230,33 +209,16 @@ def test_a_chain_without_labels_is_status_1_and_named(capsys, tmp_path, monkeypa
             return made
 
     monkeypatch.setattr(annotators, "annotator", lambda *_: Partly())
-    status, _, err = told(capsys, "annotate", str(source), "--out", str(out))
+    status, out, err = told(capsys, "annotate", str(source))
     assert status == 1
     assert err.endswith(
         ", 3 chains without labels: nothing (empty), unknown (nothing found), "
         "broken (no stored reply)\n"
     )
-    assert {row["task_id"] for row in lines(out.read_text(encoding="utf-8"))} == {"good"}
-
-
-def test_a_folder_without_replies_makes_no_sense(capsys, tmp_path):
-    source = tmp_path / "a.txt"
-    source.write_text(CHAIN, encoding="utf-8")
-    status, _, err = told(capsys, "annotate", str(source), "--judge", f"replay:{tmp_path}")
-    assert (status, "holds no stored replies" in err) == (2, True)
+    assert {row["task_id"] for row in lines(out)} == {"good"}
 
 
 # --- what a file may be --------------------------------------------------------------------
-
-
-def test_responses_are_read_as_they_were_written(tmp_path):
-    source = tmp_path / "a.txt"
-    source.write_text(CHAIN, encoding="utf-8")
-    one = prompts.read(str(source))[0]
-    stored = tmp_path / "responses.jsonl"
-    stored.write_text(json.dumps({**to_row(one), "task_id": "t7"}) + "\n\n", encoding="utf-8")
-    again = prompts.read(str(stored))
-    assert [(item.task_id, item.thinking) for item in again] == [("t7", CHAIN)]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +228,8 @@ def test_responses_are_read_as_they_were_written(tmp_path):
         ("a.txt", f"<think>\n{CHAIN}\n</think>\n4", CHAIN),
         ("a.txt", '["deduction"] so it is ["end-section"]', None),
         ("a.json", json.dumps([{"response": f"{CHAIN}</think>4"}]), CHAIN),
-        ("a.jsonl", json.dumps({"text": f"<think>{CHAIN}</think>4"}), CHAIN),
+        ("a.jsonl", json.dumps({"text": f"<think>{CHAIN}</think>4"}) + "\n\n", CHAIN),
+        ("a.jsonl", json.dumps({"task_id": "t7", "thinking": CHAIN}), CHAIN),
         ("a", json.dumps({"thinking_process": CHAIN, "response": "no"}), CHAIN),
     ],
 )
@@ -275,6 +238,7 @@ def test_the_content_says_what_a_file_is(tmp_path, name, content, thinking):
     path.write_text(content, encoding="utf-8")
     (made,) = prompts.read(str(path))
     assert made.thinking == (content if thinking is None else thinking)
+    assert made.task_id == ("t7" if "t7" in content else made.task_id)
 
 
 @pytest.mark.parametrize(

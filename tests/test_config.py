@@ -15,18 +15,17 @@ from stllms.config import CHOICES, PROFILES, RunConfig
 from stllms.labels import STEERED
 from stllms.registry import MODELS, UnknownModel, resolve, slug
 
+REFERENCE = pathlib.Path(__file__).parents[1] / "results" / "reference" / "tiny-thinker"
+
 # -- the registry ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("r1-distill-qwen-1.5b", "r1-distill-qwen-1.5b"),
         ("R1-Distill-Qwen-1.5B", "r1-distill-qwen-1.5b"),
-        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "r1-distill-qwen-1.5b"),
         ("deepseek-ai/deepseek-r1-distill-llama-8b", "r1-distill-llama-8b"),
         ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b-instruct"),
-        ("Qwen/Qwen2.5-32B-Instruct", "qwen2.5-32b-instruct"),
         ("tiny-thinker", "tiny-thinker"),
         ("GPT-4o", "gpt-4o"),
     ],
@@ -36,19 +35,11 @@ def test_a_model_is_found_by_name_and_by_hub_id_in_any_case(name, expected):
     assert slug(name) == expected
 
 
-def test_the_registry_has_every_model_of_the_paper():
+def test_the_registry_has_every_model_of_the_paper_and_mutual_pairs():
     kinds = [(entry.kind, entry.source) for entry in MODELS.values()]
-    assert kinds.count(("thinking", "hub")) == 5
-    assert kinds.count(("instruct", "hub")) == 5
-    assert sum(source == "api" for _, source in kinds) == 7
-    assert {name for name, entry in MODELS.items() if entry.source == "embedded"} == {
-        "tiny-thinker",
-        "tiny-instruct",
-    }
-    assert MODELS["smollm2"].display == "SmolLM2-135M-Instruct"
-
-
-def test_pairs_are_mutual_and_of_opposite_kind():
+    assert kinds.count(("thinking", "hub")) == kinds.count(("instruct", "hub")) == 5
+    assert [source for _, source in kinds].count("api") == 7
+    assert [source for _, source in kinds].count("embedded") == 2
     for entry in MODELS.values():
         if entry.pair:
             other = MODELS[entry.pair]
@@ -64,53 +55,40 @@ def test_published_steering_layers():
         "r1-distill-qwen-14b": [29, 29, 29, 24],
     }
     for name, entry in MODELS.items():
-        if entry.source == "embedded":
-            continue
         layers = entry.steering_layers
-        assert (layers and [layers[label] for label in STEERED]) == rows.get(name)
+        if entry.source != "embedded":
+            assert (layers and [layers[label] for label in STEERED]) == rows.get(name)
 
 
 def test_any_hub_id_has_defaults():
     entry = resolve("Some-Owner/My.Model-7B")
-    assert (entry.name, entry.kind, entry.source) == (
-        "Some-Owner/My.Model-7B",
-        "unknown",
-        "hub",
-    )
-    assert slug("Some-Owner/My.Model-7B") == "some-owner--my.model-7b"
+    assert entry.name == "Some-Owner/My.Model-7B"
+    assert (entry.kind, entry.source) == ("unknown", "hub")
+    assert slug(entry.name) == "some-owner--my.model-7b"
 
 
-def test_a_local_folder_needs_a_config(tmp_path):
-    folder = tmp_path / "My Model"
-    folder.mkdir()
-    with pytest.raises(UnknownModel, match=r"My Model holds no model.*config\.json"):
-        resolve(str(folder))
-    (folder / "config.json").write_text("{}")
-    entry = resolve(str(folder))
-    assert (entry.source, entry.display, entry.name) == ("folder", "My Model", str(folder))
-    assert slug(str(folder)).startswith("my-model-")
-
-
-def test_folders_of_one_name_have_different_slugs(tmp_path):
-    for parent in ("a", "b"):
-        (tmp_path / parent / "model").mkdir(parents=True)
-        (tmp_path / parent / "model" / "config.json").write_text("{}")
-    assert slug(str(tmp_path / "a/model")) != slug(str(tmp_path / "b/model"))
-    assert slug(str(tmp_path / "a/../a/model")) == slug(str(tmp_path / "a/model"))
+def test_a_local_folder_needs_a_config_and_has_a_slug_of_its_own(tmp_path):
+    first, second = tmp_path / "a" / "My Model", tmp_path / "b" / "My Model"
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+        with pytest.raises(UnknownModel, match=r"My Model holds no model.*config\.json"):
+            resolve(str(folder))
+        (folder / "config.json").write_text("{}")
+    entry = resolve(str(first))
+    assert (entry.source, entry.display, entry.name) == ("folder", "My Model", str(first))
+    assert slug(str(first)).startswith("my-model-")
+    assert slug(str(first)) == slug(str(tmp_path / "b/../a/My Model")) != slug(str(second))
 
 
 @pytest.mark.parametrize(
-    "name", ["does-not-exist", "", "/no/such/folder", "a/b/c", "./x", "a b"]
+    "name",
+    ["does-not-exist", "", "/no/such/folder", "a/b/c", "./x", "a b", "llama-3.1-8b-instuct"],
 )
-def test_anything_else_is_unknown(name):
+def test_anything_else_is_unknown_and_close_names_are_offered(name):
     with pytest.raises(UnknownModel, match=re.escape(repr(name))) as caught:
         resolve(name)
     assert "\n" not in str(caught.value)
-
-
-def test_close_names_are_offered():
-    with pytest.raises(UnknownModel, match=r"did you mean llama-3\.1-8b-instruct"):
-        resolve("llama-3.1-8b-instuct")
+    assert ("did you mean llama-3.1-8b-instruct" in str(caught.value)) == ("instuct" in name)
 
 
 # -- values and what they resolve to -----------------------------------------------------
@@ -130,14 +108,29 @@ def test_profiles_are_those_of_the_design():
     assert (PROFILES["paper"].n_compare, PROFILES["paper"].max_tokens_compare) == (100, 2000)
 
 
-def test_own_values_replace_those_of_the_profile_and_no_others():
-    own = RunConfig(
-        profile="paper", n_samples=3, temperature=0.5, coefficients=[2, -1]
-    ).settings
-    expected = dataclasses.replace(
-        PROFILES["paper"], n_build=3, temperature=0.5, coefficients=(-1.0, 2.0)
-    )
-    assert own == expected
+@pytest.mark.parametrize(
+    ("own", "changed"),
+    [
+        ({"n_samples": 3, "temperature": 0.5}, {"n_build": 3, "temperature": 0.5}),
+        ({"coefficients": [2, -1]}, {"coefficients": (-1.0, 2.0)}),
+        ({"n_sweep": 3}, {"n_sweep": 3}),
+        ({"max_tokens": 50}, {"max_tokens": 50, "max_tokens_compare": 50}),
+        (
+            {"max_tokens": 50, "max_tokens_compare": 70},
+            {"max_tokens": 50, "max_tokens_compare": 70},
+        ),
+    ],
+)
+def test_own_values_replace_those_of_the_profile_and_no_others(own, changed):
+    expected = dataclasses.replace(PROFILES["paper"], **changed)
+    assert RunConfig(profile="paper", **own).settings == expected
+
+
+def test_only_embedded_models_sweep_the_layers_without_being_told():
+    assert RunConfig().settings.n_sweep == 20
+    assert RunConfig(n_sweep=0).settings.n_sweep == 0
+    assert RunConfig(model="smollm2").settings.n_sweep == 0
+    assert RunConfig(model="smollm2", n_sweep=3).settings.n_sweep == 3
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -146,25 +139,9 @@ def test_every_profile_finds_its_tasks_in_messages(profile, task_set):
     setup = RunConfig(model="smollm2", profile=profile, tasks=task_set)
     full = len(tasks.load("evaluate" if task_set == "messages" else "checkable"))
     assert config.SIZES[task_set] == {"n_build": len(tasks.load("train")), "n_evaluate": full}
-    asked = {part: setup.tasks_of(part)["n"] for part in ("build", "evaluate")}
+    asked = [setup.tasks_of(part)["n"] for part in ("build", "evaluate")]
     profiles = PROFILES[profile]
-    assert asked == {
-        "build": min(profiles.n_build, 500),
-        "evaluate": min(profiles.n_evaluate, full),
-    }
-
-
-def test_only_embedded_models_sweep_the_layers_without_being_told():
-    assert RunConfig().settings.n_sweep == 20
-    assert RunConfig(n_sweep=0).settings.n_sweep == 0
-    assert RunConfig(model="smollm2").settings.n_sweep == 0
-    assert RunConfig(model="smollm2", profile="full", n_sweep=3).settings.n_sweep == 3
-
-
-def test_a_token_limit_also_limits_the_comparison():
-    assert RunConfig(profile="paper", max_tokens=50).settings.max_tokens_compare == 50
-    both = RunConfig(profile="paper", max_tokens=50, max_tokens_compare=70).settings
-    assert (both.max_tokens, both.max_tokens_compare) == (50, 70)
+    assert asked == [min(profiles.n_build, 500), min(profiles.n_evaluate, full)]
 
 
 @pytest.mark.parametrize(
@@ -201,16 +178,14 @@ def test_smollm2_joins_an_embedded_model_where_it_is_installed(options, joins, m
 
 
 def test_compared_models_are_normalised_and_named_once():
-    made = RunConfig(
-        compare=["Qwen/Qwen2.5-14B-Instruct", "smollm2", "tiny-thinker", "SmolLM2"]
-    )
+    others = ["Qwen/Qwen2.5-14B-Instruct", "smollm2", "tiny-thinker", "SmolLM2"]
+    made = RunConfig(compare=others)
     assert made.models == ("tiny-thinker", "qwen2.5-14b-instruct", "smollm2")
 
 
 def test_where_results_go(monkeypatch, tmp_path):
     monkeypatch.delenv("STLLMS_RESULTS", raising=False)
-    root = registry.repository()
-    assert RunConfig().folder == root / "results" / "tiny-thinker"
+    assert RunConfig().folder == registry.repository() / "results" / "tiny-thinker"
     monkeypatch.setattr(registry, "repository", lambda: None)
     monkeypatch.chdir(tmp_path)
     assert RunConfig().folder == tmp_path / "results" / "tiny-thinker"
@@ -223,59 +198,54 @@ def test_where_results_go(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "parts"),
+    ("values", "words"),
     [
-        ({"model": "nothing-like-it"}, ["nothing-like-it"]),
-        ({"profile": "papr"}, ["profile", "smoke, default, full, paper (did you mean paper?)"]),
-        ({"max_tokens": -1}, ["max_tokens", "-1", "at least 1"]),
-        ({"max_tokens": 0}, ["max_tokens", "0"]),
-        ({"n_samples": 2.5}, ["n_samples", "2.5"]),
-        ({"n_evaluate": True}, ["n_evaluate", "True"]),
-        ({"batch_size": "8"}, ["batch_size", "'8'"]),
-        ({"seed": None}, ["seed"]),
-        ({"seed": -1}, ["seed", "-1"]),
-        ({"temperature": -0.1}, ["temperature", "-0.1"]),
-        ({"temperature": float("nan")}, ["temperature", "nan"]),
-        ({"max_cost": "free"}, ["max_cost", "free"]),
-        ({"coefficients": "1"}, ["coefficients"]),
-        ({"coefficients": [0]}, ["coefficients"]),
-        ({"coefficients": [float("inf")]}, ["coefficients", "inf"]),
-        ({"judge": "gpt-4.1"}, ["judge", "gpt-4.1", "openai:MODEL"]),
-        ({"judge": "lexicon"}, ["judge", "did you mean lexical?"]),
-        ({"judge": "openai:"}, ["judge", "openai:"]),
-        ({"judge": "grammar", "model": "smollm2"}, ["judge", "smollm2"]),
-        ({"device": "gpu"}, ["device", "gpu"]),
-        ({"dtype": "fp8"}, ["dtype", "fp8"]),
-        ({"quantization": "2bit"}, ["quantization", "8bit"]),
-        ({"tasks": "no/such.jsonl"}, ["tasks", "no/such.jsonl"]),
-        ({"tasks": "gym:"}, ["tasks", "gym:NAME"]),
-        ({"tasks": "mesages"}, ["tasks", "did you mean messages?"]),
-        ({"results": " "}, ["results"]),
-        ({"compare": "smollm2"}, ["compare", "list"]),
-        ({"folders": "results/x"}, ["folders", "list"]),
-        ({"folders": ["results"]}, ["folders: results has no run.json", "notebook 02"]),
-        *(({name: "x"}, [name, *values]) for name, values in CHOICES.items()),
+        ({"model": "nothing-like-it"}, "nothing-like-it"),
+        ({"profile": "papr"}, "smoke, default, full, paper (did you mean paper?)"),
+        ({"max_tokens": -1}, "-1, expected a whole number of at least 1"),
+        ({"max_tokens": 0}, "0, expected"),
+        ({"n_samples": 2.5}, "2.5, expected"),
+        ({"n_evaluate": True}, "True, expected"),
+        ({"batch_size": "8"}, "'8', expected"),
+        ({"seed": None}, "None, expected"),
+        ({"seed": -1}, "-1, expected"),
+        ({"temperature": -0.1}, "-0.1, expected a number of at least 0"),
+        ({"temperature": float("nan")}, "nan, expected"),
+        ({"max_cost": "free"}, "'free', expected"),
+        ({"coefficients": "1"}, "'1', expected a list of numbers"),
+        ({"coefficients": [0]}, "[0.0], expected at least one that is not 0"),
+        ({"coefficients": [float("inf")]}, "inf, expected a number"),
+        ({"judge": "gpt-4.1"}, "'gpt-4.1', expected one of auto, grammar, lexical"),
+        ({"judge": "lexicon"}, "did you mean lexical?"),
+        ({"judge": "openai:"}, "openai:MODEL"),
+        ({"judge": "grammar", "model": "smollm2"}, "not those of smollm2"),
+        ({"device": "gpu"}, "'gpu', expected auto, cpu, mps, cuda[:N]"),
+        ({"dtype": "fp8"}, "'fp8', expected"),
+        ({"quantization": "2bit"}, "8bit"),
+        ({"tasks": "no/such.jsonl"}, "'no/such.jsonl' is not a file"),
+        ({"tasks": "gym:"}, "gym:NAME"),
+        ({"tasks": "mesages"}, "did you mean messages?"),
+        ({"results": " "}, "' ', expected"),
+        ({"compare": "smollm2"}, "a list of models"),
+        ({"folders": "results/x"}, "a list of folders"),
+        ({"folders": ["results"]}, "results has no run.json"),
+        *(({name: "x"}, ", ".join(values)) for name, values in CHOICES.items()),
     ],
 )
-def test_a_bad_value_is_refused_by_name(values, parts):
-    with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
+def test_a_bad_value_is_refused_by_name(values, words):
+    with pytest.raises(ValueError, match=next(iter(values))) as caught:
         RunConfig(**values)
-    for part in parts[1:]:
-        assert part in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_options_are_refused_with_close_ones():
-    with pytest.raises(ValueError, match=r"'n_sample' \(did you mean n_samples"):
+    with pytest.raises(ValueError, match=r"'n_sample' \(did you mean n_samples.*of model, "):
         RunConfig.from_dict({"n_sample": 3})
-    with pytest.raises(ValueError, match=r"'xyz'; expected one of model, profile"):
-        RunConfig.from_dict({"xyz": 3})
     with pytest.raises(ValueError, match="seed has a parameter of its own"):
         RunConfig.from_parameters("tiny-thinker", options={"seed": 3})
-
-
-def test_a_configuration_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        RunConfig().seed = 3
+    with pytest.raises(ValueError, match="part of a run: 'train', expected one of build"):
+        RunConfig().tasks_of("train")
 
 
 # -- to and from plain values ------------------------------------------------------------
@@ -309,13 +279,17 @@ def test_json_and_parameters_bring_everything_back(made):
 def test_paths_reach_a_kernel_with_another_working_folder(monkeypatch, tmp_path):
     (tmp_path / "mine.jsonl").write_text("")
     monkeypatch.chdir(tmp_path)
-    made = RunConfig(tasks="mine.jsonl", judge="replay:stored", published="files", results="r")
+    (tmp_path / "run").symlink_to(REFERENCE)
+    made = RunConfig(
+        tasks="mine.jsonl", judge="replay:stored", published="p", results="r", folders=["run"]
+    )
     cell = made.parameters()
     assert cell["results"] == str(tmp_path / "r")
     assert cell["judge"] == f"replay:{tmp_path / 'stored'}"
     assert cell["options"] == {
         "tasks": str(tmp_path / "mine.jsonl"),
-        "published": str(tmp_path / "files"),
+        "published": str(tmp_path / "p"),
+        "folders": [str(REFERENCE)],
     }
 
 
@@ -332,8 +306,6 @@ def test_options_of_the_stages():
     }  # fmt: skip
     assert made.tasks_of("compare") == {"source": "messages", "n": 8, "skip": 0, "seed": 3}
     assert (made.annotating, made.n_control_tasks) == ({}, None)
-    with pytest.raises(ValueError, match=r"part of a run: 'train', expected one of build"):
-        made.tasks_of("train")
 
 
 def test_options_of_a_judge(tmp_path):
@@ -350,15 +322,19 @@ def test_options_of_a_judge(tmp_path):
     assert (stored.annotating, stored.n_control_tasks) == ({"reader": "published"}, 3)
 
 
-def test_a_persons_tasks_are_cut_into_parts(tmp_path, monkeypatch):
+def test_a_persons_tasks_are_cut_into_parts_and_count_by_their_content(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "mine.jsonl"
-    path.write_text("")
+    path.write_text("one")
     made = RunConfig(tasks="~/mine.jsonl", n_samples=5, n_evaluate=4, n_compare=9)
     assert [made.tasks_of(part) for part in ("build", "evaluate", "compare")] == [
         {"source": str(path), "n": n, "skip": skip, "seed": 0}
         for n, skip in ((5, 0), (4, 5), (9, 0))
     ]
+    first = made.identity()["tasks"]
+    path.write_text("two")
+    assert first.startswith("mine.jsonl:")
+    assert made.identity()["tasks"] != first
 
 
 def test_a_dataset_is_only_checked_by_its_form_and_counts_with_its_version(monkeypatch):
@@ -370,13 +346,12 @@ def test_a_dataset_is_only_checked_by_its_form_and_counts_with_its_version(monke
         raise importlib.metadata.PackageNotFoundError
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(ValueError, match=r"needs the package reasoning-gym: pip install"):
+    with pytest.raises(ValueError, match="needs the package reasoning-gym: pip install"):
         made.identity()
 
 
 # -- identity ----------------------------------------------------------------------------
 
-REFERENCE = pathlib.Path(__file__).parents[1] / "results" / "reference" / "tiny-thinker"
 SAME = {
     "device": "cpu",
     "batch_size": 3,
@@ -406,28 +381,20 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("name", SAME)
-def test_what_is_only_recorded_or_keyed(name):
-    assert RunConfig(**{name: SAME[name]}).identity() == RunConfig().identity()
+@pytest.mark.parametrize("name", [*SAME, *OTHER])
+def test_what_identifies_a_run_and_what_is_only_recorded_or_keyed(name):
+    changed = RunConfig(**{name: {**SAME, **OTHER}[name]})
+    assert (changed.identity() == RunConfig().identity()) == (name in SAME)
 
 
-@pytest.mark.parametrize("name", OTHER)
-def test_what_identifies_a_run(name):
-    assert RunConfig(**{name: OTHER[name]}).identity() != RunConfig().identity()
+def test_the_run_of_today_is_the_committed_one():
+    record = json.loads((REFERENCE / "run.json").read_text(encoding="utf-8"))
+    assert RunConfig().identity() == record["identity"]
 
 
 def test_profiles_of_equal_values_are_the_same_run():
     same = RunConfig(profile="default", n_samples=16, n_evaluate=8, max_tokens=96)
     assert same.identity() == RunConfig(profile="smoke").identity()
-
-
-def test_a_persons_tasks_count_by_their_content(tmp_path):
-    path = tmp_path / "tasks.jsonl"
-    path.write_text("one")
-    first = RunConfig(tasks=str(path)).identity()["tasks"]
-    path.write_text("two")
-    assert first.startswith("tasks.jsonl:")
-    assert RunConfig(tasks=str(path)).identity()["tasks"] != first
 
 
 def test_the_comparison_has_an_identity_of_its_own():

@@ -27,7 +27,7 @@ from stllms.terminal import plain
 
 if TYPE_CHECKING:
     from stllms.app.bench import Ask, Bench
-    from stllms.records import Steered
+    from stllms.records import Annotation, Steered
 
 #: Chains without labels that are named, at most.
 NAMED = 5
@@ -45,40 +45,30 @@ PURPOSES = {
     "paper": "as published: long, greedy chains; wants a GPU",
 }
 
-#: The options that are fields of ``RunConfig``, which has their types and defaults, in the
-#: groups of the help.
-GROUPS = {
-    "What is run": {
-        "model": f"registry name, {registry.OTHERS}",
-        "profile": f"how much a run does: {', '.join(PROFILES)}; see stllms run --help",
-        "n_samples": "tasks that the directions are built from",
-        "n_evaluate": "tasks that steering is evaluated on",
-        "published": "folder of the paper's released files; alone: draws them",
-        "results": "folder for the runs (default: results/, or STLLMS_RESULTS)",
-    },
-    "How chains are written": {
-        "tasks": "grammar, messages, checkable, gym:NAME, or a JSONL file (default: grammar "
-        "for the embedded models, else messages)",
-        "max_tokens": "limit of new tokens a chain (default: the profile's)",
-        "temperature": "0 is greedy (default: the profile's)",
-        "seed": "seed of all sampling",
-        "batch_size": "chains written at once (default: what fits)",
-    },
-    "How chains are labelled": {
-        "judge": "grammar, lexical, offline, openai:MODEL (an API) or replay:FOLDER; auto is "
-        "grammar for the embedded models, else offline",
-        "base_url": "OpenAI-compatible server of a judge or an API model",
-        "max_cost": "bound on what each judge and each API model may cost",
-    },
-    "Machine": {
-        "device": "auto, cpu, mps, cuda, cuda:N",
-        "dtype": "auto, float32, bfloat16, float16",
-        "quantization": "8bit or 4bit (CUDA and bitsandbytes)",
-        "revision": "revision of the model on the hub",
-    },
+#: The options that are fields of ``RunConfig``, which has their types and defaults: what is
+#: run, how chains are written, how they are labelled, and the machine.
+HELP = {
+    "model": f"registry name, {registry.OTHERS}",
+    "profile": f"how much a run does: {', '.join(PROFILES)}; see stllms run --help",
+    "n_samples": "tasks that the directions are built from",
+    "n_evaluate": "tasks that steering is evaluated on",
+    "published": "folder of the paper's released files; alone: draws them",
+    "results": "folder for the runs (default: results/, or STLLMS_RESULTS)",
+    "tasks": "grammar, messages, checkable, gym:NAME, or a JSONL file (default: grammar for "
+    "the embedded models, else messages)",
+    "max_tokens": "limit of new tokens a chain (default: the profile's)",
+    "temperature": "0 is greedy (default: the profile's)",
+    "seed": "seed of all sampling",
+    "batch_size": "chains written at once (default: what fits)",
+    "judge": "grammar, lexical, offline, openai:MODEL (an API) or replay:FOLDER; auto is "
+    "grammar for the embedded models, else offline",
+    "base_url": "OpenAI-compatible server of a judge or an API model",
+    "max_cost": "bound on what each judge and each API model may cost",
+    "device": "auto, cpu, mps, cuda, cuda:N",
+    "dtype": "auto, float32, bfloat16, float16",
+    "quantization": "8bit or 4bit (CUDA and bitsandbytes)",
+    "revision": "revision of the model on the hub",
 }
-#: The same without groups.
-HELP = {name: text for group in GROUPS.values() for name, text in group.items()}
 #: The other fields of ``RunConfig``, for ``--option``.
 OTHER_FIELDS = [one.name for one in fields(RunConfig) if one.name not in HELP]
 
@@ -136,7 +126,7 @@ notebooks 01 to 03 make one first where there is none (this may take long)."""
 ANNOTATE = """Examples:
   stllms annotate chain.txt                              one chain, the offline classifier
   stllms annotate - --judge lexical < chain.txt          from standard input
-  stllms annotate responses.jsonl --out segments.jsonl   rows of notebook 01
+  stllms annotate responses.jsonl > segments.jsonl       rows of notebook 01
   stllms annotate reasoning_comparison_MODEL.json        a released file
   stllms annotate responses.jsonl --judge openai:gpt-4.1 --max-cost 2
 
@@ -155,30 +145,9 @@ there now. Status 1 if one does not hold."""
 # --- the command --------------------------------------------------------------------------
 
 
-class Command(click.Command):
-    """A command with its options in groups, and an epilogue that keeps its lines."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the command's own options, then those of :data:`GROUPS`."""
-        groups: dict[str, list[tuple[str, str]]] = {"Options": []}
-        for param in self.get_params(ctx):
-            title = next((t for t, own in GROUPS.items() if param.name in own), "Options")
-            if record := param.get_help_record(ctx):
-                groups.setdefault(title, []).append(record)
-        for title, records in groups.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the epilogue as it is."""
-        formatter.write(f"\n{self.epilog}\n" if self.epilog else "")
-
-
-class Group(click.Group):
-    """A group of such commands."""
-
-    command_class = Command
-    format_epilog = Command.format_epilog
+def _as_it_is(text: str) -> str:
+    """An epilogue whose lines click does not join."""
+    return "\n\n".join(f"\b\n{part}" for part in text.split("\n\n"))
 
 
 def config_options(*names: str, **defaults: str) -> Callable[[Callable], Callable]:
@@ -202,8 +171,7 @@ def config_options(*names: str, **defaults: str) -> Callable[[Callable], Callabl
 
 
 @click.group(
-    cls=Group,
-    epilog=EPILOG,
+    epilog=_as_it_is(EPILOG),
     context_settings={"max_content_width": 96, "show_default": True},
 )
 @click.version_option(__version__, message="stllms %(version)s")
@@ -221,8 +189,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status or 0
     except click.exceptions.Exit as stop:  # --help, --version
         return stop.exit_code if words else 2
-    except SystemExit as stop:  # of a command with a parser of its own
-        return int(stop.code or 0)
     except click.UsageError as error:
         where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         return _complain(f"{error.format_message().rstrip('.')}{where}", 2)
@@ -251,7 +217,7 @@ def _complain(error: object, status: int) -> int:
 # --- run ----------------------------------------------------------------------------------
 
 
-@cli.command(epilog=RUN)
+@cli.command(epilog=_as_it_is(RUN))
 @click.option("--model", multiple=True, help=f"{HELP['model']}; may be repeated")
 @config_options(*(name for name in HELP if name != "model"))
 @click.option("--from", "first", metavar="NOTEBOOK", help="first notebook, 01 to 05")
@@ -271,14 +237,10 @@ def _complain(error: object, status: int) -> int:
     help="any other field of RunConfig, see below; may be repeated",
 )
 @click.option("--quiet", is_flag=True, help="show neither the estimate nor the progress")
-@click.option("--list-models", is_flag=True, help="list the registry and stop")
 @click.option("--configuration", hidden=True)
 @click.pass_context
 def run(context: click.Context, **given: Any) -> None:
     """Run the notebooks for one or more models; what is done is skipped."""
-    if given["list_models"]:
-        _list_models()
-        return
     from stllms.app import runner
 
     if given["published"] and not given["model"]:
@@ -334,11 +296,6 @@ def _check_only_published(context: click.Context) -> None:
 @cli.command()
 def models() -> None:
     """List the models of the registry."""
-    _list_models()
-
-
-def _list_models() -> None:
-    """Prints the registry: name, kind, where the weights come from, the model's pair."""
     print(f"{'name':32}{'kind':12}{'source':52}pair")
     for entry in registry.MODELS.values():
         where = entry.hub_id or (f"api: {entry.api_id}" if entry.api_id else entry.source)
@@ -358,25 +315,18 @@ def _judge_options(given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-@cli.command(epilog=STEER)
+@cli.command(epilog=_as_it_is(STEER))
 @click.argument("question")
-@click.option(
-    "--behaviour",
-    "--behavior",
-    "behaviour",
-    required=True,
-    help="what is added or removed; see below",
-)
+@click.option("--behaviour", "--behavior", required=True, help="added or removed; see below")
 @click.option("--coefficient", default=1.0, help="adds the behaviour, below 0 removes it")
 @click.option("--layer", type=int, help="from 0 (default: the behaviour's own)")
 @click.option("--vectors", help="directions: a vectors.safetensors, a released .pt")
 @click.option("--operation", default="add", help="add or ablate")
 @click.option("--where", default="all", help="all, generated or thinking tokens")
-@click.option("--no-plain", is_flag=True, help="show the steered chain only")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object instead of text")
 @config_options("model", "profile", "results", "max_tokens", "temperature", "seed")
 @config_options("judge", "base_url", "max_cost", "device")
-def steer(question: str, no_plain: bool, as_json: bool, **given: Any) -> None:
+def steer(question: str, as_json: bool, **given: Any) -> None:
     """Answer QUESTION plain, and with a behaviour added or removed."""
     of_run = ("model", "profile", "judge", "results", "device")
     config = RunConfig(**{name: given[name] for name in of_run}, **_judge_options(given))
@@ -397,18 +347,12 @@ def steer(question: str, no_plain: bool, as_json: bool, **given: Any) -> None:
             f'its grammar, like "{QUESTION}"',
             file=sys.stderr,
         )
-    chains = pair[1:] if no_plain else pair
     if as_json:
-        made = _as_json(bench, ask, chains)
+        made = _as_json(bench, ask, pair)
         print(plain(json.dumps(made, ensure_ascii=False, allow_nan=False)))
     else:
-        print(_as_text(chains, colour=has_colour()))
-
-
-def has_colour() -> bool:
-    """Whether standard output shows colours: a terminal that can, and nobody said no."""
-    dumb = os.environ.get("TERM", "dumb") == "dumb"
-    return sys.stdout.isatty() and not dumb and not os.environ.get("NO_COLOR")
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(_as_text(pair, colour=colour))
 
 
 def _as_text(chains: Sequence[Steered], *, colour: bool) -> str:
@@ -418,10 +362,9 @@ def _as_text(chains: Sequence[Steered], *, colour: bool) -> str:
     titles = [plain(bench.title(chain)) for chain in chains]
     parts = [
         f"{title}\n"
-        f"{text.terminal(chain.response.thinking, label.segments, colour=colour)}\n"
-        f"({plain(bench.note(chain))})"
-        for title, chain in zip(titles, chains, strict=True)
-        if (label := chain.annotation)
+        f"{text.terminal(one.response.thinking, one.labelled.segments, colour=colour)}\n"
+        f"({plain(bench.note(one))})"
+        for title, one in zip(titles, chains, strict=True)
     ]
     shares = [bench.shares(chain).tolist() for chain in chains]
     return "\n\n".join([*parts, text.terminal_shares(titles, shares, colour=colour)])
@@ -429,107 +372,85 @@ def _as_text(chains: Sequence[Steered], *, colour: bool) -> str:
 
 def _as_json(bench: Bench, ask: Ask, chains: Sequence[Steered]) -> dict[str, Any]:
     from stllms.app import bench as benches
-    from stllms.records import to_row
-
-    def share(value: float) -> float | None:
-        return None if math.isnan(value) else value
 
     options = benches.decoding(bench, ask)
     return {
         "question": ask.task.content,
         "model": bench.config.model,
         "directions": bench.origin,
-        "behaviour": ask.behaviour,
-        "coefficient": ask.coefficient,
+        **{name: getattr(ask, name) for name in ("behaviour", "coefficient")},
         "layer": benches.intervention(bench, ask).layer,
-        "operation": ask.operation,
-        "where": ask.where,
+        **{name: getattr(ask, name) for name in ("operation", "where")},
         **{name: options[name] for name in ("temperature", "seed", "max_new_tokens")},
         "annotator": bench.annotator.name,
-        "chains": [
-            {
-                "chain": "plain" if chain.direction == "none" else "steered",
-                "thinking": chain.response.thinking,
-                "answer": chain.response.answer,
-                "finished": chain.response.finished,
-                "tokens": len(chain.response.output_ids),
-                "shares": dict(
-                    zip(BEHAVIOURS, map(share, benches.shares(chain).tolist()), strict=True)
-                ),
-                "segments": [to_row(segment) for segment in label.segments],
-                "failed": label.failed,
-            }
-            for chain in chains
-            if (label := chain.annotation)
-        ],
+        "chains": [_chain_as_json(chain) for chain in chains],
+    }
+
+
+def _chain_as_json(chain: Steered) -> dict[str, Any]:
+    from stllms.app import bench as benches
+    from stllms.records import to_row
+
+    shares = zip(BEHAVIOURS, benches.shares(chain).tolist(), strict=True)
+    return {
+        "chain": "plain" if chain.direction == "none" else "steered",
+        **{name: getattr(chain.response, name) for name in ("thinking", "answer", "finished")},
+        "tokens": len(chain.response.output_ids),
+        "shares": {name: None if math.isnan(share) else share for name, share in shares},
+        "segments": [to_row(segment) for segment in chain.labelled.segments],
+        "failed": chain.labelled.failed,
     }
 
 
 # --- annotate -----------------------------------------------------------------------------
 
 
-@cli.command(epilog=ANNOTATE)
+@cli.command(epilog=_as_it_is(ANNOTATE))
 @click.argument("file")
-@click.option("--out", help="write the segments to this file instead of printing them")
 @config_options("judge", "base_url", "max_cost", judge="offline")
-def annotate(file: str, out: str | None, **given: Any) -> int:
+def annotate(file: str, **given: Any) -> int:
     """Label the behaviours in the chains of FILE (text, JSONL, JSON; - is standard input)."""
     options = _judge_options(given)
-    into = Path(out).expanduser() if out else None
-    if into and (
-        into.is_dir()
-        or not into.parent.is_dir()
-        or into.resolve() == Path(file).expanduser().resolve()
-    ):
-        raise ValueError(
-            f"--out {out}: expected another file than the one that is read, in a folder that "
-            "is there"
-        )
     from stllms.annotation import annotators
-    from stllms.annotation.placing import summarise
     from stllms.generation import prompts
     from stllms.records import to_row
-    from stllms.runs.files import replacing
 
     annotator = annotators.annotator(given["judge"], **options)
     made = annotator.annotate(prompts.read(file))
-    rows = [
-        {"task_id": one.task_id, "annotator": one.annotator, **to_row(segment)}
-        for one in made
-        for segment in one.segments
-    ]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if into:
-        with replacing(into) as beside:
-            beside.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    for one in made:
+        for segment in one.segments:
+            row = {"task_id": one.task_id, "annotator": one.annotator, **to_row(segment)}
+            print(json.dumps(row))
+    print(plain(f"{annotator.name}: {_labelled(made)}"), file=sys.stderr)
+    return 0 if all(one.segments for one in made) else 1
+
+
+def _labelled(made: Sequence[Annotation]) -> str:
+    """What was labelled, in a line that names the chains that have no labels."""
+    from stllms.annotation.placing import summarise
+
+    counted, n = summarise(made), sum(len(one.segments) for one in made)
+    share = f"{counted.coverage:.1%} of the text labelled" if counted.total else "no text"
     bare = [
         f"{one.task_id} ({one.failed or ('nothing found' if one.ledger['total'] else 'empty')})"
         for one in made
         if not one.segments
     ]
-    counted = summarise(made)
-    said = f"{annotator.name}: {counted.chains} chains, {len(rows)} segments, "
-    said += f"{counted.coverage:.1%} of the text labelled, " if counted.total else "no text, "
-    said += f"{len(bare)} chains without labels"
-    if bare:
-        more = ["..."] if len(bare) > NAMED else []
-        said += f": {', '.join(bare[:NAMED] + more)}"
-    print(plain(said), file=sys.stderr)
-    return 1 if bare else 0
+    named = ": " + ", ".join(bare[:NAMED] + ["..."] * (len(bare) > NAMED)) if bare else ""
+    said = f"{counted.chains} chains, {n} segments, {share}, {len(bare)} chains without labels"
+    return said + named
 
 
 # --- what a run left ----------------------------------------------------------------------
 
 
-@cli.command(epilog=VERIFY)
-@click.argument("folder")
-def verify(folder: str) -> int:
+@cli.command(epilog=_as_it_is(VERIFY))
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify(folder: Path) -> int:
     """Recompute what the run in FOLDER, or each run below it, says of its artefacts."""
     from stllms.runs import artifacts
 
-    found = artifacts.verify(Path(folder).expanduser())
+    found = artifacts.verify(folder)
     for one in found:
         print(one)
     bad = sum(not one.holds for one in found)

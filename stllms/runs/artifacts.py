@@ -7,11 +7,10 @@ deletes these and nothing else. :func:`verify` recomputes what ``run.json`` says
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -40,10 +39,11 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-#: Packages whose versions are recorded with a run.
-RECORDED = ("torch", "transformers", "nnsight", "numpy", "scipy", "pandas", "matplotlib")
-#: Packages of extras, recorded where they are installed.
-EXTRAS = ("reasoning-gym", "gguf")
+#: Packages whose versions are recorded with a run, where they are installed.
+RECORDED = (
+    "torch", "transformers", "nnsight", "numpy", "scipy", "pandas", "matplotlib",
+    "reasoning-gym", "gguf",
+)  # fmt: skip
 
 #: Begins the values of ``run.json`` that hold a sampling audit; the name of the rows follows.
 AUDIT = "sampling_audit_"
@@ -105,9 +105,6 @@ class Folder:
 
     def __fspath__(self) -> str:
         return str(self.path)
-
-    def __repr__(self) -> str:
-        return f"Folder({self.label})"
 
     @property
     def label(self) -> str:
@@ -182,12 +179,19 @@ class Folder:
         Raises :class:`~stllms.runs.files.StaleArtefact` for another model, naming what of it
         changed: its weights, tokenizer, chat template or dtype.
         """
-        if isinstance(model, Mapping):  # old calls pass the identity; deleted at the end
-            self._same_model(self.record().get("model"), model)
-            return
         record = self.record()
-        noted = record.get("recorded", {})
-        self._same_model(record.get("model"), model.identity)
+        made, noted = record.get("model"), record.get("recorded", {})
+        if made is None:
+            made = dict(model.identity)
+            with self.recorded.edit() as content:
+                content["model"] = made
+        for name, value in model.identity.items():
+            if made.get(name) != value:
+                raise StaleArtefact(
+                    f"{self.label}: the {name} of the model changed, {made.get(name)!r} when "
+                    f"the run was made, {value!r} now; use --fresh to replace it, or another "
+                    "--results"
+                )
         if self.config.batch_size is None and noted.get("device") == str(model.device):
             model.fits = noted.get("batch_size") or model.fits
         self.note(
@@ -196,19 +200,6 @@ class Folder:
             norms=list(model.norms),
             remarks=list(model.remarks),
         )
-
-    def _same_model(self, old: Mapping[str, Any] | None, identity: Mapping[str, Any]) -> None:
-        if old is None:
-            with self.recorded.edit() as content:
-                content["model"] = dict(identity)
-            return
-        for name, value in identity.items():
-            if old.get(name) != value:
-                raise StaleArtefact(
-                    f"{self.label}: the {name} of the model changed, {old.get(name)!r} when "
-                    f"the run was made, {value!r} now; use --fresh to replace it, or another "
-                    "--results"
-                )
 
     # -- run.json ------------------------------------------------------------------------
 
@@ -226,12 +217,12 @@ class Folder:
     def note(self, **values: Any) -> None:
         """Records values in ``run.json`` that identify nothing: device, batch size, counts."""
         with self.recorded.edit() as content:
-            content["recorded"] = {**content.get("recorded", {}), **values}
+            content.setdefault("recorded", {}).update(values)
 
     def mark(self, stage: str, marker: Mapping[str, Any]) -> None:
         """Stores the marker of a stage that is done."""
         with self.recorded.edit() as content:
-            content["stages"] = {**content.get("stages", {}), stage: dict(marker)}
+            content.setdefault("stages", {})[stage] = dict(marker)
 
     def marker(self, stage: str) -> dict[str, Any]:
         """The marker of a stage, ``{}`` if it was never done."""
@@ -255,19 +246,16 @@ class Folder:
     def fresh(self) -> list[str]:
         """Deletes what the package wrote here, and nothing else; returns the names.
 
-        Known are the artefacts and what ``run.json`` lists. Folders that are then empty go as
-        well.
+        Known are the artefacts and what ``run.json`` lists.
         """
         record = self.record_or_empty()
         known = {*ARTEFACTS, RUN, *record.get("files", []), *record.get("artefacts", {})}
         return self._delete(known)
 
     def fresh_stages(self, stages: Mapping[str, Iterable[str]]) -> list[str]:
-        """Deletes what some stages left: the files that each is said to write and those of its
-        marker; the stages count as never done. Returns the names."""
+        """Deletes the files that some stages wrote; the stages count as never done. Returns the
+        names."""
         names = {name for own in stages.values() for name in own}
-        for stage in stages:
-            names |= set(self.marker(stage).get("files", []))
         gone = self._delete(names)
         with self.recorded.edit() as content:
             for stage in stages:
@@ -282,9 +270,8 @@ class Folder:
         paths = [p for p in known if p.is_file() and p.resolve().is_relative_to(root)]
         for path in paths:
             path.unlink()
-        folders = {path.parent for path in paths} | {self.figures, self.notebooks}
-        for folder in sorted(folders, key=lambda item: len(item.parts), reverse=True):
-            if folder.is_dir() and folder != self.path and not any(folder.iterdir()):
+        for folder in (self.figures, self.notebooks):
+            if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         return sorted(path.relative_to(self.path).as_posix() for path in paths)
 
@@ -302,8 +289,7 @@ class Folder:
 
     def save_figure(self, name: str, figure: Figure, data: pd.DataFrame) -> None:
         """``figures/<name>`` as ``.png``, ``.pdf`` and ``.csv``."""
-        self.keep(self.figures / f"{name}.{kind}" for kind in ("png", "pdf", "csv"))
-        save_figure(self.figures, name, figure, data)
+        self.keep(save_figure(self.figures, name, figure, data))
 
     @contextmanager
     def lock(self, *stages: str, reading: Iterable[str] = ()) -> Iterator[None]:
@@ -357,12 +343,9 @@ def verify(folder: str | Path) -> list[Finding]:
 def _verified(run: Path) -> Iterator[Finding]:
     record = Record(run)
     content = record.content()
-    if "artefacts" not in content:
-        yield Finding(RUN, False, "written before artefacts were recorded: make the run again")
-        return
     if found := _model(content.get("identity") or {}):
         yield found
-    for name, entry in sorted(content["artefacts"].items()):
+    for name, entry in sorted(record.entries().items()):
         try:
             said = _contents(run / name, entry, left_out=name in content.get("left_out", ()))
             why = record.stale(name)
@@ -385,7 +368,10 @@ def _contents(path: Path, entry: Mapping[str, Any], *, left_out: bool) -> str:
         raise BadFile("is not there")
     check(path)
     if "rows" in entry:
-        return _row_count(path, entry["rows"])
+        rows = path.read_bytes().count(b"\n")
+        if rows != entry["rows"]:
+            raise BadFile(f"{rows} rows, {entry['rows']} were recorded")
+        return f"{rows} rows, whole"
     if path.suffix == ".safetensors":
         tensors, _ = load_tensors(path)
         broken = [name for name, tensor in tensors.items() if tensor.isinf().any()]
@@ -393,18 +379,6 @@ def _contents(path: Path, entry: Mapping[str, Any], *, left_out: bool) -> str:
             raise BadFile(f"not finite: {', '.join(broken)}")
         return f"{len(tensors)} tensors, whole"
     return f"{path.stat().st_size} bytes, whole"
-
-
-def _row_count(path: Path, recorded: int) -> str:
-    lines = path.read_bytes().split(b"\n")[:-1]
-    for number, line in enumerate(lines, 1):
-        try:
-            json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadFile(f"line {number} is not JSON ({error})") from None
-    if len(lines) != recorded:
-        raise BadFile(f"{len(lines)} rows, {recorded} were recorded")
-    return f"{recorded} rows, whole"
 
 
 def _audited(path: Path) -> Finding:
@@ -437,12 +411,13 @@ def _model(identity: Mapping[str, Any]) -> Finding | None:
 # -- what a run was made with --------------------------------------------------------------
 
 
-def versions() -> dict[str, str | None]:
+def versions() -> dict[str, str]:
     """Versions of Python, of this package and of what its numbers depend on."""
     found = {"python": platform.python_version(), "stllms": __version__}
-    installed = {name: _version(name) for name in (*RECORDED, *EXTRAS)}
-    there = {k: v for k, v in installed.items() if v is not None or k in RECORDED}
-    return {**found, **there}
+    for name in RECORDED:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def environment() -> str:
@@ -450,13 +425,6 @@ def environment() -> str:
     found = versions()
     names = ("stllms", "python", "torch", "transformers", "nnsight")
     return ", ".join(f"{name} {found[name]}" for name in names)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def commit() -> str | None:

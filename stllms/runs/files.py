@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllms.hashes import file_hash
+from stllms.records import loads
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,8 +39,6 @@ DPI = 150
 #: The most bytes of a released file, or of what it unpacks to. Means of 80 layers of width 8192
 #: for a dozen labels have 32 million, a hundred annotated chains two.
 LARGEST = 1 << 30
-#: The first bytes of a file in torch's present format; an older one is a bare pickle.
-ZIP = b"PK\x03\x04"
 
 
 class BadFile(ValueError):  # noqa: N818 - reads as what it is
@@ -171,6 +169,12 @@ class Record:
         """The entry of a file, ``{}`` without one."""
         return self.entries().get(self.name(path), {})
 
+    def inputs(self, name: str) -> dict[str, str]:
+        """The recorded hashes of the artefacts that an artefact is computed from."""
+        sources = ARTEFACTS[name].made_from if name in ARTEFACTS else ()
+        entries = self.entries()
+        return {one: entries[one]["sha256"] for one in sources if one in entries}
+
     @contextmanager
     def edit(self) -> Iterator[dict[str, Any]]:
         """The content of ``run.json`` to be changed: one process at a time, written back."""
@@ -185,10 +189,6 @@ class Record:
         with self.edit() as content:
             content.setdefault("artefacts", {}).setdefault(self.name(path), {}).update(values)
 
-    def inputs(self, path: Path) -> dict[str, str]:
-        """The recorded hashes of the artefacts that a file is computed from."""
-        return _inputs(self.entries(), self.name(path))
-
     def wrote(self, path: Path, beside: Path, **values: Any) -> None:
         """Records what is about to take the place of ``path``, and what it was made from.
 
@@ -200,10 +200,8 @@ class Record:
         with self.edit() as content:
             entries = content.setdefault("artefacts", {})
             old = entries.get(name, {})
-            moved = old.get("bytes") and not path.is_file()
-            said = {} if moved else old.get("made_from", {})
-            inputs = _inputs(entries, name)
-            made_from = {**inputs, **said} if "rows" in values else {**said, **inputs}
+            said = old.get("made_from", {}) if "rows" in values else {}
+            made_from = {**self.inputs(name), **said}
             entries[name] = {
                 "sha256": file_hash(beside),
                 "bytes": beside.stat().st_size,
@@ -217,41 +215,29 @@ class Record:
         entry = self.entry(path)
         if "sha256" not in entry or not path.is_file():
             return
-        size, written = path.stat().st_size, entry["bytes"]
-        whole = size == written or (size > written and "rows" in entry)
+        size, written, rows = path.stat().st_size, entry["bytes"], "rows" in entry
+        whole = size == written or (size > written and rows)
         if whole and file_hash(path, written) == entry["sha256"]:
             return
         if entry.get("before") and file_hash(path) == entry["before"]:
-            self._back(path, entry)  # killed before the new file took its place, or put back
+            # Killed before the new file took its place, or put back by hand.
+            counted = {"rows": path.read_bytes().count(b"\n")} if rows else {}
+            self.put(path, sha256=entry["before"], bytes=size, before=None, **counted)
             return
-        found = f"{size} bytes, {written} were written" if size < written else "another hash"
         raise DamagedFile(
-            f"{path}: not what the run wrote ({found}): damaged, or changed by hand; put the "
-            "file back, or move it away and run again to have it made again"
+            f"{path}: not what the run wrote: damaged, or changed by hand; put the file back, "
+            "or move it away and run again to have it made again"
         )
-
-    def _back(self, path: Path, entry: Mapping[str, Any]) -> None:
-        """Records the file that was there before as the one that is there."""
-        rows = {"rows": path.read_bytes().count(b"\n")} if "rows" in entry else {}
-        size = path.stat().st_size
-        self.put(path, sha256=entry["before"], bytes=size, before=None, **rows)
 
     def stale(self, name: str) -> str | None:
         """Why an artefact is stale by what it was computed from, ``None`` if it is not."""
-        entries = self.entries()
-        made_from = entries.get(name, {}).get("made_from", {})
-        for source, now in _inputs(entries, name).items():
+        made_from = self.entries().get(name, {}).get("made_from", {})
+        for source, now in self.inputs(name).items():
             if source in made_from and made_from[source] != now:
                 return f"{source} changed"
             if source not in made_from and made_from:
                 return f"{source} is new"
         return None
-
-
-def _inputs(entries: Mapping[str, Any], name: str) -> dict[str, str]:
-    """The recorded hashes of the artefacts that an artefact is computed from."""
-    sources = ARTEFACTS[name].made_from if name in ARTEFACTS else ()
-    return {one: entries[one]["sha256"] for one in sources if one in entries}
 
 
 # -- writing and reading -------------------------------------------------------------------
@@ -312,20 +298,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file; :class:`BadFile` if missing, empty, cut off, not JSON, too
-    deeply nested, or not what the run wrote."""
+    """The value of a JSON file; :class:`BadFile` if missing, empty, not JSON
+    (:func:`stllms.records.loads`), or not what the run wrote."""
     path = _there(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text)
-    except UnicodeDecodeError as error:
-        raise BadFile(f"{path}: not a text file ({error.reason})") from None
-    except json.JSONDecodeError as error:
-        torn = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated")
-        what = "truncated JSON" if torn else "not JSON"
-        raise BadFile(f"{path}: {what} (line {error.lineno}: {error.msg})") from None
-    except (RecursionError, ValueError) as error:  # thousands of brackets, or of digits
-        raise BadFile(f"{path}: not JSON that can be read ({error})") from None
+        return loads(path.read_bytes())
+    except ValueError as error:
+        raise BadFile(f"{path}: not JSON ({error})") from None
 
 
 def save_tensors(
@@ -359,16 +338,14 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
     """Tensors (on the CPU) and metadata of :func:`save_tensors`; :class:`BadFile` otherwise."""
     from safetensors import SafetensorError, safe_open
 
+    path = _there(path)
     try:
-        with safe_open(_there(path), framework="pt", device="cpu") as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
             texts = file.metadata() or {}
-    except SafetensorError as error:
-        raise BadFile(f"{path}: not a whole safetensors file ({error})") from None
-    try:
-        return tensors, {name: json.loads(text) for name, text in sorted(texts.items())}
-    except (RecursionError, ValueError):
-        raise BadFile(f"{path}: its metadata was not written by stllms") from None
+        return tensors, {name: loads(text) for name, text in sorted(texts.items())}
+    except (SafetensorError, ValueError) as error:
+        raise BadFile(f"{path}: not a safetensors file with our metadata ({error})") from None
 
 
 def save_table(path: str | Path, table: pd.DataFrame) -> None:
@@ -393,14 +370,12 @@ def save_figure(
 ) -> list[Path]:
     """``name`` in ``folder`` as ``.png`` and ``.pdf`` (without dates or software names), and
     its data as ``.csv``; returns the paths."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
-        raise ValueError(f"figure name: {name!r}, expected lower-case letters, digits, - . _")
     metadata: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
         "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
     }
     paths = [Path(folder) / f"{name}.{kind}" for kind in (*metadata, "csv")]
-    for path, (kind, values) in zip(paths[:-1], metadata.items(), strict=True):
+    for path, (kind, values) in zip(paths, metadata.items(), strict=False):
         with replacing(path) as beside:
             figure.savefig(beside, format=kind, dpi=DPI, bbox_inches="tight", metadata=values)
     save_table(paths[-1], data)
@@ -455,12 +430,8 @@ def check_size(path: str | Path) -> None:
     """Refuses a file of more than :data:`LARGEST` bytes, packed or unpacked, before it is read:
     torch unpacks what a stranger may have packed a thousandfold."""
     path = Path(path)
-    if not path.is_file():
-        return
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        packed = file.read(len(ZIP)) == ZIP
-    if packed:
+    size = path.stat().st_size if path.is_file() else 0
+    if zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 size = max(size, sum(item.file_size for item in archive.infolist()))

@@ -41,27 +41,27 @@ class Rows:
         record = Record.around(self.path) or Record(self.path.parent)
         entry = record.entry(self.path)
         there = self._bytes() > 0
-        old = entry.get("made_from", {}) if there else {}
         if there and not entry:
             raise StaleArtefact(
                 f"{self.path}: nothing is recorded of how its rows were made: move the file "
                 "away, or start again with --fresh"
             )
+        old = entry.get("made_from", {}) if there else {}
         for name, value in made_from.items():
-            if name in old and old[name] != value:
+            if old.get(name, value) != value:
                 raise StaleArtefact(
                     f"{self.path.name} is stale: {name} changed, {old[name]!r} when its rows "
                     f"were made, {value!r} now. --fresh makes it again; or move {self.path} "
                     "away"
                 )
-        if there and not made_from.keys() - old.keys():
+        if there and made_from.keys() <= old.keys():
             return
         with record.edit() as content:
             entries, name = content.setdefault("artefacts", {}), record.name(self.path)
             if not there:
                 entries[name] = {"sha256": sha256().hexdigest(), "bytes": 0, "rows": 0}
-            inputs = {} if there else record.inputs(self.path)
-            entries[name]["made_from"] = {**inputs, **made_from, **old}
+                old = record.inputs(name)
+            entries[name]["made_from"] = {**made_from, **old}
 
     def load(self) -> list[dict[str, Any]]:
         """All whole rows in file order, ``[]`` if there is no file; raises like
@@ -115,16 +115,8 @@ class Rows:
             os.fsync(file.fileno())
             self._keys, self._size = done | new, file.tell()
         if (record := Record.around(self.path)) is not None:
-            entry = record.entry(self.path)
-            moved = not done and entry.get("bytes")
-            made_from = (not moved and entry.get("made_from")) or record.inputs(self.path)
-            record.put(
-                self.path,
-                sha256=file_hash(self.path),
-                bytes=self._size,
-                rows=len(self._keys),
-                **({"made_from": made_from} if made_from else {}),
-            )
+            whole = {"sha256": file_hash(self.path), "bytes": self._size}
+            record.put(self.path, **whole, rows=len(self._keys))
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replaces the whole file, atomically."""
@@ -150,10 +142,7 @@ class Rows:
         lacking = [name for name in self.key if name not in row]
         if lacking:
             raise BadFile(f"{self.path}: {where} lacks {', '.join(lacking)}")
-        key = tuple(row[name] for name in self.key)
-        if any(isinstance(part, list | dict) for part in key):
-            raise BadFile(f"{self.path}: {where} has a key that is no text or number: {key}")
-        return key
+        return tuple(row[name] for name in self.key)
 
 
 def refuse_other_work(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -183,9 +172,8 @@ def resumed(
     The one loop of everything that can be resumed. ``keys`` are cut into fixed chunks of
     ``size``; ``make(start, stop)`` gives the rows of a whole chunk, so that an interrupted run
     ends in the same rows as an uninterrupted one, and those that were missing are appended
-    before the next chunk begins. ``skip(n)`` is told of chunks that were there.
-
-    Raises ``ValueError`` if ``make`` gives more or fewer rows than its chunk has keys.
+    before the next chunk begins. ``skip(n)`` is told of chunks that were there. Raises
+    ``ValueError`` if ``make`` gives more or fewer rows than its chunk has keys.
     """
     done = {} if store is None else store.by_key()
     for start in range(0, len(keys), size):
@@ -194,9 +182,7 @@ def resumed(
             if skip is not None:
                 skip(len(chunk))
             continue
-        made = list(make(start, start + len(chunk)))
-        if len(made) != len(chunk):
-            raise ValueError(f"{len(made)} rows were made of {len(chunk)} keys")
+        made = make(start, start + len(chunk))
         new = {key: dict(row) for key, row in zip(chunk, made, strict=True) if key not in done}
         if store is not None:
             store.append(list(new.values()))
