@@ -207,6 +207,7 @@ def _field(row: dict[str, object], key: str, where: str) -> str:
     raise ValueError(f"{where}, field {key!r}: {problem if key in row else 'missing'}")
 
 
+
 # -- reasoning-gym -------------------------------------------------------------------------
 
 
