@@ -115,12 +115,6 @@ def _api(name: str, display: str, api_id: str, kind: Kind, **more: Any) -> Model
     return ModelEntry(name, None, display, kind=kind, api_id=api_id, source="api", **more)
 
 
-#: Claude thinks only if it is told to, in at least 1024 tokens, at temperature 1. Anthropic's
-#: own OpenAI-compatible server never returns what was thought (its docs: OpenAI SDK
-#: compatibility), OpenRouter does (its docs: reasoning tokens).
-_CLAUDE_THINKS: dict[str, Any] = {"reasoning": {"effort": "high"}, "temperature": 1.0}
-
-
 #: Layers at which the embedded thinking model is steered: the best of the sweep beside its
 #: folder.
 TINY_THINKER_LAYERS: dict[str, int] = _layers(4, 4, 3, 4)
@@ -165,7 +159,10 @@ _ENTRIES: tuple[ModelEntry, ...] = (
         "Claude-3.7-Sonnet (thinking)",
         "anthropic/claude-3.7-sonnet",
         "thinking",
-        extra=_CLAUDE_THINKS,
+        # Claude thinks only if it is told to, in at least 1024 tokens, at temperature 1.
+        # Anthropic's own OpenAI-compatible server never returns what was thought (its docs:
+        # OpenAI SDK compatibility), OpenRouter does (its docs: reasoning tokens).
+        extra={"reasoning": {"effort": "high"}, "temperature": 1.0},
         least_tokens=1025,
     ),
     _api("gemini-2.0-flash", "Gemini-2.0-Flash", "gemini-2.0-flash", "instruct"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 import transformers
 from nnsight import TransformersModel
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from stllms.hashes import digest
@@ -194,12 +196,9 @@ class Model:
         """
         if not sequences or not all(len(ids) for ids in sequences):
             raise ValueError("left_pad needs at least one sequence, and none of them empty")
-        width = max(len(ids) for ids in sequences)
-        ids = torch.full((len(sequences), width), self.pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, width - len(sequence) :] = torch.as_tensor(sequence, dtype=torch.long)
-            mask[row, width - len(sequence) :] = 1
+        rows = [torch.as_tensor(ids, dtype=torch.long) for ids in sequences]
+        pad = partial(pad_sequence, batch_first=True, padding_side="left")
+        ids, mask = pad(rows, padding_value=self.pad_id), pad([*map(torch.ones_like, rows)])
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         return ids.to(self.device), mask.to(self.device), positions.to(self.device)
 
@@ -253,12 +252,8 @@ class Model:
 
     def offsets_of(self, response: Response) -> np.ndarray:
         """:meth:`offsets` of a response, ``[T, 2]``."""
-        return self.offsets(
-            response.prompt_ids,
-            response.output_ids,
-            response.thinking_start,
-            response.thinking,
-        )
+        one = response
+        return self.offsets(one.prompt_ids, one.output_ids, one.thinking_start, one.thinking)
 
     def _before_end(self, ids: Sequence[int]) -> list[int]:
         ids = [int(i) for i in ids]
@@ -328,13 +323,13 @@ def _checksum(name: str, tensor: Tensor) -> str:
 
 def _eos_ids(hf: nn.Module, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends a turn, from generation config, config, tokenizer and vocabulary."""
-    found: list[Any] = []
-    sources = (getattr(hf, "generation_config", None), hf.config)
-    for value in [getattr(source, "eos_token_id", None) for source in sources]:
-        found += value if isinstance(value, list | tuple) else [value]
-    found.append(tokenizer.eos_token_id)
+    configs = (getattr(hf, "generation_config", None), hf.config)
+    values = [getattr(config, "eos_token_id", None) for config in configs]
+    found = [
+        i for value in values for i in (value if isinstance(value, list | tuple) else [value])
+    ]
     added = getattr(tokenizer, "added_tokens_encoder", {})
-    found += [added.get(token) for token in CHAT_ENDS]
+    found += [tokenizer.eos_token_id, *(added.get(token) for token in CHAT_ENDS)]
     return tuple(sorted({int(i) for i in found if i is not None}))
 
 
