@@ -232,6 +232,13 @@ def test_left_padded_logits_are_the_unpadded_ones(tiny_model, kind):
             torch.testing.assert_close(batch[row, -1], alone, atol=1e-4, rtol=1e-4)
 
 
+def offsets_in(model, prompt_ids, output_ids, start: int, text: str) -> np.ndarray:
+    """The characters of ``text`` that tokens cover, of a chain that begins with it."""
+    prompt, output = tuple(prompt_ids), tuple(output_ids)
+    one = Response("t", "c", "", prompt, output, text, text, start, "", True, True)
+    return model.offsets_of(one)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 260), max_size=40))
 def test_characters_of_tokens_are_found_by_decoding_every_prefix(tiny_llama, ids):
@@ -243,7 +250,7 @@ def test_characters_of_tokens_are_found_by_decoding_every_prefix(tiny_llama, ids
         part = tiny_llama.decode(ids[: k + 1])
         common = [n for n in range(len(part) + 1) if whole.startswith(part[:n])]
         ends.append(max(ends[-1], *common))
-    offsets = tiny_llama.offsets([], ids, 0, whole)
+    offsets = offsets_in(tiny_llama, [], ids, 0, whole)
     covered = offsets[:, 0] >= 0
     assert offsets[covered, 0].tolist() == [e for e, c in zip(ends, covered, strict=False) if c]
     done = {*range(len(whole))} - {n for a, b in offsets.tolist() for n in range(a, b)}
@@ -252,7 +259,7 @@ def test_characters_of_tokens_are_found_by_decoding_every_prefix(tiny_llama, ids
 
 def test_offsets_of_a_character_in_several_tokens(tiny_llama):
     ids = tiny_llama.tokenizer("a🙂b", add_special_tokens=False)["input_ids"]
-    offsets = tiny_llama.offsets([1, 2], ids, 0, "a🙂b")
+    offsets = offsets_in(tiny_llama, [1, 2], ids, 0, "a🙂b")
     assert offsets.tolist() == [[-1, -1]] * 2 + [[0, 1]] + [[1, 2]] * 4 + [[2, 3]]
 
 
@@ -270,7 +277,7 @@ def test_a_token_of_a_space_and_first_bytes_covers_the_character_too():
     text = "a ñ b"
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert model.tokenizer.convert_ids_to_tokens(ids) == ["a", "ĠÃ", "±", "Ġ", "b"]
-    offsets = model.offsets([1, 2], ids, 0, text)
+    offsets = offsets_in(model, [1, 2], ids, 0, text)
     assert offsets[2:].tolist() == [[0, 1], [1, 3], [2, 3], [3, 4], [4, 5]]
     placed = [PlacedSegment("deduction", "a", 0, 1), PlacedSegment("deduction", "ñ b", 2, 5)]
     found = placing.token_spans(placed, offsets, text)
@@ -289,7 +296,7 @@ def test_offsets_lie_in_the_thinking(tiny_llama):
     inside = [(a, b) for a, b in offsets.tolist() if a >= 0]
     assert inside == [(0, 1), (1, 2), (2, 3), (3, 4), (3, 4), (4, 5)]
     with pytest.raises(ValueError, match="does not hold the given thinking"):
-        tiny_llama.offsets((5,), ids, 6, "so é\n")
+        offsets_in(tiny_llama, (5,), ids, 6, "so é\n")
 
 
 def test_sentencepiece_style_decoders_are_followed():
@@ -344,7 +351,7 @@ def real(request):
 
 def test_offsets_are_those_of_the_tokenizer_itself(real):
     read = real.tokenizer(TEXT, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = real.offsets([0, 1], read["input_ids"], 0, TEXT)
+    offsets = offsets_in(real, [0, 1], read["input_ids"], 0, TEXT)
     assert [tuple(pair) for pair in offsets[2:].tolist()] == read["offset_mapping"]
 
 
@@ -361,7 +368,7 @@ def test_spans_begin_with_the_token_of_their_first_byte(real):
         starts.append(first)
         at, first = at + len(part), first + len(own)
     every = [i for own in ids for i in own]
-    offsets = real.offsets([], every, 0, "".join(parts))
+    offsets = offsets_in(real, [], every, 0, "".join(parts))
     found = placing.token_spans(placed, offsets, "".join(parts))
     assert [one.start for one in found] == starts
 

@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from stllms import models
-from stllms.models import model as room
 from stllms.models import selfcheck
 from stllms.models.model import ModelError
 
@@ -152,7 +151,7 @@ def test_the_tokenizer_of_a_larger_vocabulary_is_refused():
 
 @pytest.mark.parametrize("change", ["gap", "greedy"])
 def test_offsets_that_do_not_follow_the_text_are_refused(monkeypatch, change):
-    real = room.character_ranges
+    real = selfcheck.character_ranges
 
     def wrong(*arguments):
         ranges = real(*arguments).copy()
@@ -162,7 +161,7 @@ def test_offsets_that_do_not_follow_the_text_are_refused(monkeypatch, change):
             ranges[3:6] = (ranges[3, 0], ranges[5, 1])
         return ranges
 
-    monkeypatch.setattr(room, "character_ranges", wrong)
+    monkeypatch.setattr(selfcheck, "character_ranges", wrong)
     with pytest.raises(ModelError, match=r"characters of the tokens of 'Okay, so I .* found"):
         selfcheck.check(tiny.model())
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from stllms.models.model import Model, ModelError
+from stllms.models.model import Model, ModelError, character_ranges
 
 #: The releases of transformers that read a byte-level ``tokenizer.json`` as it is.
 TRANSFORMERS = ">=5.22,<6"
@@ -149,10 +149,11 @@ def _check_special(model: Model) -> list[str]:
 
 
 def _check_offsets(model: Model, ids: Sequence[int]) -> None:
-    text = model.decode(ids)
-    ranges = model.offsets((), ids, 0, text)
+    ids = model.before_end(ids)
+    text = model.decode_all(ids)
+    ranges = character_ranges(model.decode_all, ids, text)
     covered = np.zeros(len(text), dtype=bool)
-    for start, end in ranges[ranges[:, 0] >= 0]:
+    for start, end in ranges:
         covered[start:end] = True
     # One more than it writes alone: SentencePiece leaves a first space out.
     most = [1 + max(1, len(model.decode_all([i]))) for i in ids]
