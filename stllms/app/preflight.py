@@ -90,7 +90,7 @@ def check(config: RunConfig, stages: Sequence[str], *, asked: Sequence[str] = ()
         if config.published is not None:
             released(config.published)
         disk(config, written(config, chains), weights)
-    except RuntimeError as error:  # ApiError, ModelError
+    except RuntimeError as error:  # MissingKey, ModelError
         raise Refused(str(error)) from error
 
 
@@ -167,7 +167,7 @@ def api_model(config: RunConfig) -> None:
     """Refuses a limit of new tokens that the provider does not take, and a missing key.
 
     No key is needed where as many replies are stored as there are tasks. Raises ``ValueError``
-    and ``ApiError``.
+    and ``MissingKey``.
     """
     remote.check_limit(config.entry, config.settings.max_tokens_compare)
     name = str(config.entry.api_id)
@@ -181,7 +181,7 @@ def annotator(config: RunConfig, n_chains: int = 1) -> Annotator | None:
 
     No key is needed where replies for ``n_chains`` chains are stored. Raises ``ValueError``
     for an unknown name, protocol or folder, and for a bound on a judge of unknown price;
-    ``ApiError``.
+    ``MissingKey``.
     """
     if not config.judged:
         return None

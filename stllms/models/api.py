@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from anyio.from_thread import start_blocking_portal
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from stllms.records import amount, loads
 from stllms.runs.files import BadFile, locked
@@ -333,7 +333,6 @@ def redacted(body: Any, key: str) -> Any:
 class Price(BaseModel):
     """Price of one million tokens in and out, in ``currency``."""
 
-    model_config = ConfigDict(frozen=True)
     input: _Amount
     output: _Amount
     currency: str = "USD"
