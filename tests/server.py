@@ -1,7 +1,7 @@
 """A chat-completions server on 127.0.0.1 for tests: a deterministic judge, and its bad days.
 
-The model ``test`` labels by cue words; other models misbehave in their own ways. Standard
-library only: it knows nothing of the package but the wire format.
+A model labels by cue words; those that :class:`Handler` and :func:`reply` name misbehave in
+their own ways. Standard library only: it knows nothing of the package but the wire format.
 """
 
 from __future__ import annotations
@@ -29,15 +29,7 @@ CUES = {
     "example-testing": ("for example", "let me test", "suppose"),
     "adding-knowledge": ("recall", "know that", "by definition"),
 }
-#: Models that answer, some of them badly (:func:`reply`); any other is answered with 404.
-#: ``slow`` takes 0.15 s, ``shuffled`` turns the order of replies round, ``drops`` closes the
-#: connection after half of the body, ``echo`` repeats the key.
-ANSWERING = (
-    "test", "other", "slow", "shuffled", "drops", "echo", "flaky", "limited", "picky",
-    "no-schema", "prose", "half", "wrong-numbers", "lines", "silent", "thinker", "router",
-    "inline", "cut", "cut-inline", "instruct",
-)  # fmt: skip
-#: Models that never answer well: status, body.
+#: Models that always refuse: status, message.
 FAILING = {
     "patient": (429, "come back later"),
     "quota": (429, "You exceeded your current quota"),
@@ -159,10 +151,8 @@ class Handler(BaseHTTPRequestHandler):
         elif model == "hangs":
             self.state.closing.wait(20)
             self.close_connection = True
-        elif self.path == "/v1/chat/completions" and model in ANSWERING:
-            self.complete(model, text)
         else:
-            self.error(404, f"The model {model} does not exist")
+            self.complete(model, text)
 
     def claude(self, request: dict[str, Any], text: str) -> None:
         """Think only if told to, and then refuse what the provider refuses."""
@@ -175,7 +165,8 @@ class Handler(BaseHTTPRequestHandler):
             self.complete("router" if thinks else "instruct", text)
 
     def complete(self, model: str, text: str) -> None:
-        """Answer with a chat completion."""
+        """Answer with a chat completion: ``slow`` after 0.15 s, ``shuffled`` in another order,
+        ``drops`` with half of it, ``echo`` with the key that was sent."""
         if model == "shuffled":
             time.sleep(0.01 * (20 - min(20, self.state.total)))
         if model == "slow":
