@@ -118,12 +118,6 @@ def _api(name: str, display: str, api_id: str, kind: Kind, **more: Any) -> Model
     return ModelEntry(name, None, display, kind=kind, api_id=api_id, source="api", **more)
 
 
-#: Claude thinks only if it is told to, in at least 1024 tokens, at temperature 1. Anthropic's
-#: own OpenAI-compatible server never returns what was thought (its docs: OpenAI SDK
-#: compatibility), OpenRouter does (its docs: reasoning tokens).
-_CLAUDE_THINKS: dict[str, Any] = {"reasoning": {"effort": "high"}, "temperature": 1.0}
-
-
 #: Layers at which the embedded thinking model is steered: the best of the sweep beside its
 #: folder.
 TINY_THINKER_LAYERS: dict[str, int] = _layers(4, 4, 3, 4)
@@ -168,7 +162,10 @@ _ENTRIES: tuple[ModelEntry, ...] = (
         "Claude-3.7-Sonnet (thinking)",
         "anthropic/claude-3.7-sonnet",
         "thinking",
-        extra=_CLAUDE_THINKS,
+        # Claude thinks only if it is told to, in at least 1024 tokens, at temperature 1.
+        # Anthropic's own OpenAI-compatible server never returns what was thought (its docs:
+        # OpenAI SDK compatibility), OpenRouter does (its docs: reasoning tokens).
+        extra={"reasoning": {"effort": "high"}, "temperature": 1.0},
         least_tokens=1025,
     ),
     _api("gemini-2.0-flash", "Gemini-2.0-Flash", "gemini-2.0-flash", "instruct"),
@@ -196,24 +193,22 @@ def resolve(name: str) -> ModelEntry:
     a hub id of unknown kind.
     Raises :class:`UnknownModel`, naming close names, for anything else.
     """
-    wanted = str(name).strip().lower()
+    text = str(name).strip()
     for entry in _ENTRIES:
-        if wanted in (entry.name, (entry.hub_id or entry.name).lower()):
+        if text.lower() in (entry.name, (entry.hub_id or entry.name).lower()):
             return entry
-    if wanted.startswith(API):
-        return api_entry(str(name).strip()[len(API) :].strip())
-    folder = Path(name).expanduser()
-    if wanted and folder.is_dir():
+    if text.lower().startswith(API):
+        return api_entry(text[len(API) :].strip())
+    folder = Path(text).expanduser().resolve()
+    if text and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UnknownModel(
                 f"the folder {folder} holds no model: it has no config.json "
                 "(expected: a folder written by save_pretrained)"
             )
-        place = folder.resolve()
-        return ModelEntry(str(place), None, place.name, source="folder")
-    if _HUB_ID.fullmatch(str(name).strip()):
-        hub_id = str(name).strip()
-        return ModelEntry(name=hub_id, hub_id=hub_id, display=hub_id.split("/")[1])
+        return ModelEntry(str(folder), None, folder.name, source="folder")
+    if _HUB_ID.fullmatch(text):
+        return ModelEntry(text, text, text.partition("/")[2])
     known = [*MODELS, *(entry.hub_id for entry in _ENTRIES if entry.hub_id)]
     raise UnknownModel(
         f"unknown model {str(name)!r}{did_you_mean(name, known)}; expected a registry name "
@@ -229,26 +224,23 @@ def api_entry(model_id: str) -> ModelEntry:
     ``:variant`` left out) unless that model thinks only when told to; else unknown. Raises
     :class:`UnknownModel` for an empty id or one with white space.
     """
-    if not model_id or re.search(r"\s", model_id):
+    if not re.fullmatch(r"\S+", model_id):
         raise UnknownModel(
             f"unknown model {API + model_id!r}: expected api:ID, the id of a model on an "
             "OpenAI-compatible server, e.g. api:deepseek/deepseek-r1"
         )
     for entry in _ENTRIES:
-        if entry.api_id and model_id.lower() == entry.api_id.lower():
+        if model_id.lower() == (entry.api_id or "").lower():
             return entry
-    last = model_id.strip("/").rpartition("/")[2] or model_id
-    bare = last.partition(":")[0].lower()
-    kinds = (e.kind for e in _ENTRIES if bare in _names(e) and not e.extra)
-    return ModelEntry(
-        API + model_id, None, last, next(kinds, "unknown"), api_id=model_id, source="api"
-    )
-
-
-def _names(entry: ModelEntry) -> set[str]:
-    """What a model is called, without the owner and in lower case."""
-    names = (entry.name, entry.hub_id, entry.api_id)
-    return {name.rpartition("/")[2].lower() for name in names if name}
+    last = model_id.rpartition("/")[2] or model_id
+    kinds = {
+        name.rpartition("/")[2].lower(): entry.kind
+        for entry in _ENTRIES
+        for name in (entry.name, entry.hub_id, entry.api_id)
+        if name and not entry.extra
+    }
+    kind = kinds.get(last.partition(":")[0].lower(), "unknown")
+    return ModelEntry(API + model_id, None, last, kind, api_id=model_id, source="api")
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:
@@ -273,19 +265,12 @@ def slug(name: str) -> str:
     letters, digits, ``.``, ``_``, ``-`` and ``/``. Raises :class:`UnknownModel`.
     """
     entry = resolve(name)
+    folder = entry.source == "folder"
+    whole = (entry.display if folder else entry.name).lower().replace("/", "--")
+    whole = whole.replace(API, "api--", 1)
+    plain = re.sub(r"[^a-z0-9._-]+", "-", whole)
     short = hashlib.sha256(entry.name.encode()).hexdigest()[:8]
-    if entry.source == "folder":
-        return f"{_plain(entry.display)}-{short}"
-    if entry.name.startswith(API):
-        whole = str(entry.api_id).lower().replace("/", "--")
-        plain = _plain(whole)
-        return f"api--{plain}" if plain == whole else f"api--{plain}-{short}"
-    return entry.name.lower().replace("/", "--")
-
-
-def _plain(text: str) -> str:
-    """``text`` in lower case as a part of a file's name."""
-    return re.sub(r"[^a-z0-9._-]+", "-", text.lower())
+    return f"{plain}-{short}" if folder or plain != whole else plain
 
 
 def repository() -> Path | None:
@@ -316,20 +301,15 @@ def content_of(entry: ModelEntry) -> dict[str, str | None]:
         ("revision", "weights", "tokenizer", "chat_template")
     )
     if entry.source == "hub":
-        return made | {"revision": _cached_commit(str(entry.hub_id))}
-    if entry.source == "gguf":
-        return made | {"weights": _hash_of(gguf_files())}
-    folder = {
-        "embedded": FIXTURES / entry.name,
-        "folder": Path(entry.name),
-    }.get(entry.source)
-    if folder is None or not (folder / "config.json").is_file():
-        return made
-    return made | {
-        "weights": _hash_of(_files(folder, WEIGHTS)),
-        "tokenizer": _hash_of(_files(folder, TOKENIZER)),
-        "chat_template": _hash_of(_files(folder, TEMPLATES), _inner_template(folder)),
-    }
+        made["revision"] = _cached_commit(str(entry.hub_id))
+    elif entry.source == "gguf":
+        made["weights"] = _hash_of(gguf_files())
+    elif entry.source != "api":
+        folder = FIXTURES / entry.name if entry.source == "embedded" else Path(entry.name)
+        made["weights"] = _hash_of(_files(folder, WEIGHTS))
+        made["tokenizer"] = _hash_of(_files(folder, TOKENIZER))
+        made["chat_template"] = _hash_of(_files(folder, TEMPLATES), _inner_template(folder))
+    return made
 
 
 def gguf_files() -> list[Path]:
@@ -354,10 +334,8 @@ def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 def _inner_template(folder: Path) -> list[str]:
     """The chat template inside a tokenizer's configuration, as JSON; ``[]`` without one."""
     settings = folder / "tokenizer_config.json"
-    if not settings.is_file():
-        return []
     try:
-        content = loads(settings.read_bytes())
+        content = loads(settings.read_bytes()) if settings.is_file() else {}
     except ValueError as error:
         raise UnknownModel(f"{settings}: not JSON that can be read ({error})") from None
     found = content.get("chat_template") if isinstance(content, dict) else None

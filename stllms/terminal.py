@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -20,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 #: Controls other than line feed and tab (C0, DEL and C1, U+0085 among them), line separators
@@ -62,49 +64,34 @@ _ABOUT: list[str] = []
 
 @dataclass(frozen=True)
 class State:
-    """How far something is: ``done`` of ``total``, of which ``made`` here and now.
+    """How far something is: ``done`` of ``total`` rows, with ``tokens`` written here and now.
 
     ``rate`` is in tokens per second, or in rows where there are no ``tokens``; ``left`` in
-    seconds; both ``None`` while unknown. ``most`` is the limit of tokens per row. ``note`` is
-    said after the numbers: what it has cost so far.
+    seconds; both ``None`` while unknown. ``note`` is said after the numbers.
     """
 
     what: str
     done: int
     total: int
     unit: str = "rows"
-    made: int = 0
     tokens: int = 0
-    most: int | None = None
     rate: float | None = None
     left: float | None = None
     note: str = ""
     ended: bool = False
 
-    def text(self, width: int | None = None) -> str:
-        """One line for people; what matters least is left out where ``width`` is too small."""
-        parts = {"done": f"{self.what} {self.done:,}/{self.total:,} {self.unit}"}
+    def text(self) -> str:
+        """One line for people."""
+        parts = [f"{self.what} {self.done:,}/{self.total:,} {self.unit}"]
         if self.tokens:
-            parts["tokens"] = f"{_short(self.tokens)} tokens"
-        if self.rate is not None and self.tokens:
-            parts["rate"] = f"{self.rate:,.0f} tokens/s"
+            parts.append(f"{self.tokens:,} tokens")
+        if self.tokens and self.rate is not None:
+            parts.append(f"{self.rate:,.0f} tokens/s")
         if self.note:
-            parts["note"] = self.note
+            parts.append(self.note)
         if self.left is not None and not self.ended:
-            parts["left"] = f"{clock(self.left)} left"
-        for drop in ("", "tokens", "note", "rate"):
-            parts.pop(drop, None)
-            line = ", ".join(parts.values())
-            if width is None or len(line) <= width:
-                return line
-        return line[:width]
-
-
-def _short(n: int) -> str:
-    """``950``, ``81k``, ``1.2M``."""
-    if n < 10_000:
-        return f"{n:,}"
-    return f"{n / 1000:.0f}k" if n < 999_500 else f"{n / 1e6:.1f}M"
+            parts.append(f"{clock(self.left)} left")
+        return ", ".join(parts)
 
 
 def clock(seconds: float) -> str:
@@ -112,16 +99,6 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def words(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``3.5 h``, ``2.1 days``: for estimates."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = seconds / 60
-    if minutes < 90:
-        return f"{minutes:.0f} min"
-    return f"{minutes / 60:.1f} h" if minutes < 48 * 60 else f"{minutes / 1440:.1f} days"
 
 
 class Bar:
@@ -144,19 +121,14 @@ class Bar:
         unit: str = "rows",
         *,
         most: int | None = None,
+        show: Callable[[State], None] = lambda state: None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.what = " ".join([*_ABOUT, what])
-        self.total, self.unit, self.most, self.ended = total, unit, most, False
+        self.total, self.unit, self.most = total, unit, most
         self.done = self.made = self.tokens = 0
-        self._now = now
-        self._show: Callable[[State], None] | None = None
-        self._shown = -SHOWN_EVERY
+        self._show, self._shown, self._now = show, -SHOWN_EVERY, now
         self._past = deque([(now(), 0, 0)])
-
-    def shown_by(self, show: Callable[[State], None]) -> None:
-        """Shows the numbers with ``show``, now and from now on."""
-        self._show = show
         self.show()
 
     def skip(self, rows: int) -> None:
@@ -197,41 +169,38 @@ class Bar:
             return None
         if not self.tokens:
             return rows / rate
-        mean = self.tokens / self.made
-        mean = mean if self.most is None else min(mean, self.most)
+        mean = min(self.tokens / self.made, self.most or math.inf)
         return max(0.0, (self.made + rows) * mean - self.tokens) / rate
 
     def show(self, *, ended: bool = False) -> None:
         """Shows the numbers, unless that was done a moment ago."""
         now = time.monotonic()
-        if self._show is None or (not ended and now - self._shown < SHOWN_EVERY):
-            return
-        self._shown, self.ended = now, ended
-        self._show(State(**{one.name: getattr(self, one.name) for one in fields(State)}))
+        if ended or now - self._shown >= SHOWN_EVERY:
+            self._shown = now
+            numbers = {one.name: getattr(self, one.name) for one in fields(State)[:-1]}
+            self._show(State(**numbers, ended=ended))
 
 
 @contextlib.contextmanager
 def token_bar(
-    total: int,
-    what: str,
-    *,
-    unit: str = "rows",
-    most: int | None = None,
-    enabled: bool = True,
+    total: int, what: str, *, unit: str = "rows", most: int | None = None, enabled: bool = True
 ) -> Iterator[Bar]:
     """A bar over ``total`` rows of at most ``most`` tokens, called ``what``.
 
     ``enabled=False`` counts and shows nothing.
     """
     channel = os.environ.get(CHANNEL)
-    with contextlib.ExitStack() as stack:
-        bar = Bar(total, what, unit, most=most)
-        if enabled and channel:
-            bar.shown_by(lambda state: report(Path(channel), state))
-            stack.callback(bar.show, ended=True)
-        elif enabled:
-            bar.shown_by(stack.enter_context(_drawn(total)))
-        yield bar
+    if not enabled:
+        yield Bar(total, what, unit, most=most)
+    elif channel:
+        bar = Bar(total, what, unit, most=most, show=partial(report, Path(channel)))
+        try:
+            yield bar
+        finally:
+            bar.show(ended=True)
+    else:
+        with _drawn(total) as draw:
+            yield Bar(total, what, unit, most=most, show=draw)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,11 @@
 """A chat-completions server on 127.0.0.1 for tests: a deterministic judge, and its bad days.
 
-``python -m tests.server --port 8123`` lets ``run_all.sh --judge openai:test --base-url
-http://localhost:8123`` be tried without an account. The model ``test`` labels by cue words;
-every other name of :data:`MODELS` misbehaves in its own way. Standard library only: it knows
-nothing of the package but the wire format.
+A model labels by cue words; those that :class:`Handler` and :func:`reply` name misbehave in
+their own ways. Standard library only: it knows nothing of the package but the wire format.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import threading
@@ -32,39 +29,13 @@ CUES = {
     "example-testing": ("for example", "let me test", "suppose"),
     "adding-knowledge": ("recall", "know that", "by definition"),
 }
-#: Model names and what they do; an unknown name is answered with 404.
-MODELS = {
-    "test": "a good judge, in both protocols",
-    "other": "the same under another name",
-    "slow": "the same after 0.15 s",
-    "shuffled": "the same after a delay that turns the order of replies round",
-    "forbidden": "401 whatever the key; the key is repeated in the message",
-    "limited": "429 with Retry-After 0.3 to the first attempt at each text",
-    "patient": "429 with Retry-After 9999",
-    "quota": "429 insufficient_quota",
-    "broken": "500 always",
-    "flaky": "500 to the first attempt at each text",
-    "hangs": "no answer",
-    "drops": "closes the connection after half of the body",
-    "picky": "500 to a text that holds the word unlucky",
-    "wrapped": "an error inside an answer with status 200",
-    "html": "status 200 and no JSON",
-    "no-schema": "400 to response_format, then good",
-    "prose": "an opinion instead of labels",
-    "half": "half an answer, finish_reason length",
-    "wrong-numbers": "JSON with numbers and labels that do not exist",
-    "lines": "labels by number, as lines instead of JSON",
-    "silent": "an empty reply",
-    "thinker": "an API model: reasoning_content beside content",
-    "router": "an API model: reasoning beside content, cost in usage",
-    "inline": "an API model: <think>...</think> in the content",
-    "cut": "an API model: reasoning that did not finish",
-    "cut-inline": "an API model: <think> that is never closed",
-    "instruct": "an API model without reasoning",
-    "anthropic/claude-3.7-sonnet": "reasoning if the request asks for it, at temperature 1",
+#: Models that always refuse: status, message.
+FAILING = {
+    "patient": (429, "come back later"),
+    "quota": (429, "You exceeded your current quota"),
+    "broken": (500, "the server had an error"),
+    "gone": (404, "The model gone does not exist"),
 }
-#: For ``Server(key=KEY)``: the only key that is let in; made up.
-KEY = "sk-test-0123456789abcdef"
 
 
 def label(sentence: str, first: bool) -> str:
@@ -93,23 +64,22 @@ def judge(text: str) -> str:
 class Server:
     """The server in a thread: ``with Server() as server: ... server.url``.
 
-    ``calls`` counts requests by model, ``texts`` and ``times`` hold what they were about and
-    when they came, ``fields`` the last one as it came, ``peak`` the largest number of requests
-    under way at a time.
+    ``calls`` counts requests by model, ``texts``, ``times`` and ``keys`` hold what they were
+    about, when they came and with which key, ``fields`` the last one as it came, ``peak`` the
+    largest number of requests under way at a time.
     """
 
-    def __init__(self, port: int = 0, *, key: str | None = None) -> None:
-        self.key = key
+    def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
-        self.attempts: Counter[tuple[str, str]] = Counter()
         self.texts: list[str] = []
         self.times: list[float] = []
+        self.keys: list[str] = []
         self.fields: dict[str, Any] = {}
         self.active = self.peak = 0
         self.lock = threading.Lock()
         self.closing = threading.Event()
         handler = type("BoundHandler", (Handler,), {"state": self})
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
 
@@ -142,11 +112,11 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         model, text = request["model"], request["messages"][-1]["content"]
         with state.lock:
+            first = text not in state.texts
             state.calls[model] += 1
-            state.attempts[model, text] += 1
-            first = state.attempts[model, text] == 1
             state.texts.append(text)
             state.times.append(time.monotonic())
+            state.keys.append(self.headers.get("Authorization", "").removeprefix("Bearer "))
             state.fields = request
             state.active += 1
             state.peak = max(state.peak, state.active)
@@ -158,27 +128,24 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, model: str, text: str, first: bool, request: dict[str, Any]) -> None:
         """Do what the model's name says."""
-        sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if model == "forbidden" or (self.state.key and sent != self.state.key):
-            self.error(401, f"Incorrect API key provided: {sent}")
-        elif self.path != "/v1/chat/completions" or model not in MODELS:
-            self.error(404, f"The model {model} does not exist")
+        if model == "forbidden":
+            self.error(401, f"Incorrect API key provided: {self.state.keys[-1]}")
+        elif model in FAILING:
+            headers = {"Retry-After": "9999"} if model == "patient" else {}
+            code = "insufficient_quota" if model == "quota" else "x"
+            self.error(*FAILING[model], headers, code)
         elif model == "limited" and first:
             self.error(429, "slow down", {"Retry-After": "0.3"})
-        elif model == "patient":
-            self.error(429, "come back later", {"Retry-After": "9999"})
-        elif model == "quota":
-            self.error(429, "You exceeded your current quota", code="insufficient_quota")
-        elif model == "broken" or (model == "flaky" and first):
+        elif model == "flaky" and first:
             self.error(500, "the server had an error")
         elif model == "picky" and "unlucky" in text:
             self.error(500, "I do not like this one")
+        elif model == "no-schema" and "response_format" in request:
+            self.error(400, "response_format is not supported here")
         elif model == "wrapped":
             self.send(200, json.dumps({"error": {"code": 503, "message": "upstream is down"}}))
         elif model == "html":
             self.send(200, "<html>login please</html>")
-        elif model == "no-schema" and "response_format" in request:
-            self.error(400, "response_format is not supported here")
         elif model.startswith("anthropic/"):
             self.claude(request, text)
         elif model == "hangs":
@@ -198,12 +165,15 @@ class Handler(BaseHTTPRequestHandler):
             self.complete("router" if thinks else "instruct", text)
 
     def complete(self, model: str, text: str) -> None:
-        """Answer with a chat completion."""
+        """Answer with a chat completion: ``slow`` after 0.15 s, ``shuffled`` in another order,
+        ``drops`` with half of it, ``echo`` with the key that was sent."""
         if model == "shuffled":
             time.sleep(0.01 * (20 - min(20, self.state.total)))
         if model == "slow":
             time.sleep(0.15)
         message, finish, usage = reply(model, text)
+        if model == "echo":
+            message["content"] = f"API key provided: {self.state.keys[-1]}"
         choice = {"index": 0, "message": message, "finish_reason": finish}
         body = json.dumps({"model": model, "choices": [choice], "usage": usage})
         if model == "drops":
@@ -260,19 +230,3 @@ def reply(model: str, text: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
         "completion_tokens": len(message["content"]) // 4,
     }
     return message, finish, usage | ({"cost": 0.25} if model == "router" else {})
-
-
-def main() -> None:
-    """Serve until interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=8123)
-    with Server(parser.parse_args().port) as server:
-        print(f"{server.url} answers to: {', '.join(MODELS)}", flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print(f"{server.total} requests answered")
-
-
-if __name__ == "__main__":
-    main()

@@ -10,30 +10,28 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
 
 import openai._base_client
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from server import KEY, Server
+from server import Server
 
 from stllms.models import api
 from stllms.models.api import FILE, Reply, Request, Store
-from stllms.runs.files import BadFile
+from stllms.runs.files import BadFile, LockedFolder
 
 HERE = Path(__file__).parent
 OPENAI = "https://api.openai.com/v1"
+NAMES = [f"text {i}" for i in range(12)]
 
 
 @pytest.fixture(autouse=True)
 def _bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    keys = (name for _, name in api.PROVIDERS.values())
-    for name in (api.KEY, api.PRICES, api.STARTED, "OPENAI_BASE_URL", *keys):
+    for name in (api.KEY, api.PRICES, api.STARTED, *(key for _, key in api.PROVIDERS.values())):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
@@ -59,62 +57,45 @@ def client(server: Server, model: str, folder: Path, **options) -> api.Client:
     return api.Client(model, folder=folder, base_url=server.url, **{**quick, **options})
 
 
-NAMES = [f"text {i}" for i in range(12)]
-
-
 # -- answers, order, storage ---------------------------------------------------------------
 
 
-def test_every_reply_belongs_to_its_request_whatever_order_they_come_in(server, tmp_path):
-    replies = client(server, "shuffled", tmp_path).replies(requests(*NAMES))
+def test_every_reply_belongs_to_its_request_and_is_asked_for_once(server, tmp_path):
+    replies = client(server, "shuffled", tmp_path).replies(requests(*NAMES, NAMES[3]))
     assert [row["name"] for row in Store(tmp_path).load().lines] != NAMES, "another order"
-    assert [reply.row["name"] for reply in replies] == NAMES
+    assert [reply.row["name"] for reply in replies] == [*NAMES, NAMES[3]]
     assert all(reply.failed is None for reply in replies)
-    replies = client(server, "instruct", tmp_path).replies(requests(*NAMES))
-    assert [reply.content for reply in replies] == [f"My answer to: {name}" for name in NAMES]
-
-
-def test_a_second_run_sends_nothing_and_needs_no_server_and_no_key(server, tmp_path):
-    first = client(server, "instruct", tmp_path).replies(requests(*NAMES))
-    nowhere = api.Client("instruct", folder=tmp_path, base_url="https://nowhere.invalid")
+    nowhere = api.Client("shuffled", folder=tmp_path, base_url="https://nowhere.invalid")
     again = nowhere.replies(requests(*reversed(NAMES)))
-    assert [reply.row for reply in again] == [reply.row for reply in reversed(first)]
-    assert server.total == len(NAMES)
-
-
-def test_equal_requests_are_sent_once_and_others_are_other_requests(server, tmp_path):
-    replies = client(server, "instruct", tmp_path).replies(requests("a", "b", "a", "a"))
-    assert server.total == 2
-    assert [r.content[-1] for r in replies] == ["a", "b", "a", "a"]
-    (one,) = requests("a")
-    other = Request("a", one.messages, {"protocol": "plain", "version": 2}, 100, 10)
-    assert len({one.key("m"), one.key("n"), other.key("m"), other.key("n")}) == 4
+    assert [reply.row for reply in again] == [reply.row for reply in replies[-2::-1]]
+    assert server.total == len(NAMES), "the second time without server and key"
 
 
 def test_the_key_of_a_request_is_the_one_of_replies_that_are_already_stored():
     """Any other value would have every stored reply paid for again."""
+    (one,) = requests("a")
     text = b'["m",[{"content":"a","role":"user"}],{"protocol":"plain"}]'
-    assert requests("a")[0].key("m") == hashlib.sha256(text).hexdigest()
+    assert one.key("m") == hashlib.sha256(text).hexdigest()
+    other = Request("a", one.messages, {"protocol": "plain", "version": 2}, 100, 10)
+    assert len({one.key("m"), one.key("n"), other.key("m"), other.key("n")}) == 4
 
 
 def test_a_row_holds_what_is_needed_to_know_where_a_reply_came_from(server, tmp_path):
-    (reply,) = client(server, "instruct", tmp_path).replies(requests("a", about={"n": 1}))
+    async def cell() -> list[Reply]:
+        """As in Jupyter, inside a running event loop."""
+        return client(server, "instruct", tmp_path).replies(requests("a", about={"n": 1}))
+
+    (reply,) = asyncio.run(cell())
     (row,) = map(json.loads, (tmp_path / FILE).read_text().splitlines())
     assert reply.row == row
     expected = {"model": "instruct", "identity": {"protocol": "plain"}, "about": {"n": 1},
                 "base_url": f"{server.url}/v1", "key": requests("a")[0].key("instruct"),
                 "status": "answered", "reason": None, "attempts": 1}  # fmt: skip
     assert expected.items() <= row.items()
-    assert row["body"]["choices"][0]["message"]["content"] == "My answer to: a"
+    assert reply.content == row["body"]["choices"][0]["message"]["content"]
+    assert reply.content == "My answer to: a"
     assert row["usage"]["completion_tokens"] == 3
     assert row["time"].endswith("+00:00")
-
-
-def test_it_works_inside_a_running_event_loop(server, tmp_path):
-    async def cell() -> list[Reply]:
-        return client(server, "instruct", tmp_path).replies(requests("a", "b"))
-
-    assert [reply.failed for reply in asyncio.run(cell())] == [None, None]
 
 
 def test_no_more_than_the_allowed_requests_are_under_way(server, tmp_path):
@@ -129,29 +110,23 @@ def test_any_language_and_half_surrogates_are_sent_and_stored(server, tmp_path):
     client(server, "instruct", tmp_path).replies(requests(*texts))
     assert sorted(server.texts) == sorted(texts)
     assert len(texts[-1]) == len("half \ud83d pair")
+    body = {"choices": [{"message": {"content": "half \ud83d"}}]}
+    with Store(tmp_path).writing() as store:
+        store.append(ROW | {"body": body})
+    assert Reply(Store(tmp_path).load().lines[-1]).content == Reply({"body": body}).content
 
 
-def test_a_field_that_the_server_refuses_is_left_out_and_not_offered_again(server, tmp_path):
+def test_a_server_that_refuses_optional_fields_is_not_offered_them_again(server, tmp_path):
     asked = requests("a", "b", "c", optional={"response_format": {}, "top_p": 1})
     replies = client(server, "no-schema", tmp_path, concurrency=1).replies(asked)
     assert [reply.failed for reply in replies] == [None] * 3
     assert server.total == 4, "one refusal"
-    assert replies[2].row["dropped"] == ["response_format"]
+    assert replies[2].row["dropped"] == ["response_format", "top_p"]
+    client(server, "instruct", tmp_path).replies(asked[:1])
     assert server.fields["top_p"] == 1
 
 
 # -- failures ------------------------------------------------------------------------------
-
-
-def test_a_failure_is_recorded_with_its_reason_and_asked_again_on_the_next_run(
-    server, tmp_path
-):
-    impatient = client(server, "flaky", tmp_path, retries=0)
-    reasons = {reply.failed for reply in impatient.replies(requests("a", "b"))}
-    assert reasons == {"HTTP 500: the server had an error"}
-    for calls in (4, 4):
-        assert [r.failed for r in impatient.replies(requests("a", "b"))] == [None, None]
-        assert server.total == calls
 
 
 @pytest.mark.parametrize(
@@ -163,26 +138,26 @@ def test_a_failure_is_recorded_with_its_reason_and_asked_again_on_the_next_run(
         ("wrapped", "no chat completion in the answer: upstream is down", 1),
         ("html", "no chat completion in the answer: <html>login please</html>", 1),
         ("patient", "HTTP 429: come back later", 1),
-        ("picky", "HTTP 500: I do not like this one (3 attempts)", 3),
     ],
 )
 def test_a_server_that_misbehaves_gives_a_recorded_failure(
     server, tmp_path, model, reason, attempts
 ):
     limit = 0.2 if model == "hangs" else 5.0
-    asked = requests("unlucky a", "unlucky b")
-    replies = client(server, model, tmp_path, timeout=limit).replies(asked)
+    replies = client(server, model, tmp_path, timeout=limit).replies(requests("a", "b"))
     assert all(reason in reply.failed for reply in replies)
     assert [reply.row["attempts"] for reply in replies] == [attempts, attempts]
     assert server.total == 2 * attempts
     assert len(Store(tmp_path).load().rows) == 2
 
 
-def test_a_server_that_only_fails_is_not_asked_for_ever(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "STOP_AFTER", 4)
-    with pytest.raises(api.ApiError, match="4 requests failed in a row"):
-        client(server, "broken", tmp_path, retries=0, concurrency=2).replies(requests(*NAMES))
-    assert server.total <= 6
+def test_a_failure_is_asked_again_on_the_next_run(server, tmp_path):
+    impatient = client(server, "flaky", tmp_path, retries=0)
+    reasons = [reply.failed for reply in impatient.replies(requests("a", "b"))]
+    assert reasons == ["HTTP 500: the server had an error"] * 2
+    for calls in (4, 4):
+        assert [r.failed for r in impatient.replies(requests("a", "b"))] == [None, None]
+        assert server.total == calls
 
 
 def test_retry_after_is_honoured(server, tmp_path):
@@ -195,31 +170,32 @@ def test_retry_after_is_honoured(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("model", "message", "most"),
     [
-        ("gone", r"http://127.0.0.1:\d+/v1: no model 'gone', or a wrong URL"),
-        ("quota", "no quota left"),
-        ("forbidden", r"\(STLLMS_API_KEY\) is missing or wrong"),
+        ("gone", r"http://127.0.0.1:\d+/v1 .*: HTTP 404: The model gone does not exist", 2),
+        ("quota", "HTTP 429: You exceeded your current quota", 2),
+        ("forbidden", r"\(key: STLLMS_API_KEY\): HTTP 401: Incorrect API key", 2),
+        ("broken", "4 requests failed in a row", 6),
     ],
 )
-def test_what_no_retry_can_mend_stops_the_run_with_one_line(server, tmp_path, model, message):
+def test_what_asking_on_cannot_mend_stops_the_run_with_one_line(
+    server, tmp_path, monkeypatch, model, message, most
+):
+    monkeypatch.setattr(api, "STOP_AFTER", 4)
     with pytest.raises(api.ApiError, match=message) as caught:
         client(server, model, tmp_path, concurrency=2, retries=0).replies(requests(*NAMES))
-    assert server.total <= 2
+    assert server.total <= most
     assert "\n" not in str(caught.value)
 
 
 def test_an_unusable_reply_is_stored_and_asked_again_once(server, tmp_path):
     asked = client(server, "prose", tmp_path)
-
-    def check(reply: Reply) -> str | None:
-        return None if "I agree" in reply.content else "no labels"
-
     for calls in (1, 2, 2, 2):
-        (reply,) = asked.replies(requests("a"), check)
+        (reply,) = asked.replies(requests("a"), lambda reply: "no labels")
         assert reply.failed == "no labels"
         assert server.total == calls
     assert [row["status"] for row in Store(tmp_path).load().lines] == ["unusable"] * 2
+    assert asked.replies(requests("a"), lambda reply: None)[0].failed is None
 
 
 @settings(max_examples=100, deadline=None)
@@ -231,7 +207,7 @@ def test_an_unusable_reply_is_stored_and_asked_again_once(server, tmp_path):
     st.sampled_from([200, 400, 429, 500]),
 )
 def test_whatever_a_server_answers_has_a_reason_in_one_line(body, status):
-    reason = api._no_completion(status, body)
+    reason = api._no_completion(status, api.redacted(body, "sk-12345678"))
     assert reason
     assert "\n" not in reason
 
@@ -267,27 +243,23 @@ def test_a_killed_or_interrupted_run_goes_on_where_it_was(server, tmp_path, end)
     assert server.total - len(NAMES) <= 2, "only what was under way when the kill came"
 
 
-@pytest.mark.parametrize(("cut", "sent"), [(25, 1), (1, 0)])
-def test_a_torn_last_line_is_dropped_and_a_whole_one_is_not(server, tmp_path, cut, sent):
+@pytest.mark.parametrize("cut", [25, 1])
+def test_a_torn_last_line_is_dropped(server, tmp_path, cut):
     asked = client(server, "instruct", tmp_path, concurrency=1)
     asked.replies(requests("a", "b"))
     file = tmp_path / FILE
     file.write_bytes(file.read_bytes()[:-cut])
     assert [reply.failed for reply in asked.replies(requests("a", "b", "c"))] == [None] * 3
-    assert server.total == 3 + sent
+    assert server.total == 4
     assert [json.loads(line)["name"] for line in file.read_text().splitlines()] == list("abc")
 
 
-def test_two_runs_at_once_in_one_folder_pay_once(server, tmp_path):
-    def work() -> None:
-        client(server, "slow", tmp_path).replies(requests(*NAMES[:4]))
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert server.total == 4
+def test_two_runs_at_once_in_one_folder_do_not_pay_twice(server, tmp_path):
+    first = client(server, "instruct", tmp_path)
+    with Store(tmp_path).writing(), pytest.raises(LockedFolder, match=f"process {os.getpid()}"):
+        first.replies(requests("a"))
+    assert server.total == 0
+    assert first.replies(requests("a"))[0].failed is None
 
 
 # -- files that others wrote ---------------------------------------------------------------
@@ -296,18 +268,13 @@ ROW = {"key": "k", "name": "t", "model": "m", "identity": {"protocol": "rewrite"
        "about": {"shown": "s"}, "status": "answered", "reason": None, "cost": 0.5,
        "body": {"choices": [{"message": {"content": "so"}}]}}  # fmt: skip
 DEEP = "[" * 2_500 + "]" * 2_500
-STRANGE = ("null", "true", "7", "NaN", '"\\ud83d"', "[]", "{}", "9" * 5_000, DEEP, "{", "\x00")
-
-
-def stored(folder: Path, *lines: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / FILE).write_text("".join(f"{line}\n" for line in lines))
-    return folder / FILE
+STRANGE = ("null", "7", "NaN", '"\\ud83d"', "[]", "{}", "9" * 5_000, DEEP, "{", "\x00", "")
 
 
 @pytest.mark.parametrize("line", STRANGE)
 def test_a_line_that_is_no_reply_is_named_and_never_cut_off(tmp_path, line):
-    file = stored(tmp_path, json.dumps(ROW), line)
+    file = tmp_path / FILE
+    file.write_text(f"{json.dumps(ROW)}\n{line}\n")
     before = file.read_bytes()
     with pytest.raises(BadFile, match="line 2: not a stored reply") as caught:
         Store(tmp_path).load()
@@ -322,25 +289,18 @@ def test_a_line_that_is_no_reply_is_named_and_never_cut_off(tmp_path, line):
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        *(({"cost": cost}, "cost") for cost in (-1, True, math.nan, math.inf, "0.5", 10**400)),
+        *(({"cost": cost}, "cost") for cost in (-1, True, math.nan, 10**400)),
         ({"key": 7}, "key"),
-        ({"name": None}, "name"),
-        ({"model": ["m"]}, "model"),
-        ({"identity": "rewrite"}, "identity"),
         ({"identity": {"protocol": ["rewrite"]}}, r"identity\.protocol"),
         ({"about": []}, "about"),
         ({"status": "good"}, "status"),
-        ({"reason": 7}, "reason"),
     ],
 )
-def test_a_field_of_a_stored_reply_that_is_wrong_or_missing_is_named(tmp_path, change, field):
-    stored(tmp_path, json.dumps(ROW), json.dumps(ROW | change))
-    with pytest.raises(BadFile, match=rf"line 2: not a stored reply \({field}"):
+def test_a_field_of_a_stored_reply_that_is_wrong_is_named(tmp_path, change, field):
+    file = tmp_path / FILE
+    file.write_text(json.dumps(ROW | change) + "\n")
+    with pytest.raises(BadFile, match=rf"line 1: not a stored reply \({field}"):
         Store(tmp_path).load()
-    if (name := next(iter(change))) not in ("cost", "about", "reason"):
-        stored(tmp_path, json.dumps({k: v for k, v in ROW.items() if k != name}))
-        with pytest.raises(BadFile, match=rf"line 1: not a stored reply \({name}: Field req"):
-            Store(tmp_path).load()
 
 
 # -- cost ----------------------------------------------------------------------------------
@@ -367,45 +327,49 @@ def test_the_estimate_is_shown_before_the_first_call(server, tmp_path, table, ca
     assert shown in capsys.readouterr().out.splitlines()
     plain = api.estimate(requests("a", "b"), api.Price(input=1e6, output=0))
     assert (plain.calls, plain.tokens_in, plain.cost) == (2, 10, 10.0)
-    assert api.estimate(requests("a"), None).cost is None
 
 
 def test_nothing_is_sent_where_the_estimate_is_above_the_bound(server, tmp_path, table):
     asked = client(server, "instruct", tmp_path / "r", max_cost=19.9)
-    with pytest.raises(api.CostLimit, match=r"nothing sent .*max_cost=19\.9"):
+    with pytest.raises(api.ApiError, match=r"nothing sent .*max_cost=19\.9"):
         asked.replies(requests("a", "b"))
+    mystery = client(server, "mystery", tmp_path / "r", max_cost=1.0)
+    mystery.price = None
+    with pytest.raises(api.ApiError, match="max_cost needs the price of mystery"):
+        mystery.replies(requests("a"))
     assert server.total == 0
 
 
 def test_a_run_that_costs_more_than_estimated_stops_at_the_bound(server, tmp_path, table):
     asked = client(server, "instruct", tmp_path / "r", max_cost=10.0, concurrency=1)
     cheap = requests(*NAMES[:8], expected=1)  # each costs 5, the length of the answer over 4
-    with pytest.raises(api.CostLimit, match="max_cost=10"):
+    with pytest.raises(api.ApiError, match="max_cost=10"):
         asked.replies(cheap)
     assert server.total == 2
     assert Store(tmp_path / "r").load().spent == 10.0
-    with pytest.raises(api.CostLimit, match=r"10\.0000 already spent"):
+    with pytest.raises(api.ApiError, match=r"10\.0000 already spent"):
         asked.replies(cheap)
     more = client(server, "instruct", tmp_path / "r", max_cost=40.0)
     assert all(reply.failed is None for reply in more.replies(cheap))
     assert server.total == 8
 
 
-def test_a_bound_needs_a_price(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENROUTER_API_KEY", "a-key")
-    asked = api.Client("mystery/model", folder=tmp_path, max_cost=1.0, progress=False)
-    with pytest.raises(api.CostLimit, match="max_cost needs the price of mystery/model"):
-        asked.replies(requests("a"))
+def test_what_calls_under_way_may_cost_counts_too(server, tmp_path, table):
+    asked = client(server, "slow", tmp_path / "r", max_cost=10.0)
+    asked.price = api.Price(input=0, output=5e6)  # each is expected to cost 5, and costs more
+    with Store(tmp_path / "r").writing() as store:
+        sending = api._Sending(asked, "some-key", store, None)
+        with pytest.raises(api.ApiError, match="the next call would cost more"):
+            sending.run({one.name: one for one in requests(*NAMES[:8], expected=1)})
+    assert server.total == 2
 
 
-def test_prices_are_found_with_and_without_owner_variant_and_date(monkeypatch, table):
-    plain = api.price("gpt-4.1", OPENAI)
-    assert plain == api.Price(input=2, output=8)
-    for name in ("openai/gpt-4.1", "gpt-4.1-2025-04-14", "openai/gpt-4.1:nitro"):
-        assert api.price(name, OPENAI) == plain
+def test_prices_are_found_with_and_without_owner(table):
+    assert api.price("gpt-4.1", OPENAI) == api.Price(input=2, output=8)
+    assert api.price("openai/gpt-4.1", OPENAI) == api.Price(input=2, output=8)
     assert api.price("mystery", OPENAI) is None
-    assert api.price("mystery", "http://localhost:11434/v1").of(1e6, 1e6) == 0
-    assert api.price("deepseek/deepseek-r1:free", OPENAI).of(1e6, 1e6) == 0
+    for name, url in (("m", "http://localhost:11434/v1"), ("deepseek-r1:free", OPENAI)):
+        assert api.price(name, url).of(1e6, 1e6) == 0
     assert api.price("instruct", OPENAI).currency == "EUR"
 
 
@@ -434,18 +398,30 @@ def test_a_cost_that_is_none_is_not_counted():
 # -- servers and keys ----------------------------------------------------------------------
 
 
-def test_a_model_without_a_base_url_goes_to_its_provider(monkeypatch):
-    for model, host in {
-        "gpt-4.1": "api.openai.com",
-        "deepseek-reasoner": "api.deepseek.com",
-        "claude-3-opus-20240229": "api.anthropic.com",
-        "gemini-2.0-flash": "generativelanguage.googleapis.com",
-        "deepseek/deepseek-r1": "openrouter.ai",
-    }.items():
-        assert f"//{host}/" in api.base_url(model)
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://here:1")
-    assert api.base_url("gpt-4.1") == "http://here:1/v1"
-    assert api.base_url("gpt-4.1", "http://there:2/api/") == "http://there:2/api"
+@pytest.mark.parametrize(
+    ("model", "host", "name"),
+    [
+        ("gpt-4.1", "api.openai.com", "OPENAI_API_KEY"),
+        ("deepseek-reasoner", "api.deepseek.com", "DEEPSEEK_API_KEY"),
+        ("claude-3-opus-20240229", "api.anthropic.com", "ANTHROPIC_API_KEY"),
+        ("gemini-2.0-flash", "generativelanguage.googleapis.com", "GEMINI_API_KEY"),
+        ("deepseek/deepseek-r1", "openrouter.ai", "OPENROUTER_API_KEY"),
+    ],
+)
+def test_a_model_without_a_base_url_goes_to_its_provider_with_its_key(
+    tmp_path, monkeypatch, model, host, name
+):
+    url = api.base_url(model)
+    assert f"//{host}/" in url
+    with pytest.raises(api.ApiError, match=rf"{host}: set {name}"):
+        api.Client(model, folder=tmp_path, progress=False).replies(requests("a"))
+    assert not Store(tmp_path).load().rows
+    monkeypatch.setenv(name, "a-secret-key")
+    assert api.api_key(url) == "a-secret-key"
+    with pytest.raises(api.ApiError, match="set STLLMS_API_KEY"):
+        api.api_key("https://elsewhere.example/v1")
+    assert api.api_key("http://localhost:8000/v1") == "no-key-needed"
+    assert api.base_url(model, "http://there:2/api/") == "http://there:2/api"
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://k:ey@host/v1"])
@@ -455,95 +431,49 @@ def test_a_bad_base_url_is_refused_and_a_key_in_it_not_shown(tmp_path, url):
     assert "k:ey" not in str(caught.value)
 
 
-def test_no_key_is_an_error_that_names_the_variable_and_sends_nothing(tmp_path, monkeypatch):
-    with pytest.raises(api.MissingKey, match=r"api\.openai\.com: set OPENAI_API_KEY"):
-        api.Client("gpt-4.1", folder=tmp_path, progress=False).replies(requests("a"))
-    assert not Store(tmp_path).load().rows
-    monkeypatch.setenv("OPENAI_API_KEY", "two words")
-    with pytest.raises(api.MissingKey, match="OPENAI_API_KEY holds characters") as caught:
+@pytest.mark.parametrize(
+    "key", ["two words of it", 'quo"ted-key', "back\\slash", "ключ-ключ", "tiny"]
+)
+def test_what_is_no_key_is_refused_and_not_shown(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(api.ApiError, match="OPENAI_API_KEY is too short, or") as caught:
         api.api_key(OPENAI)
-    assert "two words" not in str(caught.value)
+    assert key not in str(caught.value)
 
 
-def test_a_provider_s_key_is_not_sent_to_another_host(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "openai-secret")
-    with pytest.raises(api.MissingKey, match="set STLLMS_API_KEY"):
-        api.api_key("https://elsewhere.example/v1")
-    assert api.api_key("http://localhost:8000/v1") == "no-key-needed"
-    monkeypatch.setenv("OPENAI_BASE_URL", "https://elsewhere.example/v1")
-    assert api.api_key("https://elsewhere.example/v1") == "openai-secret"
-    monkeypatch.setenv(api.KEY, "mine")
-    assert api.api_key("https://elsewhere.example/v1") == "mine"
-
-
-def test_env_files_are_those_of_the_start_of_the_working_folder_and_of_the_project(
-    tmp_path, monkeypatch
+def test_the_nearest_env_file_counts_and_stays_out_of_the_environment(
+    tmp_path, monkeypatch, caplog
 ):
-    places = {name: tmp_path / name for name in ("started", "here", "project")}
-    for name, place in places.items():
-        (place / "below").mkdir(parents=True)
-        text = f'# mine\n\nexport {name.upper()} = "1" # yes\nALL={name}\nEMPTY=\nHOME2=$HOME\n'
-        (place / ".env").write_text(text)
-    monkeypatch.setattr(api, "repository", lambda: places["project"])
-    monkeypatch.chdir(places["here"] / "below")
-    found = [api.setting(name) for name in ("HERE", "PROJECT", "STARTED", "EMPTY", "HOME2")]
-    assert found == ["1", "1", None, None, "$HOME"]
-    assert api.setting("ALL") == "here"
-    monkeypatch.setenv(api.STARTED, str(places["started"] / "below"))
-    assert [api.setting(name) for name in ("HERE", "PROJECT", "STARTED")] == ["1"] * 3
-    assert api.setting("ALL") == "started"
-    monkeypatch.setenv("ALL", "environment")
-    assert api.setting("ALL") == "environment"
-    assert "1" not in (os.environ.get("HERE"), os.environ.get("PROJECT")), "only looked up"
-
-
-def test_a_line_of_an_env_file_that_is_none_is_said_and_not_shown(tmp_path, caplog):
-    (tmp_path / ".env").write_text("A=1\nsecret words here\nB=2\n")
-    assert (api.setting("A"), api.setting("B")) == ("1", "2")
-    assert "statement starting at line 2" in caplog.text
+    for place in ("started", "here"):
+        (tmp_path / place / "below").mkdir(parents=True)
+        text = f'# mine\n\nexport MINE = "{place}" # yes\nsecret words\nEMPTY=\nOTHER=$HOME\n'
+        (tmp_path / place / ".env").write_text(text)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    found = [api.setting(name) for name in ("MINE", "EMPTY", "OTHER", "ABSENT")]
+    assert found == ["here", None, "$HOME", None]
+    assert "statement starting at line 4" in caplog.text
     assert "secret" not in caplog.text
+    monkeypatch.setenv(api.STARTED, str(tmp_path / "started" / "below"))
+    assert api.setting("MINE") == "started", "kernels of the runner work elsewhere"
+    assert "started" not in os.environ.values()
+    monkeypatch.setenv("MINE", "environment")
+    assert api.setting("MINE") == "environment"
 
 
-STRANGE_KEYS = ("sk-0123456789abcdef0123", "abc", "x", "a/b/c/d/e/f/g/h/i/j/k",
-                "key+with=signs&and%20percent", "{[(.*?)]}|^$")  # fmt: skip
-
-
-@pytest.mark.parametrize("key", STRANGE_KEYS)
-def test_a_key_is_struck_out_wherever_it_stands_however_it_is_written(key):
-    for form in (key, json.dumps(key)[1:-1], quote(key, safe=""), quote(key)):
-        body = {
-            "error": {"message": f"Incorrect key: {form}.", form: [f"{form}", {"a": [form]}]},
-            "headers": {"Authorization": f"Bearer {form}"},
-            "upstream": json.dumps({"error": f"bad key '{form}'\n{form}"}),
-        }
-        assert api.redacted(body, key) == {
-            "error": {"message": "Incorrect key: ***.", "***": ["***", {"a": ["***"]}]},
-            "headers": {"Authorization": "Bearer ***"},
-            "upstream": json.dumps({"error": "bad key '***'\n***"}),
-        }
-
-
-def test_a_short_key_is_no_part_of_a_word_and_the_placeholder_no_key():
-    said = {"content": "the latest contest is a test.", "n": 1, "none": None}
-    assert api.redacted(said, "test") == said | {"content": "the latest contest is a ***."}
-    for key in ("", api.NO_KEY):
-        assert api.redacted(f"key {key}", key) == f"key {key}"
-
-
-@pytest.mark.parametrize("key", ["abc", "sk-test-wrong-key-0000000000"])
-def test_no_key_is_stored_or_shown(tmp_path, monkeypatch, capsys, key):
-    """A server that repeats the wrong key in its error, through a real connection; the key
-    comes from a .env file, and nothing of that file gets into the environment."""
-    (tmp_path / ".env").write_text(f"STLLMS_API_KEY={key}\n")
-    with Server(key=KEY) as server, pytest.raises(api.ApiError) as caught:
-        client(server, "test", tmp_path, progress=True).replies(requests("a"))
-    shown = str(caught.value) + "".join(capsys.readouterr())
-    assert "Incorrect API key provided: ***" in shown
-    assert f"provided: {key}" not in shown + (tmp_path / FILE).read_text()
+@pytest.mark.parametrize("model", ["forbidden", "echo"])
+@pytest.mark.parametrize("key", ["sk-0123456789abcdef0123", "a/b+c=d&e%20f", "{[(.*?)]}|^$"])
+def test_no_key_is_stored_or_shown(server, tmp_path, capsys, caplog, model, key):
+    """A server that repeats the key, in its error or in a good answer, through a real
+    connection; the key comes from a .env file."""
+    (tmp_path / ".env").write_text(f"STLLMS_API_KEY='{key}'\n")
+    asked = client(server, model, tmp_path / "r", progress=True)
+    try:
+        (reply,) = asked.replies(requests("a"))
+        shown = reply.content
+    except api.ApiError as error:
+        shown = str(error)
+    assert server.keys == [key]
+    assert "API key provided: ***" in shown
+    shown += "".join(capsys.readouterr()) + caplog.text + (tmp_path / "r" / FILE).read_text()
+    assert key not in shown + json.dumps(shown)
     assert key not in os.environ.values()
-    assert server.total == 1
-    monkeypatch.setenv(api.KEY, KEY)
-    with Server(key=KEY) as server:
-        (reply,) = client(server, "test", tmp_path).replies(requests("a"))
-    assert reply.failed is None
-    assert KEY not in (tmp_path / FILE).read_text()

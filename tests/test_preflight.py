@@ -203,7 +203,7 @@ def test_quantization_needs_its_package(monkeypatch):
 
 def test_a_model_behind_an_api_needs_no_device(place, monkeypatch):
     monkeypatch.setattr(preflight, "hardware", lambda *_: pytest.fail("no device is used"))
-    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    monkeypatch.setenv("OPENAI_API_KEY", "some-key")
     preflight.check(RunConfig("gpt-4o", quantization="8bit"), ["05_compare"])
 
 
@@ -276,7 +276,7 @@ def test_a_comparison_with_nothing_is_refused_where_it_alone_is_asked_for(
 
 
 def test_a_model_behind_an_api_may_stand_alone(place, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    monkeypatch.setenv("OPENAI_API_KEY", "some-key")
     preflight.check(RunConfig("gpt-4o", judge="lexical"), ["05_compare"])
 
 

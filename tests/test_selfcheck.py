@@ -15,24 +15,18 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from stllms import models
-from stllms.models import model as room
 from stllms.models import selfcheck
 from stllms.models.model import ModelError
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def wrapped(words, kind: str = "llama", **changes) -> models.Model:
+def wrapped(words) -> models.Model:
     """A tiny network with as many embeddings as the tokenizer has ids."""
-    hf = tiny.hf_model(kind, hidden_size=8, intermediate_size=8, **changes)
+    hf = tiny.hf_model(hidden_size=8, intermediate_size=8)
     hf.resize_token_embeddings(len(words))
     hf.config.eos_token_id = hf.generation_config.eos_token_id = None
     return models.wrap(hf, words, name="tried")
-
-
-def byte_level() -> dict:
-    """``vocab`` and ``merges`` of the tiny byte-level tokenizer, without its added tokens."""
-    return json.loads(tiny.tokenizer().backend_tokenizer.to_str())["model"]
 
 
 @pytest.mark.parametrize("kind", sorted(tiny.KINDS))
@@ -53,16 +47,14 @@ def test_every_family_passes_without_a_remark(tiny_model, kind):
 def test_a_llama_class_around_a_byte_level_vocabulary_is_refused():
     """huggingface/transformers#45488: the class brings a Metaspace pre-tokenizer and decoder of
     its own, and every space is lost."""
-    broken = LlamaTokenizer(**{k: byte_level()[k] for k in ("vocab", "merges")})
+    inner = json.loads(tiny.tokenizer().backend_tokenizer.to_str())["model"]
+    broken = LlamaTokenizer(vocab=inner["vocab"], merges=inner["merges"])
     ids = broken("a  b", add_special_tokens=False)["input_ids"]
     assert broken.decode(ids) == "ab", "else this is not the defect"
-    with pytest.raises(ModelError) as raised:
+    said = r"LlamaTokenizer does not give 'Okay, so .* back but 'Okay,soIneed.*transformers>=5"
+    with pytest.raises(ModelError, match=said) as raised:
         selfcheck.check(wrapped(broken))
-    said = str(raised.value)
-    assert "LlamaTokenizer does not give 'Okay, so I need" in said
-    assert "back but 'Okay,soIneed" in said
-    assert "install transformers>=5.22,<6 (here " in said
-    assert "\n" not in said
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["llama3.1", "qwen2.5"])
@@ -100,9 +92,6 @@ def test_sentencepiece_passes_with_bytes_and_with_a_remark_without_them():
     (remark,) = model.remarks
     assert "LlamaTokenizer changes 3 of its texts: 'naïve café" in remark
     assert repr(model).endswith("; see its 1 .remarks)")
-
-
-def test_a_tokenizer_that_lacks_ascii_is_refused():
     with pytest.raises(ModelError, match=r"= 42\.\\n\\nWait, .* back but .*= 42\.Wait, is"):
         selfcheck.check(wrapped(pieces()))  # no newline
 
@@ -162,7 +151,7 @@ def test_the_tokenizer_of_a_larger_vocabulary_is_refused():
 
 @pytest.mark.parametrize("change", ["gap", "greedy"])
 def test_offsets_that_do_not_follow_the_text_are_refused(monkeypatch, change):
-    real = room.character_ranges
+    real = selfcheck.character_ranges
 
     def wrong(*arguments):
         ranges = real(*arguments).copy()
@@ -172,13 +161,17 @@ def test_offsets_that_do_not_follow_the_text_are_refused(monkeypatch, change):
             ranges[3:6] = (ranges[3, 0], ranges[5, 1])
         return ranges
 
-    monkeypatch.setattr(room, "character_ranges", wrong)
+    monkeypatch.setattr(selfcheck, "character_ranges", wrong)
     with pytest.raises(ModelError, match=r"characters of the tokens of 'Okay, so I .* found"):
         selfcheck.check(tiny.model())
 
 
-def test_a_layer_that_is_not_finite_is_named_with_its_type():
+def test_a_layer_is_named_with_what_is_wrong_of_it():
     model = tiny.model()
+    hook = model.layers[1].register_forward_hook(lambda m, i, output: (output,), prepend=True)
+    with pytest.raises(ModelError, match=r"layer 1 should be one tensor.*tuple"):
+        selfcheck.check(model)
+    hook.remove()
     with torch.no_grad():
         model.layers[2].mlp.down_proj.weight[0] = float("inf")
     with pytest.raises(ModelError, match=r"after layer 2 is not finite in torch.float32"):
@@ -189,6 +182,11 @@ def test_a_layer_that_is_not_finite_is_named_with_its_type():
         half.layers[1].mlp.down_proj.weight.fill_(6e4)
     with pytest.raises(ModelError, match=r"after layer 1 .* torch.float16: try dtype='float32"):
         selfcheck.check(half)
+    last = tiny.model()
+    with torch.no_grad():
+        last.decoder.norm.weight[0] = float("nan")
+    with pytest.raises(ModelError, match="a logit of a short sentence is not finite"):
+        selfcheck.check(last)
 
 
 def test_an_extreme_residual_stream_is_said_in_its_place_and_not_on_every_load():

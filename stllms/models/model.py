@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 import transformers
 from nnsight import TransformersModel
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from stllms.hashes import digest
@@ -194,18 +196,15 @@ class Model:
         """
         if not sequences or not all(len(ids) for ids in sequences):
             raise ValueError("left_pad needs at least one sequence, and none of them empty")
-        width = max(len(ids) for ids in sequences)
-        ids = torch.full((len(sequences), width), self.pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, width - len(sequence) :] = torch.as_tensor(sequence, dtype=torch.long)
-            mask[row, width - len(sequence) :] = 1
+        rows = [torch.as_tensor(ids, dtype=torch.long) for ids in sequences]
+        pad = partial(pad_sequence, batch_first=True, padding_side="left")
+        ids, mask = pad(rows, padding_value=self.pad_id), pad([*map(torch.ones_like, rows)])
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         return ids.to(self.device), mask.to(self.device), positions.to(self.device)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids up to the first end-of-sequence token, other tags included."""
-        return self.decode_all(self._before_end(ids))
+        return self.decode_all(self.before_end(ids))
 
     def decode_all(self, ids: Sequence[int]) -> str:
         """The text of all ids, special tokens included."""
@@ -213,54 +212,35 @@ class Model:
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
-    def offsets(
-        self,
-        prompt_ids: Sequence[int],
-        output_ids: Sequence[int],
-        thinking_start: int,
-        text: str,
-    ) -> np.ndarray:
+    def offsets_of(self, response: Response) -> np.ndarray:
         """Characters of the thinking that every token of prompt and output covers.
 
-        Args:
-            prompt_ids: ids before the output; they cover nothing.
-            output_ids: generated ids.
-            thinking_start: where ``text`` begins in ``decode(output_ids)``.
-            text: the thinking (``Response.thinking``).
-
         Returns:
-            int64 ``[T, 2]``, half-open ``[start, end)`` in characters of ``text``; ``(-1, -1)``
-            for a token outside. A character whose bytes are spread over tokens belongs to all
-            of them, so ranges of such neighbours overlap by that one character.
+            int64 ``[T, 2]``, half-open ``[start, end)`` in characters of ``response.thinking``;
+            ``(-1, -1)`` for a token outside, and for all of the prompt. A character whose bytes
+            are spread over tokens belongs to all of them, so ranges of such neighbours overlap
+            by that one character.
 
         Raises:
-            ValueError: where ``text`` is not at ``thinking_start`` of the decoded output.
+            ValueError: where the thinking is not at ``thinking_start`` of the decoded output.
         """
-        kept = self._before_end(output_ids)
+        text, begin = response.thinking, response.thinking_start
+        kept = self.before_end(response.output_ids)
         whole = self.decode_all(kept)
-        if not 0 <= thinking_start <= len(whole) or not whole.startswith(text, thinking_start):
+        if not 0 <= begin <= len(whole) or not whole.startswith(text, begin):
             raise ValueError(
-                f"the decoded output does not hold the given thinking at {thinking_start}: "
-                f"{whole[thinking_start : thinking_start + 40]!r} is not {text[:40]!r}"
+                f"the decoded output does not hold the given thinking at {begin}: "
+                f"{whole[begin : begin + 40]!r} is not {text[:40]!r}"
             )
-        ranges = np.full((len(prompt_ids) + len(output_ids), 2), -1, dtype=np.int64)
-        first = len(prompt_ids)
-        found = character_ranges(self.decode_all, kept, whole) - thinking_start
-        found = found.clip(0, len(text))
+        first = len(response.prompt_ids)
+        ranges = np.full((first + len(response.output_ids), 2), -1, dtype=np.int64)
+        found = (character_ranges(self.decode_all, kept, whole) - begin).clip(0, len(text))
         inside = found[:, 1] > found[:, 0]
         ranges[first : first + len(kept)][inside] = found[inside]
         return ranges
 
-    def offsets_of(self, response: Response) -> np.ndarray:
-        """:meth:`offsets` of a response, ``[T, 2]``."""
-        return self.offsets(
-            response.prompt_ids,
-            response.output_ids,
-            response.thinking_start,
-            response.thinking,
-        )
-
-    def _before_end(self, ids: Sequence[int]) -> list[int]:
+    def before_end(self, ids: Sequence[int]) -> list[int]:
+        """Ids before the first end-of-sequence token."""
         ids = [int(i) for i in ids]
         end = next((k for k, i in enumerate(ids) if i in self.eos_ids), len(ids))
         return ids[:end]
@@ -328,13 +308,13 @@ def _checksum(name: str, tensor: Tensor) -> str:
 
 def _eos_ids(hf: nn.Module, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends a turn, from generation config, config, tokenizer and vocabulary."""
-    found: list[Any] = []
-    sources = (getattr(hf, "generation_config", None), hf.config)
-    for value in [getattr(source, "eos_token_id", None) for source in sources]:
-        found += value if isinstance(value, list | tuple) else [value]
-    found.append(tokenizer.eos_token_id)
+    configs = (getattr(hf, "generation_config", None), hf.config)
+    values = [getattr(config, "eos_token_id", None) for config in configs]
+    found = [
+        i for value in values for i in (value if isinstance(value, list | tuple) else [value])
+    ]
     added = getattr(tokenizer, "added_tokens_encoder", {})
-    found += [added.get(token) for token in CHAT_ENDS]
+    found += [tokenizer.eos_token_id, *(added.get(token) for token in CHAT_ENDS)]
     return tuple(sorted({int(i) for i in found if i is not None}))
 
 

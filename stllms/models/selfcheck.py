@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from stllms.models.model import Model, ModelError
+from stllms.models.model import Model, ModelError, character_ranges
 
 #: The releases of transformers that read a byte-level ``tokenizer.json`` as it is.
 TRANSFORMERS = ">=5.22,<6"
@@ -75,25 +75,20 @@ def tokenizer(model: Model) -> list[str]:
             of transformers to install.
     """
     words = model.tokenizer
-    byte_level = is_byte_level(words.get_vocab())
-    remarks = _check_special(model)
-    changed = []
+    name, byte_level = type(words).__name__, is_byte_level(words.get_vocab())
+    remarks, changed = _check_special(model), []
     for text, ids in _read(model):
         _check_ids(model, repr(text), max(ids))
         back = model.decode_all(ids)
+        if not (_only_normalised(words, text, back) if byte_level else _same_words(text, back)):
+            raise ModelError(
+                f"{model.name}: {name} does not give {text!r} back but {back!r}: {CURE}"
+            )
         if back != text:
-            allowed = _only_normalised if byte_level else _same_words
-            if not allowed(words, text, back):
-                raise ModelError(
-                    f"{model.name}: {type(words).__name__} does not give {text!r} back but "
-                    f"{back!r}: {CURE}"
-                )
-            changed.append((text, back))
+            changed.append(f"{text!r} becomes {back!r}")
         _check_offsets(model, ids)
     if changed:
-        (text, back), n = changed[0], len(changed)
-        name = type(words).__name__
-        remarks.append(f"{name} changes {n} of its texts: {text!r} becomes {back!r}")
+        remarks.append(f"{name} changes {len(changed)} of its texts: {changed[0]}")
     return remarks
 
 
@@ -118,16 +113,15 @@ def _read(model: Model) -> Iterator[tuple[str, list[int]]]:
 def _only_normalised(words: Any, text: str, back: str) -> bool:
     normalizer = getattr(getattr(words, "backend_tokenizer", None), "normalizer", None)
     declared = text if normalizer is None else normalizer.normalize_str(text)
-    return back in (declared, f" {declared}")
+    return back in (text, declared, f" {declared}")
 
 
-def _same_words(_words: Any, text: str, back: str) -> bool:
-    fold = unicodedata.normalize
-    return not text.isascii() or fold("NFKC", back).split() == text.split()
+def _same_words(text: str, back: str) -> bool:
+    return not text.isascii() or unicodedata.normalize("NFKC", back).split() == text.split()
 
 
 def _check_ids(model: Model, what: str, index: int) -> None:
-    rows = _embeddings(model)
+    rows = len(model.hf.get_input_embeddings().weight)
     if index >= rows:
         raise ModelError(
             f"{model.name}: {type(model.tokenizer).__name__} gives {what} the id {index}, but "
@@ -137,7 +131,8 @@ def _check_ids(model: Model, what: str, index: int) -> None:
 
 def _check_special(model: Model) -> list[str]:
     _check_ids(model, "its padding", model.pad_id)
-    words, rows, unknown = model.tokenizer, _embeddings(model), []
+    words, rows = model.tokenizer, len(model.hf.get_input_embeddings().weight)
+    unknown = []
     for token in words.all_special_tokens:
         index = words.convert_tokens_to_ids(token)
         ids = words(token, add_special_tokens=False)["input_ids"]
@@ -153,15 +148,12 @@ def _check_special(model: Model) -> list[str]:
     return [f"no embedding for {', '.join(unknown)}: a text that has it cannot be read"]
 
 
-def _embeddings(model: Model) -> int:
-    return model.hf.get_input_embeddings().weight.shape[0]
-
-
 def _check_offsets(model: Model, ids: Sequence[int]) -> None:
-    text = model.decode(ids)
-    ranges = model.offsets((), ids, 0, text)
+    ids = model.before_end(ids)
+    text = model.decode_all(ids)
+    ranges = character_ranges(model.decode_all, ids, text)
     covered = np.zeros(len(text), dtype=bool)
-    for start, end in ranges[ranges[:, 0] >= 0]:
+    for start, end in ranges:
         covered[start:end] = True
     # One more than it writes alone: SentencePiece leaves a first space out.
     most = [1 + max(1, len(model.decode_all([i]))) for i in ids]
@@ -179,40 +171,38 @@ def residual(model: Model) -> list[float]:
         ModelError: where a layer's output is not one tensor ``[1, T, D]``, or not finite.
     """
     ids = model.tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]
+    given = torch.tensor([ids], device=model.device)
     shape = (1, len(ids), model.d_model)
     norms: list[float] = []
 
-    def check(index: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor) or tuple(output.shape) != shape:
-                found = tuple(output.shape) if isinstance(output, Tensor) else type(output)
-                raise ModelError(
-                    f"{model.name}: the output of layer {index} should be one tensor of "
-                    f"shape {shape} (transformers 5), found {found}"
-                )
-            length = output[0].float().norm(dim=-1)
-            if not torch.isfinite(length).all():
-                raise ModelError(_not_finite(model, f"the residual stream after layer {index}"))
-            norms.append(float(length.median()))
+    def look(_module: nn.Module, _args: Any, output: Any) -> None:
+        layer = len(norms)
+        if not isinstance(output, Tensor) or tuple(output.shape) != shape:
+            found = tuple(output.shape) if isinstance(output, Tensor) else type(output)
+            raise ModelError(
+                f"{model.name}: the output of layer {layer} should be one tensor of "
+                f"shape {shape} (transformers 5), found {found}"
+            )
+        length = output[0].float().norm(dim=-1)
+        _check_finite(model, length, f"the residual stream after layer {layer}")
+        norms.append(float(length.median()))
 
-        return hook
-
-    hooks = [layer.register_forward_hook(check(i)) for i, layer in enumerate(model.layers)]
+    hooks = [layer.register_forward_hook(look) for layer in model.layers]
     try:
-        given = torch.tensor([ids], device=model.device)
         with torch.no_grad():
             logits = model.hf(input_ids=given, attention_mask=torch.ones_like(given)).logits
     finally:
         for hook in hooks:
             hook.remove()
-    if not torch.isfinite(logits).all():
-        raise ModelError(_not_finite(model, "a logit of a short sentence"))
+    _check_finite(model, logits, "a logit of a short sentence")
     return norms
 
 
-def _not_finite(model: Model, what: str) -> str:
-    cure = "its weights are damaged" if model.dtype == torch.float32 else "try dtype='float32'"
-    return f"{model.name}: {what} is not finite in {model.dtype}: {cure}"
+def _check_finite(model: Model, values: Tensor, what: str) -> None:
+    if not torch.isfinite(values).all():
+        damaged = model.dtype == torch.float32
+        cure = "its weights are damaged" if damaged else "try dtype='float32'"
+        raise ModelError(f"{model.name}: {what} is not finite in {model.dtype}: {cure}")
 
 
 def extreme(norms: Sequence[float], d_model: int) -> list[str]:
