@@ -31,7 +31,8 @@ NAMES = [f"text {i}" for i in range(12)]
 
 @pytest.fixture(autouse=True)
 def _bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in (api.KEY, api.PRICES, api.STARTED, *(key for _, key in api.PROVIDERS.values())):
+    keys = (key for _, key in api.PROVIDERS.values())
+    for name in (api.KEY, api.PRICES, api.STARTED, api.OWN_SERVER, *keys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
@@ -422,6 +423,15 @@ def test_a_model_without_a_base_url_goes_to_its_provider_with_its_key(
         api.api_key("https://elsewhere.example/v1")
     assert api.api_key("http://localhost:8000/v1") == "no-key-needed"
     assert api.base_url(model, "http://there:2/api/") == "http://there:2/api"
+
+
+def test_the_server_of_the_openai_variable_may_have_its_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://here.example/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "a-secret-key")
+    assert api.base_url("gpt-4.1") == "https://here.example/v1"
+    assert api.api_key("https://here.example/v1") == "a-secret-key"
+    with pytest.raises(api.ApiError, match="set STLLMS_API_KEY"):
+        api.api_key("https://elsewhere.example/v1")
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://k:ey@host/v1"])

@@ -44,6 +44,8 @@ NO_KEY, SHORTEST_KEY = "no-key-needed", 8
 #: was started in, for its kernels, which work elsewhere; a file in the shape of
 #: ``prices.json`` whose entries go before ours.
 KEY, STARTED, PRICES = "STLLMS_API_KEY", "STLLMS_STARTED", "STLLMS_PRICES"
+#: The variable of the ``openai`` package for another server than its own.
+OWN_SERVER = "OPENAI_BASE_URL"
 #: The package's prices.
 SHIPPED = Path(__file__).with_name("prices.json")
 
@@ -256,12 +258,12 @@ PROVIDERS = {
 
 
 def base_url(model: str, given: str | None = None) -> str:
-    """The URL that ``/chat/completions`` is added to: ``given``, else that of the model's
-    provider. One without a path gets ``/v1``. Raises ``ValueError`` for what is no http(s) URL,
-    or holds a key."""
+    """The URL that ``/chat/completions`` is added to: ``given``, else ``OPENAI_BASE_URL``, else
+    that of the model's provider. One without a path gets ``/v1``. Raises ``ValueError`` for
+    what is no http(s) URL, or holds a key."""
     name = "/" if "/" in model else model
     own = next(url for prefix, (url, _) in PROVIDERS.items() if name.startswith(prefix))
-    url = (given or own).strip()
+    url = (given or setting(OWN_SERVER) or own).strip()
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("base URL: a key does not belong there (nor a query); see api_key()")
@@ -280,9 +282,12 @@ def is_local(url: str) -> bool:
 
 
 def key_name(url: str) -> str:
-    """The variable that holds the key for a server: its provider's, else ``STLLMS_API_KEY``, so
-    that a provider's key is never sent to another host."""
+    """The variable that holds the key for a server: its provider's, ``OPENAI_API_KEY`` for that
+    of ``OPENAI_BASE_URL``, else ``STLLMS_API_KEY``, so that a provider's key is never sent to
+    another host."""
     host = urlsplit(url).hostname
+    if host == urlsplit(setting(OWN_SERVER) or "").hostname:
+        return "OPENAI_API_KEY"
     names = (name for own, name in PROVIDERS.values() if urlsplit(own).hostname == host)
     return next(names, KEY)
 
