@@ -104,7 +104,7 @@ def _from_api(
 ) -> tuple[list[Response], list[Annotation]]:
     """The chains with reasoning, and for every other task a failed annotation that says why."""
     replies = remote.responses(
-        config.model,
+        config.entry,
         asked,
         max_new_tokens=decoding["max_new_tokens"],
         temperature=decoding["temperature"],
