@@ -40,10 +40,6 @@ def solid(text):
 # --- markup ------------------------------------------------------------------------------
 
 
-def pairs(text, **options):
-    return [(s.label, s.text) for s in markup.read(text, **options).segments]
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -61,13 +57,6 @@ def test_brackets_that_hold_no_label_are_text(text):
     assert reading.pieces == ((Segment("deduction", text), None),)
 
 
-def test_unclosed_and_nested_sections_end_where_the_next_begins_and_go_on_after_it():
-    unclosed = '["deduction"] 1 ["backtracking"] 2 ["end-section"] [deduction] 3'
-    assert pairs(unclosed) == [("deduction", "1"), ("backtracking", "2"), ("deduction", "3")]
-    nested = '["deduction"] A ["backtracking"] B ["end-section"] C ["end-section"]'
-    assert pairs(nested) == [("deduction", "A"), ("backtracking", "B"), ("deduction", "C")]
-
-
 def test_what_is_rejected_keeps_its_text_and_says_why():
     text = 'Here it is:\n["planning"] P ["end-section"] stray ["deduction"] D ["end-section"]'
     text += '["backtracking"]["end-section"] Done.'
@@ -81,14 +70,23 @@ def test_what_is_rejected_keeps_its_text_and_says_why():
     )
 
 
-def test_the_published_readers_take_fewer_forms():
-    text = '["deduction"]A["end-section"] [deduction]B[end-section] ["plan"]C["end-section"]'
-    assert pairs(text, reader="published") == [("deduction", "A"), ("plan", "C")]
-    text = (
-        '["deduction"]A [backtracking]B["end-section"] [1. deduction]C ["Deduction"] ["plan"]'
-    )
-    counted = pairs(text, reader="published-counts")
-    assert [label for label, _ in counted] == ["deduction", "backtracking"]
+@pytest.mark.parametrize(
+    ("reader", "text", "expected"),
+    [  # a section ends where the next begins, and goes on after one inside it
+        ("tolerant", "[deduction] 1 [backtracking] 2 [end-section] [deduction] 3", "d1 b2 d3"),
+        ("tolerant", "[deduction]A[backtracking]B[end-section]C[end-section]", "dA bB dC"),
+        ("published", '["deduction"]A["end-section"][deduction]B["end-section"]', "dA"),
+        ("published", '["plan"]C["end-section"] [1. deduction]D["end-section"]', "pC"),
+        ("published-counts", '["deduction"]A [backtracking]B["end-section"]', "dA bB"),
+        ("published-counts", '[1. deduction]C ["Deduction"] ["plan"]', ""),
+    ],
+)
+def test_sections_as_each_reader_takes_them(reader, text, expected):
+    segments = markup.read(text, reader=reader).segments
+    assert " ".join(s.label[0] + s.text for s in segments) == expected
+
+
+def test_an_unknown_reader_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"no reader 'strict'.*published-counts"):
         markup.read("", reader="strict")
 
@@ -135,7 +133,7 @@ def test_what_is_written_in_any_form_is_read_back(parts, data):
         closings = ('["end-section"]', "[end-section]", "[End Section]", f"[/{label}]", "")
         close = data.draw(st.sampled_from(closings))
         written += f"[{outer}{number}{inner}{name}{inner}{outer}]{text}{close}\n"
-    assert pairs(written) == parts
+    assert [(s.label, s.text) for s in annotation.parse(written)] == parts
 
 
 def test_a_reply_in_the_wire_format_is_placed_and_what_is_not_is_counted():
@@ -176,34 +174,29 @@ def test_repeated_sentences_go_to_their_own_occurrence_or_as_published_to_the_fi
     assert [reason for _, reason in found.rejected] == [placing.NOT_FOUND]
 
 
+LEFT_OUT = "Wait, no. Hm. Wait, that fails. Right. So it is 4. Good. Done."
+LONG = "The cat sat on the mat. " + "Birds sang all day. " * 20 + "The dog ran off."
+
+
 @pytest.mark.parametrize(
-    ("returned", "text", "placed"),
+    ("text", "returned", "placed"),
     [
-        ("Okay,  I need\na plan.", TEXT, "Okay, I need a plan."),
-        ("okay I need a plan", TEXT, "Okay, I need a plan"),
-        ("Okay, I really need a good plan.", TEXT, "Okay, I need a plan."),
-        ("Okay, I need plan.", TEXT, "Okay, I need a plan."),
-        ('It isn\'t "so" - no.', "Ah. It isn’t “so” – no. End.", "It isn’t “so” – no."),
+        (TEXT, ["Okay,  I need\na plan."], ["Okay, I need a plan."]),
+        (TEXT, ["okay I need a plan"], ["Okay, I need a plan"]),
+        (TEXT, ["Okay, I really need a good plan."], ["Okay, I need a plan."]),
+        (TEXT, ["Okay, I need plan."], ["Okay, I need a plan."]),
+        ("Ah. It isn’t “so” – no. End.", ['It isn\'t "so" - no.'], ["It isn’t “so” – no."]),
+        # equal words do not pull a part over what the judge left out
+        (LEFT_OUT, ["Wait, that fails.", "So it is 4."], ["Wait, that fails.", "So it is 4."]),
+        # shared words do not stretch what was invented
+        (LONG, ["The cat sat on the mat.", "A whale swam by the isle."], [LONG[:23]]),
     ],
 )
-def test_an_altered_text_is_placed_where_it_came_from(returned, text, placed):
-    found = placing.align(deduction(returned), text)
-    assert [s.text for s in found.placed] == [placed]
-    assert found.rejected == ()
-
-
-def test_equal_words_do_not_pull_a_part_over_text_that_the_judge_left_out():
-    text = "Wait, no. Hm. Wait, that fails. Right. So it is 4. Good. Done."
-    found = placing.align(deduction("Wait, that fails.", "So it is 4."), text)
-    assert [s.text for s in found.placed] == ["Wait, that fails.", "So it is 4."]
-
-
-def test_invented_text_is_rejected_with_a_reason_and_shared_words_do_not_stretch_it():
-    text = "The cat sat on the mat. " + "Birds sang all day. " * 20 + "The dog ran off."
-    invented = "A whale swam by the isle."
-    found = placing.align(deduction("The cat sat on the mat.", invented), text)
-    assert [s.text for s in found.placed] == ["The cat sat on the mat."]
-    assert found.rejected == ((Segment("deduction", invented), "not in the text"),)
+def test_an_altered_text_is_placed_where_it_came_from(text, returned, placed):
+    found = placing.align(deduction(*returned), text)
+    assert [s.text for s in found.placed] == placed
+    rejected = [(segment, placing.NOT_FOUND) for segment in deduction(*returned[len(placed) :])]
+    assert list(found.rejected) == rejected
 
 
 def test_endless_digits_align_although_the_judge_wrote_more_of_them():
@@ -246,16 +239,11 @@ def cut_texts(draw):
     """A text, segments that do not overlap, and tokens that cover all of it."""
     text = draw(st.text("ab. \n", min_size=1, max_size=40))
     cuts = st.lists(st.integers(0, len(text)), max_size=12).map(sorted)
-    edges = draw(cuts)
-    placed = []
-    for i, (start, end) in enumerate(zip(edges[::2], edges[1::2], strict=False)):
-        part = text[start:end]
-        if part.strip():
-            start += len(part) - len(part.lstrip())
-            end = start + len(part.strip())
-            label = ("deduction", "backtracking")[i % 2]
-            placed.append(PlacedSegment(label, text[start:end], start, end))
-    ends = [*draw(cuts), len(text)]
+    edges, ends = draw(cuts), [*draw(cuts), len(text)]
+    placed = [
+        PlacedSegment("deduction", text[start:end], start, end)
+        for start, end in zip(edges[::2], edges[1::2], strict=False)
+    ]
     return text, placed, list(zip([0, *ends[:-1]], ends, strict=True))
 
 
@@ -273,18 +261,15 @@ def test_segments_own_the_tokens_that_begin_in_them():
 
 @settings(deadline=None)
 @given(cut_texts())
-def test_token_spans_equal_the_naive_restatement_and_never_overlap(given_):
-    text, placed, offsets = given_
-    owner = []
-    for start, end in offsets:
-        first = next((i for i in range(start, end) if not text[i].isspace()), None)
-        inside = [
-            k for k, s in enumerate(placed) if first is not None and s.start <= first < s.end
-        ]
-        owner.append(inside[0] if inside else None)
+def test_token_spans_equal_the_naive_restatement_and_never_overlap(drawn):
+    text, placed, offsets = drawn
     naive = []
-    for k, segment in enumerate(placed):
-        mine = [t for t, who in enumerate(owner) if who == k]
+    for segment in placed:
+        mine = []
+        for t, (start, end) in enumerate(offsets):
+            first = next((i for i in range(start, end) if not text[i].isspace()), -1)
+            if segment.start <= first < segment.end:
+                mine.append(t)
         if mine:
             naive.append(Span(segment.label, mine[0], mine[-1] + 1))
     found = placing.token_spans(placed, offsets, text)
@@ -456,12 +441,8 @@ def test_plain_sentences_get_the_label_they_ask_for(trained):
         "Hmm, I'm not sure whether that is right."
     )
     found = trained.annotate([response(text)])[0]
-    assert [s.label for s in found.segments] == [
-        "initializing",
-        "adding-knowledge",
-        "deduction",
-        "uncertainty-estimation",
-    ]
+    labels = ["initializing", "adding-knowledge", "deduction", "uncertainty-estimation"]
+    assert [s.label for s in found.segments] == labels
     assert sum(found.ledger["expected"].values()) == pytest.approx(1, abs=1e-3)
     assert len(found.ledger["probability"]) == 4
 
