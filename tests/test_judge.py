@@ -39,9 +39,9 @@ def responses(*chains: str) -> list[Response]:
     return [response(chain, f"task {i}") for i, chain in enumerate(chains)]
 
 
-def ask(server: Server, model: str, folder: Path, **options) -> judge.Judge:
+def ask(server: Server, model: str, folder: Path, protocol: str = "rewrite") -> judge.Judge:
     quick = {"retries": 1, "timeout": 5.0, "progress": False}
-    return judge.Judge(model, base_url=server.url, folder=folder, **{**quick, **options})
+    return judge.Judge(f"{model}#{protocol}", base_url=server.url, folder=folder, **quick)
 
 
 # -- good judges ---------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_another_judge_or_protocol_is_asked_anew_and_has_another_name(server, tm
     assert (indexed.name, indexed.protocol.name) == ("openai:qwen2.5:14b#indexed", "indexed")
     assert isinstance(indexed, Annotator)
     with pytest.raises(ValueError, match="no judge protocol 'guess': choose one of rewrite"):
-        judge.Judge("m", protocol="guess", **options)
+        judge.Judge("m#guess", **options)
 
 
 #: Prompt hashes and keys of the first release. With others, no stored reply is found again.
@@ -224,17 +224,16 @@ def test_a_folder_of_several_judges_asks_which_and_one_without_replies_is_named(
     with pytest.raises(ValueError, match=r"no stored replies: no replies\.jsonl"):
         judge.Replay(tmp_path)
     (tmp_path / FILE).write_text("")
-    with pytest.raises(ValueError, match="holds no reply of a judge"):
+    with pytest.raises(ValueError, match="holds replies of no judge"):
         judge.Replay(tmp_path)
     for model in ("test", "other"):
         ask(server, model, tmp_path).annotate(responses(CHAINS[0]))
-    with pytest.raises(ValueError, match="several judges: choose one of model='other'"):
-        judge.Replay(tmp_path)
-    with pytest.raises(ValueError, match="no reply of this judge: choose one of model='other'"):
-        judge.Replay(tmp_path, model="third")
-    one = judge.Replay(tmp_path, model="other")
+    for options in ({}, {"judge": "third"}):
+        with pytest.raises(ValueError, match="replies of other and test: expected one judge"):
+            judge.Replay(tmp_path, **options)
+    one = judge.Replay(tmp_path, judge="other")
     assert one.annotate(responses(CHAINS[0]))[0].segments
-    assert (one.model, len(one.fingerprint)) == ("other", 16)
+    assert len(one.fingerprint) == 16
 
 
 # -- the parts -----------------------------------------------------------------------------

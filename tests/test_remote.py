@@ -14,11 +14,15 @@ from stllms.registry import ModelEntry, resolve
 TASKS = [Task(f"task-{i}", "verbal logic", f"Question {i}?") for i in range(3)]
 
 
-def ask(server, model: str, folder: Path, tasks=TASKS, **options) -> list[Response]:
+def ask(
+    server, model: str, folder: Path, tasks=TASKS, failed=None, **options
+) -> list[Response]:
     kind = options.pop("kind", "thinking")
     entry = options.pop("entry", ModelEntry(model, None, model, kind, api_id=model))
     given = {"max_new_tokens": 50, "retries": 1, "progress": False, **options}
-    return remote.responses(entry, tasks, folder=folder, base_url=server.url, **given)
+    made, reasons = remote.responses(entry, tasks, folder=folder, base_url=server.url, **given)
+    assert reasons == (failed or {})
+    return made
 
 
 def read(message: dict[str, str], finish: str) -> Response:
@@ -94,17 +98,15 @@ def test_a_second_run_sends_nothing(server, tmp_path):
 
 def test_a_failed_task_is_left_out_named_and_asked_again(server, tmp_path, capsys):
     tasks = [TASKS[0], Task("bad", "verbal logic", "An unlucky question?"), TASKS[1]]
-    made = ask(server, "picky", tmp_path, tasks, kind="instruct")
-    assert [one.task_id for one in made] == ["task-0", "task-1"]
-    assert "1 of 3 tasks failed and are left out" in capsys.readouterr().out
-    reason = "HTTP 500: I do not like this one (2 attempts)"
-    assert remote.failures(tmp_path) == {"bad": reason}
-    calls = server.total
-    ask(server, "picky", tmp_path, tasks, kind="instruct")
-    assert server.total - calls == 2
-    assert ask(server, "silent", tmp_path / "empty") == []
+    failed = {"bad": "HTTP 500: I do not like this one (2 attempts)"}
+    for calls in (4, 6):
+        made = ask(server, "picky", tmp_path, tasks, failed, kind="instruct")
+        assert [one.task_id for one in made] == ["task-0", "task-1"]
+        assert "1 of 3 tasks failed and are left out" in capsys.readouterr().out
+        assert server.total == calls
+    failed = {task.id: "empty reply (finish_reason stop)" for task in TASKS}
+    assert ask(server, "silent", tmp_path / "empty", failed=failed) == []
     assert "empty reply" in capsys.readouterr().out
-    assert set(remote.failures(tmp_path / "empty")) == {task.id for task in TASKS}
 
 
 def test_what_is_sent_is_what_was_asked_for(server, tmp_path):

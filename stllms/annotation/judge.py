@@ -265,28 +265,25 @@ def protocol_of(name: str, reader: str = "tolerant") -> Protocol:
 
 
 class Judge:
-    """Labels chains with the model ``model``; ``name`` is ``openai:MODEL``.
+    """Labels chains with a language model; ``name`` is ``openai:JUDGE``.
 
-    ``protocol`` is ``"rewrite"`` (default) or ``"indexed"``, also written ``MODEL#indexed``; an
-    indexed judge has that in its name, for it is another annotator. ``reader`` reads what a
-    rewriting judge returned. Replies are stored in ``folder``, by default one folder for all of
-    a person's runs. ``options`` are those of :class:`stllms.models.api.Client` (``base_url``,
-    ``max_cost``, ...).
+    ``judge`` is the model's name (protocol ``rewrite``), or ``MODEL#indexed``. ``reader`` reads
+    what a rewriting judge returned. Replies are stored in ``folder``, by default one folder for
+    all of a person's runs. ``options`` are those of :class:`stllms.models.api.Client`
+    (``base_url``, ``max_cost``, ...).
     """
 
     def __init__(
         self,
-        model: str,
+        judge: str,
         *,
-        protocol: str | None = None,
         reader: str = "tolerant",
         folder: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
-        model, _, suffix = model.partition("#")
-        self.protocol = protocol_of(protocol or suffix or "rewrite", reader)
-        other = "" if self.protocol.name == "rewrite" else f"#{self.protocol.name}"
-        self.name = f"openai:{model}{other}"
+        model, _, protocol = judge.partition("#")
+        self.protocol = protocol_of(protocol or "rewrite", reader)
+        self.name = f"openai:{_called(model, self.protocol.name)}"
         self.client = api.Client(model, folder=folder or api.default_folder(), **options)
 
     def annotate(self, responses: Sequence[Response]) -> list[Annotation]:
@@ -310,35 +307,32 @@ class Replay:
     result; ``name`` is ``replay:FOLDER``.
 
     What was judged is found by what the judge was shown, so that replies outlive a change of
-    the prompt around it and of the names of tasks. Where the folder holds several judges,
-    ``model`` and ``protocol`` choose one; without them that is a ``ValueError`` that lists
-    them. A chain without a stored reply is a failed annotation that says so.
+    the prompt around it and of the names of tasks. Where the folder holds replies of several
+    judges, ``judge`` names one as for :class:`Judge`; without it that is a ``ValueError``. A
+    chain without a stored reply is a failed annotation that says so.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
         *,
-        model: str | None = None,
-        protocol: str | None = None,
+        judge: str | None = None,
         reader: str = "tolerant",
     ) -> None:
         path = Path(folder).expanduser() / api.FILE
         if not path.is_file():
             raise ValueError(f"{path.parent} holds no stored replies: no {api.FILE} is in it")
         held = _by_judge(path)
-        judges = [one for one in held if model in (None, one[0]) and protocol in (None, one[1])]
-        if len(judges) != 1:
-            names = "; ".join(f"model={m!r}, protocol={p!r}" for m, p in judges or held)
+        names = [judge] if judge else list(held)
+        if len(names) != 1 or names[0] not in held:
             raise ValueError(
-                f"{path} holds {'several judges' if judges else 'no reply of this judge'}: "
-                f"choose one of {names or 'none: it holds no reply of a judge'}"
+                f"{path} holds replies of {' and '.join(held) or 'no judge'}: expected one "
+                "judge, or judge=... that names one of them"
             )
         self.name = f"replay:{folder}"
         self.fingerprint = remembered_hash(path)[:16]
-        self.model, name = judges[0]
-        self.protocol = protocol_of(name, reader)
-        self._replies = held[judges[0]]
+        self.protocol = protocol_of(names[0].partition("#")[2] or "rewrite", reader)
+        self._replies = held[names[0]]
 
     def annotate(self, responses: Sequence[Response]) -> list[Annotation]:
         """One annotation per response, in the same order."""
@@ -361,18 +355,22 @@ def _annotated(
     ]
 
 
-def _by_judge(path: Path) -> dict[tuple[str, str], dict[str, api.Reply]]:
-    """The replies of a file by judge (model, protocol) and by what it was shown: the newest
-    answer, else the newest failure. The file may also hold an API model's responses.
+def _by_judge(path: Path) -> dict[str, dict[str, api.Reply]]:
+    """The replies of a file by judge and by what it was shown: the newest answer, else the
+    newest failure. The file may also hold an API model's responses.
     """
-    held: dict[tuple[str, str], dict[str, api.Reply]] = {}
+    held: dict[str, dict[str, api.Reply]] = {}
     lines = api.Store(path.parent).load().lines
     for row in sorted(lines, key=lambda row: row["status"] != "failed"):
         if (name := row["identity"].get("protocol")) in PROTOCOLS:
             failed = row.get("reason") if row["status"] == "failed" else None
             shown = str(row.get("about", {}).get("shown"))
-            held.setdefault((row["model"], name), {})[shown] = api.Reply(row, failed)
+            held.setdefault(_called(row["model"], name), {})[shown] = api.Reply(row, failed)
     return dict(sorted(held.items()))
+
+
+def _called(model: str, protocol: str) -> str:
+    return model if protocol == "rewrite" else f"{model}#{protocol}"
 
 
 # -- cutting a chain -----------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from stllms import registry
@@ -30,18 +31,19 @@ def responses(
     temperature: float = 0.0,
     style: str = "sound",
     **options: Any,
-) -> list[Response]:
-    """What an API model writes for each task, in the order of the tasks.
+) -> tuple[list[Response], dict[str, str]]:
+    """What an API model writes for each task, in the order of the tasks; and task id -> reason
+    of those that failed.
 
     ``entry`` says how the model is called, which kind it is (``style`` and kind choose the
     prompt as in :func:`stllms.generation.prompts.prompt`) and what is sent beside the run's
     own fields. ``options`` are those of :class:`stllms.models.api.Client` (``base_url``,
     ``max_cost``, ...).
 
-    A task that failed is left out, named in a printed line, kept with its reason
-    (:func:`failures`) and asked again on the next run. Another line counts the chains of a
-    thinking model that came without reasoning (:func:`withheld`). Raises ``ValueError`` for a
-    limit below what the provider takes, and the errors of ``Client.replies``.
+    A task that failed is named in a printed line and asked again on the next run. Another line
+    counts the chains of a thinking model that came without reasoning (:func:`withheld`).
+    Raises ``ValueError`` for a limit below what the provider takes, and the errors of
+    ``Client.replies``.
     """
     check_limit(entry, max_new_tokens)
     name = str(entry.api_id)
@@ -49,16 +51,17 @@ def responses(
         entry, tasks, max_new_tokens=max_new_tokens, temperature=temperature, style=style
     )
     replies = api.Client(name, folder=folder, **options).replies(asked, unusable)
-    made, failed = [], []
+    made, failed = [], {}
     for task, request, reply in zip(tasks, asked, replies, strict=True):
         if reply.failed:
-            failed.append(f"{task.id}: {reply.failed}")
+            failed[task.id] = reply.failed
         else:
             made.append(to_response(task, request.messages[0]["content"], reply, entry.kind))
     if failed:
+        first = [f"{task_id}: {reason}" for task_id, reason in islice(failed.items(), 5)]
         print(
             f"{name}: {len(failed)} of {len(tasks)} tasks failed and are left out (asked again "
-            f"on the next run): {plain('; '.join(failed[:5]))}"
+            f"on the next run): {plain('; '.join(first))}"
             + ("; ..." if len(failed) > 5 else "")
         )
     if silent := sum(withheld(one, entry.kind) for one in made):
@@ -67,7 +70,7 @@ def responses(
             "reasoning and have nothing to label: the provider keeps it to itself, or wants a "
             "switch for it (docs/gpu_and_costs.md)"
         )
-    return made
+    return made, failed
 
 
 def requests(
@@ -151,14 +154,3 @@ def to_response(task: Task, prompt_text: str, reply: api.Reply, kind: str) -> Re
         closed=closed,
         finished=finished,
     )
-
-
-def failures(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """Task id -> reason, of the stored requests for responses that have no good reply yet."""
-    store = api.Store(folder).load()
-    found = {}
-    for key, rows in store.rows.items():
-        row = (store.answers(key) or rows)[-1]
-        if row["identity"].get("protocol") == PROTOCOL and row.get("reason"):
-            found[row["name"]] = row["reason"]
-    return found
