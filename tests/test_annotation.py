@@ -75,6 +75,7 @@ def test_what_is_rejected_keeps_its_text_and_says_why():
     [  # a section ends where the next begins, and goes on after one inside it
         ("tolerant", "[deduction] 1 [backtracking] 2 [end-section] [deduction] 3", "d1 b2 d3"),
         ("tolerant", "[deduction]A[backtracking]B[end-section]C[end-section]", "dA bB dC"),
+        ("tolerant", '[deduction]x\n["apple"] y [backtracking]z', 'dx\n["apple"] y bz'),
         ("published", '["deduction"]A["end-section"][deduction]B["end-section"]', "dA"),
         ("published", '["plan"]C["end-section"] [1. deduction]D["end-section"]', "pC"),
         ("published-counts", '["deduction"]A [backtracking]B["end-section"]', "dA bB"),
@@ -188,7 +189,8 @@ LONG = "The cat sat on the mat. " + "Birds sang all day. " * 20 + "The dog ran o
         ("Ah. It isn’t “so” – no. End.", ['It isn\'t "so" - no.'], ["It isn’t “so” – no."]),
         # equal words do not pull a part over what the judge left out
         (LEFT_OUT, ["Wait, that fails.", "So it is 4."], ["Wait, that fails.", "So it is 4."]),
-        # shared words do not stretch what was invented
+        # nor a run of words over much of the text, nor shared words what was invented
+        (LONG, ["The cat sat on the mat. The dog ran off."], [LONG[:23]]),
         (LONG, ["The cat sat on the mat.", "A whale swam by the isle."], [LONG[:23]]),
     ],
 )

@@ -206,12 +206,15 @@ def test_one_failure_leaves_the_others_alone_and_a_replay_fails_by_name(server, 
     assert made[4].task_id == "new"
 
 
-def test_a_replay_outlives_another_prompt_and_other_task_names(server, tmp_path):
+def test_a_replay_outlives_another_prompt_other_task_names_and_a_later_failure(
+    server, tmp_path
+):
     (one,) = ask(server, "test", tmp_path).annotate(responses(CHAINS[0]))
     file = tmp_path / FILE
     row = json.loads(file.read_text())
     row["identity"]["prompt_version"] = "0"
-    file.write_text(json.dumps(row | {"key": "old"}) + "\n")
+    rows = row | {"key": "old"}, row | {"status": "failed", "reason": "no answer"}
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows))
     assert row["identity"]["prompt"] == PROMPTS["rewrite"]
     assert row["about"] == {"shown": digest(CHAINS[0])[:16]}
     (again,) = judge.Replay(tmp_path).annotate([response(CHAINS[0], "renamed")])

@@ -155,9 +155,9 @@ class Protocol:
         said = " ".join(reply.content.split())
         shown = f"{said[:80]}..." if len(said) > 80 else said
         ended = f" (finish_reason {reply.finish})" if reply.finish not in ("stop", None) else ""
-        return (
-            f"the judge labelled nothing{ended}: {shown!r}" if said else f"empty reply{ended}"
-        )
+        if not said:
+            return f"empty reply{ended}"
+        return f"the judge labelled nothing{ended}: {shown!r}"
 
 
 # -- rewrite: the text comes back with tags around its segments ----------------------------
