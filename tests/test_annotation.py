@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny import response
 
 from stllms import annotation
 from stllms.annotation import agreement, annotators, markup, offline, placing, sentences
 from stllms.annotation.annotators import annotator
+from stllms.generation import prompts
 from stllms.labels import BEHAVIOURS
 from stllms.records import (
     STEERED_KEY,
@@ -25,15 +27,10 @@ from stllms.records import (
     Segment,
     Span,
     Steered,
+    Task,
     to_row,
 )
 from stllms.runs.store import Rows
-
-LOCAL = ("lexical", "offline")
-
-
-def response(text, task_id="t"):
-    return Response(task_id, "verbal logic", "", (), (), text, text, 0, "", True, True)
 
 
 def solid(text):
@@ -41,40 +38,6 @@ def solid(text):
 
 
 # --- markup ------------------------------------------------------------------------------
-
-
-def pairs(text, **options):
-    return [(s.label, s.text) for s in markup.read(text, **options).segments]
-
-
-@pytest.mark.parametrize(
-    "tag",
-    [
-        '["adding-knowledge"]',
-        "[adding-knowledge]",
-        '["2. adding-knowledge"]',
-        "[2. adding-knowledge]",
-        "[ Adding Knowledge ]",
-        "[ADDING_KNOWLEDGE]",
-        "['adding-knowledge']",
-        "[“adding-knowledge”]",
-        '[\\"adding-knowledge\\"]',
-        '[2. "adding-knowledge"]',
-        "[**adding-knowledge**]",
-        "[2) adding knowledge]",
-    ],
-)
-def test_every_form_of_tag_opens_a_section(tag):
-    for close in (
-        '["end-section"]',
-        "[end-section]",
-        "[End Section]",
-        "[/adding-knowledge]",
-        "",
-    ):
-        assert pairs(f"{tag} Water boils at 100. {close}") == [
-            ("adding-knowledge", "Water boils at 100.")
-        ]
 
 
 @pytest.mark.parametrize(
@@ -94,14 +57,6 @@ def test_brackets_that_hold_no_label_are_text(text):
     assert reading.pieces == ((Segment("deduction", text), None),)
 
 
-def test_unclosed_and_nested_sections_end_where_the_next_begins_and_go_on_after_it():
-    reading = markup.read('["deduction"] 1 ["backtracking"] 2 ["end-section"] [deduction] 3')
-    assert [s.text for s in reading.segments] == ["1", "2", "3"]
-    assert reading.forms["unclosed"] == 2
-    nested = '["deduction"] A ["backtracking"] B ["end-section"] C ["end-section"]'
-    assert pairs(nested) == [("deduction", "A"), ("backtracking", "B"), ("deduction", "C")]
-
-
 def test_what_is_rejected_keeps_its_text_and_says_why():
     text = 'Here it is:\n["planning"] P ["end-section"] stray ["deduction"] D ["end-section"]'
     text += '["backtracking"]["end-section"] Done.'
@@ -115,14 +70,24 @@ def test_what_is_rejected_keeps_its_text_and_says_why():
     )
 
 
-def test_the_published_readers_take_fewer_forms():
-    text = '["deduction"]A["end-section"] [deduction]B[end-section] ["plan"]C["end-section"]'
-    assert pairs(text, reader="published") == [("deduction", "A"), ("plan", "C")]
-    text = (
-        '["deduction"]A [backtracking]B["end-section"] [1. deduction]C ["Deduction"] ["plan"]'
-    )
-    counted = pairs(text, reader="published-counts")
-    assert [label for label, _ in counted] == ["deduction", "backtracking"]
+@pytest.mark.parametrize(
+    ("reader", "text", "expected"),
+    [  # a section ends where the next begins, and goes on after one inside it
+        ("tolerant", "[deduction] 1 [backtracking] 2 [end-section] [deduction] 3", "d1 b2 d3"),
+        ("tolerant", "[deduction]A[backtracking]B[end-section]C[end-section]", "dA bB dC"),
+        ("tolerant", '[deduction]x\n["apple"] y [backtracking]z', 'dx\n["apple"] y bz'),
+        ("published", '["deduction"]A["end-section"][deduction]B["end-section"]', "dA"),
+        ("published", '["plan"]C["end-section"] [1. deduction]D["end-section"]', "pC"),
+        ("published-counts", '["deduction"]A [backtracking]B["end-section"]', "dA bB"),
+        ("published-counts", '[1. deduction]C ["Deduction"] ["plan"]', ""),
+    ],
+)
+def test_sections_as_each_reader_takes_them(reader, text, expected):
+    segments = markup.read(text, reader=reader).segments
+    assert " ".join(s.label[0] + s.text for s in segments) == expected
+
+
+def test_an_unknown_reader_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"no reader 'strict'.*published-counts"):
         markup.read("", reader="strict")
 
@@ -161,27 +126,31 @@ PARTS = st.lists(
 def test_what_is_written_in_any_form_is_read_back(parts, data):
     written = ""
     for label, text in parts:
-        name = data.draw(st.sampled_from([label, label.upper(), label.replace("-", " ")]))
-        number = data.draw(st.sampled_from(["", "0. ", "5. "]))
-        quote = data.draw(st.sampled_from(["", '"']))
-        close = data.draw(st.sampled_from(['["end-section"]', "[end-section]", ""]))
-        written += f"[{quote}{number}{name}{quote}]{text}{close}\n"
-    assert pairs(written) == parts
+        names = (label, label.upper(), label.replace("-", " "), label.replace("-", "_").title())
+        name = data.draw(st.sampled_from(names))
+        number = data.draw(st.sampled_from(["", "0. ", "2) ", "5."]))
+        outer = data.draw(st.sampled_from(["", '"', "'", "**", '\\"', "“", " "]))
+        inner = data.draw(st.sampled_from(["", '"'])) if len(outer) < 2 else ""
+        closings = ('["end-section"]', "[end-section]", "[End Section]", f"[/{label}]", "")
+        close = data.draw(st.sampled_from(closings))
+        written += f"[{outer}{number}{inner}{name}{inner}{outer}]{text}{close}\n"
+    assert [(s.label, s.text) for s in annotation.parse(written)] == parts
 
 
-def test_a_reply_in_the_wire_format_becomes_an_annotation():
+def test_a_reply_in_the_wire_format_is_placed_and_what_is_not_is_counted():
     reply = '[0. initializing]Okay, a plan.["end-section"] ["plan"]Go on.["end-section"] Bye.'
-    found = markup.from_markup(response("Okay, a plan. Go on. Left."), reply, "judge", usage=7)
-    assert [(s.label, s.text) for s in found.segments] == [("initializing", "Okay, a plan.")]
-    assert found.ledger["reasons"] == {markup.UNKNOWN: 1, markup.OUTSIDE: 1}
-    assert found.ledger["characters"] == {
+    text = "Okay, a plan. Go on. Left."
+    found = markup.align(reply, text)
+    assert [(s.label, s.text) for s in found.placed] == [("initializing", "Okay, a plan.")]
+    assert [reason for _, reason in found.rejected] == [markup.UNKNOWN, markup.OUTSIDE]
+    assert found.characters == {
         "labelled": solid("Okay, a plan."),
         markup.UNKNOWN: solid("Go on."),
         placing.LEFT_OUT: solid("Left."),
     }
-    assert found.ledger["usage"] == 7
-    old = markup.from_markup(response("Okay."), reply, "judge", reader="published")
-    assert old.segments == ()
+    published = '["deduction"]wait["end-section"]'
+    assert markup.align(published, "Wait. wait", reader="published").placed[0].start == 6
+    assert markup.align(published, "Wait. wait").placed[0].start == 0
 
 
 # --- placing -----------------------------------------------------------------------------
@@ -193,48 +162,43 @@ def deduction(*texts):
     return [Segment("deduction", text) for text in texts]
 
 
-def test_repeated_sentences_go_to_their_own_occurrence_and_are_counted_as_ambiguous():
-    found = placing.align(deduction("So 2 + 2 = 4.", "Wait, that fails.", "Done."), TEXT)
+def test_repeated_sentences_go_to_their_own_occurrence_or_as_published_to_the_first():
+    parts = deduction("So 2 + 2 = 4.", "Wait, that fails.", "Done.")
+    found = placing.align(parts, TEXT)
     places = [TEXT.index("So"), TEXT.rindex("Wait"), TEXT.index("Done")]
     assert [s.start for s in found.placed] == places
     assert found.ambiguous == 1
-
-
-def test_the_published_method_takes_the_first_exact_occurrence():
-    found = placing.align(deduction("Wait, that fails.", "Done"), TEXT, method="published")
+    found = placing.align(
+        [*parts[1:], *deduction("wait, that fails.")], TEXT, method="published"
+    )
     assert [s.start for s in found.placed] == [TEXT.index("Wait"), TEXT.index("Done")]
-    again = placing.align(deduction("Done", "wait, that fails."), TEXT, method="published")
-    assert [reason for _, reason in again.rejected] == [placing.NOT_FOUND]
+    assert [reason for _, reason in found.rejected] == [placing.NOT_FOUND]
+
+
+LEFT_OUT = "Wait, no. Hm. Wait, that fails. Right. So it is 4. Good. Done."
+LONG = "The cat sat on the mat. " + "Birds sang all day. " * 20 + "The dog ran off."
 
 
 @pytest.mark.parametrize(
-    ("returned", "text", "placed"),
+    ("text", "returned", "placed"),
     [
-        ("Okay,  I need\na plan.", TEXT, "Okay, I need a plan."),
-        ("okay I need a plan", TEXT, "Okay, I need a plan"),
-        ("Okay, I really need a good plan.", TEXT, "Okay, I need a plan."),
-        ("Okay, I need plan.", TEXT, "Okay, I need a plan."),
-        ('It isn\'t "so" - no.', "Ah. It isn’t “so” – no. End.", "It isn’t “so” – no."),
+        (TEXT, ["Okay,  I need\na plan."], ["Okay, I need a plan."]),
+        (TEXT, ["okay I need a plan"], ["Okay, I need a plan"]),
+        (TEXT, ["Okay, I really need a good plan."], ["Okay, I need a plan."]),
+        (TEXT, ["Okay, I need plan."], ["Okay, I need a plan."]),
+        ("Ah. It isn’t “so” – no. End.", ['It isn\'t "so" - no.'], ["It isn’t “so” – no."]),
+        # equal words do not pull a part over what the judge left out
+        (LEFT_OUT, ["Wait, that fails.", "So it is 4."], ["Wait, that fails.", "So it is 4."]),
+        # nor a run of words over much of the text, nor shared words what was invented
+        (LONG, ["The cat sat on the mat. The dog ran off."], [LONG[:23]]),
+        (LONG, ["The cat sat on the mat.", "A whale swam by the isle."], [LONG[:23]]),
     ],
 )
-def test_an_altered_text_is_placed_where_it_came_from(returned, text, placed):
-    found = placing.align(deduction(returned), text)
-    assert [s.text for s in found.placed] == [placed]
-    assert found.rejected == ()
-
-
-def test_equal_words_do_not_pull_a_part_over_text_that_the_judge_left_out():
-    text = "Wait, no. Hm. Wait, that fails. Right. So it is 4. Good. Done."
-    found = placing.align(deduction("Wait, that fails.", "So it is 4."), text)
-    assert [s.text for s in found.placed] == ["Wait, that fails.", "So it is 4."]
-
-
-def test_invented_text_is_rejected_with_a_reason_and_shared_words_do_not_stretch_it():
-    text = "The cat sat on the mat. " + "Birds sang all day. " * 20 + "The dog ran off."
-    invented = "A whale swam by the isle."
-    found = placing.align(deduction("The cat sat on the mat.", invented), text)
-    assert [s.text for s in found.placed] == ["The cat sat on the mat."]
-    assert found.rejected == ((Segment("deduction", invented), "not in the text"),)
+def test_an_altered_text_is_placed_where_it_came_from(text, returned, placed):
+    found = placing.align(deduction(*returned), text)
+    assert [s.text for s in found.placed] == placed
+    rejected = [(segment, placing.NOT_FOUND) for segment in deduction(*returned[len(placed) :])]
+    assert list(found.rejected) == rejected
 
 
 def test_endless_digits_align_although_the_judge_wrote_more_of_them():
@@ -272,67 +236,42 @@ def test_every_character_is_accounted_for_and_places_are_in_order(text, parts):
 # --- tokens ------------------------------------------------------------------------------
 
 
-def placed_parts(text, *parts):
-    labels = ("deduction", "backtracking")
-    return [
-        PlacedSegment(label, part, text.index(part), text.index(part) + len(part))
-        for label, part in zip(labels, parts, strict=False)
-    ]
-
-
 @st.composite
 def cut_texts(draw):
     """A text, segments that do not overlap, and tokens that cover all of it."""
     text = draw(st.text("ab. \n", min_size=1, max_size=40))
     cuts = st.lists(st.integers(0, len(text)), max_size=12).map(sorted)
-    edges = draw(cuts)
-    placed = []
-    for i, (start, end) in enumerate(zip(edges[::2], edges[1::2], strict=False)):
-        part = text[start:end]
-        if part.strip():
-            start += len(part) - len(part.lstrip())
-            end = start + len(part.strip())
-            label = ("deduction", "backtracking")[i % 2]
-            placed.append(PlacedSegment(label, text[start:end], start, end))
-    ends = [*draw(cuts), len(text)]
+    edges, ends = draw(cuts), [*draw(cuts), len(text)]
+    placed = [
+        PlacedSegment("deduction", text[start:end], start, end)
+        for start, end in zip(edges[::2], edges[1::2], strict=False)
+    ]
     return text, placed, list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("text", "parts", "offsets", "spans"),
-    [
-        # prompt, tag, "Ab", " cd", ".", " ", "Ef", tag
-        ("Ab cd. Ef", ("Ab cd.", "Ef"),
-         [[0, 0], [-9, -1], [0, 2], [2, 5], [5, 6], [6, 7], [7, 9], [9, 9]], [(2, 5), (6, 7)]),
-        # A token across a boundary belongs to its first character that is not white space.
-        ("Ab. Cd", ("Ab.", "Cd"), [[0, 2], [2, 5], [5, 6]], [(0, 2), (2, 3)]),
-        ("Ab. Cd", ("Ab.", "Cd"), [[0, 3], [3, 6]], [(0, 1), (1, 2)]),
-        ("A.", ("A", "."), [[0, 2]], [(0, 1)]),
-    ],
-)  # fmt: skip
-def test_segments_own_the_tokens_that_begin_in_them(text, parts, offsets, spans):
-    segments = deduction(*parts)
-    aligned = annotation.align(segments, text, offsets)
-    one = placing.with_spans(placing.annotation(aligned, "t", "x"), offsets, text)
-    assert one.spans == aligned.spans == tuple(Span("deduction", *where) for where in spans)
-    lost = {"spans": len(spans), "without_token": len(parts) - len(spans)}
-    assert one.ledger.items() >= lost.items()
+def test_segments_own_the_tokens_that_begin_in_them():
+    text, parts = "Ab cd. Ef", deduction("Ab cd.", "Ef")
+    # prompt, tag, "Ab", " cd", ".", " ", "Ef", tag
+    offsets = [[0, 0], [-9, -1], [0, 2], [2, 5], [5, 6], [6, 7], [7, 9], [9, 9]]
+    aligned = annotation.align(parts, text, offsets)
+    assert aligned.spans == (Span("deduction", 2, 5), Span("deduction", 6, 7))
+    aligned = annotation.align(deduction("A", "."), "A.")
+    one = placing.with_spans(placing.annotation(aligned, "t", "x"), [[0, 2]], "A.")
+    assert one.spans == (Span("deduction", 0, 1),)
+    assert one.ledger.items() >= {"spans": 1, "without_token": 1}.items()
 
 
 @settings(deadline=None)
 @given(cut_texts())
-def test_token_spans_equal_the_naive_restatement_and_never_overlap(given_):
-    text, placed, offsets = given_
-    owner = []
-    for start, end in offsets:
-        first = next((i for i in range(start, end) if not text[i].isspace()), None)
-        inside = [
-            k for k, s in enumerate(placed) if first is not None and s.start <= first < s.end
-        ]
-        owner.append(inside[0] if inside else None)
+def test_token_spans_equal_the_naive_restatement_and_never_overlap(drawn):
+    text, placed, offsets = drawn
     naive = []
-    for k, segment in enumerate(placed):
-        mine = [t for t, who in enumerate(owner) if who == k]
+    for segment in placed:
+        mine = []
+        for t, (start, end) in enumerate(offsets):
+            first = next((i for i in range(start, end) if not text[i].isspace()), -1)
+            if segment.start <= first < segment.end:
+                mine.append(t)
         if mine:
             naive.append(Span(segment.label, mine[0], mine[-1] + 1))
     found = placing.token_spans(placed, offsets, text)
@@ -357,16 +296,10 @@ def test_the_coverage_of_a_run_counts_failed_chains():
     summary = placing.summarise([one, two])
     assert summary.characters == {"labelled": 5, placing.LEFT_OUT: 6, "failed": 4}
     assert (summary.total, summary.coverage) == (15, pytest.approx(5 / 15))
-    assert (summary.chains, summary.failed, summary.placed) == (2, 1, 1)
+    assert (summary.chains, summary.failed) == (2, 1)
     assert [row["failed"] for row in summary.rows] == [None, "timed out after 60 s"]
+    assert [row["coverage"] for row in summary.rows] == [pytest.approx(5 / 11), 0]
     assert placing.summarise([]).chains == 0
-
-
-def test_a_ledger_that_does_not_add_up_is_refused_by_name():
-    good = placing.annotation(placing.align([], "Four"), "a", "judge")
-    bad = Annotation("a", "judge", ledger=good.ledger | {"total": 5})
-    with pytest.raises(ValueError, match=r"ledger of a .judge.*does not add up to 5"):
-        placing.summarise([bad])
 
 
 # --- the released chains -----------------------------------------------------------------
@@ -390,8 +323,8 @@ def test_the_released_chains_are_counted_as_stored_and_covered(published):
             total += found.total
             labelled += found.characters["labelled"]
             returned += min(found.total, sum(solid(segment.text) for segment in segments))
-            old = markup.from_markup(response(text), reply, "judge", reader="published")
-            as_published += old.ledger["characters"]["labelled"]
+            old = markup.align(reply, text, reader="published")
+            as_published += old.characters["labelled"]
         least = 0.95 if "deepseek" in file.name else returned / total - 0.01
         assert labelled / total >= least, file.name
         if "qwen-14b" in file.name and "deepseek" in file.name:
@@ -464,22 +397,16 @@ def test_neighbours_of_one_label_on_one_line_are_one_segment():
 # --- annotators --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("name", ["lexical", "offline"])
 def test_one_annotation_per_response_in_the_same_order_with_all_text_labelled(name):
-    texts = [
-        "Okay, so I need a plan. Wait, no.\nIt is 3.5 m, e.g. a lot.",
-        "",
-        " \n ",
-        "中文。好！",
-    ]
+    texts = ["Okay, so I plan. Wait, no.\nIt is 3.5 m, e.g. a lot.", "", " \n ", "中文。好！"]
     made = annotator(name)
     assert isinstance(made, annotation.Annotator)
     found = made.annotate([response(text, str(i)) for i, text in enumerate(texts)])
-    assert [one.task_id for one in found] == ["0", "1", "2", "3"]
-    assert {one.annotator for one in found} == {name}
-    assert all(one.spans == () for one in found)
+    assert [(one.task_id, one.annotator) for one in found] == [(n, name) for n in "0123"]
     assert placing.summarise(found).coverage == 1.0
     for one, text in zip(found, texts, strict=True):
+        assert one.spans == ()
         assert all(text[s.start : s.end] == s.text for s in one.segments)
         assert {s.label for s in one.segments} <= set(BEHAVIOURS)
 
@@ -498,16 +425,14 @@ def trained():
     return offline.Offline()
 
 
-def test_probabilities_add_up_on_any_text(trained):
-    @settings(max_examples=30, deadline=None)
-    @given(st.text(max_size=200))
-    def check(text):
-        places, found = trained.probabilities(text)
-        assert found.shape == (len(places), 6)
-        np.testing.assert_allclose(found.sum(axis=1), 1)
-        trained.annotate([response(text)])
-
-    check()
+@settings(max_examples=30, deadline=None)
+@given(text=st.text(max_size=200))
+def test_probabilities_add_up_on_any_text(trained, text):
+    places = sentences.split(text)
+    found = trained.classifier.probabilities(offline.of_chain(text, places))
+    assert found.shape == (len(places), 6)
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    trained.annotate([response(text)])
 
 
 def test_plain_sentences_get_the_label_they_ask_for(trained):
@@ -518,12 +443,8 @@ def test_plain_sentences_get_the_label_they_ask_for(trained):
         "Hmm, I'm not sure whether that is right."
     )
     found = trained.annotate([response(text)])[0]
-    assert [s.label for s in found.segments] == [
-        "initializing",
-        "adding-knowledge",
-        "deduction",
-        "uncertainty-estimation",
-    ]
+    labels = ["initializing", "adding-knowledge", "deduction", "uncertainty-estimation"]
+    assert [s.label for s in found.segments] == labels
     assert sum(found.ledger["expected"].values()) == pytest.approx(1, abs=1e-3)
     assert len(found.ledger["probability"]) == 4
 
@@ -553,16 +474,6 @@ def test_smoothing_equals_the_sum_over_all_label_sequences(trained):
             naive[i, b] += np.exp(log)
     naive /= naive.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(trained.classifier.smooth(scores), naive, rtol=1e-6)
-
-
-def test_saved_weights_come_back_within_their_eight_bits(trained, tmp_path):
-    classifier = trained.classifier
-    classifier.save(tmp_path / "again.npz")
-    again = offline.Classifier.load(tmp_path / "again.npz")
-    for name, array in classifier.arrays.items():
-        step = np.abs(array).max(axis=0) / 127
-        assert (np.abs(again.arrays[name] - array) <= step).all()
-    assert (again.labels, again.correction) == (classifier.labels, classifier.correction)
 
 
 def test_the_shipped_weights_are_small_and_hold_no_text():
@@ -604,14 +515,11 @@ class Counting:
         return Annotation(response.task_id, self.name, (segment,), ledger={"coverage": 1.0})
 
 
-def written(model, task: str, thinking: str = "So it is.") -> Response:
+def written(model, task_id: str, thinking: str = "So it is.") -> Response:
     """What a model wrote, with its ids: one byte a token."""
-    prompt_text, prompt_ids = model.prompt_ids("?")
-    text = f"{thinking}\n</think>\n\nyes"
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Response(
-        task, "c", prompt_text, prompt_ids, tuple(ids), text, thinking, 0, "yes", True, True
-    )
+    task = Task(task_id, "c", "?")
+    ids = model.tokenizer(f"{thinking}\n</think>\n\nyes", add_special_tokens=False)["input_ids"]
+    return prompts.response(model, task, prompts.opening(model, task), ids)
 
 
 @pytest.fixture
@@ -634,18 +542,22 @@ def annotate(tiny_llama, store):
     return run
 
 
-def stored_keys(store: Rows) -> list[tuple[str, str]]:
-    return [(row["task_id"], row["annotator"]) for row in store.load()]
-
-
-def test_every_response_gets_its_annotation_in_order_with_spans_in_the_used_ids(
+def test_only_what_is_missing_or_failed_is_annotated_in_order_with_spans(
     annotate, chains, store
 ):
-    found = annotate(Counting(), chains)
-    assert [one.task_id for one in found] == list("abcd")
+    failing = annotate(Counting(failing=("b",)), chains[:2])
+    assert [one.failed for one in failing] == [None, "no reply"]
+    second, third = Counting(), Counting()
+    found = annotate(second, chains)
+    assert second.asked == ["b", "c", "d"]
+    assert [(one.task_id, one.failed) for one in found] == [(task, None) for task in "abcd"]
     first = len(chains[0].prompt_ids)  # the nine characters of the thinking follow it
-    assert found[0].spans == (Span("deduction", first, first + 9),)
+    assert {one.spans for one in found} == {(Span("deduction", first, first + 9),)}
     assert annotators.load(store, "counting") == found
+    before = store.path.read_bytes()
+    assert annotate(third, chains) == found
+    assert third.asked == []
+    assert store.path.read_bytes() == before
 
 
 def test_without_a_model_or_ids_there_are_no_spans(tiny_llama, chains):
@@ -654,31 +566,7 @@ def test_without_a_model_or_ids_there_are_no_spans(tiny_llama, chains):
     assert annotators.annotations(Counting(), api, model=tiny_llama)[0].spans == ()
 
 
-def test_only_what_is_missing_or_failed_is_annotated(annotate, chains, store):
-    first = annotate(Counting(failing=("b",)), chains[:2])
-    assert [one.failed for one in first] == [None, "no reply"]
-    second = Counting()
-    found = annotate(second, chains)
-    assert second.asked == ["b", "c", "d"]
-    assert all(one.failed is None for one in found)
-    assert [task for task, _ in stored_keys(store)] == list("abcd")
-    before = store.path.read_bytes()
-    third = Counting()
-    assert annotate(third, chains) == found
-    assert third.asked == []
-    assert store.path.read_bytes() == before
-
-
-def test_other_annotators_and_other_chains_stay_in_the_file(annotate, chains, store):
-    annotate(Counting("other"), chains[:2])
-    annotate(Counting(), chains[2:])
-    annotate(Counting(), chains[:1])
-    expected = [("a", "counting"), ("a", "other"), ("b", "other")]
-    assert sorted(stored_keys(store)) == [*expected, ("c", "counting"), ("d", "counting")]
-    assert [one.task_id for one in annotators.load(store, "other")] == ["a", "b"]
-
-
-def test_the_file_of_a_resumed_run_equals_that_of_an_uninterrupted_one(
+def test_other_annotators_and_other_chains_stay_and_the_rest_is_as_uninterrupted(
     annotate, chains, store, tmp_path
 ):
     whole = Rows(tmp_path / "whole.jsonl", annotators.KEY)
@@ -686,6 +574,10 @@ def test_the_file_of_a_resumed_run_equals_that_of_an_uninterrupted_one(
     annotate(Counting(), chains[1:3])
     annotate(Counting(), chains)
     assert store.path.read_bytes() == whole.path.read_bytes()
+    annotate(Counting("other"), chains[:2])
+    annotate(Counting(), chains[:1])
+    assert [one.task_id for one in annotators.load(store, "other")] == ["a", "b"]
+    assert sorted(one.task_id for one in annotators.load(store, "counting")) == list("abcd")
 
 
 def test_labels_of_another_chain_are_refused(annotate, chains):
@@ -695,67 +587,46 @@ def test_labels_of_another_chain_are_refused(annotate, chains):
         annotate(Counting(), changed)
 
 
-@pytest.fixture
-def steered(tiny_llama) -> list[Steered]:
+def test_steered_chains_are_annotated_once_by_each_annotator_and_the_others_kept(
+    tiny_llama, tmp_path
+):
     conditions = [("none", -1, 0.0), ("backtracking", 2, 1.0), ("backtracking", 2, -1.0)]
-    return [
+    steered = [
         Steered(task, *how, "add", written(tiny_llama, task, f"So {task} is {how[2]}"))
         for task in "ab"
         for how in conditions
     ]
-
-
-@pytest.fixture
-def steered_store(tmp_path, steered) -> Rows:
-    rows = Rows(tmp_path / "steered.jsonl", STEERED_KEY)
-    rows.bind({"seed": 0})
-    rows.append([to_row(one) for one in steered])
-    return rows
-
-
-def test_steered_chains_are_annotated_once_by_each_annotator(
-    tiny_llama, steered, steered_store
-):
-    options = {"model": tiny_llama, "store": steered_store}
+    store = Rows(tmp_path / "steered.jsonl", STEERED_KEY)
+    store.bind({"seed": 0})
+    store.append([to_row(one) for one in steered])
+    options = {"model": tiny_llama, "store": store}
+    annotators.steered(Counting(), steered[2:4], **options)
+    annotated = {key: row["annotation"] is not None for key, row in store.by_key().items()}
+    assert annotated == {one.key: one in steered[2:4] for one in steered}
     done = annotators.steered(Counting(), steered, **options)
     assert [one.key for one in done] == [one.key for one in steered]
     for one in done:
         assert one.annotation.segments[0].text == one.response.thinking
         span = one.annotation.spans[0]
         assert span.end - span.start == len(one.response.thinking)
-    before = steered_store.path.read_bytes()
+    before = store.path.read_bytes()
     again, other = Counting(), Counting("other")
     assert annotators.steered(again, done, **options) == done
     assert again.asked == []
-    assert steered_store.path.read_bytes() == before
+    assert store.path.read_bytes() == before
     found = annotators.steered(other, done, **options)
     assert len(other.asked) == 6
     assert {one.annotation.annotator for one in found} == {"other"}
 
 
-def test_annotating_some_of_the_steered_chains_keeps_the_others(
-    tiny_llama, steered, steered_store
-):
-    annotators.steered(Counting(), steered[2:4], model=tiny_llama, store=steered_store)
-    rows = {tuple(row[k] for k in STEERED_KEY): row for row in steered_store.load()}
-    assert set(rows) == {one.key for one in steered}
-    annotated = {key for key, row in rows.items() if row["annotation"] is not None}
-    assert annotated == {one.key for one in steered[2:4]}
-
-
 def test_the_table_has_a_row_per_segment():
-    segments = (
-        PlacedSegment("deduction", "So", 0, 2),
-        PlacedSegment("backtracking", "No", 3, 5),
-    )
+    segments = PlacedSegment("deduction", "So", 0, 2), PlacedSegment("backtracking", "No", 3, 5)
     found = annotators.table([Annotation("a", "x", segments), Annotation("b", "x")])
-    assert found.to_dict("list") == {
-        "task_id": ["a", "a"],
-        "label": ["deduction", "backtracking"],
-        "start": [0, 3],
-        "end": [2, 5],
-        "text": ["So", "No"],
-    }
+    assert found.columns.tolist() == ["task_id", "label", "start", "end", "text"]
+    assert found.to_numpy().tolist() == [
+        ["a", "deduction", 0, 2, "So"],
+        ["a", "backtracking", 3, 5, "No"],
+    ]
     assert annotators.table([]).columns.tolist() == found.columns.tolist()
 
 
@@ -774,31 +645,30 @@ def labelled(text, parts, who="a", task_id="t"):
     return placing.annotation(placing.place(placed, text), task_id, who)
 
 
-def agreement_of(first, second, responses):
-    return agreement.compare(first, second, responses, rng=np.random.default_rng(0))
+def agreed(*annotated):
+    return agreement.compare(*annotated, rng=np.random.default_rng(0))
 
 
-def compare(*annotated):
-    return agreement_of(*annotated).quantities
-
-
-def two_chains():
-    """Most of the first annotator's deduction is backtracking to the second."""
-    one = labelled(SAID, [("deduction", SAID)])
-    two = labelled(
-        SAID, [("deduction", "One two."), ("backtracking", "Wait, three. Four.")], "b"
-    )
-    return agreement_of([one], [two], [response(SAID)])
-
-
-def test_characters_that_are_not_white_space_are_the_unit():
+def test_agreement_is_over_characters_that_are_not_white_space():
     one = labelled(SAID, [("deduction", "One two."), ("backtracking", "Wait, three. Four.")])
     parts = [("deduction", "One two. Wait, three."), ("backtracking", "Four.")]
-    found = compare([one], [labelled(SAID, parts, "b")], [response(SAID)])
-    assert found["accuracy"][0] == pytest.approx((7 + 5) / 23)
+    compared = agreed([one], [labelled(SAID, parts, "b")], [response(SAID)])
     by_chance = (7 / 23) * (18 / 23) + (16 / 23) * (5 / 23)
-    assert found["kappa"][0] == pytest.approx((12 / 23 - by_chance) / (1 - by_chance))
-    assert found["deduction, difference"][0] == pytest.approx(11 / 23)
+    values = dict.fromkeys((f"{label}, difference" for label in BEHAVIOURS), 0.0)
+    values |= {"deduction, difference": 11 / 23, "backtracking, difference": -11 / 23}
+    values |= {"accuracy": 12 / 23, "compared": 1}
+    values["kappa"] = (12 / 23 - by_chance) / (1 - by_chance)
+    report = agreement.report([compared])
+    assert set(report["annotator"]) == {"b"}
+    assert dict(zip(report["quantity"], report["value"], strict=True)) == pytest.approx(values)
+    assert agreement.report([]).empty
+    table = agreement.confusions([compared])
+    assert list(table.columns) == ["annotator", "label", *BEHAVIOURS]
+    assert table["label"].tolist() == list(BEHAVIOURS)
+    given = table.set_index("label").loc["backtracking"]
+    assert given[["deduction", "backtracking"]].tolist() == pytest.approx([11 / 16, 5 / 16])
+    never = table.loc[~table["label"].isin(["deduction", "backtracking"]), list(BEHAVIOURS)]
+    assert never.isna().to_numpy().all(), "labels that were never given"
 
 
 @settings(deadline=None)
@@ -827,8 +697,8 @@ def test_unrelated_annotators_have_a_kappa_around_zero_inside_its_interval():
         ]
         for who in "ab"
     ]
-    found = compare(*drawn, [response(text, str(i)) for i in range(30)])
-    kappa, low, high = found["kappa"]
+    found = agreed(*drawn, [response(text, str(i)) for i in range(30)])
+    kappa, low, high = found.quantities["kappa"]
     assert abs(kappa) < 0.1
     assert low < kappa < high
 
@@ -836,48 +706,21 @@ def test_unrelated_annotators_have_a_kappa_around_zero_inside_its_interval():
 def test_failed_and_empty_chains_are_left_out_and_counted():
     good = [labelled(SAID, [("deduction", SAID)], task_id=task) for task in "tu"]
     failed = placing.failed(SAID, "u", "b", "timed out")
-    found = compare(good, [good[0], failed], [response(SAID), response(SAID, "u")])
-    assert found["compared"][0] == pytest.approx(0.5)
-    assert math.isnan(compare([], [], [])["kappa"][0])
+    found = agreed(good, [good[0], failed], [response(SAID), response(SAID, "u")])
+    assert found.quantities["compared"][0] == pytest.approx(0.5)
+    assert math.isnan(agreed([], [], []).quantities["kappa"][0])
 
 
 def test_annotations_of_other_responses_are_refused():
     good = labelled(SAID, [("deduction", SAID)])
-    with pytest.raises(ValueError, match="2 annotations are not those of the 1 responses"):
-        compare([good, good], [good], [response(SAID)])
-    with pytest.raises(ValueError, match="not those of the 1 responses"):
-        compare([Annotation("x", "a")], [good], [response(SAID)])
+    for first in ([good, good], [Annotation("x", "a")]):
+        with pytest.raises(ValueError, match="annotations are not those of the 1 responses"):
+            agreed(first, [good], [response(SAID)])
 
 
-def test_rows_of_the_confusion_add_up_to_one_or_are_missing():
-    table = agreement.confusions([two_chains()])
-    assert list(table.columns) == ["annotator", "label", *BEHAVIOURS]
-    assert table["label"].tolist() == list(BEHAVIOURS)
-    given = table.set_index("label").loc["deduction"]
-    assert given[["deduction", "backtracking"]].tolist() == pytest.approx([7 / 23, 16 / 23])
-    never = table.loc[table["label"] != "deduction", list(BEHAVIOURS)]
-    assert never.isna().to_numpy().all(), "labels that were never given"
-
-
-def test_the_report_has_kappa_and_every_difference_of_shares():
-    report = agreement.report([two_chains()])
-    assert set(report["annotator"]) == {"b"}
-    moved = dict.fromkeys((f"{label}, difference" for label in BEHAVIOURS), 0.0)
-    moved |= {"deduction, difference": -16 / 23, "backtracking, difference": 16 / 23}
-    values = dict(zip(report["quantity"], report["value"], strict=True))
-    assert values == pytest.approx({"kappa": 0, "accuracy": 7 / 23, "compared": 1} | moved)
-    assert agreement.report([]).empty
-
-
-@pytest.mark.parametrize(
-    ("name", "embedded", "names"),
-    [
-        ("grammar", True, ("grammar", "offline", "lexical")),
-        ("openai:m", True, ("grammar", "offline", "lexical", "openai:m")),
-        ("offline", False, ("offline", "lexical")),
-        ("openai:m", False, ("openai:m", "lexical")),
-        ("lexical", False, ("lexical", "offline")),
-    ],
-)
-def test_annotators_are_measured_against_the_truth_where_there_is_one(name, embedded, names):
-    assert agreement.annotators(name, embedded=embedded) == names
+def test_annotators_are_measured_against_the_truth_where_there_is_one():
+    truth = ("grammar", "offline", "lexical")
+    assert agreement.annotators("grammar", embedded=True) == truth
+    assert agreement.annotators("openai:m", embedded=True) == (*truth, "openai:m")
+    assert agreement.annotators("openai:m", embedded=False) == ("openai:m", "lexical")
+    assert agreement.annotators("lexical", embedded=False) == ("lexical", "offline")

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import date, timedelta
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
@@ -368,12 +367,3 @@ def test_other_numbers_in_the_text_give_another_answer(key):
 
     changed = [[*given[:i], 2 * given[i] + 1, *given[i + 1 :]] for i in range(len(given))]
     assert any(result(values) != result(given) for values in changed)
-
-
-def test_the_readme_says_how_many_answers_are_computed_from_what():
-    readme = Path(__file__).parent.parent / "messages" / "README.md"
-    text = " ".join(readme.read_text(encoding="utf-8").split())
-    counts = (
-        f"{len(FROM_NUMBERS)} from the numbers of the text, {len(FROM_WORDS)} from its words"
-    )
-    assert f"{counts} and weekdays, and {len(FROM_PREMISES)} by a search" in text

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import re
 import socket
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import openai._base_client
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server import Server
+from tiny import response
 
-from stllms.annotation import judge, placing
+from stllms.annotation import judge, markup
 from stllms.annotation.annotators import Annotator, annotator
 from stllms.labels import BEHAVIOURS
-from stllms.models.api import FILE, Reply, Store, digest
+from stllms.models.api import FILE, Reply, digest
 from stllms.records import Response, to_row
-from stllms.runs.files import BadFile
 
 CHAINS = (
     "So I need the area of the field. I recall that an area is side squared. Wait, it is a "
@@ -28,6 +26,7 @@ CHAINS = (
     "The question asks for a prime; let me see. Suppose it is 7, because 7 is small. So: 7.",
     "Hmm, perhaps there is no such number at all.\n\nTherefore the answer is none.",
     "まず問題を読みます。面積は辺の二乗です。\nАльтернативно, проверим это. 🙂 Ясно.",
+    "It begins \ud83d here, with half a surrogate pair. So it is 7.",
 )
 LONG = " ".join(
     f"Sentence number {i} says that {i} plus {i} is {2 * i}, because I recall how sums go."
@@ -36,24 +35,13 @@ LONG = " ".join(
 both = pytest.mark.parametrize("protocol", ["rewrite", "indexed"])
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
-    with Server() as running:
-        yield running
-
-
-def response(thinking: str, name: str = "t") -> Response:
-    return Response(name, "c", "", (), (), thinking, thinking, 0, "", True, True)
-
-
 def responses(*chains: str) -> list[Response]:
     return [response(chain, f"task {i}") for i, chain in enumerate(chains)]
 
 
-def ask(server: Server, model: str, folder: Path, **options) -> judge.Judge:
+def ask(server: Server, model: str, folder: Path, protocol: str = "rewrite") -> judge.Judge:
     quick = {"retries": 1, "timeout": 5.0, "progress": False}
-    return judge.Judge(model, base_url=server.url, folder=folder, **{**quick, **options})
+    return judge.Judge(f"{model}#{protocol}", base_url=server.url, folder=folder, **quick)
 
 
 # -- good judges ---------------------------------------------------------------------------
@@ -62,14 +50,15 @@ def ask(server: Server, model: str, folder: Path, **options) -> judge.Judge:
 @both
 def test_a_good_judge_labels_every_character_of_its_own_chain(server, tmp_path, protocol):
     asked = responses(*CHAINS)
-    made = ask(server, "test", tmp_path, protocol=protocol).annotate(asked)
+    good = ask(server, "test", tmp_path, protocol=protocol)
+    assert good.estimate([*asked, response("")]).calls == len(CHAINS)
+    assert server.total == 0
+    made = good.annotate(asked)
     assert [one.task_id for one in made] == [one.task_id for one in asked]
     for one, chain in zip(made, asked, strict=True):
         assert (one.failed, one.spans, one.ledger["coverage"]) == (None, (), 1.0)
         for segment in one.segments:
             assert chain.thinking[segment.start : segment.end] == segment.text
-    summary = placing.summarise(made)  # raises where a ledger does not add up
-    assert summary.characters == {"labelled": summary.total}
     assert [segment.label for segment in made[0].segments] == [
         "initializing",
         "adding-knowledge",
@@ -97,7 +86,7 @@ def test_another_judge_or_protocol_is_asked_anew_and_has_another_name(server, tm
     assert (indexed.name, indexed.protocol.name) == ("openai:qwen2.5:14b#indexed", "indexed")
     assert isinstance(indexed, Annotator)
     with pytest.raises(ValueError, match="no judge protocol 'guess': choose one of rewrite"):
-        judge.Judge("m", protocol="guess", **options)
+        judge.Judge("m#guess", **options)
 
 
 #: Prompt hashes and keys of the first release. With others, no stored reply is found again.
@@ -119,14 +108,6 @@ def test_what_is_asked_is_what_stored_replies_were_asked(protocol):
     assert all(part.max_tokens <= 16_000 for part in one.requests(response(LONG)))
 
 
-def test_a_row_names_prompt_and_chain(server, tmp_path):
-    ask(server, "test", tmp_path).annotate(responses(CHAINS[0]))
-    (row,) = Store(tmp_path).load().lines
-    assert row["identity"]["prompt"] == PROMPTS["rewrite"]
-    assert row["about"] == {"shown": digest(CHAINS[0])[:16]}
-    assert row["body"]["choices"][0]["message"]["content"].startswith('["initializing"]So I')
-
-
 def test_the_indexed_judge_is_asked_for_structured_output(server, tmp_path):
     ask(server, "test", tmp_path, protocol="indexed").annotate(responses(CHAINS[1]))
     schema = server.fields["response_format"]["json_schema"]
@@ -138,29 +119,7 @@ def test_the_indexed_judge_is_asked_for_structured_output(server, tmp_path):
     assert server.fields["temperature"] == 0
 
 
-def test_an_estimate_costs_nothing(server, tmp_path):
-    assert ask(server, "test", tmp_path).estimate(responses(*CHAINS, "")).calls == len(CHAINS)
-    assert server.total == 0
-
-
 # -- chains that are not easy --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chain", ["", " \n\t "])
-def test_an_empty_thinking_is_a_failed_annotation_without_a_call(server, tmp_path, chain):
-    made = ask(server, "test", tmp_path).annotate(responses(chain, CHAINS[0]))
-    assert [one.failed for one in made] == ["empty thinking", None]
-    assert server.total == 1
-
-
-@both
-def test_a_chain_of_20000_tokens_is_judged_in_parts(server, tmp_path, protocol):
-    (one,) = ask(server, "test", tmp_path, protocol=protocol).annotate(responses(LONG))
-    assert one.failed is None
-    assert one.ledger["parts"] == server.total == 5
-    assert one.ledger["coverage"] == 1.0
-    assert all(LONG[s.start : s.end] == s.text for s in one.segments)
-    assert max(len(text.encode()) for text in server.texts) < 2 * judge.LONGEST
 
 
 def test_a_part_that_fails_fails_the_chain_by_name_and_only_it_is_asked_again(server, tmp_path):
@@ -170,13 +129,6 @@ def test_a_part_that_fails_fails_the_chain_by_name_and_only_it_is_asked_again(se
     calls = server.total
     ask(server, "picky", tmp_path).annotate(responses(chain))
     assert server.total - calls == 2, "the bad part, with its one retry"
-
-
-def test_half_a_surrogate_pair_does_not_break_a_run(server, tmp_path):
-    chain = "It begins \ud83d here. So it is 7."
-    (one,) = ask(server, "test", tmp_path).annotate(responses(chain))
-    assert one.failed is None
-    assert chain[one.segments[1].start : one.segments[1].end] == "So it is 7."
 
 
 # -- judges that are not good --------------------------------------------------------------
@@ -202,20 +154,15 @@ def test_half_an_answer_keeps_its_half_and_says_so(server, tmp_path, protocol):
     (one,) = half.annotate(responses(CHAINS[0]))
     assert (one.failed, one.ledger["truncated"]) == (None, 1)
     assert 0.2 < one.ledger["coverage"] < 0.8
-    placing.summarise([one])
 
 
 def test_wrong_numbers_and_labels_are_rejected_and_counted(server, tmp_path):
     wrong = ask(server, "wrong-numbers", tmp_path, protocol="indexed")
     (one,) = wrong.annotate(responses(CHAINS[0]))
     assert [segment.label for segment in one.segments] == ["initializing"]
-    assert (one.ledger["rejected"], one.ledger["unlabelled"]) == (6, 4)
-    assert one.ledger["reasons"] == {
-        judge.UNKNOWN_LABEL: 1,
-        judge.WRONG_NUMBER: 3,
-        judge.TWICE: 1,
-        judge.NO_ITEM: 1,
-    }
+    assert (one.ledger["rejected"], one.ledger["unlabelled"]) == (5, 4)
+    reasons = {markup.UNKNOWN: 1, judge.WRONG_NUMBER: 3, judge.TWICE: 1}
+    assert one.ledger["reasons"] == reasons
 
 
 @pytest.mark.parametrize("model", ["lines", "no-schema"])
@@ -232,11 +179,13 @@ def test_a_server_without_structured_output_is_understood(server, tmp_path, mode
 def test_a_replay_gives_the_same_without_key_and_network(
     server, tmp_path, monkeypatch, protocol
 ):
-    """Chains that share a reply keep their own places."""
-    shared = ["It is 7. So I stop.", "It  is 7.\n\n\nSo I stop.", LONG[:40_000], LONG[:45_000]]
+    """Long chains are judged in parts; chains that share a reply keep their own places."""
+    shared = ["It is 7. So I stop.", "It  is 7.\n\n\nSo I stop.", LONG[:45_000], LONG]
     chains = responses(*CHAINS, *shared)
     made = ask(server, "test", tmp_path, protocol=protocol).annotate(chains)
+    assert made[-1].ledger["parts"] == 5
     assert server.total < sum(one.ledger["parts"] for one in made)
+    assert max(len(text.encode()) for text in server.texts) < 2 * judge.LONGEST
     monkeypatch.setattr(socket.socket, "connect", None)
     again = judge.Replay(tmp_path).annotate(chains)
     for chain, one, other in zip(chains, made, again, strict=True):
@@ -247,56 +196,47 @@ def test_a_replay_gives_the_same_without_key_and_network(
 
 
 def test_one_failure_leaves_the_others_alone_and_a_replay_fails_by_name(server, tmp_path):
-    known = responses(CHAINS[0], "An unlucky chain.")
-    bad = "HTTP 500: I do not like this one (2 attempts)"
+    known = responses(CHAINS[0], "An unlucky chain.", "", " \n\t ")
+    why = [None, "HTTP 500: I do not like this one (2 attempts)", judge.EMPTY, judge.EMPTY]
     made = ask(server, "picky", tmp_path).annotate(known)
-    assert [one.failed for one in made] == [None, bad]
-    again = annotator(f"replay:{tmp_path}")
-    made = again.annotate([*known, response("Never judged.", "new"), response("", "empty")])
-    assert [one.failed for one in made] == [None, bad, "no stored reply", "empty thinking"]
-    assert made[2].task_id == "new"
-    assert placing.summarise(made).failed == 3
+    assert [one.failed for one in made] == why
+    assert server.total == 3, "nothing is sent about chains without text"
+    made = annotator(f"replay:{tmp_path}").annotate([*known, response("Never judged.", "new")])
+    assert [one.failed for one in made] == [*why, judge.NO_REPLY]
+    assert made[4].task_id == "new"
 
 
-def test_a_replay_outlives_another_prompt_and_other_task_names(server, tmp_path):
+def test_a_replay_outlives_another_prompt_other_task_names_and_a_later_failure(
+    server, tmp_path
+):
     (one,) = ask(server, "test", tmp_path).annotate(responses(CHAINS[0]))
     file = tmp_path / FILE
     row = json.loads(file.read_text())
     row["identity"]["prompt_version"] = "0"
-    file.write_text(json.dumps(row | {"key": "old"}) + "\n")
+    rows = row | {"key": "old"}, row | {"status": "failed", "reason": "no answer"}
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert row["identity"]["prompt"] == PROMPTS["rewrite"]
+    assert row["about"] == {"shown": digest(CHAINS[0])[:16]}
     (again,) = judge.Replay(tmp_path).annotate([response(CHAINS[0], "renamed")])
     assert again.segments == one.segments
 
 
-def test_a_folder_of_several_judges_asks_which(server, tmp_path):
+def test_a_folder_of_several_judges_asks_which_and_one_without_replies_is_named(
+    server, tmp_path
+):
+    with pytest.raises(ValueError, match=r"no stored replies: no replies\.jsonl"):
+        judge.Replay(tmp_path)
+    (tmp_path / FILE).write_text("")
+    with pytest.raises(ValueError, match="holds replies of no judge"):
+        judge.Replay(tmp_path)
     for model in ("test", "other"):
         ask(server, model, tmp_path).annotate(responses(CHAINS[0]))
-    with pytest.raises(ValueError, match="several judges: choose one of model='other'"):
-        judge.Replay(tmp_path)
-    with pytest.raises(ValueError, match="no reply of this judge: choose one of model='other'"):
-        judge.Replay(tmp_path, model="third")
-    one = judge.Replay(tmp_path, model="other")
+    for options in ({}, {"judge": "third"}):
+        with pytest.raises(ValueError, match="replies of other and test: expected one judge"):
+            judge.Replay(tmp_path, **options)
+    one = judge.Replay(tmp_path, judge="other")
     assert one.annotate(responses(CHAINS[0]))[0].segments
-    assert (one.model, len(one.fingerprint)) == ("other", 16)
-
-
-def test_a_folder_without_replies_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no stored replies: no replies\.jsonl"):
-        judge.Replay(tmp_path / "nowhere")
-    (tmp_path / FILE).write_text("")
-    with pytest.raises(ValueError, match="holds no reply of a judge"):
-        judge.Replay(tmp_path)
-
-
-ROW = {"key": "k", "name": "t", "model": "m", "identity": {"protocol": "rewrite"},
-       "about": {"shown": "s"}, "status": "answered", "reason": None, "cost": 0.5}  # fmt: skip
-
-
-@pytest.mark.parametrize("about", [{}, {"shown": 7}])
-def test_a_replayed_reply_without_what_the_judge_was_shown_is_named(tmp_path, about):
-    (tmp_path / FILE).write_text(json.dumps(ROW | {"about": about}) + "\n")
-    with pytest.raises(BadFile, match=r"replies\.jsonl: .*'t' lacks about\.shown"):
-        judge.Replay(tmp_path)
+    assert len(one.fingerprint) == 16
 
 
 # -- the parts -----------------------------------------------------------------------------
@@ -346,7 +286,7 @@ def test_labels_by_number_are_read_in_every_shape(content):
     found, rejected = judge.place(content, 9)
     by_number = {n: label for first, last, label in found for n in range(first, last + 1)}
     assert by_number == {1: "deduction", 2: "deduction", 3: "adding-knowledge"}
-    assert not rejected
+    assert rejected.total() == content.count("uncert"), "half a label is none"
 
 
 MARKUP = st.lists(
@@ -362,9 +302,9 @@ JSON = st.recursive(
 ).map(json.dumps)
 
 
-def reply_of(content: str, pieces: object = 2) -> Reply:
+def reply_of(content: str) -> Reply:
     body = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
-    return Reply({**ROW, "about": {"shown": "s", "pieces": pieces}, "body": body})
+    return Reply({"about": {"pieces": 2}, "body": body})
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -377,13 +317,3 @@ def test_whatever_a_judge_answers_its_chain_is_annotated_or_failed(content, prot
     found, rejected = judge.place(content, 5)
     assert all(1 <= first <= last <= 5 for first, last, _ in found)
     assert all(count > 0 for count in rejected.values())
-
-
-def test_a_reply_that_cannot_be_read_is_a_failed_chain_with_a_reason():
-    indexed = judge.protocol_of("indexed")
-    for deep in ("[" * 2_500, "[" * 2_500 + "]" * 2_500, '{"labels": ' + "[" * 2_500):
-        made = indexed.annotation(response("a b."), [reply_of(deep)], "j")
-        assert made.failed.startswith("the judge labelled nothing")
-    for pieces in (None, "2", True, [2]):
-        reply = reply_of('{"labels": ["1 deduction"]}', pieces)
-        assert "about.pieces" in indexed.annotation(response("a b."), [reply], "j").failed

@@ -35,14 +35,6 @@ RECORDS = [
 ]
 
 
-def one_line(error: Exception, *words: str) -> None:
-    said = str(error)
-    assert len(said) < 800
-    assert said.isprintable(), said
-    for word in words:
-        assert word in said
-
-
 @pytest.mark.parametrize("depth", [1, 50, 100, 101, 102, 900, 2_500, 100_000])
 def test_nesting_is_refused_from_a_stated_depth_on(depth):
     for opening, closing in (("[", "]"), ('{"a":', "}")):
@@ -76,47 +68,42 @@ def of_json(record) -> dict:
 @pytest.mark.parametrize(("record", "make"), RECORDS)
 def test_a_record_comes_back_whole_and_each_field_is_checked(record, make):
     row = of_json(record)
-    assert make(row) == record
-    assert make(row | {"extra": 1}) == record
-    for one in fields(record):
-        if one.name not in ("failed", "audit"):
-            lacking = {key: value for key, value in row.items() if key != one.name}
-            with pytest.raises(BadRow, match=f"it lacks {one.name}"):
-                make(lacking)
-        if one.name != "audit":
-            with pytest.raises(BadRow) as caught:
-                make(row | {one.name: {"a": [1]} if one.name != "ledger" else [1]})
-            one_line(caught.value, one.name)
+    assert make(row) == make(row | {"extra": 1}) == record
+    for name in {one.name for one in fields(record)} - {"audit"}:
+        for change in ({}, {name: {"a": [1]} if name != "ledger" else [1]}):
+            wrong = {key: value for key, value in row.items() if key != name} | change
+            if name != "failed" or change:
+                with pytest.raises(BadRow, match=name):
+                    make(wrong)
 
 
 @pytest.mark.parametrize(
-    ("which", "path", "value", "words"),
+    ("which", "path", "value"),
     [
-        (0, ["output_ids", 1], True, "output_ids[1]: a bool"),
-        (0, ["output_ids", 1], -3, "output_ids[1]: a num"),
-        (0, ["output_ids", 1], 3.0, "output_ids[1]: a num"),
-        (0, ["thinking_start"], -1, "thinking_start: a n"),
-        (0, ["closed"], 1, "closed: a number (1), exp"),
-        (1, ["segments", 0, "end"], "1", "segments[0].end"),
-        (1, ["spans", 0], [1], "spans[0]: a list, expec"),
-        (1, ["failed"], False, "failed: a boolean"),
-        (2, ["coefficient"], math.nan, "coefficient: a number"),
-        (2, ["coefficient"], True, "coefficient: a boolean"),
-        (2, ["response", "text"], None, "response.text: null"),
-        (2, ["layer"], -2, "layer: a number (-2)"),
-        (2, ["annotation", "ledger"], [], "annotation.ledger"),
+        (0, ["output_ids", 1], True),
+        (0, ["output_ids", 1], -3),
+        (0, ["output_ids", 1], 3.0),
+        (0, ["thinking_start"], -1),
+        (0, ["closed"], 1),
+        (1, ["segments", 0, "end"], "1"),
+        (1, ["spans", 0], [1]),
+        (1, ["failed"], False),
+        (2, ["coefficient"], math.nan),
+        (2, ["coefficient"], True),
+        (2, ["response", "text"], None),
+        (2, ["layer"], -2),
+        (2, ["annotation", "ledger"], []),
     ],
 )
-def test_a_wrong_value_is_named_where_it_is(which, path, value, words):
+def test_a_wrong_value_is_named_where_it_is(which, path, value):
     record, make = RECORDS[which]
     row = inner = of_json(record)
-    *place, last = path
-    for step in place:
+    for step in path[:-1]:
         inner = inner[step]
-    inner[last] = value
-    with pytest.raises(BadRow) as caught:
+    inner[path[-1]] = value
+    place = ".".join(map(str, path))
+    with pytest.raises(BadRow, match=rf"^there\.jsonl, line 2: {place}: \w+ should be .*$"):
         records.from_rows([of_json(record), row], make, "there.jsonl")
-    one_line(caught.value, "there.jsonl, line 2: ", words)
 
 
 @settings(max_examples=150, deadline=None)
@@ -128,8 +115,7 @@ def test_whatever_a_row_holds_a_record_is_made_or_a_bad_row_raised(which, data):
     row |= {name: data.draw(VALUES) for name in names}
     try:
         made = make(row)
-    except BadRow as error:
-        one_line(error)
+    except BadRow:
         return
     assert make(records.to_row(made)) == made
 

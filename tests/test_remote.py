@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import openai._base_client
 import pytest
-from server import Server
 
 from stllms.generation import prompts, remote
 from stllms.models.api import Reply, Store
 from stllms.records import Response, Task
+from stllms.registry import ModelEntry, resolve
 
 TASKS = [Task(f"task-{i}", "verbal logic", f"Question {i}?") for i in range(3)]
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
-    with Server() as running:
-        yield running
+def ask(
+    server, model: str, folder: Path, tasks=TASKS, failed=None, **options
+) -> list[Response]:
+    kind = options.pop("kind", "thinking")
+    entry = options.pop("entry", ModelEntry(model, None, model, kind, api_id=model))
+    given = {"max_new_tokens": 50, "retries": 1, "progress": False, **options}
+    made, reasons = remote.responses(entry, tasks, folder=folder, base_url=server.url, **given)
+    assert reasons == (failed or {})
+    return made
 
 
-def ask(server: Server, model: str, folder: Path, tasks=TASKS, **options) -> list[Response]:
-    given = {"kind": "thinking", "max_new_tokens": 50, "retries": 1, "progress": False}
-    return remote.responses(
-        model, tasks, folder=folder, base_url=server.url, **{**given, **options}
-    )
+def read(message: dict[str, str], finish: str) -> Response:
+    body = {"choices": [{"message": message, "finish_reason": finish}]}
+    return remote.to_response(TASKS[0], "q", Reply({"body": body}), "thinking")
 
 
 @pytest.mark.parametrize("model", ["thinker", "router", "inline"])
@@ -76,8 +76,7 @@ def test_a_reply_without_reasoning_is_the_thinking_of_an_instruct_model_only(
     ],
 )
 def test_inline_tags_are_read_in_every_form(content, thinking, answer, closed):
-    body = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
-    one = remote.to_response(TASKS[0], "q", Reply({"body": body}), "thinking")
+    one = read({"content": content}, "stop")
     assert (one.thinking, one.answer, one.closed) == (thinking, answer, closed)
     assert one.text == content
     assert content.startswith(thinking, one.thinking_start)
@@ -85,9 +84,7 @@ def test_inline_tags_are_read_in_every_form(content, thinking, answer, closed):
 
 
 def test_reasoning_with_an_answer_cut_short_is_not_called_closed():
-    message = {"role": "assistant", "content": "The ans", "reasoning": "why"}
-    body = {"choices": [{"message": message, "finish_reason": "length"}]}
-    one = remote.to_response(TASKS[0], "q", Reply({"body": body}), "thinking")
+    one = read({"content": "The ans", "reasoning": "why"}, "length")
     assert (one.closed, one.finished, one.answer) == (False, False, "The ans")
 
 
@@ -101,30 +98,24 @@ def test_a_second_run_sends_nothing(server, tmp_path):
 
 def test_a_failed_task_is_left_out_named_and_asked_again(server, tmp_path, capsys):
     tasks = [TASKS[0], Task("bad", "verbal logic", "An unlucky question?"), TASKS[1]]
-    made = ask(server, "picky", tmp_path, tasks, kind="instruct")
-    assert [one.task_id for one in made] == ["task-0", "task-1"]
-    assert "1 of 3 tasks failed and are left out" in capsys.readouterr().out
-    reason = "HTTP 500: I do not like this one (2 attempts)"
-    assert remote.failures(tmp_path) == {"bad": reason}
-    calls = server.total
-    ask(server, "picky", tmp_path, tasks, kind="instruct")
-    assert server.total - calls == 2
-    assert ask(server, "silent", tmp_path / "empty") == []
+    failed = {"bad": "HTTP 500: I do not like this one (2 attempts)"}
+    for calls in (4, 6):
+        made = ask(server, "picky", tmp_path, tasks, failed, kind="instruct")
+        assert [one.task_id for one in made] == ["task-0", "task-1"]
+        assert "1 of 3 tasks failed and are left out" in capsys.readouterr().out
+        assert server.total == calls
+    failed = {task.id: "empty reply (finish_reason stop)" for task in TASKS}
+    assert ask(server, "silent", tmp_path / "empty", failed=failed) == []
     assert "empty reply" in capsys.readouterr().out
-    assert set(remote.failures(tmp_path / "empty")) == {task.id for task in TASKS}
 
 
 def test_what_is_sent_is_what_was_asked_for(server, tmp_path):
     ask(server, "thinker", tmp_path, TASKS[:1])
     ask(server, "instruct", tmp_path, TASKS[:1], kind="instruct")
-    extra = {"reasoning": {"max_tokens": 40}}
-    options = {"style": "published", "extra": extra, "temperature": None}
-    ask(server, "router", tmp_path, TASKS[:1], **options)
+    ask(server, "router", tmp_path, TASKS[:1], style="published")
     step_by_step = prompts.prompt("Question 0?", "instruct")
     assert server.texts == ["Question 0?", step_by_step, step_by_step]
-    assert server.fields["max_tokens"] == 50
-    assert server.fields["reasoning"] == {"max_tokens": 40}
-    assert "temperature" not in server.fields
+    assert (server.fields["max_tokens"], server.fields["temperature"]) == (50, 0)
     assert Store(tmp_path).load().spent == 0.25, "the cost that the provider reports"
 
 
@@ -132,25 +123,26 @@ def test_what_is_sent_is_what_was_asked_for(server, tmp_path):
     ("name", "sent", "kind"),
     [
         ("deepseek-r1", "deepseek-reasoner", "thinking"),
-        ("deepseek-reasoner", "deepseek-reasoner", "thinking"),
-        ("deepseek/deepseek-r1", "deepseek/deepseek-r1", "thinking"),
+        ("api:deepseek-reasoner", "deepseek-reasoner", "thinking"),
+        ("api:deepseek/deepseek-r1", "deepseek/deepseek-r1", "thinking"),
         ("api:deepseek-r1", "deepseek-r1", "thinking"),  # of a server of one's own
         ("gpt-4o", "gpt-4o", "instruct"),
-        ("somebody/new-model", "somebody/new-model", "unknown"),
+        ("api:somebody/new-model", "somebody/new-model", "unknown"),
     ],
 )
 def test_registry_names_and_api_ids_are_known(name, sent, kind):
-    entry = remote.entry_of(name)
+    entry = resolve(name)
     assert (entry.api_id, entry.kind) == (sent, kind)
 
 
 def test_a_switch_for_thinking_is_sent_and_part_of_what_was_asked(server, tmp_path, capsys):
-    made = ask(server, "claude-3.7-sonnet", tmp_path, temperature=0.0, max_new_tokens=2000)
+    claude = {"model": "", "entry": resolve("claude-3.7-sonnet")}
+    made = ask(server, folder=tmp_path, max_new_tokens=2000, **claude)
     assert [one.thinking for one in made] == [f"I think about: {t.content}" for t in TASKS]
     assert capsys.readouterr().out == ""
     for row in Store(tmp_path).load().lines:
         sent = {"reasoning": {"effort": "high"}, "temperature": 1}
         assert sent.items() <= row["identity"].items()
     with pytest.raises(ValueError, match=r"max_tokens_compare: 50, .*no less than 1025"):
-        ask(server, "claude-3.7-sonnet", tmp_path)
+        ask(server, folder=tmp_path, **claude)
     assert server.total == len(TASKS)

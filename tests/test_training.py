@@ -6,13 +6,13 @@ import json
 import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import response
 from transformers import AutoTokenizer
 
 from stllms import registry
@@ -24,7 +24,7 @@ from stllms.generation import prompts
 from stllms.labels import BEHAVIOURS
 from stllms.models.loading import load
 from stllms.models.model import wrap
-from stllms.records import BadRow, PlacedSegment, Response, Task, to_row
+from stllms.records import PlacedSegment, Task, to_row
 from stllms.runs.files import BadFile
 from stllms.vectors.directions import SteeringVectors, weights_of
 
@@ -97,27 +97,19 @@ def test_prompts_are_those_of_the_package(tokenizers, style):
         assert grammar.well_formed(made, thinker=style == "thinker")
 
 
-def test_batches_are_a_function_of_recipe_and_chunk(tokenizers):
-    tokenizer = tokenizers["thinker"]
-    first, again = (train.batches(TINY, tokenizer, 1) for _ in range(2))
-    assert len(first) == train.CHUNK_BATCHES
-    for one, two in zip(first, again, strict=True):
-        assert torch.equal(one[0], two[0])
-        assert torch.equal(one[1], two[1])
-    other = train.batches(TINY, tokenizer, 2)
-    assert any(a[0].shape != b[0].shape for a, b in zip(first, other, strict=True))
-    reseeded = train.batches(replace(TINY, seed=1), tokenizer, 1)
-    assert any(a[0].shape != b[0].shape for a, b in zip(first, reseeded, strict=True))
-
-
-def test_the_stream_goes_on_where_it_was_stopped(tokenizers):
+def test_the_stream_is_a_function_of_the_recipe_and_goes_on_where_it_was_stopped(tokenizers):
     recipe = replace(TINY, cycles=(train.CHUNK_BATCHES + 3,))
     whole = list(train.stream(recipe, tokenizers["thinker"], 0))
     assert len(whole) == recipe.steps
     for start in (5, train.CHUNK_BATCHES, train.CHUNK_BATCHES + 2):
         rest = list(train.stream(recipe, tokenizers["thinker"], start))
         assert len(rest) == recipe.steps - start
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[start:], rest, strict=True))
+        for one, two in zip(whole[start:], rest, strict=True):
+            assert torch.equal(one[0], two[0])
+            assert torch.equal(one[1], two[1])
+    others = train.batches(recipe, tokenizers["thinker"], 1)[:3]
+    others += train.batches(replace(recipe, seed=1), tokenizers["thinker"], 0)[:3]
+    assert not any(torch.equal(a[0], b[0]) for a in whole[:3] for b in others)
 
 
 def test_held_out_questions_are_never_drawn(monkeypatch):
@@ -167,57 +159,39 @@ def test_the_rate_warms_up_stays_falls_to_nothing_and_begins_again_at_a_half():
     assert twice.steps == 140
 
 
-def prepared(folder: Path, tokenizers) -> Path:
-    """A folder that has the tokenizer already: training one takes half a minute."""
-    tokenizers["thinker"].save_pretrained(folder)
-    return folder
-
-
-def stopped_at(monkeypatch, step: int):
-    real = train._step
-
-    def once(model, steppers, recipe, now, *batch):
-        if now == step:
-            monkeypatch.setattr(train, "_step", real)
-            raise KeyboardInterrupt
-        return real(model, steppers, recipe, now, *batch)
-
-    monkeypatch.setattr(train, "_step", once)
-
-
 def test_a_resumed_training_run_equals_an_uninterrupted_one(tokenizers, tmp_path, monkeypatch):
-    whole = prepared(tmp_path / "whole", tokenizers)
-    parts = prepared(tmp_path / "parts", tokenizers)
-    train.train(TINY, whole, save_every=1)
-    stopped_at(monkeypatch, 1)
+    """Stopped at step 11, after the line of step 10 in the log, it goes on from step 8."""
+    recipe, step = replace(TINY, cycles=(12,)), train._step
+
+    def stopped(model, steppers, recipe, now, *batch):
+        if now == 11:
+            raise KeyboardInterrupt
+        return step(model, steppers, recipe, now, *batch)
+
+    whole, parts = folders = tmp_path / "whole", tmp_path / "parts"
+    for folder in folders:  # the tokenizer is there: training one takes half a minute
+        tokenizers["thinker"].save_pretrained(folder)
+    train.train(recipe, whole, save_every=8)
+    monkeypatch.setattr(train, "_step", stopped)
     with pytest.raises(KeyboardInterrupt):
-        train.train(TINY, parts, save_every=1)
+        train.train(recipe, parts, save_every=8)
     assert not (parts / "model.safetensors").exists()
-    train.train(TINY, parts, save_every=1)
-    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (whole, parts)]
+    monkeypatch.setattr(train, "_step", step)
+    train.train(recipe, parts, save_every=8)
+    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in folders]
     start = train.build_model(TINY, tokenizers["thinker"]).state_dict()
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name]), name
         if tensor.ndim == 2 and "embed" not in name:
             assert not torch.equal(tensor, start[name]), f"{name} was not trained"
     assert states[0]["seen"] == states[1]["seen"] > 0
-    weights = [(f / "model.safetensors").read_bytes() for f in (whole, parts)]
+    weights = [(f / "model.safetensors").read_bytes() for f in folders]
     assert weights[0] == weights[1]
+    assert [pd.read_csv(f / "loss.csv")["step"].tolist() for f in folders] == [[10], [10]]
     model = load(str(parts), device="cpu")
     assert (model.n_layers, model.d_model) == (TINY.layers, TINY.hidden)
     with pytest.raises(ValueError, match=r"another recipe \(batch differ\)"):
-        train.train(replace(TINY, batch=3), parts)
-
-
-def test_the_log_of_a_resumed_run_has_every_step_once(tokenizers, tmp_path, monkeypatch):
-    recipe = replace(TINY, cycles=(21,), noise_steps=(0, 21))
-    folder = prepared(tmp_path / "run", tokenizers)
-    stopped_at(monkeypatch, 18)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(recipe, folder, save_every=8)
-    train.train(recipe, folder, save_every=8)
-    rows = (folder / "loss.csv").read_text().splitlines()[1:]
-    assert [int(row.split(",")[0]) for row in rows] == [10, 20]
+        train.train(replace(recipe, batch=3), parts)
 
 
 def test_the_tokenizer_recipe_has_single_digits_and_whole_tags(tokenizers):
@@ -312,10 +286,6 @@ CUE = {
 }
 
 
-def response(text, task_id="t"):
-    return Response(task_id, "verbal logic", "", (), (), text, text, 0, "", True, True)
-
-
 def released_file(path, seed):
     """A comparison file in the released format, every sentence with its cue."""
     rng, rows = np.random.default_rng(seed), []
@@ -396,20 +366,21 @@ def write_run(folder, responses, annotations, *more):
     for name, rows in (("responses", responses), ("annotations", annotations)):
         lines = [json.dumps(to_row(row)) for row in rows]
         lines += more if name == "annotations" else ()
-        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
     return folder / "annotations.jsonl"
 
 
 def test_our_own_annotations_can_be_trained_on(tmp_path):
     chains = [response("Okay, go. Wait, no.", "a"), response("So be it.", "b")]
-    records = annotator("lexical").annotate(chains)
-    records.append(placing.failed("x", "b", "lexical", "timed out"))
+    chains.append(response("x", "c"))
+    records = annotator("lexical").annotate(chains[:2])
+    records.append(placing.failed("x", "c", "lexical", "timed out"))
     found = offline_script.read_chains(write_run(tmp_path, chains, records))
     assert [chain.question for chain in found] == ["a", "b"]
     assert [BEHAVIOURS[i] for i in found[0].truth] == ["initializing", "backtracking"]
 
 
-@pytest.mark.parametrize("line", ["null", "7", "[]", "{}", '{"a":' * 2_500, "9" * 5_000, "{"])
+@pytest.mark.parametrize("line", ["null", "{}", '{"a":' * 2_500])
 def test_files_that_hold_no_chains_are_named(tmp_path, line):
     path = tmp_path / "wrong.json"
     path.write_text('[{"text": "x"}]', encoding="utf-8")
@@ -417,5 +388,15 @@ def test_files_that_hold_no_chains_are_named(tmp_path, line):
         offline_script.read_chains(path)
     chains = [response("Okay, go.")]
     path = write_run(tmp_path, chains, annotator("lexical").annotate(chains), line)
-    with pytest.raises((BadFile, BadRow), match=r"annotations\.jsonl, line 2"):
+    with pytest.raises(BadFile, match=r"annotations\.jsonl: line 2"):
         offline_script.read_chains(path)
+
+
+def test_saved_weights_come_back_within_their_eight_bits(tmp_path):
+    model = offline.Offline().classifier
+    offline_script.save(model, tmp_path / "again.npz")
+    again = offline.Classifier.load(tmp_path / "again.npz")
+    for name, array in model.arrays.items():
+        step = np.abs(array).max(axis=0) / 127
+        assert (np.abs(again.arrays[name] - array) <= step).all()
+    assert (again.labels, again.correction) == (model.labels, model.correction)

@@ -13,6 +13,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from stllms.models.model import Model, wrap
+from stllms.records import Response
 from stllms.runs.files import Record
 from stllms.runs.store import Rows
 
@@ -111,6 +112,11 @@ def save_tiny_model(
     hf_model(kind, seed=seed, **changes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def response(thinking: str, task_id: str = "t") -> Response:
+    """A chain without tokens, as from a file."""
+    return Response(task_id, "c", "", (), (), thinking, thinking, 0, "", True, True)
 
 
 def killed(whole: Rows, name: str, content: bytes) -> Rows:

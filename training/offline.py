@@ -16,7 +16,7 @@ import argparse
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,11 +29,12 @@ from scipy.sparse import csr_matrix, hstack, vstack
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_fscore_support
 
-from stllms.annotation import markup, offline, placing, sentences
+from stllms.annotation import annotators, markup, offline, placing, sentences
 from stllms.annotation.agreement import kappa, label_indices
 from stllms.labels import BEHAVIOURS
-from stllms.records import Annotation, annotation_from_row, from_rows, loads, response_from_row
-from stllms.runs.files import BadFile, read_json
+from stllms.records import Annotation, annotation_from_row, from_rows, response_from_row
+from stllms.runs.files import read_json
+from stllms.runs.store import Rows
 
 N = len(BEHAVIOURS)
 #: Inverse strength of the penalty on the squared weights.
@@ -103,22 +104,13 @@ def sentence_labels(
 
 def _own(path: Path) -> list[tuple[str, Annotation]]:
     beside = path.with_name("responses.jsonl")
-    made = from_rows(_rows(beside), response_from_row, beside)
+    made = from_rows(Rows(beside, ("task_id",)).load(), response_from_row, beside)
     texts = {one.task_id: one.thinking for one in made}
-    records = from_rows(_rows(path), annotation_from_row, path)
+    records = from_rows(Rows(path, annotators.KEY).load(), annotation_from_row, path)
     unknown = [record.task_id for record in records if record.task_id not in texts]
     if unknown:
         raise ValueError(f"{path}: task {unknown[0]!r} is not in {beside}")
     return [(texts[one.task_id], one) for one in records if one.failed is None]
-
-
-def _rows(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        try:
-            if line.strip():
-                yield loads(line)
-        except ValueError as error:
-            raise BadFile(f"{path}, line {number}: no JSON ({error})") from None
 
 
 def _released(path: Path) -> list[tuple[str, Annotation]]:
@@ -559,6 +551,20 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
 # --- the command -------------------------------------------------------------------------
 
 
+def save(model: offline.Classifier, path: Path) -> None:
+    """Write the hashed weights in 8 bits each, the others in 32; ``Classifier.load`` reads."""
+    stored = {}
+    for name, array in model.arrays.items():
+        if name in offline.EIGHT_BITS:
+            scale = np.maximum(np.abs(array).max(axis=0), 1e-12) / 127
+            stored[name] = np.round(array / scale).astype(np.int8)
+            stored[name + "_scale"] = scale.astype(np.float32)
+        else:
+            stored[name] = array.astype(np.float32)
+    metadata = {"labels": model.labels, "correction": model.correction, **model.metadata}
+    np.savez_compressed(path, metadata=np.array(json.dumps(metadata)), **stored)
+
+
 def prepare(chains: Sequence[Chain], names: Sequence[str]) -> Data:
     """The sentences of all chains; ``names`` are the sources."""
     asked = list(dict.fromkeys(chain.question for chain in chains))
@@ -584,7 +590,7 @@ def train(paths: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     digests = {Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths}
     correction = best_correction(probabilities, data.truth)
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace(fit(data, {"trained_on": digests}), correction=correction).save(out)
+    save(replace(fit(data, {"trained_on": digests}), correction=correction), out)
     numbers = measure(chains, data, probabilities, chosen, names)
     numbers |= {"trained_on": digests, "correction": correction, "penalty": PENALTY}
     text = json.dumps(numbers | {"weights_bytes": out.stat().st_size})

@@ -62,9 +62,7 @@ def annotator(name: str, **options: Any) -> Annotator:
     if kind in ("openai", "replay") and rest:
         from stllms.annotation import judge
 
-        if kind == "openai":
-            return judge.Judge(rest, **options)
-        return judge.Replay(rest, **options)
+        return (judge.Judge if kind == "openai" else judge.Replay)(rest, **options)
     if name == "offline":
         from stllms.annotation import offline
 

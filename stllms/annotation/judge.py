@@ -14,15 +14,15 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from stllms.annotation import markup, placing, sentences
 from stllms.hashes import remembered_hash
 from stllms.labels import BEHAVIOURS
 from stllms.models import api
-from stllms.records import Annotation, PlacedSegment, Response, loads
-from stllms.runs.files import BadFile
+from stllms.records import Annotation, PlacedSegment, Response
 
 #: The longest part of a chain that is judged at once, in UTF-8 bytes (about 6,000 tokens).
 LONGEST = 24_000
@@ -30,9 +30,7 @@ LONGEST = 24_000
 _MOST_TOKENS = 16_000
 
 EMPTY, NO_REPLY = "empty thinking", "no stored reply"
-UNKNOWN_LABEL, WRONG_NUMBER, TWICE, NO_ITEM = (
-    "unknown label", "no such number", "number labelled twice", "not an item",
-)  # fmt: skip
+WRONG_NUMBER, TWICE = "no such number", "number labelled twice"
 
 _BEHAVIOURS = """\
 - initializing: takes in the task: restates it, says what is asked, voices first thoughts
@@ -74,17 +72,25 @@ one part, and the name of its behaviour. Every number occurs exactly once. Answe
 JSON alone."""
 
 
+@dataclass(frozen=True)
 class Protocol:
-    """How a judge is asked. ``version`` and a hash of the prompt are stored with each reply."""
+    """How a judge is asked and read. ``version`` and a hash of the prompt are stored with each
+    reply; ``reader`` of :func:`stllms.annotation.markup.read` reads what ``rewrite`` gets back.
+
+    ``show`` gives a part of a chain as the judge sees it, the tokens expected back, and what to
+    store beside the reply. ``labels`` says whether a reply labels anything, ``align`` places
+    the replies to all parts in a text, with own keys of the ledger.
+    """
 
     name: str
-    version = "1"
     system: str
     frame: str  # of the user's message; holds {text}
-    optional: ClassVar[dict[str, Any]] = {"temperature": 0.0}
-
-    def __init__(self, reader: str = "tolerant") -> None:
-        self.reader = reader
+    show: Callable[[str], tuple[str, int, dict[str, Any]]]
+    labels: Callable[[api.Reply], bool]
+    align: Callable[[str, Sequence[api.Reply], str], tuple[placing.Alignment, dict[str, Any]]]
+    optional: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
+    version: str = "1"
+    reader: str = "tolerant"
 
     @property
     def identity(self) -> dict[str, str]:
@@ -101,7 +107,7 @@ class Protocol:
         text = api.clean(response.thinking)
         asked = []
         for start, end in cut(text) if text.strip() else ():
-            shown, expected, about = self._show(text[start:end])
+            shown, expected, about = self.show(text[start:end])
             user = {"role": "user", "content": self.frame.format(text=shown)}
             asked.append(
                 api.Request(
@@ -120,19 +126,20 @@ class Protocol:
         self, response: Response, replies: Sequence[api.Reply], annotator: str
     ) -> Annotation:
         """The annotation of one chain from the replies about its parts; all must be good."""
+        text, task_id = response.thinking, response.task_id
         ledger = {
             "protocol": self.name,
             "prompt_version": self.version,
             "parts": len(replies),
             "truncated": sum(reply.finish == "length" for reply in replies),
         }
-        why = self._failed(replies) if response.thinking.strip() else EMPTY
+        why = self._failed(replies) if text.strip() else EMPTY
         if why is None:
-            made = self._annotate(response, replies, annotator, ledger)
-            if made.segments:
-                return made
+            made, own = self.align(text, replies, self.reader)
+            if made.placed:
+                return placing.annotation(made, task_id, annotator, **ledger, **own)
             why = "no labelled part of the reply is in the text"
-        return placing.failed(response.thinking, response.task_id, annotator, why, **ledger)
+        return placing.failed(text, task_id, annotator, why, **ledger)
 
     def _failed(self, replies: Sequence[api.Reply]) -> str | None:
         """The reason of the first reply that cannot be used, ``None`` if there is none."""
@@ -143,44 +150,64 @@ class Protocol:
 
     def unusable(self, reply: api.Reply) -> str | None:
         """Why a reply says nothing about the chain, ``None`` if it labels any of it."""
-        raise NotImplementedError
-
-    def _show(self, part: str) -> tuple[str, int, dict[str, Any]]:
-        """A part as the judge sees it, the tokens expected back, what to store beside."""
-        raise NotImplementedError
-
-    def _annotate(
-        self,
-        response: Response,
-        replies: Sequence[api.Reply],
-        annotator: str,
-        ledger: dict[str, Any],
-    ) -> Annotation:
-        raise NotImplementedError
+        if self.labels(reply):
+            return None
+        said = " ".join(reply.content.split())
+        shown = f"{said[:80]}..." if len(said) > 80 else said
+        ended = f" (finish_reason {reply.finish})" if reply.finish not in ("stop", None) else ""
+        if not said:
+            return f"empty reply{ended}"
+        return f"the judge labelled nothing{ended}: {shown!r}"
 
 
-class Rewrite(Protocol):
-    """The text comes back with tags around its segments."""
+# -- rewrite: the text comes back with tags around its segments ----------------------------
 
-    name, system = "rewrite", _REWRITE
-    frame = "<reasoning>\n{text}\n</reasoning>"
 
-    def unusable(self, reply: api.Reply) -> str | None:
-        """Why nothing can be read from a reply, ``None`` where something can."""
-        return None if markup.read(reply.content).segments else _nothing_in(reply)
+def _show_text(part: str) -> tuple[str, int, dict[str, Any]]:
+    return part, api.tokens(part) + 9 * len(sentences.split(part)), {}
 
-    def _show(self, part: str) -> tuple[str, int, dict[str, Any]]:
-        return part, api.tokens(part) + 9 * len(sentences.split(part)), {}
 
-    def _annotate(
-        self,
-        response: Response,
-        replies: Sequence[api.Reply],
-        annotator: str,
-        ledger: dict[str, Any],
-    ) -> Annotation:
-        text = "\n".join(reply.content for reply in replies)
-        return markup.from_markup(response, text, annotator, reader=self.reader, **ledger)
+def _has_segments(reply: api.Reply) -> bool:
+    return bool(markup.parse(reply.content))
+
+
+def _align_markup(
+    text: str, replies: Sequence[api.Reply], reader: str
+) -> tuple[placing.Alignment, dict[str, Any]]:
+    whole = "\n".join(reply.content for reply in replies)
+    return markup.align(whole, text, reader=reader), {"reader": reader}
+
+
+# -- indexed: numbered pieces go out, labels by number come back ---------------------------
+
+
+def _show_pieces(part: str) -> tuple[str, int, dict[str, Any]]:
+    cuts = pieces(part)
+    lines = (f"{n}| {' '.join(part[i:j].split())}" for n, (i, j) in enumerate(cuts, 1))
+    return "\n".join(lines), 10 + 5 * len(cuts) // 2, {"pieces": len(cuts)}
+
+
+def _has_numbers(reply: api.Reply) -> bool:
+    shown = reply.row.get("about", {}).get("pieces")
+    return isinstance(shown, int) and bool(place(reply.content, shown)[0])
+
+
+def _align_numbers(
+    text: str, replies: Sequence[api.Reply], _reader: str
+) -> tuple[placing.Alignment, dict[str, Any]]:
+    """Places come from this chain's own text: a reply may be shared with another chain."""
+    placed, left, sent = [], 0, api.clean(text)
+    rejected: Counter[str] = Counter()
+    for reply, (begin, end) in zip(replies, cut(sent), strict=True):
+        cuts = pieces(sent[begin:end])
+        found, bad = place(reply.content, len(cuts))
+        rejected += bad
+        left += len(cuts) - sum(last - first + 1 for first, last, _ in found)
+        for first, last, label in found:
+            i, j = begin + cuts[first - 1][0], begin + cuts[last - 1][1]
+            placed.append(PlacedSegment(label, text[i:j], i, j))
+    counts = {"rejected": rejected.total(), "reasons": dict(rejected), "unlabelled": left}
+    return placing.place(placed, text), counts
 
 
 #: JSON as ``{"labels": ["1-2 initializing", ...]}``, for servers that can be held to a schema.
@@ -198,122 +225,81 @@ _SCHEMA: dict[str, Any] = {
     "required": ["labels"],
     "additionalProperties": False,
 }
+_STRUCTURED = {
+    "temperature": 0.0,
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"name": "labels", "strict": True, "schema": _SCHEMA},
+    },
+}
 
-
-class Indexed(Protocol):
-    """Numbered pieces go out, labels by number come back (structured, where a server can)."""
-
-    name, system = "indexed", _INDEXED
-    frame = "<pieces>\n{text}\n</pieces>"
-    optional: ClassVar[dict[str, Any]] = {
-        "temperature": 0.0,
-        "response_format": {
-            "type": "json_schema",
-            "json_schema": {"name": "labels", "strict": True, "schema": _SCHEMA},
-        },
-    }
-
-    def unusable(self, reply: api.Reply) -> str | None:
-        """Why nothing can be read from a reply, ``None`` where something can."""
-        shown = reply.row.get("about", {}).get("pieces")
-        if type(shown) is not int:
-            return "the stored reply does not say how many pieces it is about (about.pieces)"
-        placed, _ = place(reply.content, shown)
-        return None if placed else _nothing_in(reply)
-
-    def _show(self, part: str) -> tuple[str, int, dict[str, Any]]:
-        cuts = pieces(part)
-        lines = (f"{n}| {' '.join(part[i:j].split())}" for n, (i, j) in enumerate(cuts, 1))
-        return "\n".join(lines), 10 + 5 * len(cuts) // 2, {"pieces": len(cuts)}
-
-    def _annotate(
-        self,
-        response: Response,
-        replies: Sequence[api.Reply],
-        annotator: str,
-        ledger: dict[str, Any],
-    ) -> Annotation:
-        # Places come from this chain's own text: a reply may be shared with another chain.
-        text, placed, left = response.thinking, [], 0
-        rejected: Counter[str] = Counter()
-        sent = api.clean(text)
-        for reply, (begin, end) in zip(replies, cut(sent), strict=True):
-            cuts = pieces(sent[begin:end])
-            found, bad = place(reply.content, len(cuts))
-            rejected += bad
-            left += len(cuts) - sum(last - first + 1 for first, last, _ in found)
-            for first, last, label in found:
-                i, j = begin + cuts[first - 1][0], begin + cuts[last - 1][1]
-                placed.append(PlacedSegment(label, text[i:j], i, j))
-        counts = {"rejected": rejected.total(), "reasons": dict(rejected), "unlabelled": left}
-        alignment = placing.place(placed, text)
-        return placing.annotation(alignment, response.task_id, annotator, **ledger, **counts)
-
-
-PROTOCOLS: dict[str, type[Protocol]] = {"rewrite": Rewrite, "indexed": Indexed}
+PROTOCOLS = {
+    "rewrite": Protocol(
+        "rewrite",
+        _REWRITE,
+        "<reasoning>\n{text}\n</reasoning>",
+        _show_text,
+        _has_segments,
+        _align_markup,
+    ),
+    "indexed": Protocol(
+        "indexed",
+        _INDEXED,
+        "<pieces>\n{text}\n</pieces>",
+        _show_pieces,
+        _has_numbers,
+        _align_numbers,
+        _STRUCTURED,
+    ),
+}
 
 
 def protocol_of(name: str, reader: str = "tolerant") -> Protocol:
-    """The protocol called ``name``; ``ValueError`` names those there are.
-
-    ``reader`` of :func:`stllms.annotation.markup.read` is for what ``rewrite`` gets back.
-    """
+    """The protocol called ``name``; ``ValueError`` names those there are."""
     if name not in PROTOCOLS:
         raise ValueError(f"no judge protocol {name!r}: choose one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name](reader)
-
-
-def _nothing_in(reply: api.Reply) -> str:
-    said = " ".join(reply.content.split())
-    shown = f"{said[:80]}..." if len(said) > 80 else said
-    ended = f" (finish_reason {reply.finish})" if reply.finish not in ("stop", None) else ""
-    return f"the judge labelled nothing{ended}: {shown!r}" if said else f"empty reply{ended}"
+    return replace(PROTOCOLS[name], reader=reader)
 
 
 # -- annotators ----------------------------------------------------------------------------
 
 
 class Judge:
-    """Labels chains with the model ``model``; ``name`` is ``openai:MODEL``.
+    """Labels chains with a language model; ``name`` is ``openai:JUDGE``.
 
-    ``protocol`` is ``"rewrite"`` (default) or ``"indexed"``, also written ``MODEL#indexed``; an
-    indexed judge has that in its name, for it is another annotator. ``reader`` reads what a
-    rewriting judge returned. Replies are stored in ``folder``, by default one folder for all of
-    a person's runs. ``options`` are those of :class:`stllms.models.api.Client` (``base_url``,
-    ``max_cost``, ...).
+    ``judge`` is the model's name (protocol ``rewrite``), or ``MODEL#indexed``. ``reader`` reads
+    what a rewriting judge returned. Replies are stored in ``folder``, by default one folder for
+    all of a person's runs. ``options`` are those of :class:`stllms.models.api.Client`
+    (``base_url``, ``max_cost``, ...).
     """
 
     def __init__(
         self,
-        model: str,
+        judge: str,
         *,
-        protocol: str | None = None,
         reader: str = "tolerant",
         folder: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
-        model, _, suffix = model.partition("#")
-        self.protocol = protocol_of(protocol or suffix or "rewrite", reader)
-        other = "" if self.protocol.name == "rewrite" else f"#{self.protocol.name}"
-        self.name = f"openai:{model}{other}"
+        model, _, protocol = judge.partition("#")
+        self.protocol = protocol_of(protocol or "rewrite", reader)
+        self.name = f"openai:{_called(model, self.protocol.name)}"
         self.client = api.Client(model, folder=folder or api.default_folder(), **options)
-
-    def requests(self, responses: Sequence[Response]) -> list[api.Request]:
-        """Everything that is asked about the chains."""
-        return [request for one in responses for request in self.protocol.requests(one)]
 
     def annotate(self, responses: Sequence[Response]) -> list[Annotation]:
         """One annotation per response, in the same order; a failed one says why in ``failed``.
 
         Raises the errors of :meth:`stllms.models.api.Client.replies` where going on is useless.
         """
-        asked = self.requests(responses)
-        replies = iter(self.client.replies(asked, self.protocol.unusable))
+        replies = iter(self.client.replies(self._asked(responses), self.protocol.unusable))
         return _annotated(self, responses, lambda _: next(replies))
 
     def estimate(self, responses: Sequence[Response]) -> api.Estimate:
         """Calls, tokens and cost that :meth:`annotate` would need now. Sends nothing."""
-        return self.client.estimate(self.requests(responses), self.protocol.unusable)
+        return self.client.estimate(self._asked(responses), self.protocol.unusable)
+
+    def _asked(self, responses: Sequence[Response]) -> list[api.Request]:
+        return [request for one in responses for request in self.protocol.requests(one)]
 
 
 class Replay:
@@ -321,47 +307,39 @@ class Replay:
     result; ``name`` is ``replay:FOLDER``.
 
     What was judged is found by what the judge was shown, so that replies outlive a change of
-    the prompt around it and of the names of tasks. Where the folder holds several judges,
-    ``model`` and ``protocol`` choose one; without them that is a ``ValueError`` that lists
-    them. A chain without a stored reply is a failed annotation that says so.
+    the prompt around it and of the names of tasks. Where the folder holds replies of several
+    judges, ``judge`` names one as for :class:`Judge`; without it that is a ``ValueError``. A
+    chain without a stored reply is a failed annotation that says so.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
         *,
-        model: str | None = None,
-        protocol: str | None = None,
+        judge: str | None = None,
         reader: str = "tolerant",
     ) -> None:
         path = Path(folder).expanduser() / api.FILE
         if not path.is_file():
             raise ValueError(f"{path.parent} holds no stored replies: no {api.FILE} is in it")
         held = _by_judge(path)
-        judges = [one for one in held if model in (None, one[0]) and protocol in (None, one[1])]
-        if len(judges) != 1:
-            names = "; ".join(f"model={m!r}, protocol={p!r}" for m, p in judges or held)
+        names = [judge] if judge else list(held)
+        if len(names) != 1 or names[0] not in held:
             raise ValueError(
-                f"{path} holds {'several judges' if judges else 'no reply of this judge'}: "
-                f"choose one of {names or 'none: it holds no reply of a judge'}"
+                f"{path} holds replies of {' and '.join(held) or 'no judge'}: expected one "
+                "judge, or judge=... that names one of them"
             )
         self.name = f"replay:{folder}"
         self.fingerprint = remembered_hash(path)[:16]
-        self.model = judges[0][0]
-        self.protocol = protocol_of(judges[0][1], reader)
-        self._by_shown = held[judges[0]]
+        self.protocol = protocol_of(names[0].partition("#")[2] or "rewrite", reader)
+        self._replies = held[names[0]]
 
     def annotate(self, responses: Sequence[Response]) -> list[Annotation]:
         """One annotation per response, in the same order."""
-        return _annotated(self, responses, lambda asked: self._newest(asked.about["shown"]))
-
-    def _newest(self, shown: str) -> api.Reply:
-        """The newest answer about a part of a chain, else why there is none."""
-        rows = self._by_shown.get(shown, [])
-        answered = [row for row in rows if row["status"] != "failed"]
-        if answered:
-            return api.Reply(answered[-1])
-        return api.Reply({}, str(rows[-1].get("reason")) if rows else NO_REPLY)
+        none = api.Reply({}, NO_REPLY)
+        return _annotated(
+            self, responses, lambda asked: self._replies.get(asked.about["shown"], none)
+        )
 
 
 def _annotated(
@@ -377,23 +355,22 @@ def _annotated(
     ]
 
 
-def _by_judge(path: Path) -> dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]]:
-    """The rows of a file of replies by judge (model, protocol) and by what it was shown.
-
-    The file may also hold an API model's responses. Raises :class:`BadFile` where a judge's row
-    does not say what it was shown.
+def _by_judge(path: Path) -> dict[str, dict[str, api.Reply]]:
+    """The replies of a file by judge and by what it was shown: the newest answer, else the
+    newest failure. The file may also hold an API model's responses.
     """
-    held: dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]] = {}
-    for row in api.Store(path.parent).load().lines:
+    held: dict[str, dict[str, api.Reply]] = {}
+    lines = api.Store(path.parent).load().lines
+    for row in sorted(lines, key=lambda row: row["status"] != "failed"):
         if (name := row["identity"].get("protocol")) in PROTOCOLS:
-            shown = row.get("about", {}).get("shown")
-            if not isinstance(shown, str):
-                raise BadFile(
-                    f"{path}: the judge's reply about {row['name']!r} lacks about.shown, the "
-                    "hash of what the judge was shown; mend or delete this line"
-                )
-            held.setdefault((row["model"], name), {}).setdefault(shown, []).append(row)
+            failed = row.get("reason") if row["status"] == "failed" else None
+            shown = str(row.get("about", {}).get("shown"))
+            held.setdefault(_called(row["model"], name), {})[shown] = api.Reply(row, failed)
     return dict(sorted(held.items()))
+
+
+def _called(model: str, protocol: str) -> str:
+    return model if protocol == "rewrite" else f"{model}#{protocol}"
 
 
 # -- cutting a chain -----------------------------------------------------------------------
@@ -441,17 +418,11 @@ def pieces(text: str, least: int = 20) -> list[tuple[int, int]]:
 # -- labels by number ----------------------------------------------------------------------
 
 _ITEM = re.compile(
-    r"""(?<![\w.])(?P<first>\d{1,6})(?:\s*(?:-|–|to|\.\.)\s*(?P<last>\d{1,6}))?
-    [\s"':|.,)\]]{1,6}(?:label["']?\s*[:=]\s*["']?)?(?P<label>[A-Za-z][A-Za-z _-]{2,40})""",
+    r"""(?<![\w.])(?P<first>\d{1,6})
+    (?:\s*(?:-|–|to|\.\.|,\s*["']\w{1,20}["']\s*:)\s*(?P<last>\d{1,6}))?
+    [\s"':|.,)\]]{1,6}(?:\w{1,20}["']?\s*[:=]\s*["']?)?(?P<label>[A-Za-z][A-Za-z _-]{2,40})""",
     re.VERBOSE,
 )
-
-
-def _letters(words: str) -> str:
-    return re.sub(r"[^a-z]", "", words.lower())
-
-
-_LABELS = {_letters(name): name for name in BEHAVIOURS}
 
 
 def place(content: str, n: int) -> tuple[list[tuple[int, int, str]], Counter[str]]:
@@ -460,14 +431,14 @@ def place(content: str, n: int) -> tuple[list[tuple[int, int, str]], Counter[str
     Reads the JSON that was asked for, JSON in other shapes (objects with a number and a label,
     number -> label), and lines or half an answer. Of a number given twice the first counts.
     """
-    items, rejected = _items(content)
+    rejected: Counter[str] = Counter()
     taken: set[int] = set()
     found = []
-    for first, last, name in items:
-        label = _LABELS.get(_letters(name))
-        numbers = range(first, last + 1)
+    for item in _ITEM.finditer(content):
+        first, last = int(item["first"]), int(item["last"] or item["first"])
+        label, numbers = markup.label_of(item["label"]), range(first, last + 1)
         if label is None:
-            rejected[UNKNOWN_LABEL] += 1
+            rejected[markup.UNKNOWN] += 1
         elif not 1 <= first <= last <= n:
             rejected[WRONG_NUMBER] += 1
         elif not taken.isdisjoint(numbers):
@@ -476,35 +447,3 @@ def place(content: str, n: int) -> tuple[list[tuple[int, int, str]], Counter[str
             taken.update(numbers)
             found.append((first, last, label))
     return sorted(found), rejected
-
-
-def _items(content: str) -> tuple[list[tuple[int, int, str]], Counter[str]]:
-    """``(first, last, label)`` as written, and the entries that are none."""
-    shape = re.search(r"[\[{].*[\]}]", content, re.DOTALL)
-    try:
-        value = loads(shape[0] if shape else content)
-    except ValueError:  # half an answer, or lines: prose is full of numbers, so be strict
-        read = (_item(match) for match in _ITEM.finditer(content))
-        return [item for item in read if _letters(item[2]) in _LABELS], Counter()
-    if isinstance(value, dict):
-        lists = [v for v in value.values() if isinstance(v, list)]
-        value = lists[0] if lists else [f"{k} {v}" for k, v in value.items()]
-    entries = [_entry(entry) for entry in value] if isinstance(value, list) else []
-    good = [entry for entry in entries if entry is not None]
-    bad = len(entries) - len(good)
-    return good, Counter({NO_ITEM: bad} if bad else {})
-
-
-def _entry(entry: Any) -> tuple[int, int, str] | None:
-    """One entry of a JSON list: ``"1-2 label"`` or an object with numbers and a label."""
-    if isinstance(entry, dict):
-        numbers = [v for v in entry.values() if isinstance(v, int) and not isinstance(v, bool)]
-        words = [v for v in entry.values() if isinstance(v, str)]
-        good = 1 <= len(numbers) <= 2 and len(words) == 1
-        return (numbers[0], numbers[-1], words[0]) if good else None
-    match = _ITEM.fullmatch(entry.strip()) if isinstance(entry, str) else None
-    return _item(match) if match else None
-
-
-def _item(match: re.Match[str]) -> tuple[int, int, str]:
-    return int(match["first"]), int(match["last"] or match["first"]), match["label"]

@@ -11,15 +11,13 @@ brackets that hold anything but a label (``f[0]``, ``[ x^2 \]``, ``x = ["apple"]
 from __future__ import annotations
 
 import re
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from stllms.annotation import placing
 from stllms.labels import BEHAVIOURS
-from stllms.records import Annotation, Response, Segment
-
-READERS = ("tolerant", "published", "published-counts")
+from stllms.records import Segment
 
 #: Why a piece of a reply is not a segment.
 UNKNOWN, EMPTY, OUTSIDE = "unknown label", "empty section", "outside any section"
@@ -37,6 +35,10 @@ _PUBLISHED = re.compile(r'\["([\w-]+)"\](.*?)\["end-section"\]', re.DOTALL)
 _COUNTED = re.compile(r'\["?([a-z-]+)"?\]')
 
 
+#: A piece of a reply, and why it is no segment (``None``: it is one).
+Piece = tuple[Segment, str | None]
+
+
 def _letters(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 
@@ -45,17 +47,16 @@ _LABELS = {_letters(label): label for label in BEHAVIOURS}
 _CLOSING = {"endsection", "endofsection", "sectionend"} | {f"end{name}" for name in _LABELS}
 
 
+def label_of(name: str) -> str | None:
+    """The label that a judge means by ``name``, whatever its case and hyphens."""
+    return _LABELS.get(_letters(name))
+
+
 @dataclass(frozen=True)
 class Reading:
-    """What a reader made of one reply, in the order of the reply.
+    """What a reader made of one reply: all its ``pieces``, in order."""
 
-    ``pieces`` holds every part as ``(segment, reason)``, ``reason`` being ``None`` for a good
-    one; :attr:`segments` are the good ones. ``forms`` counts what was unusual: ``unquoted``,
-    ``numbered``, ``unclosed``, ``nested``.
-    """
-
-    pieces: tuple[tuple[Segment, str | None], ...]
-    forms: dict[str, int] = field(default_factory=dict)
+    pieces: tuple[Piece, ...]
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -68,14 +69,9 @@ def read(markup: str, *, reader: str = "tolerant") -> Reading:
 
     ``reader`` is one of :data:`READERS`.
     """
-    if reader == "tolerant":
-        return _read_tolerant(markup)
-    if reader == "published":
-        found = (Segment(m[1], m[2].strip()) for m in _PUBLISHED.finditer(markup))
-        return Reading(tuple((segment, None) for segment in found))
-    if reader == "published-counts":
-        return _read_counts(markup)
-    raise ValueError(f"no reader {reader!r}: choose one of {', '.join(READERS)}")
+    if reader not in READERS:
+        raise ValueError(f"no reader {reader!r}: choose one of {', '.join(READERS)}")
+    return Reading(tuple(READERS[reader](markup)))
 
 
 def parse(markup: str) -> list[Segment]:
@@ -83,79 +79,66 @@ def parse(markup: str) -> list[Segment]:
     return list(read(markup).segments)
 
 
-def from_markup(
-    response: Response,
-    markup: str,
-    annotator: str,
-    *,
-    reader: str = "tolerant",
-    **ledger: Any,
-) -> Annotation:
-    """The annotation of one chain from a judge's reply.
+def align(markup: str, text: str, *, reader: str = "tolerant") -> placing.Alignment:
+    """A judge's reply, placed in the ``text`` of the chain that it is about.
 
     ``reader="published"`` also aligns as published (first exact occurrence). The characters
-    of pieces that the reader rejected are counted under the reader's reason; ``ledger`` are
-    more keys to record, such as usage or a prompt version.
+    of pieces that the reader rejected are counted under the reader's reason.
     """
-    reading = read(markup, reader=reader)
-    alignment = placing.align(
-        [segment for segment, _ in reading.pieces],
-        response.thinking,
+    pieces = read(markup, reader=reader).pieces
+    return placing.align(
+        [segment for segment, _ in pieces],
+        text,
         method="published" if reader == "published" else "tolerant",
-        reasons=[reason for _, reason in reading.pieces],
+        reasons=[reason for _, reason in pieces],
     )
-    ledger = {"reader": reader, "forms": reading.forms, **ledger}
-    return placing.annotation(alignment, response.task_id, annotator, **ledger)
 
 
-def _read_counts(markup: str) -> Reading:
+def _published(markup: str) -> Iterator[Piece]:
+    for match in _PUBLISHED.finditer(markup):
+        yield Segment(match[1], match[2].strip()), None
+
+
+def _counted(markup: str) -> Iterator[Piece]:
     marks = [m for m in _COUNTED.finditer(markup) if m[1] in BEHAVIOURS]
-    pieces = []
-    for i, mark in enumerate(marks):
-        end = marks[i + 1].start() if i + 1 < len(marks) else len(markup)
+    for mark, end in zip(marks, [*(m.start() for m in marks[1:]), len(markup)], strict=False):
         text = re.sub(r'\["?end-section"?\]', "", markup[mark.end() : end]).strip()
-        pieces.append((Segment(mark[1], text), None))
-    return Reading(tuple(pieces))
+        yield Segment(mark[1], text), None
 
 
-def _section(label: str, text: str) -> tuple[Segment, str | None]:
-    segment = Segment(label, text.strip())
-    if label not in BEHAVIOURS:
-        return segment, UNKNOWN
-    return segment, None if segment.text else EMPTY
-
-
-def _read_tolerant(markup: str) -> Reading:
-    pieces: list[tuple[Segment, str | None]] = []
-    forms: Counter[str] = Counter()
+def _tolerant(markup: str) -> Iterator[Piece]:
     current: str | None = None
     outer: list[str] = []  # sections that another one interrupted, innermost last
     position = 0
     for mark in [*_marks(markup), _Mark("end", "", len(markup), len(markup))]:
-        text = markup[position : mark.start]
-        forms.update(mark.forms)
+        text = markup[position : mark.start].strip()
         if current is not None:
-            pieces.append(_section(current, text))
+            yield _section(current, text)
             if mark.kind != "close":
-                forms["unclosed"] += 1
                 outer.append(current)
-        elif mark.kind == "close" and outer and text.strip():
-            forms["nested"] += 1
-            pieces.append(_section(outer.pop(), text))
-        elif text.strip():
-            pieces.append((Segment("", text.strip()), OUTSIDE))
+        elif mark.kind == "close" and outer and text:
+            yield _section(outer.pop(), text)
+        elif text:
+            yield Segment("", text), OUTSIDE
         current = mark.label if mark.kind in ("open", "unknown") else None
         position = mark.end
-    return Reading(tuple(pieces), dict(forms))
 
 
-@dataclass(frozen=True)
-class _Mark:
+def _section(label: str, text: str) -> Piece:
+    if label not in BEHAVIOURS:
+        return Segment(label, text), UNKNOWN
+    return Segment(label, text), None if text else EMPTY
+
+
+#: Readers by name: reply -> pieces.
+READERS = {"tolerant": _tolerant, "published": _published, "published-counts": _counted}
+
+
+class _Mark(NamedTuple):
     kind: str  # "open", "close", "unknown", "end"
     label: str
     start: int
     end: int
-    forms: tuple[str, ...] = ()
 
 
 def _marks(markup: str) -> list[_Mark]:
@@ -171,15 +154,12 @@ def _marks(markup: str) -> list[_Mark]:
 
 def _mark(match: re.Match[str]) -> _Mark | None:
     name = _letters(match["name"])
-    quoted, numbered = bool(match["quote"] or match["inner"]), match["number"] is not None
-    forms = (() if quoted else ("unquoted",)) + (("numbered",) if numbered else ())
-    start, end = match.span()
     if name in _CLOSING or (match["slash"] and (name in _LABELS or name == "section")):
-        return _Mark("close", "", start, end, forms)
+        return _Mark("close", "", *match.span())
     if name in _LABELS:
-        return _Mark("open", _LABELS[name], start, end, forms)
-    if (quoted or numbered) and len(name) > 2:
-        return _Mark("unknown", match["name"].lower(), start, end, forms)
+        return _Mark("open", _LABELS[name], *match.span())
+    if (match["quote"] or match["inner"] or match["number"]) and len(name) > 2:
+        return _Mark("unknown", match["name"].lower(), *match.span())
     return None
 
 

@@ -35,7 +35,7 @@ WEIGHTS = Path(__file__).with_name("offline.npz")
 
 _OWN, _NEIGHBOURS = 0.8, 0.2  # how much a sentence and the transitions count
 _NETWORK = 0.3  # how much of a sentence's score comes from the network
-_EIGHT_BITS = ("words", "hidden_words")  # arrays that are stored so
+EIGHT_BITS = ("words", "hidden_words")  # arrays that are stored so, with a scale a column
 
 
 @dataclass(frozen=True)
@@ -90,22 +90,9 @@ class Classifier:
             logs = np.log(probabilities) - self.correction * self.arrays["log_prior"]
         return logs.argmax(axis=1)
 
-    def save(self, path: str | Path) -> None:
-        """Write the hashed weights in 8 bits each, the others in 32; read by :meth:`load`."""
-        stored = {}
-        for name, array in self.arrays.items():
-            if name in _EIGHT_BITS:
-                scale = np.maximum(np.abs(array).max(axis=0), 1e-12) / 127
-                stored[name] = np.round(array / scale).astype(np.int8)
-                stored[name + "_scale"] = scale.astype(np.float32)
-            else:
-                stored[name] = array.astype(np.float32)
-        metadata = {"labels": self.labels, "correction": self.correction, **self.metadata}
-        np.savez_compressed(path, metadata=np.array(json.dumps(metadata)), **stored)
-
     @classmethod
     def load(cls, path: str | Path) -> Classifier:
-        """Read what :meth:`save` wrote."""
+        """Read what ``training/offline.py`` wrote."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no weights at {path}: training/offline.py makes them")
@@ -115,7 +102,7 @@ class Classifier:
         if found != (1 << BITS, AROUND):
             raise ValueError(f"{path} has {found} rows, expected {(1 << BITS, AROUND)}")
         metadata = json.loads(str(stored.pop("metadata")))
-        for name in _EIGHT_BITS:
+        for name in EIGHT_BITS:
             stored[name] = stored[name].astype(np.float32) * stored.pop(name + "_scale")
         labels, correction = tuple(metadata.pop("labels")), metadata.pop("correction")
         return cls(labels, stored, correction, metadata)
@@ -136,18 +123,14 @@ class Offline:
         self.classifier = Classifier.load(path)
         self.fingerprint = file_hash(path)[:16]
 
-    def probabilities(self, text: str) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """The sentences of ``text`` as characters, and ``[n, N]`` label probabilities."""
-        places = sentences.split(text)
-        return places, self.classifier.probabilities(of_chain(text, places))
-
     def annotate(self, responses: Sequence[Response]) -> list[Annotation]:
         """One annotation per response, in order."""
         return [self._one(response) for response in responses]
 
     def _one(self, response: Response) -> Annotation:
         text, names = response.thinking, self.classifier.labels
-        places, found = self.probabilities(text)
+        places = sentences.split(text)
+        found = self.classifier.probabilities(of_chain(text, places))
         chosen = self.classifier.decide(found)
         placed = sentences.segments(text, places, [names[i] for i in chosen])
         starts = np.array([start for start, _ in places])

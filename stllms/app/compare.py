@@ -103,8 +103,8 @@ def _from_api(
     config: RunConfig, folder: Folder, asked: Sequence[Task], decoding: dict
 ) -> tuple[list[Response], list[Annotation]]:
     """The chains with reasoning, and for every other task a failed annotation that says why."""
-    replies = remote.responses(
-        config.model,
+    replies, reasons = remote.responses(
+        config.entry,
         asked,
         max_new_tokens=decoding["max_new_tokens"],
         temperature=decoding["temperature"],
@@ -114,7 +114,6 @@ def _from_api(
         folder=folder.path / "api",
     )
     kept = [one for one in replies if not remote.withheld(one, config.entry.kind)]
-    reasons = remote.failures(folder.path / "api")
     reasons |= {one.task_id: "the reply holds no reasoning" for one in replies}
     have = {one.task_id for one in kept}
     return kept, [

@@ -8,7 +8,8 @@ in the text, becomes ``thinking``. The tokens are not known here: ``prompt_ids``
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from stllms import registry
@@ -22,64 +23,54 @@ PROTOCOL = "response"
 
 
 def responses(
-    model_id: str,
+    entry: registry.ModelEntry,
     tasks: Sequence[Task],
     *,
     max_new_tokens: int,
     folder: str | os.PathLike[str],
-    temperature: float | None = 0.0,
-    kind: str | None = None,
+    temperature: float = 0.0,
     style: str = "sound",
-    extra: Mapping[str, Any] | None = None,
     **options: Any,
-) -> list[Response]:
-    """What an API model writes for each task, in the order of the tasks.
+) -> tuple[list[Response], dict[str, str]]:
+    """What an API model writes for each task, in the order of the tasks; and task id -> reason
+    of those that failed.
 
-    ``model_id`` is a registry name or the provider's name of the model (``api:`` may stand
-    before it); ``kind`` ("thinking", "instruct", "unknown") and ``style`` choose the prompt
-    as in :func:`stllms.generation.prompts.prompt`, ``kind`` by default from the registry.
-    ``temperature=None`` leaves it to the provider (some models take none). ``extra`` fields
-    are sent as they are, over those of the registry, for instance
-    ``{"reasoning": {"max_tokens": 1500}}``; ``options`` are those of
-    :class:`stllms.models.api.Client` (``base_url``, ``max_cost``, ...).
+    ``entry`` says how the model is called, which kind it is (``style`` and kind choose the
+    prompt as in :func:`stllms.generation.prompts.prompt`) and what is sent beside the run's
+    own fields. ``options`` are those of :class:`stllms.models.api.Client` (``base_url``,
+    ``max_cost``, ...).
 
-    A task that failed is left out, named in a printed line, kept with its reason
-    (:func:`failures`) and asked again on the next run. Another line counts the chains of a
-    thinking model that came without reasoning (:func:`withheld`). Raises ``ValueError`` for a
-    limit below what the provider takes, and the errors of ``Client.replies``.
+    A task that failed is named in a printed line and asked again on the next run. Another line
+    counts the chains of a thinking model that came without reasoning (:func:`withheld`).
+    Raises ``ValueError`` for a limit below what the provider takes, and the errors of
+    ``Client.replies``.
     """
-    entry = entry_of(model_id)
     check_limit(entry, max_new_tokens)
-    name, kind = str(entry.api_id), kind or entry.kind
+    name = str(entry.api_id)
     asked = requests(
-        entry,
-        tasks,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        kind=kind,
-        style=style,
-        extra=extra,
+        entry, tasks, max_new_tokens=max_new_tokens, temperature=temperature, style=style
     )
     replies = api.Client(name, folder=folder, **options).replies(asked, unusable)
-    made, failed = [], []
+    made, failed = [], {}
     for task, request, reply in zip(tasks, asked, replies, strict=True):
         if reply.failed:
-            failed.append(f"{task.id}: {reply.failed}")
+            failed[task.id] = reply.failed
         else:
-            made.append(to_response(task, request.messages[0]["content"], reply, kind))
+            made.append(to_response(task, request.messages[0]["content"], reply, entry.kind))
     if failed:
+        first = [f"{task_id}: {reason}" for task_id, reason in islice(failed.items(), 5)]
         print(
             f"{name}: {len(failed)} of {len(tasks)} tasks failed and are left out (asked again "
-            f"on the next run): {plain('; '.join(failed[:5]))}"
+            f"on the next run): {plain('; '.join(first))}"
             + ("; ..." if len(failed) > 5 else "")
         )
-    if silent := sum(withheld(one, kind) for one in made):
+    if silent := sum(withheld(one, entry.kind) for one in made):
         print(
             f"{name}: {silent} of {len(made)} chains of a thinking model came without "
             "reasoning and have nothing to label: the provider keeps it to itself, or wants a "
             "switch for it (docs/gpu_and_costs.md)"
         )
-    return made
+    return made, failed
 
 
 def requests(
@@ -87,17 +78,12 @@ def requests(
     tasks: Sequence[Task],
     *,
     max_new_tokens: int,
-    temperature: float | None = 0.0,
-    kind: str | None = None,
+    temperature: float,
     style: str = "sound",
-    extra: Mapping[str, Any] | None = None,
 ) -> list[api.Request]:
     """What a model is asked, one request per task; arguments as of :func:`responses`."""
-    sampling = {} if temperature is None else {"temperature": temperature}
-    sent = {**sampling, **entry.extra, **(extra or {})}
-    texts = [
-        api.clean(prompts.prompt(task.content, kind or entry.kind, style)) for task in tasks
-    ]
+    sent = {"temperature": temperature, **entry.extra}
+    texts = [api.clean(prompts.prompt(task.content, entry.kind, style)) for task in tasks]
     return [
         api.Request(
             name=task.id,
@@ -109,17 +95,6 @@ def requests(
         )
         for task, text in zip(tasks, texts, strict=True)
     ]
-
-
-def entry_of(model_id: str) -> registry.ModelEntry:
-    """The entry of a model behind an API: by registry name, ``api:ID`` or the bare id.
-
-    Raises :class:`stllms.registry.UnknownModel` for an id that is none.
-    """
-    entry = registry.MODELS.get(model_id.strip().lower())
-    if entry is not None and entry.api_id:
-        return entry
-    return registry.api_entry(model_id.strip().removeprefix(registry.API))
 
 
 def check_limit(entry: registry.ModelEntry, max_new_tokens: int) -> None:
@@ -179,14 +154,3 @@ def to_response(task: Task, prompt_text: str, reply: api.Reply, kind: str) -> Re
         closed=closed,
         finished=finished,
     )
-
-
-def failures(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """Task id -> reason, of the stored requests for responses that have no good reply yet."""
-    store = api.Store(folder).load()
-    found = {}
-    for key, rows in store.rows.items():
-        row = (store.answers(key) or rows)[-1]
-        if row["identity"].get("protocol") == PROTOCOL and row.get("reason"):
-            found[row["name"]] = row["reason"]
-    return found
