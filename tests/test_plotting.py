@@ -207,7 +207,6 @@ def test_curves_draw_a_line_a_behaviour_with_its_band_and_mark(axes):
 def test_growth_has_a_line_a_behaviour_and_says_when_there_is_none(axes):
     cosines, counts = np.array([[0.5], [0.9]]), np.array([[10], [40]])
     table = words.growth(cosines, counts, (0.1, 0.5), ["deduction"])
-    assert table.columns.tolist() == ["behaviour", "share", "spans", "cosine"]
     draw.growth(axes, table)
     assert axes.lines[0].get_xydata().tolist() == [[10, 0.5], [40, 0.9]]
     axes.figure.canvas.draw()
@@ -228,44 +227,42 @@ def effect_table(n_layers: int = 5) -> pd.DataFrame:
     return table.assign(low=table["mean"] / 2, high=table["mean"] * 2, sd=0.25)
 
 
+BANDS = {
+    "interval": (lambda r: (r["low"].min(), r["high"].max()), "95% interval"),
+    "sd": (
+        lambda r: ((r["mean"] - r["sd"]).min(), (r["mean"] + r["sd"]).max()),
+        "one standard deviation",
+    ),
+}
+
+
+@pytest.mark.parametrize("band", BANDS)
 @pytest.mark.parametrize(
     ("grid", "shared"), [((1, 4), {"sharey": True}), ((2, 2), {"sharex": True})]
 )
-def test_an_unavailable_panel_says_so_and_leaves_the_ticks_of_the_others(grid, shared):
+def test_effect_panels_have_means_bands_and_nulls_and_say_what_is_missing(band, grid, shared):
     figure, panels = plt.subplots(*grid, figsize=(7, 4), **shared)
-    table = effect_table()
-    draw.effect_panels(panels.flat, table, STEERED, label="KL, nats")
+    table = effect_table().assign(null_low=0.01, null_high=9.0)
+    given = {"band": band, "mark": {STEERED[1]: 2}, "absent": "nothing here"}
+    draw.effect_panels(panels.flat, table, STEERED, label="KL, nats", **given)
     figure.canvas.draw()
     first, *others = panels.flat
-    assert written(first) == ["unavailable:\ntoo few spans"]
+    assert written(first) == ["nothing here"]
     assert not first.lines
+    expected, words = BANDS[band]
     for panel, name in zip(others, STEERED[1:], strict=True):
-        mean = table.loc[table["behaviour"] == name, "mean"]
-        assert panel.lines[0].get_ydata() == pytest.approx(mean.to_numpy())
+        rows = table[table["behaviour"] == name]
+        assert panel.lines[0].get_ydata() == pytest.approx(rows["mean"].to_numpy())
+        assert reach(panel.collections[0]) == pytest.approx(expected(rows))
+        assert reach(panel.collections[1]) == pytest.approx((0.01, 9.0))
         assert panel.get_title() == name
-        assert len(panel.get_yticks()) > 1
+        assert len(panel.get_yticks()) > 1, "the empty panel leaves the ticks of the others"
         assert len(panel.get_xticks()) > 1
+    assert list(others[0].lines[1].get_xdata()) == [2, 2]
     if "sharey" in shared:
         assert [t.get_text() for t in first.get_yticklabels() if t.get_visible()]
         assert first.get_ylabel() == "KL, nats"
-    assert legend_of(figure) == ["mean", "95% interval"]
-
-
-def test_bands_are_intervals_or_one_standard_deviation_and_nulls_are_named():
-    table = effect_table().assign(null_low=0.01, null_high=9.0)
-    rows = table[table["behaviour"] == STEERED[1]]
-    ends = {
-        "sd": ((rows["mean"] - 0.25).min(), (rows["mean"] + 0.25).max()),
-        "interval": (rows["low"].min(), rows["high"].max()),
-    }
-    names = {"sd": "one standard deviation", "interval": "95% interval"}
-    for band, expected in ends.items():
-        figure, panels = plt.subplots(1, 4)
-        draw.effect_panels(panels, table, label="x", band=band, mark={STEERED[1]: 2})
-        assert reach(panels[1].collections[0]) == pytest.approx(expected)
-        assert reach(panels[1].collections[1]) == pytest.approx((0.01, 9.0))
-        assert list(panels[1].lines[1].get_xdata()) == [2, 2]
-        assert legend_of(figure) == ["mean", names[band], "null interval", "steering layer"]
+    assert legend_of(figure) == ["mean", words, "null interval", "steering layer"]
 
 
 def test_one_huge_layer_does_not_hide_the_others_on_a_logarithmic_axis():
@@ -372,10 +369,8 @@ def test_a_chain_is_drawn_letter_by_letter_on_the_colour_of_its_behaviour():
     ("text", "width", "lines"),
     [
         ("", 5, []),
-        ("ab cd ef", 5, ["ab cd", "ef"]),
         ("abcdefgh", 3, ["abc", "def", "gh"]),
         ("ab\n\ncd", 5, ["ab", "", "cd"]),
-        ("ab cd\nef", 5, ["ab cd", "ef"]),
         ("ab cde", 4, ["ab", "cde"]),
     ],
 )
@@ -383,11 +378,11 @@ def test_lines_are_broken_at_spaces_and_newlines(text, width, lines):
     assert [text[a:b] for a, b in draw.wrapped(text, width)] == lines
 
 
-@pytest.mark.parametrize("n_words", [1, 100, 1000])
+@pytest.mark.parametrize("n_words", [1, 1000])
 def test_chains_stand_side_by_side_on_a_figure_that_fits_the_longest(n_words):
     text = " ".join(["word"] * n_words)
     figure = plt.figure(figsize=(7, 3))
-    draw.chains(figure, [("plain", "a b", ()), ("+ x", text, SEGMENTS[:0])])
+    draw.chains(figure, [("plain", "a b", ()), ("+ x", text, ())])
     draw.caption(figure, "a caption")
     figure.canvas.draw()
     short, long = figure.axes
@@ -395,13 +390,10 @@ def test_chains_stand_side_by_side_on_a_figure_that_fits_the_longest(n_words):
     line = long.get_window_extent().height / figure.dpi / (long.get_ylim()[0] + 0.5)
     assert 0.12 < line < 0.3, "inches a line, however many there are"
     assert legend_of(figure) == list(BEHAVIOURS)
-    seen = "".join(entry.get_text() for entry in long.texts)
-    if n_words < 1000:
-        assert seen == text.replace(" ", "") or seen.replace(" ", "") == text.replace(" ", "")
-    else:
-        kept, note = seen.split("(and ")
-        rest = text[len(text) - int(note.split()[0]) :]
-        assert (kept + rest).replace(" ", "") == text.replace(" ", "")
+    seen, _, note = "".join(entry.get_text() for entry in long.texts).partition("(and ")
+    rest = text[len(text) - int(note.split()[0]) :] if note else ""
+    assert (seen + rest).replace(" ", "") == text.replace(" ", "")
+    assert bool(note) == (n_words == 1000)
 
 
 def steered(coefficient: float, text: str = "a b") -> Steered:
@@ -410,14 +402,6 @@ def steered(coefficient: float, text: str = "a b") -> Steered:
     if not coefficient:
         return one
     return replace(one, direction="backtracking", layer=4, coefficient=coefficient)
-
-
-def test_a_pair_names_what_was_added_or_that_there_is_nothing():
-    figure = draw.pair(plt.figure(), None)
-    assert "nothing was steered" in written(figure.axes[0])[0]
-    figure = draw.pair(plt.figure(), (steered(0), steered(2.0)))
-    titles = [axes.get_title("left") for axes in figure.axes]
-    assert titles == ["baseline, task t1", "+2 backtracking, layer 4"]
 
 
 def test_captions_and_legends_do_not_cover_the_axes():
@@ -474,14 +458,18 @@ def test_bars_are_as_long_as_the_shares_and_a_missing_share_is_no_zero():
     assert [line.split()[-1] for line in table[1:]] == ["0%", "50%", "25%", "25%", "0%", "n/a"]
 
 
-def test_pairs_show_both_chains_with_what_was_added():
+def test_pairs_show_both_chains_with_what_was_added_or_that_there_is_nothing():
+    figure = draw.pair(plt.figure(), None)
+    assert "nothing was steered" in written(figure.axes[0])[0]
+    figure = draw.pair(plt.figure(), (steered(0), steered(2.0)))
+    titles = [axes.get_title("left") for axes in figure.axes]
+    assert titles == ["baseline, task t1", "+2 backtracking, layer 4"]
     pair = steered(0.0, "plainly written"), steered(1.0, "<b>back</b>")
     made = words.html_pairs({"backtracking": pair, "deduction": None})
     for part in ("plainly written", "&lt;b&gt;back", "+1 backtracking, layer 4"):
         assert part in made
     assert made.count("<td") == 2
     assert "deduction: not steered, or no chain rose" in made
-    assert words.html_pairs({}) == words.html_legend()
     assert bare(words.html_line("two\nlines", wrong=True)) == "error: two lines"
 
 
