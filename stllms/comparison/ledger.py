@@ -256,11 +256,10 @@ def _pairs(folder: Path) -> Iterator[Cells]:
 
 
 def _steering(results: Path) -> Iterator[Cells]:
-    paths = sorted(results.glob("*/steering.csv"))
     for slug in PAPER["steering"]:
-        if results / slug / "steering.csv" not in paths:
+        if not (results / slug / "steering.csv").is_file():
             yield _effect_of_steering(slug) | _not_run(slug)
-    for path in paths:
+    for path in sorted(results.glob("*/steering.csv")):
         table = _table(path)
         if not table.empty:
             yield _steered(Run.of(path.parent), table)
@@ -315,16 +314,16 @@ def _steered(run: Run, table: pd.DataFrame) -> Cells:
 
 
 def _effects(results: Path) -> Iterator[Cells]:
-    paths = sorted(results.glob("*/layer_effects.safetensors"))
     for slug in PAPER["peak"]:
         found = _of_model(results / "published" / "layer_effects_peaks.csv", slug)
         if len(found):
             yield from _released_peaks(slug, found)
-        elif results / slug / "layer_effects.safetensors" not in paths:
+        elif not (results / slug / "layer_effects.safetensors").is_file():
             yield _largest(slug) | _not_run(slug)
-    for path in paths:
-        run = Run.of(path.parent)
-        measured = _peaks(run.slug, LayerEffects.load(path))
+    for path in sorted(results.glob("*/layer_effects.safetensors")):
+        run, found = Run.of(path.parent), LayerEffects.load(path)
+        sets = {name: _peaks(found, name) for name in ("published/others", "kl/own")}
+        measured = {name: peaks for name, peaks in sets.items() if len(peaks)}
         if measured:
             yield _run_peaks(run, measured)
 
@@ -377,18 +376,13 @@ def _released_peaks(slug: str, peaks: pd.DataFrame) -> Iterator[Cells]:
         }
 
 
-def _peaks(slug: str, found: LayerEffects) -> dict[str, pd.DataFrame]:
-    """Peaks of a run by set (``published/others``, ``kl/own``), where any behaviour has one."""
-    layers = MODELS[slug].steering_layers if slug in MODELS else None
-    measured: dict[str, pd.DataFrame] = {}
-    for name in ("published/others", "kl/own"):
-        if name not in found.effects:
-            continue
-        values = dict(zip(found.behaviours, found.of(name).swapaxes(0, 1), strict=True))
-        known = [b for b in STEERED if b in values and np.isfinite(values[b]).all(1).any()]
-        if known:
-            measured[name] = released.peaks({b: values[b] for b in known}, layers)
-    return measured
+def _peaks(found: LayerEffects, name: str) -> pd.DataFrame:
+    """Peaks of a set of a run's effects; no rows for behaviours that have none."""
+    if name not in found.effects:
+        return pd.DataFrame()
+    values = dict(zip(found.behaviours, found.of(name).swapaxes(0, 1), strict=True))
+    known = [b for b in STEERED if b in values and np.isfinite(values[b]).all(1).any()]
+    return released.peaks({b: values[b] for b in known}, None)
 
 
 def _run_peaks(run: Run, measured: Mapping[str, pd.DataFrame]) -> Cells:
@@ -453,10 +447,10 @@ def _heatmap(results: Path) -> Iterator[Cells]:
         }
 
 
-def _upper(matrix: pd.DataFrame) -> tuple[list[np.ndarray], list[str]]:
+def _upper(matrix: pd.DataFrame) -> tuple[list[list[float]], list[str]]:
     """The rows of the upper triangle in the order of ``HEATMAP``, and the labels not in it."""
     names = [name for name in HEATMAP if name in matrix.index]
-    square = matrix.loc[names, names].to_numpy(float)
+    square = matrix.loc[names, names].to_numpy(float).tolist()
     rows = [row[place:] for place, row in enumerate(square[:-1], 1)]
     return rows, [name for name in HEATMAP if name not in names]
 
