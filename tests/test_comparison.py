@@ -327,15 +327,16 @@ def test_a_group_of_one_has_the_interval_of_its_model():
 
 def test_group_intervals_equal_a_loop_over_tasks(monkeypatch):
     monkeypatch.setattr(groups, "DRAWS", 400)
-    pair = [sampled("tiny-instruct", n=12), without(sampled("smollm2", n=12), "task-5")]
-    found = groups.group_intervals(pair, empty="apart", seed=3)
+    three = [sampled(name, n=12) for name in ("tiny-instruct", "smollm2", "gpt-4o")]
+    three[1] = without(three[1], "task-5")
+    found = groups.group_intervals(three, empty="apart", seed=3)
     row = found[(found["metric"] == "segment fraction") & (found["behaviour"] == BEHAVIOURS[1])]
     means = []
-    names = sorted(pair[0].task_ids)
+    names = sorted(three[0].task_ids)
     for times in [np.ones(12, int), *stats.resamples(names, draws=400, seed=3)]:
         tasks = np.repeat(names, times)
         by_model = []
-        for one in pair:
+        for one in three:
             chains = dict(zip(one.task_ids, one.counts, strict=True))
             drawn = [chains[task] for task in tasks if task in chains]
             by_model.append(np.mean([c[1] / c.sum() for c in drawn if c.sum()]))
