@@ -17,7 +17,6 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
-from matplotlib.patches import Rectangle
 
 from stllms.labels import BEHAVIOURS, COLOURS, STEERED
 from stllms.plotting import axes as draw
@@ -66,7 +65,7 @@ def reach(collection) -> tuple[float, float]:
 # --- bars --------------------------------------------------------------------------------
 
 
-def grouped(axes):
+def test_bars_are_the_data_side_by_side_with_whiskers_and_a_missing_one_is_named(axes):
     rows = [
         ("deduction", "a", 0.5, 0.4, 0.7),
         ("deduction", "b", 0.2, 0.1, 0.3),
@@ -75,11 +74,7 @@ def grouped(axes):
     ]
     table = pd.DataFrame(rows, columns=["behaviour", "model", "value", "low", "high"])
     palette = {"a": "#112233", "b": "#445566"}
-    return draw.bars(axes, table, x="behaviour", hue="model", palette=palette, label="share")
-
-
-def test_bars_have_the_heights_of_the_data_and_whiskers_from_low_to_high(axes):
-    assert grouped(axes) is axes
+    draw.bars(axes, table, x="behaviour", hue="model", palette=palette, label="share")
     first, second = (c for c in axes.containers if isinstance(c, mpl.container.BarContainer))
     assert [bar.get_height() for bar in first] == [0.5, 0.0]
     assert [bar.get_height() for bar in second] == [0.2, 0.0]
@@ -90,17 +85,11 @@ def test_bars_have_the_heights_of_the_data_and_whiskers_from_low_to_high(axes):
     segments = [s for c in axes.collections for s in c.get_segments()]
     ends = sorted((s[0][1], s[1][1]) for s in segments)
     assert np.array(ends) == pytest.approx(np.array([[0.0, 0.0], [0.1, 0.3], [0.4, 0.7]]))
-
-
-def test_bars_stand_side_by_side_and_a_missing_one_is_named(axes):
-    grouped(axes)
     boxes = sorted((b.get_x(), b.get_x() + b.get_width()) for b in axes.patches)
-    for (_, right), (left, _) in itertools.pairwise(boxes):
-        assert left >= right
+    assert all(left >= right for (_, right), (left, _) in itertools.pairwise(boxes))
     assert [np.mean(boxes[i : i + 2]) for i in (0, 2)] == pytest.approx([0, 1])
-    (label,) = axes.texts
-    assert label.get_text().strip() == "n/a"
-    assert label.get_position()[0] == pytest.approx(1 - 0.2), "bar a of the second group"
+    assert written(axes) == ["n/a"]
+    assert axes.texts[0].get_position()[0] == pytest.approx(1 - 0.2), "a of the second group"
 
 
 def steering_table() -> pd.DataFrame:
@@ -113,73 +102,58 @@ def steering_table() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-MODES = ["baseline", "positive (+1)", "negative (-1)"]
-
-
 def test_steering_bars_have_the_null_interval_over_them_and_in_the_legend(axes):
     draw.steering_bars(axes, steering_table())
-    assert legend_of(axes.figure) == [*MODES, "null interval"]
+    modes = ["baseline", "positive (+1)", "negative (-1)"]
+    assert legend_of(axes.figure) == [*modes, "null interval"]
     null = [p for p in axes.patches if p.get_hatch()]
     assert len(null) == 8, "two modes of four behaviours"
-    assert {round(p.get_y(), 6) for p in null} == {0.1}
-    assert {round(p.get_height(), 6) for p in null} == {0.25}
+    assert {(round(p.get_y(), 6), round(p.get_height(), 6)) for p in null} == {(0.1, 0.25)}
     baseline = {round(p.get_x(), 3) for p in axes.patches[:4]}
     assert not baseline & {round(p.get_x(), 3) for p in null}
     _, other = plt.subplots()
     draw.steering_bars(other, steering_table().assign(null_low=NAN, null_high=NAN))
-    assert legend_of(other.figure) == MODES
+    assert legend_of(other.figure) == modes
 
 
 def compared(*ways: tuple[str, str]) -> pd.DataFrame:
+    """Rows of models and how they were measured; the last has no total."""
     rows = []
     for rank, (model, tasks) in enumerate(ways):
         for place, behaviour in enumerate(BEHAVIOURS):
-            value = 0.1 * (place + rank)
-            rows.append((model, tasks, behaviour, "segment fraction", value))
-        rows.append((model, tasks, "all", "segment count", NAN if model == "c" else 4.0 + rank))
+            for metric in ("segment count", "segment fraction"):
+                rows.append((model, tasks, behaviour, metric, 0.1 * (place + rank)))
+        total = NAN if rank == len(ways) - 1 else 4.0 + rank
+        rows.append((model, tasks, "all", "segment count", total))
     table = pd.DataFrame(rows, columns=["model", "tasks", "behaviour", "metric", "value"])
     return table.assign(annotator="x", reader=None, low=table["value"], high=table["value"])
 
 
 PALETTE = {"a": "#111111", "b": "#222222", "c": "#333333"}
+PANELS = {"counts": [18], "fractions": [18], "both": [18, 18], "totals": [18, 3]}
 
 
-def test_a_comparison_has_a_bar_a_model_and_says_who_was_measured_otherwise(axes):
-    rows = compared(("a", "grammar"), ("b", "messages"), ("c", "grammar"))
-    draw.compare(axes, rows, metric="segment fraction", palette=PALETTE)
-    draw.models_legend(axes.figure, PALETTE, rows)
-    heights = np.reshape([p.get_height() for p in axes.patches], (3, 6))
-    assert heights == pytest.approx(0.1 * (np.arange(6) + np.arange(3)[:, None]))
-    assert [p.get_hatch() for p in axes.patches[::6]] == [None, "///", None]
-    way = "(tasks {}, annotator x)"
-    names = [f"{m}\n{way.format(t)}" for m, t in (("a", "grammar"), ("b", "messages"))]
-    assert legend_of(axes.figure)[:2] == names
-    _, other = plt.subplots()
-    draw.models_legend(other.figure, PALETTE, compared(("a", "t"), ("b", "t"), ("c", "t")))
-    assert legend_of(other.figure) == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize(
-    ("name", "bars"), [("counts", [3]), ("both", [3, 18]), ("totals", [18, 3])]
-)
-def test_each_comparison_figure_has_its_panels_and_one_legend(name, bars):
-    rows = compared(("a", "t"), ("b", "t"), ("c", "t"))
-    rows.loc[rows["behaviour"] == "all", "metric"] = "segment count"
-    rows = pd.concat(
-        [rows, rows[rows["behaviour"] == "deduction"].assign(metric="segment count")]
-    )
-    figure = draw.comparison(plt.figure(figsize=(9, 5)), rows, name, palette=PALETTE)
-    assert [len(axes.patches) for axes in figure.axes] == bars
-    assert legend_of(figure) == ["a", "b", "c"]
-
-
-def test_totals_have_a_line_a_model_and_name_what_is_missing(axes):
-    draw.totals(axes, compared(("a", "t"), ("b", "t"), ("c", "t")), palette=PALETTE)
-    assert [p.get_width() for p in axes.patches][:2] == [4, 5]
-    assert written(axes) == ["n/a"]
-    assert axes.texts[0].get_position()[1] == 2
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "c"]
-    assert axes.get_ylim() == (2.5, -0.5), "the first on top, a row also for the missing one"
+@pytest.mark.parametrize("name", PANELS)
+def test_a_comparison_has_a_bar_a_model_and_says_who_was_measured_otherwise(name):
+    alike = [(model, "grammar") for model in "abc"]
+    apart = [alike[0], ("b", "messages"), alike[2]]
+    for ways, hatches in ((alike, [None] * 3), (apart, [None, "///", None])):
+        figure = plt.figure(figsize=(9, 5))
+        draw.comparison(figure, compared(*ways), name, palette=PALETTE)
+        assert [len(axes.patches) for axes in figure.axes] == PANELS[name]
+        way = "\n(tasks {}, annotator x)" if ways is apart else ""
+        assert legend_of(figure) == [f"{model}{way.format(tasks)}" for model, tasks in ways]
+        for axes in figure.axes:
+            bars = np.reshape(axes.patches, (3, -1))
+            assert [bar.get_hatch() for bar in bars[:, 0]] == hatches
+        heights = np.reshape([p.get_height() for p in figure.axes[0].patches], (3, 6))
+        assert heights == pytest.approx(0.1 * (np.arange(6) + np.arange(3)[:, None]))
+    if name == "totals":
+        assert [p.get_width() for p in axes.patches][:2] == [4, 5]
+        assert written(axes) == ["n/a"]
+        assert axes.texts[0].get_position()[1] == 2
+        assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "c"]
+        assert axes.get_ylim() == (2.5, -0.5), "the first on top, a row also for the missing"
 
 
 # --- matrices ----------------------------------------------------------------------------
@@ -233,7 +207,6 @@ def test_curves_draw_a_line_a_behaviour_with_its_band_and_mark(axes):
 def test_growth_has_a_line_a_behaviour_and_says_when_there_is_none(axes):
     cosines, counts = np.array([[0.5], [0.9]]), np.array([[10], [40]])
     table = words.growth(cosines, counts, (0.1, 0.5), ["deduction"])
-    assert table.columns.tolist() == ["behaviour", "share", "spans", "cosine"]
     draw.growth(axes, table)
     assert axes.lines[0].get_xydata().tolist() == [[10, 0.5], [40, 0.9]]
     axes.figure.canvas.draw()
@@ -254,54 +227,51 @@ def effect_table(n_layers: int = 5) -> pd.DataFrame:
     return table.assign(low=table["mean"] / 2, high=table["mean"] * 2, sd=0.25)
 
 
+BANDS = {
+    "interval": (lambda r: (r["low"].min(), r["high"].max()), "95% interval"),
+    "sd": (
+        lambda r: ((r["mean"] - r["sd"]).min(), (r["mean"] + r["sd"]).max()),
+        "one standard deviation",
+    ),
+}
+
+
+@pytest.mark.parametrize("band", BANDS)
 @pytest.mark.parametrize(
-    ("grid", "shared"), [((1, 4), {"sharey": True}), ((2, 2), {"sharex": True}), ((1, 4), {})]
+    ("grid", "shared"), [((1, 4), {"sharey": True}), ((2, 2), {"sharex": True})]
 )
-def test_an_unavailable_panel_says_so_and_leaves_the_ticks_of_the_others(grid, shared):
+def test_effect_panels_have_means_bands_and_nulls_and_say_what_is_missing(band, grid, shared):
     figure, panels = plt.subplots(*grid, figsize=(7, 4), **shared)
-    table = effect_table()
-    draw.effect_panels(panels.flat, table, STEERED, label="KL, nats")
+    table = effect_table().assign(null_low=0.01, null_high=9.0)
+    given = {"band": band, "mark": {STEERED[1]: 2}, "absent": "nothing here"}
+    draw.effect_panels(panels.flat, table, STEERED, label="KL, nats", **given)
     figure.canvas.draw()
     first, *others = panels.flat
-    assert written(first) == ["unavailable:\ntoo few spans"]
+    assert written(first) == ["nothing here"]
     assert not first.lines
+    expected, words = BANDS[band]
     for panel, name in zip(others, STEERED[1:], strict=True):
-        mean = table.loc[table["behaviour"] == name, "mean"]
-        assert panel.lines[0].get_ydata() == pytest.approx(mean.to_numpy())
+        rows = table[table["behaviour"] == name]
+        assert panel.lines[0].get_ydata() == pytest.approx(rows["mean"].to_numpy())
+        assert reach(panel.collections[0]) == pytest.approx(expected(rows))
+        assert reach(panel.collections[1]) == pytest.approx((0.01, 9.0))
         assert panel.get_title() == name
-        assert len(panel.get_yticks()) > 1
+        assert len(panel.get_yticks()) > 1, "the empty panel leaves the ticks of the others"
         assert len(panel.get_xticks()) > 1
+    assert list(others[0].lines[1].get_xdata()) == [2, 2]
     if "sharey" in shared:
         assert [t.get_text() for t in first.get_yticklabels() if t.get_visible()]
         assert first.get_ylabel() == "KL, nats"
-    assert legend_of(figure) == ["mean", "95% interval"]
+    assert legend_of(figure) == ["mean", words, "null interval", "steering layer"]
 
 
-def test_bands_are_intervals_or_one_standard_deviation_and_nulls_are_named():
-    table = effect_table().assign(null_low=0.01, null_high=9.0)
-    rows = table[table["behaviour"] == STEERED[1]]
-    ends = {
-        "sd": ((rows["mean"] - 0.25).min(), (rows["mean"] + 0.25).max()),
-        "interval": (rows["low"].min(), rows["high"].max()),
-    }
-    names = {"sd": "one standard deviation", "interval": "95% interval"}
-    for band, expected in ends.items():
-        figure, panels = plt.subplots(1, 4)
-        draw.effect_panels(panels, table, label="x", band=band, mark={STEERED[1]: 2})
-        assert reach(panels[1].collections[0]) == pytest.approx(expected)
-        assert reach(panels[1].collections[1]) == pytest.approx((0.01, 9.0))
-        assert list(panels[1].lines[1].get_xdata()) == [2, 2]
-        assert legend_of(figure) == ["mean", names[band], "null interval", "steering layer"]
-
-
-@pytest.mark.parametrize("band", ["interval", "sd"])
-def test_one_huge_layer_does_not_hide_the_others_on_a_logarithmic_axis(band):
+def test_one_huge_layer_does_not_hide_the_others_on_a_logarithmic_axis():
     table = effect_table()
     table["mean"] = 0.1 * 2.0 ** table["layer"].where(table["layer"] < 4, 10)
     heights = {}
     for log in (False, True):
         figure, panels = plt.subplots(1, 4, sharey=True)
-        draw.effect_panels(panels, table, STEERED, label="x", band=band, log=log)
+        draw.effect_panels(panels, table, STEERED, label="x", band="sd", log=log)
         figure.canvas.draw()
         points = panels[1].transData.transform(panels[1].lines[0].get_xydata())
         heights[log] = np.ptp(panels[1].transAxes.inverted().transform(points)[:4, 1])
@@ -337,22 +307,18 @@ def test_doses_have_a_panel_a_fraction_and_a_side_effect_on_fixed_axes():
     assert {axes.get_ylim() for axes in shares} == {(-0.03, 1.03)}
     assert panels["tokens"].get_ylim()[0] == 0
     assert panels["tokens"].get_ylabel() == "tokens"
-    assert list(panels[STEERED[0]].get_xticks()) == [-2, -1, 0, 1, 2]
-    (line,) = panels[STEERED[0]].lines
+    first = panels[STEERED[0]]
+    assert first.get_ylabel() == "own token fraction"
+    assert list(first.get_xticks()) == [-2, -1, 0, 1, 2]
+    (line,) = first.lines
     assert line.get_ydata() == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
     assert len(panels["accuracy"].lines) == 2
     assert legend_of(figure) == [*STEERED[:2], "95% interval", "null interval"]
-
-
-def test_the_null_interval_of_a_dose_has_no_width_where_nothing_is_added():
-    figure = plt.figure(figsize=(7, 5))
-    draw.doses(figure, dose_table())
-    null, interval = figure.axes[0].collections
+    null, interval = first.collections
     assert null.get_hatch()
     (path,) = null.get_paths()
     ends = {x: path.vertices[path.vertices[:, 0] == x, 1] for x in (-2.0, 0.0, 2.0)}
-    assert np.ptp(ends[0.0]) == pytest.approx(0)
-    assert ends[0.0][0] == pytest.approx(0.5)
+    assert ends[0.0] == pytest.approx(0.5), "no width where nothing is added"
     for end in (-2.0, 2.0):
         assert (ends[end].min(), ends[end].max()) == pytest.approx((0.3, 0.9))
     assert reach(interval) == pytest.approx((0.2, 0.8))
@@ -384,34 +350,27 @@ def test_the_sweep_has_a_legend_or_is_said_to_be_missing():
 # --- chains in figures -------------------------------------------------------------------
 
 
-def test_a_chain_is_drawn_letter_by_letter_on_the_colour_of_its_behaviour(axes):
-    draw.chain(axes, TEXT, SEGMENTS, title="one", width=20)
+def test_a_chain_is_drawn_letter_by_letter_on_the_colour_of_its_behaviour():
+    (axes,) = draw.chains(plt.figure(), [("one", TEXT, SEGMENTS)]).axes
     rows: dict[float, str] = {}
     for text in axes.texts:
         row = text.get_position()[1]
         rows[row] = rows.get(row, "") + text.get_text()
     lines = [rows[row] for row in sorted(rows)]
     assert " ".join(lines).split() == TEXT.split(), "no word is lost or cut"
-    assert max(map(len, lines)) <= 20
     coloured = dict.fromkeys(BEHAVIOURS, 0.0)
     names = {colour.lower(): name for name, colour in COLOURS.items()}
     for box in axes.patches:
         coloured[names[to_hex(box.get_facecolor())]] += box.get_width()
-    # The space at which a line is broken is not drawn.
-    assert 33 - 3 <= coloured["initializing"] <= 33
-    assert 35 - 3 <= coloured["backtracking"] <= 35
-    assert coloured["deduction"] == 0
-    assert all(isinstance(box, Rectangle) for box in axes.patches)
+    assert coloured == {**dict.fromkeys(BEHAVIOURS, 0), "initializing": 33, "backtracking": 35}
 
 
 @pytest.mark.parametrize(
     ("text", "width", "lines"),
     [
         ("", 5, []),
-        ("ab cd ef", 5, ["ab cd", "ef"]),
         ("abcdefgh", 3, ["abc", "def", "gh"]),
         ("ab\n\ncd", 5, ["ab", "", "cd"]),
-        ("ab cd\nef", 5, ["ab cd", "ef"]),
         ("ab cde", 4, ["ab", "cde"]),
     ],
 )
@@ -419,11 +378,11 @@ def test_lines_are_broken_at_spaces_and_newlines(text, width, lines):
     assert [text[a:b] for a, b in draw.wrapped(text, width)] == lines
 
 
-@pytest.mark.parametrize("n_words", [1, 100, 1000])
+@pytest.mark.parametrize("n_words", [1, 1000])
 def test_chains_stand_side_by_side_on_a_figure_that_fits_the_longest(n_words):
     text = " ".join(["word"] * n_words)
     figure = plt.figure(figsize=(7, 3))
-    draw.chains(figure, [("plain", "a b", ()), ("+ x", text, SEGMENTS[:0])])
+    draw.chains(figure, [("plain", "a b", ()), ("+ x", text, ())])
     draw.caption(figure, "a caption")
     figure.canvas.draw()
     short, long = figure.axes
@@ -431,13 +390,10 @@ def test_chains_stand_side_by_side_on_a_figure_that_fits_the_longest(n_words):
     line = long.get_window_extent().height / figure.dpi / (long.get_ylim()[0] + 0.5)
     assert 0.12 < line < 0.3, "inches a line, however many there are"
     assert legend_of(figure) == list(BEHAVIOURS)
-    seen = "".join(entry.get_text() for entry in long.texts)
-    if n_words < 1000:
-        assert seen == text.replace(" ", "") or seen.replace(" ", "") == text.replace(" ", "")
-    else:
-        kept, note = seen.split("(and ")
-        rest = text[len(text) - int(note.split()[0]) :]
-        assert (kept + rest).replace(" ", "") == text.replace(" ", "")
+    seen, _, note = "".join(entry.get_text() for entry in long.texts).partition("(and ")
+    rest = text[len(text) - int(note.split()[0]) :] if note else ""
+    assert (seen + rest).replace(" ", "") == text.replace(" ", "")
+    assert bool(note) == (n_words == 1000)
 
 
 def steered(coefficient: float, text: str = "a b") -> Steered:
@@ -446,14 +402,6 @@ def steered(coefficient: float, text: str = "a b") -> Steered:
     if not coefficient:
         return one
     return replace(one, direction="backtracking", layer=4, coefficient=coefficient)
-
-
-def test_a_pair_names_what_was_added_or_that_there_is_nothing():
-    figure = draw.pair(plt.figure(), None)
-    assert "nothing was steered" in written(figure.axes[0])[0]
-    figure = draw.pair(plt.figure(), (steered(0), steered(2.0)))
-    titles = [axes.get_title("left") for axes in figure.axes]
-    assert titles == ["baseline, task t1", "+2 backtracking, layer 4"]
 
 
 def test_captions_and_legends_do_not_cover_the_axes():
@@ -510,14 +458,18 @@ def test_bars_are_as_long_as_the_shares_and_a_missing_share_is_no_zero():
     assert [line.split()[-1] for line in table[1:]] == ["0%", "50%", "25%", "25%", "0%", "n/a"]
 
 
-def test_pairs_show_both_chains_with_what_was_added():
+def test_pairs_show_both_chains_with_what_was_added_or_that_there_is_nothing():
+    figure = draw.pair(plt.figure(), None)
+    assert "nothing was steered" in written(figure.axes[0])[0]
+    figure = draw.pair(plt.figure(), (steered(0), steered(2.0)))
+    titles = [axes.get_title("left") for axes in figure.axes]
+    assert titles == ["baseline, task t1", "+2 backtracking, layer 4"]
     pair = steered(0.0, "plainly written"), steered(1.0, "<b>back</b>")
     made = words.html_pairs({"backtracking": pair, "deduction": None})
     for part in ("plainly written", "&lt;b&gt;back", "+1 backtracking, layer 4"):
         assert part in made
     assert made.count("<td") == 2
     assert "deduction: not steered, or no chain rose" in made
-    assert words.html_pairs({}) == words.html_legend()
     assert bare(words.html_line("two\nlines", wrong=True)) == "error: two lines"
 
 
@@ -553,13 +505,12 @@ def test_shown_numbers_are_rounded_and_nothing_is_shown_as_something_else():
     assert shown["outside"].tolist() == [True, "n/a", "n/a"]
 
 
-def test_a_wide_table_refuses_two_numbers_for_one_cell_and_says_what_tells_them_apart():
+def test_a_wide_table_refuses_two_numbers_for_one_cell():
     rows = pd.DataFrame(
         [("t", "grammar", "x", 1.0), ("t", "offline", "x", 3.0), ("t", "grammar", "y", 2.0)],
         columns=["kind", "annotator", "behaviour", "value"],
     )
-    named = r"2 rows share .*kind 't', behaviour 'x'.*of annotator"
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match="duplicate entries"):
         words.wide(rows, ["kind"], "behaviour")
     found = words.wide(rows, ["kind", "annotator"], "behaviour")
     assert found.index.tolist() == [("t", "grammar"), ("t", "offline")]

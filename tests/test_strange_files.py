@@ -158,54 +158,6 @@ def test_an_entry_that_is_no_mean_is_named(tmp_path, entry):
         load_published(path)
 
 
-def unfolding(depth: int) -> list:
-    """A list of a few hundred bytes that holds 100 to the power of ``depth`` numbers."""
-    made: list = [1.0] * 100
-    for _ in range(depth - 1):
-        made = [made] * 100
-    return made
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        unfolding(6),
-        [[1.0] * 200_000] * 200_000,
-        [[1.0], [1.0, 2.0]],
-        [1.0],
-        [["1"]],
-        [[None]],
-        [[True]],
-        [[1j]],
-        [[10**400]],
-        [[[1.0]]],
-        {"a": 1},
-        "text",
-        3,
-        torch.ones(3),
-        torch.ones(2, 2).to_sparse(),
-        torch.ones(1, 1).expand(2**20, 2**20),
-    ],
-    ids=lambda values: " ".join(str(type(values)).split()),
-)
-def test_effects_that_are_no_table_are_named(tmp_path, values):
-    path = tmp_path / "layer_effects_x.pt"
-    torch.save({"backtracking": values}, path)
-    with pytest.raises(BadFile, match=r"_x\.pt: .*'backtracking'"):
-        released.load_layer_effects(path)
-
-
-def test_tables_of_numbers_are_read_as_they_are(tmp_path):
-    path = tmp_path / "layer_effects_x.pt"
-    torch.save({"a": [[1, 2.5], [float("nan"), -3]], "b": [], "c": torch.ones(2, 3)}, path)
-    found = released.load_layer_effects(path)
-    assert {name: tuple(values.shape) for name, values in found.items()} == {
-        "a": (2, 2), "b": (0, 0), "c": (2, 3),
-    }  # fmt: skip
-    assert found["a"][1, 0].isnan()
-    assert found["a"][[0, 0, 1], [0, 1, 1]].tolist() == [1, 2.5, -3]
-
-
 # -- code and size -----------------------------------------------------------------------------
 
 
@@ -223,9 +175,7 @@ class Code:
     "save",
     [torch.save, save_old, lambda content, path: path.write_bytes(pickle.dumps(content))],
 )
-@pytest.mark.parametrize(
-    "read", [files.load_torch, load_published, released.load_layer_effects]
-)
+@pytest.mark.parametrize("read", [files.load_torch, load_published, released.read_effects])
 def test_no_code_of_a_file_runs(tmp_path, save, read):
     path, made = tmp_path / "mean_vectors_x.pt", tmp_path / "made"
     save({"overall": Code(made)}, path)

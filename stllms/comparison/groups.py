@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,8 +57,6 @@ class Member:
     failed) are only counted, in ``unavailable``. ``tasks`` names the task set,
     ``asked`` lists its tasks, those of unavailable chains too; ``annotator`` labelled the
     chains, and ``reader`` read its markup, if it wrote any. All four are empty where unknown.
-
-    Raises ``ValueError`` for counts of another shape, and for a task that occurs twice.
     """
 
     name: str
@@ -73,16 +71,6 @@ class Member:
     annotator: str = ""
     reader: str = ""
     asked: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.counts.shape != (len(self.task_ids), len(BEHAVIOURS)):
-            raise ValueError(
-                f"{self.name}: counts should be {(len(self.task_ids), len(BEHAVIOURS))}, "
-                f"they are {self.counts.shape}"
-            )
-        if len(set(self.task_ids)) < len(self.task_ids):
-            twice = next(t for t in self.task_ids if self.task_ids.count(t) > 1)
-            raise ValueError(f"{self.name}: task {twice!r} occurs twice, expected each once")
 
     @property
     def empty(self) -> int:
@@ -221,18 +209,14 @@ def groups(members: Sequence[Member]) -> dict[tuple[str, Setup], list[Member]]:
     }
 
 
-def _couples(members: Sequence[Member]) -> list[tuple[Member, Member, Setup, Setup]]:
+def _couples(members: Sequence[Member]) -> Iterator[tuple[Member, Setup, Member, Setup]]:
     """Every thinking model beside its instruct model of the same source, with their setups."""
-    known: dict[tuple[str | None, str], tuple[Member, Setup]] = {
-        (one.name, one.source): (one, setup)
-        for one, setup in zip(members, setups(members), strict=True)
-    }
-    return [
-        (one, other, setup, theirs)
-        for one, setup in known.values()
-        if one.kind == "thinking" and (one.pair, one.source) in known
-        for other, theirs in [known[one.pair, one.source]]
-    ]
+    pairs = zip(members, setups(members), strict=True)
+    known = {(one.name, one.source): (one, setup) for one, setup in pairs}
+    for one, setup in known.values():
+        other = (one.pair or "", one.source)
+        if one.kind == "thinking" and other in known:
+            yield one, setup, *known[other]
 
 
 # -- tables ------------------------------------------------------------------------------
@@ -272,16 +256,14 @@ def table(members: Sequence[Member], *, empty: str = "apart", seed: int = 0) -> 
     for one, setup in zip(members, setups(members), strict=True):
         values = _values(one, empty)
         means = _means(values, stats.resamples(values.index, draws=DRAWS, seed=seed))
-        spread = zip(values.columns, means[0], *_limits(means), values.count(), strict=True)
+        spread = zip(values.columns, *_interval(means), values.count(), strict=True)
         for (metric, behaviour), *found in spread:
             rows.append((one.display, one.kind, one.source, *setup, behaviour, metric, *found))
     columns = ["model", "kind", "source", *Setup._fields, "behaviour", "metric"]
     return pd.DataFrame(rows, columns=[*columns, "value", "low", "high", "n"])
 
 
-def group_intervals(
-    members: Sequence[Member], *, empty: str, draws: int = DRAWS, seed: int = 0
-) -> pd.DataFrame:
+def group_intervals(members: Sequence[Member], *, empty: str, seed: int = 0) -> pd.DataFrame:
     """The average over the models of each of the :func:`groups`, with 95 % intervals.
 
     Every model weighs the same and is taken as given: a bootstrap sample is one of the tasks
@@ -292,10 +274,9 @@ def group_intervals(
     for (kind, setup), group in groups(members).items():
         tables = [_values(one, empty) for one in group]
         union = sorted({task for table in tables for task in table.index})
-        drawn = pd.DataFrame(stats.resamples(union, draws=draws, seed=seed), columns=union)
+        drawn = pd.DataFrame(stats.resamples(union, draws=DRAWS, seed=seed), columns=union)
         means = [_means(table, drawn[table.index].to_numpy()) for table in tables]
-        values = np.mean(means, axis=0)
-        spread = zip(_COLUMNS, values[0], *_limits(values), strict=True)
+        spread = zip(_COLUMNS, *_interval(np.mean(means, axis=0)), strict=True)
         rows += [(kind, *setup, *column, *found, len(group)) for column, *found in spread]
     columns = ["kind", *Setup._fields, "metric", "behaviour", "value", "low", "high", "models"]
     return pd.DataFrame(rows, columns=columns)
@@ -317,14 +298,14 @@ def pairs(members: Sequence[Member], *, empty: str = "apart", seed: int = 0) -> 
     the same source and :class:`Setup` only (:func:`unpaired` lists the others).
     """
     rows = []
-    for one, other, setup, theirs in _couples(members):
+    for one, setup, other, theirs in _couples(members):
         if setup != theirs:
             continue
         mine, their = (_values(side, empty)["segment fraction"] for side in (one, other))
         both = mine.index.intersection(their.index)
         difference = mine.loc[both] - their.loc[both]
         means = _means(difference, stats.resamples(both, draws=DRAWS, seed=seed))
-        spread = zip(BEHAVIOURS, means[0], *_limits(means), difference.count(), strict=True)
+        spread = zip(BEHAVIOURS, *_interval(means), difference.count(), strict=True)
         for behaviour, *found in spread:
             p = stats.sign_flip(difference[behaviour].to_numpy(), seed=seed)
             rows.append((one.display, other.display, behaviour, *found, p))
@@ -340,7 +321,7 @@ def unpaired(members: Sequence[Member]) -> pd.DataFrame:
     """
     rows = [
         (one.display, str(setup), other.display, str(theirs))
-        for one, other, setup, theirs in _couples(members)
+        for one, setup, other, theirs in _couples(members)
         if setup != theirs
     ]
     columns = ["thinking", "thinking measured with", "instruct", "instruct measured with"]
@@ -365,7 +346,7 @@ def _means(values: pd.DataFrame, drawn: np.ndarray) -> np.ndarray:
     return np.divide(weights @ np.nan_to_num(numbers), known, out=out, where=known > 0)
 
 
-def _limits(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """2.5 and 97.5 % of the bootstrap means (all rows but the first), NaN left out."""
+def _interval(means: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mean (row 0), and 2.5 and 97.5 % of the bootstrap means (the rest), NaN left out."""
     low, high = pd.DataFrame(means[1:]).quantile([0.025, 0.975]).to_numpy()
-    return low, high
+    return means[0], low, high

@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from stllms.comparison import released
 from stllms.config import PROFILES, RunConfig
 from stllms.labels import HEATMAP, STEERED
 from stllms.registry import MODELS
-from stllms.runs.files import BadFile, Record, load_table, save_table
+from stllms.runs.files import Record, load_table, save_table
 from stllms.steering import measures
 from stllms.terminal import plain
 
@@ -35,7 +34,7 @@ from stllms.terminal import plain
 #: treatment and label, of the two :data:`KINDS`; ``segments``: how many a response has.
 #: ``steering``: token fraction in per cent, baseline / + / -. ``peak``, ``rank``,
 #: ``late_peak``: of the released layer effects, as in :func:`stllms.comparison.released.peaks`.
-#: ``cosines``: of the released vectors, the upper triangle in the order of ``HEATMAP``.
+#: ``cosines``: of the released vectors, rows of the upper triangle in the order of ``HEATMAP``.
 PAPER: dict[str, Any] = json.loads(
     Path(__file__).with_name("paper.json").read_text(encoding="utf-8")
 )
@@ -127,11 +126,11 @@ def _not_run(*slugs: str) -> Cells:
 
 
 def _from_files(equal: bool, whole: bool) -> str:
-    """The verdict on numbers computed from released files: equal to the digits printed, on the
-    whole of the paper's files and labels, or not."""
-    if not equal:
-        return "differs from released files"
-    return "reproduced from released files" if whole else "from part of the released files"
+    """The verdict on numbers computed from released files: whether those of all of the paper's
+    files and labels are equal to the digits printed."""
+    if not whole:
+        return "from part of the released files"
+    return "reproduced from released files" if equal else "differs from released files"
 
 
 def _listed(values: Mapping[str, object]) -> str:
@@ -139,23 +138,21 @@ def _listed(values: Mapping[str, object]) -> str:
     return "; ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _number(value: float, low: float, high: float, *, scale: float = 100) -> str:
-    """``4.4 (3.5-5.4)``, in per cent; ``n/a`` for a missing one."""
-    if np.isnan(value):
-        return "n/a"
-    return f"{scale * value:.1f} ({scale * low:.1f}–{scale * high:.1f})"
+def _number(found: Sequence[float], *, scale: float = 100, digits: int = 1) -> str:
+    """``4.4 (3.5-5.4)``, value and interval in per cent; ``n/a`` for a missing one."""
+    value, low, high = (f"{scale * number:.{digits}f}" for number in found)
+    return "n/a" if value == "nan" else f"{value} ({low}–{high})"
 
 
-def _table(path: Path, *columns: str) -> pd.DataFrame:
-    """A table of a run, without rows if it was not written (a model without any direction has
-    none either); ``BadFile`` without a column."""
-    found = load_table(path) if path.is_file() else pd.DataFrame()
-    lacking = [name for name in columns if name not in found.columns]
-    if found.empty:
-        return pd.DataFrame(columns=[*columns])
-    if lacking:
-        raise BadFile(f"{path}: no column {', '.join(lacking)}")
-    return found
+def _table(path: Path) -> pd.DataFrame:
+    """A table of a run or of the released files, without rows if it was not written."""
+    return load_table(path) if path.is_file() else pd.DataFrame()
+
+
+def _of_model(path: Path, slug: str) -> pd.DataFrame:
+    """The rows of a model in a table of the released files."""
+    found = _table(path)
+    return found if found.empty else found[found["model"] == display(slug)]
 
 
 # -- behaviours differ -------------------------------------------------------------------
@@ -179,46 +176,35 @@ def _fractions(treatment: str) -> Cells:
 def _released_comparison(folder: Path) -> Iterator[Cells]:
     """Averages over the released files: nothing is reproduced with fewer files than the
     paper's, and files of different tasks are not averaged with each other."""
-    columns = ("treatment", "kind", "tasks", "metric", "behaviour", "models", *VALUES)
-    groups = _table(folder / "comparison_groups.csv", *columns)
-    sums = ("chains", "equal_stored", "recovered")
-    changes = _table(folder / "comparison_changes.csv", *sums)
-    if changes.empty or not {*KINDS} <= {*groups["kind"]}:
+    groups = _table(folder / "comparison_groups.csv")
+    if groups.empty or not {*KINDS} <= {*groups["kind"]} or groups["tasks"].nunique() > 1:
         return
-    chains, equal, recovered = (int(changes[name].sum()) for name in sums)
+    changes = _table(folder / "comparison_changes.csv")
+    chains, equal, recovered = changes[["chains", "equal_stored", "recovered"]].sum()
     for treatment, note in (
         ("published", f"{equal} of {chains} chains count exactly as their file says"),
         ("apart", f"{recovered} of {chains} chains have segments only with numbered tags read"),
     ):
-        rows = groups[groups["treatment"] == treatment]
-        if (rows.groupby("kind")["tasks"].nunique() == 1).all():
-            yield from _averages(rows, treatment, note)
-        else:
-            on = "released files of different tasks, which are not averaged"
-            verdict = _from_files(equal=True, whole=False)
-            yield _fractions(treatment) | {"on": on, "verdict": verdict, "note": note}
+        yield from _averages(groups[groups["treatment"] == treatment], treatment, note)
 
 
 def _averages(rows: pd.DataFrame, treatment: str, note: str) -> Iterator[Cells]:
-    """Fractions, and segments a response, of one task set under one treatment."""
+    """Fractions, and segments a response, under one treatment."""
     cells = rows.set_index(["metric", "behaviour", "kind"])[VALUES].sort_index()
     thinking, instruct = rows.drop_duplicates("kind").set_index("kind")["models"].loc[KINDS]
-    on = f"released files, {thinking} thinking and {instruct} instruct models of {GROUP} each"
-
-    def verdict(equal: bool) -> str:
-        whole = thinking == instruct == GROUP
-        return _from_files(equal or not whole, whole)
+    whole = thinking == instruct == GROUP
 
     def said(metric: str, behaviour: str, scale: float) -> str:
         found = cells.loc[(metric, behaviour)].loc[KINDS].to_numpy()
-        return " and ".join(_number(*one, scale=scale) for one in found)
+        return " and ".join(_number(one, scale=scale) for one in found)
 
     theirs = pd.DataFrame(PAPER["comparison"][treatment], KINDS).T
     mine = 100 * cells["value"]["segment fraction"].unstack().loc[theirs.index, KINDS]
     signs = (np.sign(mine.diff(axis=1)) == np.sign(theirs.diff(axis=1)))["instruct"]
     fractions = _fractions(treatment) | {
-        "on": on,
-        "verdict": verdict(mine.round().eq(theirs).all(axis=None)),
+        "on": f"released files, {thinking} thinking and {instruct} instruct models"
+        f" of {GROUP} each",
+        "verdict": _from_files(mine.round().eq(theirs).all(axis=None), whole),
         "ours": _listed({b: said("segment fraction", b, 100) for b in theirs.index}),
         "note": f"{note}; {signs.sum()} of {len(signs)} differences have the paper's sign",
     }
@@ -228,7 +214,7 @@ def _averages(rows: pd.DataFrame, treatment: str, note: str) -> Iterator[Cells]:
     yield fractions | {
         "where": fractions["where"].replace("per cent of the segments", "segments a response"),
         "published": " and ".join(map(str, counts)),
-        "verdict": verdict(totals.round(1).tolist() == counts),
+        "verdict": _from_files(totals.round(1).tolist() == counts, whole),
         "ours": said("segment count", "all", 1),
         "note": "",
     }
@@ -237,10 +223,10 @@ def _averages(rows: pd.DataFrame, treatment: str, note: str) -> Iterator[Cells]:
 def _pairs(folder: Path) -> Iterator[Cells]:
     """The pairs of notebook 05. Shown: all six differences have the paper's sign, with Holm
     p < .05."""
-    columns = ("model", "source", "behaviour", "metric", *VALUES)
-    rows = _table(folder / "comparison.csv", *columns)
-    tested = ("thinking", "instruct", "behaviour", "difference", "n", "p_holm")
-    pairs = _table(folder / "comparison_pairs.csv", *tested)
+    pairs = _table(folder / "comparison_pairs.csv")
+    if pairs.empty:
+        return
+    rows = _table(folder / "comparison.csv")
     rows = rows[(rows["metric"] == "segment fraction") & (rows["source"] == "run")]
     cells = rows.set_index(["model", "behaviour"])[VALUES]
     paper = pd.DataFrame(PAPER["comparison"]["published"], KINDS)
@@ -254,13 +240,14 @@ def _pairs(folder: Path) -> Iterator[Cells]:
         holds = (np.sign(tests["difference"]) == signs) & (tests["p_holm"] < LEVEL)
         shown = tests.index[holds].tolist()
         both = " and ".join(names)
-        ours = {b: " and ".join(_number(*cells.loc[(n, b)]) for n in names) for b in paper}
-        averages = f"published: averages over ten models, 100 tasks, {TAGS}"
         yield _fractions("apart") | {
-            "where": f"comparison of {both}; {SEGMENTS}; {averages}",
+            "where": f"comparison of {both}; {SEGMENTS}; "
+            f"published: averages over ten models, 100 tasks, {TAGS}",
             "on": run.on(f"{both}, {int(tests['n'].max())} tasks"),
             "verdict": run.verdict(len(shown), len(tests), COMPARED),
-            "ours": _listed(ours),
+            "ours": _listed(
+                {b: " and ".join(_number(cells.loc[(n, b)]) for n in names) for b in paper}
+            ),
             "note": "the paper's sign with Holm p < .05: " + (", ".join(shown) or "none"),
         }
 
@@ -269,25 +256,23 @@ def _pairs(folder: Path) -> Iterator[Cells]:
 
 
 def _steering(results: Path) -> Iterator[Cells]:
-    columns = ("behaviour", "direction", "coefficient", "metric", "value", "ci_low", "p_holm")
-    paths = sorted(results.glob("*/steering.csv"))
     for slug in PAPER["steering"]:
-        if results / slug / "steering.csv" not in paths:
-            yield _effect_of_steering(Run(slug)) | _not_run(slug)
-    for path in paths:
-        table = _table(path, *columns, "null_low", "null_high")
+        if not (results / slug / "steering.csv").is_file():
+            yield _effect_of_steering(slug) | _not_run(slug)
+    for path in sorted(results.glob("*/steering.csv")):
+        table = _table(path)
         if not table.empty:
             yield _steered(Run.of(path.parent), table)
 
 
-def _effect_of_steering(run: Run) -> Cells:
-    """The paper's numbers, where the run is of its model."""
+def _effect_of_steering(slug: str) -> Cells:
+    """The paper's numbers, where it has some of this model."""
     numbers, tasks = "every behaviour rises with + and falls with -", ""
-    if run.slug in PAPER["steering"]:
-        known = PAPER["steering"][run.slug].items()
+    if slug in PAPER["steering"]:
+        known = PAPER["steering"][slug].items()
         numbers = _listed({b: " / ".join(f"{value:.1f}" for value in row) for b, row in known})
         tasks = ", 50 tasks"
-    where = f"steering of {run.name}{tasks}; token fraction in per cent, plain / + / -"
+    where = f"steering of {display(slug)}{tasks}; token fraction in per cent, plain / + / -"
     return {"where": where, "published": numbers}
 
 
@@ -304,7 +289,7 @@ def _steered(run: Run, table: pd.DataFrame) -> Cells:
     inside: list[str] = []
     for b in STEERED:
         cells = bars.loc[b].loc[list(measures.MODES)]
-        ours[b] = " / ".join(_number(*cell) for cell in cells[VALUES].to_numpy())
+        ours[b] = " / ".join(_number(cell) for cell in cells[VALUES].to_numpy())
         value = cells["value"]
         for mode, sign, limit in (("positive", 1, "null_high"), ("negative", -1, "null_low")):
             rises = sign * (value[mode] - value["plain"]) > 0
@@ -317,7 +302,7 @@ def _steered(run: Run, table: pd.DataFrame) -> Cells:
     if inside:
         note += f"; with Holm p < .05 but inside that range: {', '.join(inside)}"
     tasks = int(np.nanmax(bars["n"].to_numpy(float), initial=0))
-    return _effect_of_steering(run) | {
+    return _effect_of_steering(run.slug) | {
         "on": run.on(f"{run.name}, {tasks} tasks"),
         "verdict": run.verdict(len(shown), 2 * len(STEERED)),
         "ours": _listed(ours),
@@ -329,34 +314,29 @@ def _steered(run: Run, table: pd.DataFrame) -> Cells:
 
 
 def _effects(results: Path) -> Iterator[Cells]:
-    names = [f"{name}{end}" for name in ("peak", "late_peak") for end in ("", "_low", "_high")]
-    path = results / "published" / "layer_effects_peaks.csv"
-    known = _table(path, "model", "behaviour", "layers", *names)
-    paths = sorted(results.glob("*/layer_effects.safetensors"))
     for slug in PAPER["peak"]:
-        found = known[known["model"] == display(slug)]
+        found = _of_model(results / "published" / "layer_effects_peaks.csv", slug)
         if len(found):
             yield from _released_peaks(slug, found)
-        elif results / slug / "layer_effects.safetensors" not in paths:
+        elif not (results / slug / "layer_effects.safetensors").is_file():
             yield _largest(slug) | _not_run(slug)
-    for path in paths:
-        run = Run.of(path.parent)
-        measured = _peaks(run.slug, LayerEffects.load(path))
+    for path in sorted(results.glob("*/layer_effects.safetensors")):
+        run, found = Run.of(path.parent), LayerEffects.load(path)
+        sets = {name: _peaks(found, name) for name in ("published/others", "kl/own")}
+        measured = {name: peaks for name, peaks in sets.items() if len(peaks)}
         if measured:
             yield _run_peaks(run, measured)
 
 
 def _largest(slug: str) -> Cells:
-    name = MODELS[slug].display
-    where = f"layer effects of {name}, released values; layer of the largest mean"
+    where = f"layer effects of {display(slug)}, released values; layer of the largest mean"
     return {"where": where, "published": _listed(PAPER["peak"][slug])}
 
 
 def _layers(peaks: pd.DataFrame, name: str) -> dict[str, str]:
     """``18 (9-19)`` for each behaviour."""
-    columns = peaks[[name, f"{name}_low", f"{name}_high"]].astype(int).to_numpy()
-    texts = [f"{layer} ({low}–{high})" for layer, low, high in columns]
-    return dict(zip(peaks["behaviour"], texts, strict=True))
+    found = peaks.set_index("behaviour")[[name, f"{name}_low", f"{name}_high"]]
+    return {b: _number(row, scale=1, digits=0) for b, row in found.iterrows()}
 
 
 def _middle(peaks: pd.DataFrame) -> tuple[int, str]:
@@ -369,13 +349,11 @@ def _middle(peaks: pd.DataFrame) -> tuple[int, str]:
 
 def _released_peaks(slug: str, peaks: pd.DataFrame) -> Iterator[Cells]:
     """Peaks of the released values, and ranks of the steering layer where the paper's are
-    known. A file without some of the behaviours reproduces a part at most."""
-    found = peaks.set_index("behaviour")
+    known."""
 
     def verdict(*names: str) -> str:
-        equal = all(
-            found[name].eq(pd.Series(PAPER[name][slug])[found.index]).all() for name in names
-        )
+        found = peaks.set_index("behaviour")
+        equal = all(found[name].to_dict() == PAPER[name][slug] for name in names)
         return _from_files(equal, whole=len(found) == len(STEERED))
 
     first = _largest(slug) | {
@@ -398,18 +376,13 @@ def _released_peaks(slug: str, peaks: pd.DataFrame) -> Iterator[Cells]:
         }
 
 
-def _peaks(slug: str, found: LayerEffects) -> dict[str, pd.DataFrame]:
-    """Peaks of a run by set (``published/others``, ``kl/own``), where any behaviour has one."""
-    layers = MODELS[slug].steering_layers if slug in MODELS else None
-    measured: dict[str, pd.DataFrame] = {}
-    for name in ("published/others", "kl/own"):
-        if name not in found.effects:
-            continue
-        values = dict(zip(found.behaviours, found.of(name).swapaxes(0, 1), strict=True))
-        known = [b for b in STEERED if b in values and np.isfinite(values[b]).all(1).any()]
-        if known:
-            measured[name] = released.peaks({b: values[b] for b in known}, layers)
-    return measured
+def _peaks(found: LayerEffects, name: str) -> pd.DataFrame:
+    """Peaks of a set of a run's effects; no rows for behaviours that have none."""
+    if name not in found.effects:
+        return pd.DataFrame()
+    values = dict(zip(found.behaviours, found.of(name).swapaxes(0, 1), strict=True))
+    known = [b for b in STEERED if b in values and np.isfinite(values[b]).all(1).any()]
+    return released.peaks({b: values[b] for b in known}, None)
 
 
 def _run_peaks(run: Run, measured: Mapping[str, pd.DataFrame]) -> Cells:
@@ -418,8 +391,8 @@ def _run_peaks(run: Run, measured: Mapping[str, pd.DataFrame]) -> Cells:
     name, peaks = next(iter(measured.items()))
     middle, note = _middle(peaks)
     if name != "kl/own" and "kl/own" in measured:
-        exact = [f"{b} {text}" for b, text in _layers(measured["kl/own"], "peak").items()]
-        note += f"; exact effects at own spans: {', '.join(exact)}"
+        exact = _listed(_layers(measured["kl/own"], "peak")).replace(";", ",")
+        note += f"; exact effects at own spans: {exact}"
     size = f"{peaks['n'].max()} responses, {peaks['layers'].max()} layers"
     published, beside = "in middle layers", ""
     if run.slug in PAPER["peak"]:
@@ -439,63 +412,59 @@ def _run_peaks(run: Run, measured: Mapping[str, pd.DataFrame]) -> Cells:
 
 def _heatmap(results: Path) -> Iterator[Cells]:
     """Shown by a run: every pair of directions has a cosine below :data:`SAME`."""
-    name = MODELS[HEATMAP_MODEL].display
-    where = f"heatmap, {name}, released vectors; cosines, upper triangle"
-    paper = {"where": where, "published": _triangle(PAPER["cosines"])}
-    known = _table(results / "published" / "heatmap.csv", "model", "behaviour", "other")
-    found = known[known["model"] == name]
-    runs = _of_runs(results, "cosine_heatmap", "behaviour")
+    name = display(HEATMAP_MODEL)
+    paper = {
+        "where": f"heatmap, {name}, released vectors; cosines, upper triangle",
+        "published": _triangle(PAPER["cosines"]),
+    }
+    found = _of_model(results / "published" / "heatmap.csv", HEATMAP_MODEL)
+    runs = _of_runs(results, "cosine_heatmap")
     if len(found):
         matrix = found.pivot(index="behaviour", columns="other", values="cosine")
-        yield paper | _released_heatmap(matrix)
+        cosines, absent = _upper(matrix)
+        equal = [np.round(row, 2).tolist() for row in cosines] == PAPER["cosines"]
+        without = f"; without {', '.join(absent)}" if absent else ""
+        yield paper | {
+            "on": "released file",
+            "verdict": _from_files(equal, whole=not absent),
+            "ours": _triangle(cosines),
+            "note": f"no interval: the file holds means only{without}",
+        }
     elif HEATMAP_MODEL not in runs:
         yield paper | _not_run(HEATMAP_MODEL)
     for slug, matrix in runs.items():
         run = Run.of(results / slug)
-        cosines, names = _upper(matrix)
-        below = int((cosines < SAME).sum())
+        cosines, absent = _upper(matrix)
+        values = [value for row in cosines for value in row]
+        below = sum(value < SAME for value in values)
         yield paper | {
             "where": f"heatmap of {run.name}, directions of the run; cosines, upper triangle; "
             f"published: {name}, released vectors",
-            "on": run.on(f"{run.name}, {len(names)} directions"),
-            "verdict": run.verdict(below, len(cosines)),
-            "ours": _triangle(cosines, len(names)),
-            "note": f"{below} of {len(cosines)} cosines below {SAME}",
+            "on": run.on(f"{run.name}, {len(HEATMAP) - len(absent)} directions"),
+            "verdict": run.verdict(below, len(values)),
+            "ours": _triangle(cosines),
+            "note": f"{below} of {len(values)} cosines below {SAME}",
         }
 
 
-def _released_heatmap(matrix: pd.DataFrame) -> Cells:
-    """The cosines of the released vectors, to two decimals; a part where labels are absent."""
-    cosines, names = _upper(matrix)
-    pairs = zip(combinations(HEATMAP, 2), PAPER["cosines"], strict=True)
-    theirs = [value for pair, value in pairs if {*pair} <= {*names}]
-    absent = [name for name in HEATMAP if name not in names]
-    without = f"; without {', '.join(absent)}" if absent else ""
-    return {
-        "on": "released file",
-        "verdict": _from_files(np.round(cosines, 2).tolist() == theirs, whole=not absent),
-        "ours": _triangle(cosines, len(names)),
-        "note": f"no interval: the file holds means only{without}",
-    }
-
-
-def _upper(matrix: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
+def _upper(matrix: pd.DataFrame) -> tuple[list[list[float]], list[str]]:
+    """The rows of the upper triangle in the order of ``HEATMAP``, and the labels not in it."""
     names = [name for name in HEATMAP if name in matrix.index]
-    square = matrix.loc[names, names].to_numpy(float)
-    return square[np.triu_indices(len(names), 1)], names
+    square = matrix.loc[names, names].to_numpy(float).tolist()
+    rows = [row[place:] for place, row in enumerate(square[:-1], 1)]
+    return rows, [name for name in HEATMAP if name not in names]
 
 
-def _triangle(values: Iterable[float], n: int = len(HEATMAP)) -> str:
+def _triangle(rows: Sequence[Sequence[float]]) -> str:
     """``.36 .32 .28 .17; .64 .33 .60; ...``, a part for each row."""
-    rest = iter(f"{value:.2f}".replace("0.", ".") for value in values)
-    return "; ".join(" ".join(next(rest) for _ in range(k)) for k in range(n - 1, 0, -1))
+    return "; ".join(" ".join(f"{v:.2f}".replace("0.", ".") for v in row) for row in rows)
 
 
 def _embedding(results: Path) -> Iterator[Cells]:
     """Shown by a run: the similarity is larger at the first layer than at the last, for all."""
     where = "largest cosine with an embedding row{}, per layer; first and last layer here"
     paper = {"where": where.format(""), "published": "figure only"}
-    runs = _of_runs(results, "similarity_embedding", "behaviour", "layer 0")
+    runs = _of_runs(results, "similarity_embedding")
     if not {*runs} & {*PAPER["steering"]}:
         yield paper | _not_run(HEATMAP_MODEL)
     for slug, table in runs.items():
@@ -511,10 +480,10 @@ def _embedding(results: Path) -> Iterator[Cells]:
         }
 
 
-def _of_runs(results: Path, figure: str, *columns: str) -> dict[str, pd.DataFrame]:
+def _of_runs(results: Path, figure: str) -> dict[str, pd.DataFrame]:
     """The data of a figure of every run that has some, by slug, indexed by behaviour."""
     paths = sorted(results.glob(f"*/figures/{figure}.csv"))
-    found = {path.parents[1].name: _table(path, *columns) for path in paths}
+    found = {path.parents[1].name: _table(path) for path in paths}
     return {slug: one.set_index("behaviour") for slug, one in found.items() if not one.empty}
 
 

@@ -12,17 +12,16 @@ released file                   figures (method, section 10)
 
 from __future__ import annotations
 
-import hashlib
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from IPython.display import Image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pydantic import Field, TypeAdapter, ValidationError
@@ -33,18 +32,15 @@ from stllms.annotation import markup
 from stllms.attribution import effects
 from stllms.comparison import groups
 from stllms.comparison.groups import Member
+from stllms.hashes import file_hash
 from stllms.labels import BEHAVIOURS, HEATMAP, STEERED
 from stllms.plotting import axes as plots
 from stllms.plotting import text
 from stllms.registry import MODELS, ModelEntry
 from stllms.runs import files
 from stllms.runs.files import BadFile
-from stllms.terminal import plain
 from stllms.vectors import directions
 from stllms.vectors.directions import SteeringVectors
-
-if TYPE_CHECKING:
-    import torch
 
 #: What is read: kind -> the names of its files.
 PATTERNS: dict[str, str] = {
@@ -54,8 +50,7 @@ PATTERNS: dict[str, str] = {
 }
 #: What :func:`run` writes below its folder, and deletes before it draws again.
 OUTPUTS: tuple[str, ...] = (
-    *("files.csv", "left_out.csv", "heatmap.csv", "vectors.csv"),
-    *("layer_effects*.csv", "comparison*.csv"),
+    *("files.csv", "heatmap.csv", "vectors.csv", "layer_effects*.csv", "comparison*.csv"),
     *("figures/cosine_heatmap_*", "figures/layer_effects_*", "figures/comparison_*"),
 )
 #: Treatment of chains (method, section 11) -> the reader of the released markup.
@@ -78,8 +73,6 @@ LAYOUTS: dict[str, tuple[tuple[float, float], tuple[int, int], str, str]] = {
 }
 #: Layers 0-4, left out where the ledger asks for the peak behind the first layers.
 EARLY = 5
-#: Numbers of a table of layer effects, at most.
-LARGEST = 1 << 27
 
 
 # -- reading -----------------------------------------------------------------------------
@@ -93,83 +86,30 @@ class Chain(TypedDict):
 
 
 _CHAINS = TypeAdapter(Annotated[list[Chain], Field(min_length=1)])
+_EFFECTS = TypeAdapter(dict[str, list[list[float]]])
 
 
 def load_comparison(path: str | Path) -> list[Chain]:
     """The released chains of one model; raises ``BadFile`` for any other file."""
     files.check_size(Path(path))
     rows = files.read_json(Path(path))
-    try:
-        return _CHAINS.validate_python(rows, strict=True)
-    except ValidationError as error:
-        wrong = error.errors(include_input=False, include_url=False)[0]
-        place = "".join(f"[{part!r}]" for part in wrong["loc"])
-        why = f"{place} {wrong['msg']}".strip()
-        raise BadFile(f"{path}: expected a list of annotated chains: {why}") from None
+    return _validated(_CHAINS, rows, f"{path}: expected a list of annotated chains")
 
 
-def load_layer_effects(path: str | Path) -> dict[str, torch.Tensor]:
-    """The released layer effects: label -> ``[responses, L]``, float32; ``[0, 0]`` for an
-    empty list. The file holds lists of lists, or matrices; ``BadFile`` for anything else."""
-    content = files.load_torch(path)
-    if not isinstance(content, dict) or not content:
-        raise BadFile(f"{path}: expected behaviour -> responses -> layers")
-    found = {}
-    for label, values in content.items():
-        try:
-            found[str(label)] = _matrix(values)
-        except (ValueError, OverflowError, RuntimeError):
-            form = "expected behaviour -> responses -> layers"
-            raise BadFile(f"{path}: {form}, not so at {label!r}") from None
-    return found
-
-
-def _matrix(values: Any) -> torch.Tensor:
-    """A table ``[responses, L]``, float32; ``ValueError`` for anything else.
-
-    A list is measured before torch sees it: lists may share their parts, so that a file of a
-    kilobyte unfolds to more than any memory holds.
-    """
-    import torch
-
-    if isinstance(values, torch.Tensor) and files.is_plain(values) and values.ndim == 2:
-        return values.float()
-    if not isinstance(values, list) or not all(isinstance(row, list) for row in values):
-        raise ValueError("no list of lists")
-    width = max(map(len, values), default=0)
-    if width * len(values) > LARGEST or any(len(row) < width for row in values):
-        raise ValueError("no table, or one of more numbers than a released file may have")
-    if not all(type(value) in (int, float) for row in values for value in row):
-        raise ValueError("something that is no number")
-    return torch.tensor(values, dtype=torch.float32).reshape(len(values), width)
-
-
-class Effects(NamedTuple):
-    """Released layer effects: steered behaviour -> ``[responses, L]``; label -> why it is
-    left out."""
-
-    values: dict[str, np.ndarray]
-    left_out: dict[str, str]
-
-
-def read_effects(path: Path) -> Effects:
-    """The layer effects of the steered behaviours, as far as the file has them. Infinite
-    values count as missing (NaN)."""
-    content = {b: v.numpy() for b, v in load_layer_effects(path).items()}
-    content = {b: np.where(np.isfinite(v), v, np.nan) for b, v in content.items()}
-    why = {name: "not in the file" for name in STEERED if name not in content}
-    for name, values in content.items():
-        if name not in STEERED:
-            why[name] = "not steered"
-        elif not len(_known(values)):
-            why[name] = f"responses: {len(values)}, none without NaN"
-    found = {name: content[name] for name in STEERED if name not in why}
-    sizes = sorted({values.shape[1] for values in found.values()})
+def read_effects(path: Path) -> dict[str, np.ndarray]:
+    """The layer effects of the steered behaviours that have any, ``[responses, L]`` float32;
+    infinite values count as missing (NaN). Raises ``BadFile`` for any other file, and for one
+    of fewer layers than its model is steered at."""
+    expected = f"{path}: expected behaviour -> responses -> layers"
+    content = _validated(_EFFECTS, files.load_torch(path), expected)
+    sizes = sorted({len(row) for name in STEERED for row in content.get(name, ())})
     if len(sizes) > 1:
-        raise BadFile(f"{path}: behaviours differ in their number of layers {sizes}")
+        raise BadFile(f"{expected}, the same number of layers everywhere: there are {sizes}")
     for n_layers in sizes:
         _check_layers(path, n_layers)
-    return Effects(found, why)
+    found = {b: np.array(content[b], np.float32) for b in STEERED if content.get(b)}
+    found = {b: np.where(np.isfinite(values), values, np.nan) for b, values in found.items()}
+    return {b: values for b, values in found.items() if len(_known(values))}
 
 
 def read_vectors(path: Path) -> SteeringVectors:
@@ -178,6 +118,15 @@ def read_vectors(path: Path) -> SteeringVectors:
     found = directions.load_published(path)
     _check_layers(path, found.n_layers)
     return found
+
+
+def _validated(adapter: TypeAdapter, content: Any, expected: str) -> Any:
+    try:
+        return adapter.validate_python(content, strict=True)
+    except ValidationError as error:
+        wrong = error.errors(include_input=False, include_url=False)[0]
+        place = "".join(f"[{part!r}]" for part in wrong["loc"])
+        raise BadFile(f"{expected}: {place} {wrong['msg']}") from None
 
 
 def _known(values: np.ndarray) -> np.ndarray:
@@ -254,31 +203,20 @@ def labels(entry: ModelEntry, found: SteeringVectors) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def left_out(found: SteeringVectors) -> dict[str, str]:
-    """The labels of a file of vectors that have no direction here -> why."""
-    least = found.config["min_spans"]
-    few = {b: f"spans: {n}, at least {least} needed" for b, n in found.unavailable.items()}
-    return few | {name: f"spans: {n}, no behaviour" for name, n in found.left_out.items()}
-
-
 def peaks(
-    measured: Mapping[str, np.ndarray],
-    steering_layers: Mapping[str, int] | None,
-    *,
-    draws: int = 2000,
-    seed: int = 0,
+    measured: Mapping[str, np.ndarray], steering_layers: Mapping[str, int] | None
 ) -> pd.DataFrame:
     """Peak layer and rank of the steering layer from effects ``[R, L]``, one row per behaviour.
 
     ``peak`` is the layer of the largest mean, ``late_peak`` that among layers from
     :data:`EARLY` on, ``rank`` that of the steering layer among all (1 is the largest; missing
     without a published layer), ``late_rank`` that from :data:`EARLY` on. ``*_low`` and
-    ``*_high`` are central 95 % over bootstrap samples of the responses.
+    ``*_high`` are central 95 % over 2000 bootstrap samples of the responses.
     """
     rows = []
     for name, values in measured.items():
         known = _known(values)
-        samples = np.random.default_rng(seed).integers(len(known), size=(draws, len(known)))
+        samples = np.random.default_rng(0).integers(len(known), size=(2000, len(known)))
         means = np.vstack([known.mean(0), known[samples].mean(1)])
         layer = (steering_layers or {}).get(name, -1)
         row: dict[str, Any] = {"behaviour": name, "n": len(known), "layers": known.shape[1]}
@@ -287,18 +225,15 @@ def peaks(
         row["steering_layer"] = layer if layer >= 0 else np.nan
         for prefix, skip in (("", 0), ("late_", EARLY)):
             ranks = (means[:, skip:] > means[:, [layer]]).sum(1) + 1
-            row |= _spread(f"{prefix}rank", ranks if layer >= skip else None)
+            row |= _spread(f"{prefix}rank", np.where(layer >= skip, ranks, np.nan))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _spread(name: str, drawn: np.ndarray | None) -> dict[str, float]:
+def _spread(name: str, drawn: np.ndarray) -> dict[str, float]:
     """The value (first) and the central 95 % of its bootstrap samples (the rest)."""
-    names = (name, f"{name}_low", f"{name}_high")
-    if drawn is None:
-        return dict.fromkeys(names, np.nan)
     low, high = np.quantile(drawn[1:], [0.025, 0.975], method="nearest")
-    return dict(zip(names, (int(drawn[0]), int(low), int(high)), strict=True))
+    return {name: drawn[0], f"{name}_low": low, f"{name}_high": high}
 
 
 def changes(
@@ -322,8 +257,8 @@ def changes(
                 "equal_stored": sum(a == b for a, b in zip(read, counts, strict=True)),
                 "empty_published": old.empty,
                 "empty_sound": new.empty,
-                "recovered": int((empty & (new.counts.sum(1) > 0)).sum()),
-                "otherwise_changed": int(((old.counts != new.counts).any(1) & ~empty).sum()),
+                "recovered": (empty & (new.counts.sum(1) > 0)).sum(),
+                "otherwise_changed": ((old.counts != new.counts).any(1) & ~empty).sum(),
                 "segments_published": old.counts.sum(1).mean(),
                 "segments_sound": new.counts.sum(1).mean(),
             }
@@ -338,8 +273,6 @@ def run(folder: str | Path, results: str | Path) -> list[Path]:
     """Draw what ``folder`` holds into ``<results>/published/``; returns what was written.
 
     Everything is read before anything is drawn, and what an earlier call drew there is deleted.
-    A label that a file lacks is left out of its figures, printed on standard error and listed
-    in ``left_out.csv``.
 
     Raises:
         BadFile: the folder is missing or holds none of :data:`PATTERNS`; or the first file
@@ -355,11 +288,9 @@ def run(folder: str | Path, results: str | Path) -> list[Path]:
     with mpl.rc_context():
         plots.style()
         _draw_vectors(target, vectors)
-        _draw_effects(target, measured)
-        _draw_comparison(target, chains)
-    absent = {path: left_out(found) for path, found in vectors.items()}
-    absent |= {path: found.left_out for path, found in measured.items()}
-    _list_left_out(target, absent)
+        _draw_effects(target, {path: found for path, found in measured.items() if found})
+        if chains:
+            _draw_comparison(target, chains)
     files.save_table(target / "files.csv", listing(folder))
     return _outputs(target)
 
@@ -374,14 +305,9 @@ def ensure(folder: str | Path, results: str | Path) -> None:
 def find(folder: str | Path) -> dict[str, list[Path]]:
     """The released files of a folder by kind; ``BadFile`` without any."""
     folder = Path(folder).expanduser()
-    if folder.is_file():
-        raise BadFile(f"{folder}: a file, expected the folder that it is in")
     if not folder.is_dir():
         raise BadFile(f"{folder}: there is no such folder")
-    found = {
-        kind: sorted(path for path in folder.glob(pattern) if not path.is_dir())
-        for kind, pattern in PATTERNS.items()
-    }
+    found = {kind: sorted(folder.glob(pattern)) for kind, pattern in PATTERNS.items()}
     if not any(found.values()):
         raise BadFile(f"{folder}: no released file, expected {' or '.join(PATTERNS.values())}")
     return found
@@ -393,9 +319,7 @@ def listing(folder: str | Path) -> pd.DataFrame:
     rows = []
     for path in sorted(Path(folder).expanduser().iterdir()):
         if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            kind = used.get(path, "not used")
+            kind, digest = used.get(path, "not used"), file_hash(path)
             rows.append((path.name, kind, path.stat().st_size, digest, __version__))
     return pd.DataFrame(rows, columns=["file", "used", "bytes", "sha256", "stllms"])
 
@@ -404,23 +328,15 @@ def _outputs(target: Path) -> list[Path]:
     return [path for pattern in OUTPUTS for path in sorted(target.glob(pattern))]
 
 
-def _list_left_out(target: Path, absent: Mapping[Path, Mapping[str, str]]) -> None:
-    rows = [(path.name, *item) for path, reasons in absent.items() for item in reasons.items()]
-    for name, label, why in rows:
-        print(plain(f"{name}: {label} left out ({why})"), file=sys.stderr)
-    if rows:
-        table = pd.DataFrame(rows, columns=["file", "label", "why"])
-        files.save_table(target / "left_out.csv", table)
-
-
 # -- figures -----------------------------------------------------------------------------
 
 
 def _draw_vectors(target: Path, vectors: Mapping[Path, SteeringVectors]) -> None:
     """``vectors.csv`` and, for every file with a direction, a heatmap."""
-    cells = []
+    rows, cells = [], []
     for path, found in vectors.items():
         entry = entry_of(path)
+        rows.append(labels(entry, found))
         layers = directions.heatmap_layers(
             found, directions.steering_layers(entry.steering_layers, found.n_layers), HEATMAP
         )
@@ -433,75 +349,60 @@ def _draw_vectors(target: Path, vectors: Mapping[Path, SteeringVectors]) -> None
         if entry.steering_layers:
             which = "published steering layers (that of backtracking for labels without one)"
         about = f"{entry.display}, released vectors; {which}: {text.layer_text(layers)}."
-        plots.caption(figure, f"{about} {_without(left_out(found))}")
+        plots.caption(figure, about)
         data = pd.DataFrame(matrix, list(layers), list(layers)).reset_index(names="behaviour")
         files.save_figure(target / "figures", f"cosine_heatmap_{_tag(path)}", figure, data)
         long = data.melt("behaviour", var_name="other", value_name="cosine")
         cells.append(long.assign(model=entry.display, layer=long["behaviour"].map(layers)))
-    if cells:
-        columns = ["model", "behaviour", "layer", "other", "cosine"]
-        heatmap = pd.concat(cells, ignore_index=True)[columns]
-        files.save_table(target / "heatmap.csv", heatmap)
-    if vectors:
-        rows = [labels(entry_of(path), found) for path, found in vectors.items()]
-        files.save_table(target / "vectors.csv", pd.concat(rows, ignore_index=True))
+    _save(target / "vectors.csv", rows)
+    columns = ["model", "behaviour", "layer", "other", "cosine"]
+    _save(target / "heatmap.csv", [one[columns] for one in cells])
 
 
-def _draw_effects(target: Path, measured: Mapping[Path, Effects]) -> None:
+def _draw_effects(target: Path, measured: Mapping[Path, Mapping[str, np.ndarray]]) -> None:
     """Curves and peaks of every file, in one row (bootstrap interval) and 2x2 (one sd)."""
-    curves, found = [], []
-    for path, read in measured.items():
-        if not read.values:
-            continue
+    curves, ranks = [], []
+    for path, found in measured.items():
         entry = entry_of(path)
-        rows = [effects.curve(v).assign(behaviour=name) for name, v in read.values.items()]
+        rows = [effects.curve(values).assign(behaviour=b) for b, values in found.items()]
         table = pd.concat(rows, ignore_index=True)
         table = table.assign(model=entry.display, set="published/others")
         columns = ["model", "set", "behaviour", "layer", "mean", "low", "high", "sd", "n"]
         curves.append(table[columns])
-        ranks = peaks(read.values, entry.steering_layers)
-        ranks.insert(0, "model", entry.display)
-        found.append(ranks)
+        ranks.append(peaks(found, entry.steering_layers))
+        ranks[-1].insert(0, "model", entry.display)
         for name in LAYOUTS:
-            figure = _effects_figure(name, curves[-1], entry.steering_layers, read.left_out)
+            figure = _effects_figure(name, curves[-1], entry.steering_layers)
             saved = f"layer_effects_{name}_{_tag(path)}"
             files.save_figure(target / "figures", saved, figure, curves[-1])
-    if curves:
-        files.save_table(target / "layer_effects.csv", pd.concat(curves, ignore_index=True))
-        ranks = pd.concat(found, ignore_index=True)
-        files.save_table(target / "layer_effects_peaks.csv", ranks)
+    _save(target / "layer_effects.csv", curves)
+    _save(target / "layer_effects_peaks.csv", ranks)
 
 
-def _effects_figure(
-    name: str,
-    table: pd.DataFrame,
-    marks: Mapping[str, int] | None,
-    absent: Mapping[str, str] | None = None,
-) -> Figure:
+def _effects_figure(name: str, table: pd.DataFrame, marks: Mapping[str, int] | None) -> Figure:
     """The curves of one model, ``"row"`` or ``"grid"``, with its steering layers marked."""
     size, grid, band, words = LAYOUTS[name]
     figure = _figure(*size)
-    plots.released_effects(
+    plots.effect_panels(
         figure.subplots(*grid, sharex=True, sharey=True).ravel(),
         table,
         label="surrogate gradient",
         band=band,
         mark=marks,
+        absent="left out:\nno released values",
     )
+    low, high = table["n"].min(), table["n"].max()
     plots.caption(
         figure,
         f"{table['model'].iloc[0]}, released values: published objective, before the spans of"
-        f" the other behaviours; mean over {_responses(table)} responses; band: {words}"
-        f"{' Dotted: published steering layer.' if marks else ''}"
-        f"{f' {_without(absent)}' if absent else ''}",
+        f" the other behaviours; mean over {low if low == high else f'{low} to {high}'}"
+        f" responses; band: {words}{' Dotted: published steering layer.' if marks else ''}",
     )
     return figure
 
 
 def _draw_comparison(target: Path, chains: Mapping[Path, list[Chain]]) -> None:
     """Tables and figures of both treatments, and what the reader changes."""
-    if not chains:
-        return
     found = {treatment: members(list(chains), treatment) for treatment in TREATMENTS}
     tables: dict[str, list[pd.DataFrame]] = {"": [], "_groups": [], "_pairs": []}
     for treatment, compared in found.items():
@@ -512,11 +413,10 @@ def _draw_comparison(target: Path, chains: Mapping[Path, list[Chain]]) -> None:
             tables[name].append(table.assign(treatment=treatment))
         _comparison_figures(target, compared, rows, averages, treatment)
     for name, parts in tables.items():
-        files.save_table(target / f"comparison{name}.csv", pd.concat(parts, ignore_index=True))
+        _save(target / f"comparison{name}.csv", parts)
     stored = {entry_of(path).display: rows for path, rows in chains.items()}
-    files.save_table(
-        target / "comparison_changes.csv", changes(found["published"], found["apart"], stored)
-    )
+    changed = changes(found["published"], found["apart"], stored)
+    files.save_table(target / "comparison_changes.csv", changed)
 
 
 def _comparison_figures(
@@ -527,31 +427,25 @@ def _comparison_figures(
     treatment: str,
 ) -> None:
     """The four comparison figures of method, section 10, for one treatment."""
-    name, words = TREATMENTS[treatment]
+    tag, words = TREATMENTS[treatment]
     palette, width = groups.colours(compared), groups.width(compared)
     totals = averages[averages["behaviour"] == "all"]
-    twice = totals["kind"].duplicated(keep=False)
-    kinds = totals["kind"].where(~twice, totals["kind"] + " (" + totals["tasks"] + ")")
-    means = ", ".join(f"{n} {v:.1f}" for n, v in zip(kinds, totals["value"], strict=True))
-    about = f"Released chains: {groups.caption(compared)} {words} 95% intervals over tasks."
-    with_means = f"{about} Segments a chain, group averages: {means}."
-    for figure_name, shown, words in (
-        ("counts", ("segment count",), with_means),
-        ("fractions", ("segment fraction",), about),
-        ("both", ("segment count", "segment fraction"), about),
-        ("totals", ("segment fraction",), with_means),
-    ):
-        figure = _figure(width + 3 * (figure_name == "totals"), 1.6 + 3.0 * len(shown))
-        if figure_name == "totals":
-            panels = figure.subplots(1, 2, width_ratios=(3, 1.2))
-            plots.totals(panels[1], table, palette=palette)
-        else:
-            panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
-        for panel, metric in zip(panels, shown, strict=False):
-            plots.compare(panel, table, metric=metric, palette=palette)
-        plots.models_legend(figure, palette, table)
-        plots.caption(figure, words)
-        files.save_figure(target / "figures", f"comparison_{figure_name}_{name}", figure, table)
+    means = [f"{n} {v:.1f}" for n, v in zip(totals["kind"], totals["value"], strict=True)]
+    for name, metrics in plots.COMPARISONS.items():
+        figure = _figure(width + 3 * (name == "totals"), 1.6 + 3.0 * len(metrics))
+        plots.comparison(figure, table, name, palette=palette)
+        plots.caption(
+            figure,
+            f"Released chains: {groups.caption(compared)} {words} 95% intervals over tasks. "
+            f"Segments a chain, group averages: {', '.join(means)}.",
+        )
+        files.save_figure(target / "figures", f"comparison_{name}_{tag}", figure, table)
+
+
+def _save(path: Path, parts: Sequence[pd.DataFrame]) -> None:
+    """The tables of several files as one; nothing where there is none."""
+    if parts:
+        files.save_table(path, pd.concat(parts, ignore_index=True))
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -566,30 +460,11 @@ def _tag(path: Path) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", entry_of(path).name.lower())
 
 
-def _without(absent: Mapping[str, str]) -> str:
-    """For captions: ``Labels left out: deduction (why); ...``."""
-    words = "; ".join(f"{label} ({why})" for label, why in absent.items())
-    return f"Labels left out: {words or 'none'}."
-
-
-def _responses(curves: pd.DataFrame) -> str:
-    """``45``, or ``40 to 45`` where behaviours or layers differ."""
-    low, high = int(curves["n"].min()), int(curves["n"].max())
-    return str(low) if low == high else f"{low} to {high}"
-
-
 # -- beside a run, in notebook 03 --------------------------------------------------------
 
-#: Columns of ``layer_effects_peaks.csv`` that are shown, and what they are called.
-RANKS: dict[str, str] = {
-    "peak": "peak layer",
-    "rank": "rank of the steering layer",
-    "late_rank": "rank without layers 0-4",
-}
 
-
-def views(published: str | Path | None, results: str | Path) -> list[Figure | pd.DataFrame]:
-    """What notebook 03 displays: a figure of the released layer effects, and the peaks and
+def views(published: str | Path | None, results: str | Path) -> list[Image | pd.DataFrame]:
+    """What notebook 03 displays: the figures of the released layer effects, and the peaks and
     ranks of the steering layers. Without a folder, or without layer effects in it, one printed
     line that says so, and nothing else. Raises ``BadFile`` as :func:`run` does."""
     if published is None:
@@ -599,32 +474,11 @@ def views(published: str | Path | None, results: str | Path) -> list[Figure | pd
             'options = {"published": "FOLDER"} draws them here.'
         )
         return []
-    if not find(published)["effects"]:
-        print(f"{published}: no {PATTERNS['effects']} in it.")
-        return []
     ensure(published, results)
     folder = Path(results) / "published"
-    if not (folder / "layer_effects.csv").is_file():
+    figures = sorted(folder.glob("figures/layer_effects_row_*.png"))
+    if not figures:
         print(f"{published}: no layer effects of {', '.join(STEERED)} in its files.")
         return []
-    curves = files.load_table(folder / "layer_effects.csv")
-    found = files.load_table(folder / "layer_effects_peaks.csv")
-    marks = {entry.display: entry.steering_layers for entry in MODELS.values()}
-    by_model = curves.groupby("model", sort=False)
-    figures = [_effects_figure("row", rows, marks.get(model)) for model, rows in by_model]
-    return [*figures, _ranks(found)]
-
-
-def _ranks(found: pd.DataFrame) -> pd.DataFrame:
-    """Peaks and ranks (1 is the largest of all layers) with their intervals, as text."""
-    keys = ["model", "behaviour", "layers", "steering_layer"]
-    parts = [
-        found[[*keys, name, f"{name}_low", f"{name}_high"]]
-        .set_axis([*keys, "value", "low", "high"], axis=1)
-        .assign(quantity=words)
-        for name, words in RANKS.items()
-    ]
-    shown = pd.concat(parts, ignore_index=True).sort_values("model", kind="stable")
-    shown["steering_layer"] = text.shown(shown[["steering_layer"]])
-    table = text.intervals(shown, keys, "quantity", digits=0)
-    return table[list(RANKS.values())].reset_index().rename_axis(columns=None)
+    ranks = files.load_table(folder / "layer_effects_peaks.csv")
+    return [*(Image(filename=str(path)) for path in figures), text.shown(ranks)]

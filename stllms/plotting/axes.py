@@ -32,6 +32,7 @@ MODES: dict[str, str] = {"plain": "#777777", "positive": "#1B9E77", "negative": 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 #: The null interval: the range of control directions.
 NULL: dict[str, Any] = {
+    "label": "null interval",
     "facecolor": "none",
     "edgecolor": "#222222",
     "hatch": "//////",
@@ -138,15 +139,11 @@ def bars(
     ``null_high`` are drawn over the bars as the null interval.
     """
     groups, hues = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[hue]))
-    width = 0.8 / len(hues)
+    width, hatches = 0.8 / len(hues), hatches or {}
     shift = (table[hue].map(hues.index) - (len(hues) - 1) / 2) * width
     placed = table.assign(place=table[x].map(groups.index) + shift)
     for name, rows in placed.groupby(hue, sort=False):
-        look = {
-            "color": palette[name],
-            "label": name,
-            **_hatched((hatches or {}).get(name, "")),
-        }
+        look = {"color": palette[name], "label": name, **_hatched(hatches.get(name, ""))}
         axes.bar(rows["place"], rows["value"].fillna(0), width * 0.92, **look)
     known = placed.dropna(subset="value")
     axes.errorbar(known["place"], known["value"], yerr=_reach(known), capsize=2, **WHISKERS)
@@ -154,9 +151,8 @@ def bars(
         axes.text(spot, 0.0, " n/a", rotation=90, ha="center", va="bottom", fontsize=7)
     if "null_low" in table and table["null_low"].notna().any():
         null = placed.dropna(subset="null_low")
-        low, height = null["null_low"], null["null_high"] - null["null_low"]
-        look = {"bottom": low, "label": "null interval", **NULL}
-        axes.bar(null["place"], height, width * 0.92, **look)
+        height = null["null_high"] - null["null_low"]
+        axes.bar(null["place"], height, width * 0.92, bottom=null["null_low"], **NULL)
     axes.set_xticks(np.arange(len(groups)), [short(group) for group in groups])
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
@@ -174,77 +170,53 @@ def steering_bars(axes: Axes, table: pd.DataFrame) -> Axes:
     return axes
 
 
-def compare(axes: Axes, rows: pd.DataFrame, *, metric: str, palette: Mapping[str, Any]) -> Axes:
-    """Bars of one metric by behaviour, a bar a model, from rows of ``comparison.csv``.
-
-    Models that were measured another way than the first (other tasks, another annotator or
-    reader) are hatched, an own hatch a way.
-    """
-    chosen = rows[(rows["metric"] == metric) & (rows["behaviour"] != "all")]
-    return bars(
-        axes,
-        chosen,
-        x="behaviour",
-        hue="model",
-        palette=palette,
-        label=metric,
-        hatches={name: hatch for name, (hatch, _) in _measured(rows).items()},
-    )
-
-
-def totals(axes: Axes, rows: pd.DataFrame, *, palette: Mapping[str, Any]) -> Axes:
-    """Segments a chain of every model, hatched as in :func:`compare`, from the same rows."""
-    chosen = rows[(rows["metric"] == "segment count") & (rows["behaviour"] == "all")]
-    hatches = _measured(rows)
-    place = np.arange(len(chosen))
-    value = chosen["value"].to_numpy(float)
-    drawn = axes.barh(place, value, color=[palette[n] for n in chosen["model"]], height=0.7)
-    for patch, name in zip(drawn, chosen["model"], strict=True):
-        patch.set(**_hatched(hatches[name][0]))
-    axes.errorbar(value, place, xerr=_reach(chosen), **WHISKERS)
-    for spot in place[np.isnan(value)]:
-        axes.text(0.0, spot, " n/a", va="center", fontsize=7)
-    axes.set_yticks(place, chosen["model"])
-    axes.set_ylim(len(chosen) - 0.5, -0.5)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("segments a chain")
-    axes.grid(axis="y", visible=False)
-    return axes
-
-
-def models_legend(
-    figure: Figure, palette: Mapping[str, Any], rows: pd.DataFrame | None = None
-) -> None:
-    """The models' colours above a figure, as many columns as fit.
-
-    ``rows`` are those of ``comparison.csv``: where they were not all measured the same way,
-    each model's label says how, and its hatch is that of its bars.
-    """
-    ways = {} if rows is None else _measured(rows)
-    patches: list[Artist] = []
-    for name, colour in palette.items():
-        hatch, way = ways.get(name, ("", ""))
-        label = f"{name}\n({way})" if way else name
-        patches.append(Patch(facecolor=colour, label=label, **_hatched(hatch)))
-    legend(figure.axes, patches, columns=max(1, min(5, int(figure.get_figwidth() / 2.2))))
-
-
 def comparison(
     figure: Figure, rows: pd.DataFrame, name: str, *, palette: Mapping[str, Any]
 ) -> Figure:
     """One of the comparison figures of method, section 10 (:data:`COMPARISONS`), from rows of
-    ``comparison.csv``, with the models' legend.
+    ``comparison.csv``: a panel a metric, bars by behaviour, one a model, and their legend.
+
+    Models that were measured another way than the first (other tasks, another annotator or
+    reader) are hatched, an own hatch a way; then the legend says how each was measured.
     """
+    ways = _measured(rows)
+    hatches = {model: hatch for model, (hatch, _) in ways.items()}
     metrics = COMPARISONS[name]
     if name == "totals":
         panels = figure.subplots(1, 2, width_ratios=(3, 1.3))
-        totals(panels[1], rows, palette=palette)
+        _totals(panels[1], rows, palette, hatches)
     else:
         panels = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
+    look: dict[str, Any] = {"x": "behaviour", "hue": "model", "palette": palette}
     for axes, metric in zip(panels, metrics, strict=False):
-        compare(axes, rows, metric=metric, palette=palette)
-    models_legend(figure, palette, rows)
+        chosen = rows[(rows["metric"] == metric) & (rows["behaviour"] != "all")]
+        bars(axes, chosen, label=metric, hatches=hatches, **look)
+    patches: list[Artist] = []
+    for model, (hatch, way) in ways.items():
+        label = f"{model}\n({way})" if way else model
+        patches.append(Patch(facecolor=palette[model], label=label, **_hatched(hatch)))
+    columns = int(np.clip(figure.get_figwidth() / 2.2, 1, 5))
+    legend(figure.axes, patches, columns=columns)
     return figure
+
+
+def _totals(
+    axes: Axes, rows: pd.DataFrame, palette: Mapping[str, Any], hatches: Mapping[str, str]
+) -> None:
+    """Segments a chain of every model."""
+    chosen = rows[(rows["metric"] == "segment count") & (rows["behaviour"] == "all")]
+    models, value = chosen["model"], chosen["value"].to_numpy(float)
+    place = np.arange(len(chosen))
+    drawn = axes.barh(place, value, color=[palette[name] for name in models], height=0.7)
+    for patch, name in zip(drawn, models, strict=True):
+        patch.set(**_hatched(hatches[name]))
+    axes.errorbar(value, place, xerr=_reach(chosen), **WHISKERS)
+    for spot in place[np.isnan(value)]:
+        axes.text(0.0, spot, " n/a", va="center", fontsize=7)
+    axes.set_yticks(place, models)
+    axes.set(xlabel="segments a chain", ylim=(len(chosen) - 0.5, -0.5))
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", visible=False)
 
 
 def _reach(rows: pd.DataFrame) -> np.ndarray:
@@ -260,14 +232,16 @@ def _hatched(hatch: str) -> dict[str, Any]:
 def _measured(rows: pd.DataFrame) -> dict[str, tuple[str, str]]:
     """Model -> hatch, and how it was measured in words; no words if all were measured alike."""
     names = ["tasks", "annotator", "reader"]
-    known = rows[["model", *names]].fillna("").drop_duplicates("model").set_index("model")
-    ways = known.drop_duplicates().apply(tuple, axis=1).tolist()
-    found = {}
-    for model, way in known.apply(tuple, axis=1).items():
-        words = ", ".join(f"{n} {part}" for n, part in zip(names, way, strict=True) if part)
-        hatch = HATCHES[ways.index(way) % len(HATCHES)]
-        found[str(model)] = (hatch, words if len(ways) > 1 else "")
-    return found
+    known = rows.drop_duplicates("model").set_index("model")[names].fillna("")
+    codes, ways = pd.factorize(known.apply(tuple, axis=1))
+    words = [
+        ", ".join(f"{name} {part}" for name, part in zip(names, way, strict=True) if part)
+        for way in ways
+    ]
+    return {
+        model: (HATCHES[code % len(HATCHES)], words[code] if len(ways) > 1 else "")
+        for model, code in zip(known.index, codes, strict=True)
+    }
 
 
 # --- matrices ----------------------------------------------------------------------------
@@ -306,8 +280,7 @@ def matrix(
     )
     for row, column in np.argwhere(np.isnan(table)):
         axes.text(column + 0.5, row + 0.5, "n/a", ha="center", va="center", fontsize=7)
-    axes.tick_params(axis="x", rotation=0)
-    axes.tick_params(axis="y", rotation=0)
+    axes.tick_params(rotation=0)
     return axes
 
 
@@ -354,10 +327,7 @@ def strip(axes: Axes, values: Sequence[float], *, label: str) -> Axes:
     """One dot a chain, jittered with a fixed seed."""
     rng = np.random.default_rng(0)
     axes.plot(values, rng.uniform(-0.3, 0.3, len(values)), ".", color="#0072B2", alpha=0.6)
-    axes.set_yticks([])
-    axes.set_ylim(-0.6, 0.6)
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_xlabel(label)
+    axes.set(xlabel=label, xlim=(-0.02, 1.02), ylim=(-0.6, 0.6), yticks=[])
     return axes
 
 
@@ -380,8 +350,7 @@ def curves(
             axes.fill_between(layers, *bands[name], color=colour, alpha=0.2, linewidth=0)
         if mark and name in mark:
             axes.axvline(mark[name], color=colour, linestyle=":")
-    axes.set_xlabel("layer")
-    axes.set_ylabel(label)
+    axes.set(xlabel="layer", ylabel=label)
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     return axes
 
@@ -393,13 +362,12 @@ def growth(axes: Axes, table: pd.DataFrame) -> Axes:
     for rank, (name, rows) in enumerate(table.groupby("behaviour", sort=False)):
         marker = MARKERS[rank % len(MARKERS)]
         axes.plot(rows["spans"], rows["cosine"], color=COLOURS[name], marker=marker, label=name)
-    axes.set_xscale("log")
+    axes.set(xscale="log", xlabel="spans in the smaller half")
+    axes.set_ylabel("cosine of disjoint halves")
+    axes.set_ylim(top=1.02)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(top=1.02)
-    axes.set_xlabel("spans in the smaller half")
-    axes.set_ylabel("cosine of disjoint halves")
     return axes
 
 
@@ -451,11 +419,10 @@ def effect_panels(
         if rows.empty:
             missing(axes, absent).set(xlabel="layer", ylabel=label)
             continue
-        line, spread = rows["mean"].to_numpy(), rows["sd"].to_numpy()
-        edges = (line - spread, line + spread)
-        if band == "interval":
-            edges = (rows["low"].to_numpy(), rows["high"].to_numpy())
-        curves(axes, {name: line}, label=label, bands={name: edges}, mark=mark)
+        edges = rows["low"], rows["high"]
+        if band == "sd":
+            edges = rows["mean"] - rows["sd"], rows["mean"] + rows["sd"]
+        curves(axes, {name: rows["mean"]}, label=label, bands={name: edges}, mark=mark)
         if "null_low" in rows:
             axes.fill_between(rows["layer"], rows["null_low"], rows["null_high"], **NULL)
     if log:
@@ -467,7 +434,7 @@ def effect_panels(
     handles = [
         Line2D([], [], color="#333333", marker=MARKERS[0], label="mean"),
         Patch(facecolor="#333333", alpha=0.2, label=words),
-        Patch(**NULL, label="null interval") if "null_low" in table else None,
+        Patch(**NULL) if "null_low" in table else None,
         Line2D([], [], color="#333333", ls=":", label="steering layer") if mark else None,
     ]
     legend(panels, [handle for handle in handles if handle])
@@ -476,7 +443,7 @@ def effect_panels(
 
 def _logarithmic(panels: Sequence[Axes], table: pd.DataFrame) -> None:
     """One logarithmic scale, down to half of the smallest mean: a band below 0 ends there."""
-    drawn = table[[name for name in ("mean", "null_low") if name in table]].to_numpy(float)
+    drawn = table.filter(["mean", "null_low"]).to_numpy(float)
     drawn = drawn[drawn > 0]
     for axes in panels:
         if axes.lines and len(drawn):
@@ -485,19 +452,6 @@ def _logarithmic(panels: Sequence[Axes], table: pd.DataFrame) -> None:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def released_effects(
-    panels: Sequence[Axes],
-    table: pd.DataFrame,
-    *,
-    label: str,
-    band: str = "interval",
-    mark: Mapping[str, int] | None = None,
-) -> Sequence[Axes]:
-    """:func:`effect_panels` of released values, which some behaviours do not have."""
-    absent = "left out:\nno released values"
-    return effect_panels(panels, table, label=label, band=band, mark=mark, absent=absent)
 
 
 def doses(figure: Figure, table: pd.DataFrame) -> Figure:
@@ -520,15 +474,13 @@ def doses(figure: Figure, table: pd.DataFrame) -> Figure:
                 continue
             own = (table["steered"] == name) & (table["metric"] == "token fraction")
             _dose(axes, table[own | (table["metric"] == name)], name)
-        line[0].set_ylabel(
-            "own token fraction" if names[0] in STEERED else line[0].get_ylabel()
-        )
+    grid[0, 0].set_ylabel("own token fraction")
     for axes in grid[-1]:
         axes.set_xlabel("coefficient")
     names = [name for name in STEERED if name in set(table["steered"])]
     lines = [Line2D([], [], color=COLOURS[n], marker=MARKERS[0], label=n) for n in names]
     band = Patch(facecolor="#333333", alpha=0.2, label="95% interval")
-    legend(figure.axes, [*lines, band, Patch(**NULL, label="null interval")], columns=3)
+    legend(figure.axes, [*lines, band, Patch(**NULL)], columns=3)
     return figure
 
 
@@ -539,11 +491,10 @@ def _dose(axes: Axes, rows: pd.DataFrame, title: str) -> None:
         missing(axes, "unavailable")
         return
     # A push of length 0 is the baseline, whatever its direction: no width there.
-    null = rows.assign(
-        low=rows["null_low"].where(rows["coefficient"] != 0, rows["value"]),
-        high=rows["null_high"].where(rows["coefficient"] != 0, rows["value"]),
-    )
-    null = null.groupby("coefficient").agg({"low": "min", "high": "max"}).dropna()
+    zero = rows["coefficient"] == 0
+    low, high = (rows[end].mask(zero, rows["value"]) for end in ("null_low", "null_high"))
+    null = rows.assign(low=low, high=high).groupby("coefficient")
+    null = null.agg({"low": "min", "high": "max"}).dropna()
     if len(null) > 1:
         axes.fill_between(null.index, null["low"], null["high"], **NULL)
     for name, line in rows[rows["value"].notna()].groupby("steered", sort=False):
@@ -576,15 +527,11 @@ def sweep(
         for coefficient, rows in found.groupby("coefficient"):
             mode, hatch = ("positive", "//////") if coefficient > 0 else ("negative", "......")
             colour, at, sign = MODES[mode], rows["layer"], f"{coefficient:+g}"
-            look = NULL | {
-                "edgecolor": colour,
-                "hatch": hatch,
-                "label": f"null interval {sign}",
-            }
             axes.plot(at, rows["value"], color=colour, marker=MARKERS[0], label=sign)
             edges = rows["ci_low"], rows["ci_high"]
             axes.fill_between(at, *edges, color=colour, alpha=0.15, linewidth=0)
-            axes.fill_between(at, rows["null_low"], rows["null_high"], **look)
+            look = {"edgecolor": colour, "hatch": hatch, "label": f"null interval {sign}"}
+            axes.fill_between(at, rows["null_low"], rows["null_high"], **NULL | look)
         plain = found["plain"].iloc[0]
         axes.axhline(plain, color=MODES["plain"], linestyle="--", label="baseline")
         if name in marks:
@@ -605,29 +552,33 @@ def _shares(axes: Axes) -> None:
 # --- chains ------------------------------------------------------------------------------
 
 
-def chain(
-    axes: Axes,
-    text: str,
-    segments: Sequence[PlacedSegment],
-    *,
-    title: str,
-    width: int = LINE,
-    rows: int | None = None,
-) -> Axes:
-    """A chain as text, the background of every segment in the colour of its behaviour.
+def chains(figure: Figure, shown: Sequence[tuple[str, str, Sequence[PlacedSegment]]]) -> Figure:
+    """Chains side by side, each given as title, text and segments, below a legend; the
+    background of every segment has the colour of its behaviour.
 
-    ``rows`` is how many lines the axes have room for (as many as the text has, unless said): a
-    longer text ends in a line that tells how much is left out.
+    The figure is made as high as the longest of them needs, up to :data:`MOST_LINES`: a longer
+    text ends in a line that tells how much is left out.
     """
+    rows = max(1, *(len(wrapped(text)) for _, text, _ in shown))
+    rows = min(MOST_LINES, rows)
+    figure.set_figheight(LINE_HEIGHT * rows + HEAD_AND_FOOT)
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (title, text, segments) in zip(panels, shown, strict=True):
+        _chain(axes, text, segments, rows)
+        axes.set_title(textwrap.fill(title, LINE), loc="left", fontsize=8)
+    patches = [Patch(facecolor=COLOURS[name], alpha=0.5, label=name) for name in BEHAVIOURS]
+    legend(panels, patches, columns=3)
+    return figure
+
+
+def _chain(axes: Axes, text: str, segments: Sequence[PlacedSegment], rows: int) -> None:
+    """A chain letter by letter on axes with room for so many lines."""
     labels = np.full(len(text), "", dtype=object)
     for segment in segments:
         labels[segment.start : segment.end] = segment.label
-    lines = wrapped(text, width)
-    rows = max(1, len(lines)) if rows is None else rows
     axes.set_axis_off()
-    axes.set_title(textwrap.fill(title, width), loc="left", fontsize=8)
-    axes.set_xlim(0, width)
-    axes.set_ylim(rows - 0.5, -0.5)
+    axes.set(xlim=(0, LINE), ylim=(rows - 0.5, -0.5))
+    lines = wrapped(text)
     drawn = lines if len(lines) <= rows else lines[: rows - 1]
     letter = {"family": "monospace", "fontsize": 7, "ha": "center", "va": "center"}
     for row, (start, stop) in enumerate(drawn):
@@ -640,44 +591,23 @@ def chain(
     if len(drawn) < len(lines):
         note = f"(and {len(text) - lines[rows - 1][0]} more characters)"
         axes.text(0, rows - 1, note, fontsize=7, style="italic", va="center")
-    return axes
 
 
-def wrapped(text: str, width: int) -> list[tuple[int, int]]:
+def wrapped(text: str, width: int = LINE) -> list[tuple[int, int]]:
     """Start and end of lines of at most ``width`` characters, broken at spaces."""
     line = rf"(.{{1,{width}}}(?=[ \n]|\Z)|.{{1,{width}}}|(?=\n))[ \n]?"
     return [match.span(1) for match in re.finditer(line, text)]
 
 
-def chains(figure: Figure, shown: Sequence[tuple[str, str, Sequence[PlacedSegment]]]) -> Figure:
-    """Chains side by side, each given as title, text and segments, below a legend.
-
-    The figure is made as high as the longest of them needs, up to :data:`MOST_LINES`.
-    """
-    rows = max(1, *(len(wrapped(text, LINE)) for _, text, _ in shown))
-    rows = min(MOST_LINES, rows)
-    figure.set_figheight(LINE_HEIGHT * rows + HEAD_AND_FOOT)
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axes, (title, text, segments) in zip(panels, shown, strict=True):
-        chain(axes, text, segments, title=title, rows=rows)
-    patches = [Patch(facecolor=COLOURS[name], alpha=0.5, label=name) for name in BEHAVIOURS]
-    legend(panels, patches, columns=3)
-    return figure
-
-
 def pair(figure: Figure, shown: tuple[Steered, Steered] | None) -> Figure:
     """:func:`chains` of a baseline and a steered response, or a line that there are none."""
     if shown is None:
-        axes = figure.subplots()
-        missing(axes, "nothing to show: nothing was steered, or no chain rose")
+        missing(figure.subplots(), "nothing to show: nothing was steered, or no chain rose")
         return figure
     baseline, steered = shown
     added = f"{steered.coefficient:+g} {steered.direction}, layer {steered.layer}"
-    titles = f"baseline, task {baseline.task_id}", added
-    return chains(
-        figure,
-        [
-            (title, one.response.thinking, one.annotation.segments if one.annotation else ())
-            for title, one in zip(titles, shown, strict=True)
-        ],
-    )
+    texts = [
+        (title, one.response.thinking, one.annotation.segments if one.annotation else ())
+        for title, one in ((f"baseline, task {baseline.task_id}", baseline), (added, steered))
+    ]
+    return chains(figure, texts)

@@ -62,12 +62,9 @@ def growth(
 
     ``cosines`` and ``counts`` of spans are ``[shares, N]``, at one layer.
     """
-    rows = [
-        (name, share, int(counts[i, j]), float(cosines[i, j]))
-        for i, share in enumerate(shares)
-        for j, name in enumerate(behaviours)
-    ]
-    return pd.DataFrame(rows, columns=["behaviour", "share", "spans", "cosine"])
+    found = pd.MultiIndex.from_product([shares, behaviours], names=["share", "behaviour"])
+    found = found.to_frame(index=False)[["behaviour", "share"]]
+    return found.assign(spans=np.ravel(counts), cosine=np.ravel(cosines))
 
 
 def layer_text(chosen: Mapping[str, int]) -> str:
@@ -102,22 +99,11 @@ def wide(
     """One row for each of ``rows``, one column for each of ``columns``, both in the order in
     which they occur, a missing cell NaN.
 
-    Nothing is averaged: two numbers for one cell are a ``ValueError`` that names them (pandas'
-    ``pivot_table`` would silently show their mean).
+    Nothing is averaged: two numbers for one cell are a ``ValueError`` (pandas' ``pivot_table``
+    would silently show their mean).
     """
-    keys = [*rows, columns]
-    twice = table[table.duplicated(keys, keep=False)]
-    if not twice.empty:
-        cell = ", ".join(f"{name} {twice.iloc[0][name]!r}" for name in keys)
-        differ = [n for n in table if n not in (*keys, values) and twice[n].nunique() > 1]
-        raise ValueError(
-            f"{len(twice)} rows share cells with others (first: {cell}); nothing is averaged: "
-            f"add to rows what tells them apart, of {', '.join(differ) or 'no column'}"
-        )
-    order = pd.MultiIndex.from_frame(table[list(rows)].drop_duplicates())
-    found = table.set_index(keys)[values].unstack(columns)
-    if len(rows) == 1:
-        order = order.get_level_values(0)
+    found = table.pivot(index=[*rows], columns=columns, values=values)
+    order = table.set_index([*rows]).index.unique()
     return found.reindex(order).reindex(columns=table[columns].drop_duplicates())
 
 
