@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from stllms.config import GYM
-from stllms.fixtures import grammar
 from stllms.records import Task
+from stllms.registry import FIXTURES
 
 #: The parts that ship with the package, one file each.
 PARTS = ("train", "evaluate", "checkable")
@@ -49,7 +49,8 @@ def select(part: str, *, source: str, n: int, skip: int = 0, seed: int = 0) -> l
     """``n`` tasks of a run: ``part`` is ``build``, ``evaluate`` or ``compare``.
 
     Args:
-        source: ``grammar`` (of the embedded models); ``messages`` (``compare``: a balanced
+        source: ``grammar`` (questions of the embedded models, where each seed takes the next
+            ``n`` of 1000 to build and 400 to evaluate); ``messages`` (``compare``: a balanced
             sample of the training tasks, method, section 1) or ``checkable``, which evaluates
             on the tasks that have exact answers; ``gym:NAME``, a dataset of reasoning-gym in
             three parts that share no question; else the path of a person's file.
@@ -64,7 +65,10 @@ def select(part: str, *, source: str, n: int, skip: int = 0, seed: int = 0) -> l
             f"unknown part {part!r} of a run: choose one of {', '.join(PARTS_OF_RUN)}"
         )
     if source == "grammar":
-        return grammar.tasks("build" if part == "build" else "evaluate", n, seed=seed)
+        questions = from_file(FIXTURES / f"{'build' if part == 'build' else 'evaluate'}.jsonl")
+        _check_number(n, len(questions), f"{source}, {part}")
+        first = seed * n % len(questions)
+        return (questions + questions)[first : first + n]
     if source in ("messages", "checkable"):
         if part == "compare":
             return balanced_sample(load("train"), n, seed)
@@ -205,7 +209,6 @@ def _field(row: dict[str, object], key: str, where: str) -> str:
         return value
     problem = "empty" if isinstance(value, str) else f"expected a string, got {value!r:.40}"
     raise ValueError(f"{where}, field {key!r}: {problem if key in row else 'missing'}")
-
 
 
 # -- reasoning-gym -------------------------------------------------------------------------
