@@ -97,22 +97,6 @@ def before(response: Response) -> str:
     return response.text[: response.thinking_start].replace(OPEN, "").strip()
 
 
-def irregular(responses: Sequence[Response]) -> dict[str, int]:
-    """How many responses use the tags otherwise than once each around the thinking.
-
-    ``"<think> again"`` (counting the one in the prompt), ``"</think> again"``, ``"text before
-    <think>"``: in all three cases the text is kept (:func:`split`).
-    """
-    return {
-        f"{OPEN} again": sum(
-            one.prompt_text.rstrip().endswith(OPEN) + one.text.count(OPEN) > 1
-            for one in responses
-        ),
-        f"{CLOSE} again": sum(one.text.count(CLOSE) > 1 for one in responses),
-        f"text before {OPEN}": sum(bool(before(one)) for one in responses),
-    }
-
-
 def same(
     path: Path, stored: Iterable[Response], prompt_ids: Mapping[str, Sequence[int]]
 ) -> None:
