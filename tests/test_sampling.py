@@ -426,16 +426,10 @@ def test_a_resumed_run_audits_all_its_tokens(tiny_llama, tmp_path, monkeypatch):
     cut = tiny.killed(whole, "cut.jsonl", b"".join(lines[:4]))
     again = chains.responses(tiny_llama, TASKS, store=cut, **OPTIONS)
     assert runs_audit.audit(again) == wanted
-
-
-def test_rows_of_before_the_audit_are_read_and_counted(tiny_llama, tmp_path):
-    whole = Rows(tmp_path / "whole.jsonl")
-    made = chains.responses(tiny_llama, TASKS[:2], store=whole, **OPTIONS)
-    first, second = whole.load()
-    del first["audit"]
-    content = "".join(f"{json.dumps(row)}\n" for row in (first, second))
-    store = tiny.killed(whole, "old.jsonl", content.encode())
-    found = chains.responses(tiny_llama, TASKS[:2], store=store, **OPTIONS)
+    first = json.loads(lines[0])
+    del first["audit"]  # a row of before there was an audit
+    old = tiny.killed(whole, "old.jsonl", json.dumps(first).encode() + b"\n")
+    found = chains.responses(tiny_llama, TASKS, store=old, **OPTIONS)
     assert found == made
     assert runs_audit.audit(found).unaudited == 1
 
@@ -451,17 +445,14 @@ def test_generation_and_steering_stop_where_the_audit_fails(
     tiny_llama, monkeypatch, temperature
 ):
     options = OPTIONS | {"temperature": temperature}
-    stages = {
-        "responses": lambda: chains.responses(tiny_llama, TASKS, **options),
-        "generate": lambda: conditions.generate(tiny_llama, TASKS, [None] * 7, **options),
-    }
-    for write in stages.values():
-        assert len(write()) == 7
+    stages = (
+        lambda: chains.responses(tiny_llama, TASKS, **options),
+        lambda: conditions.generate(tiny_llama, TASKS, [None] * 7, **options),
+    )
+    assert [len(write()) for write in stages] == [7, 7]
     monkeypatch.setattr(sampling, "choose", uniform)
-    for write in stages.values():
-        with pytest.raises(
-            runs_audit.SamplingError, match="not drawn from the model's distrib"
-        ):
+    for write in stages:
+        with pytest.raises(runs_audit.SamplingError, match="not drawn from the model's dist"):
             write()
 
 

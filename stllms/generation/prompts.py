@@ -244,10 +244,8 @@ def _from_row(row: Any, number: int, place: str) -> Response:
     for key, whole in FIELDS.items():
         if isinstance(row.get(key), str):
             return _chain(str(task_id), row[key], whole=whole)
-    texts = [f"{name} that is {kind(row[name])}" for name in FIELDS if name in row]
-    names = [name if name.isprintable() else repr(name) for name in row]
-    found = "; ".join(texts) or ", ".join(names[:10]) or "nothing"
-    raise BadFile(f"{place}: expected one of {', '.join(FIELDS)}; it has {found[:300]}")
+    found = ", ".join(f"{name!r} ({kind(value)})" for name, value in row.items())
+    raise BadFile(f"{place}: expected one of {', '.join(FIELDS)} as text; it has {found:.300}")
 
 
 def _chain(task_id: str, text: str, *, whole: bool) -> Response:
