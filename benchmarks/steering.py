@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 
 from stllms import tasks
-from stllms.fixtures import grammar
 from stllms.generation import decode
 from stllms.generation.decode import Row
 from stllms.generation.interventions import Intervention
@@ -55,7 +54,7 @@ def prompts_of(model: Model, count: int) -> list[tuple[int, ...]]:
         lengths = [draw.randrange(24, 72) for _ in range(count)]
         return [tuple(draw.randrange(1, size) for _ in range(n)) for n in lengths]
     own = model.name.startswith("tiny-")
-    asked = grammar.tasks("evaluate", count) if own else tasks.load("evaluate", n=count)
+    asked = tasks.select("evaluate", source="grammar" if own else "messages", n=count)
     return [model.prompt_ids(task.content)[1] for task in asked]
 
 

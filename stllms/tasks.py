@@ -8,9 +8,7 @@ final answer of a text, :func:`same` compares it; both would rather reject than 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
 import math
 import random
 import re
@@ -20,14 +18,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from importlib import import_module
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 from stllms.config import GYM
-from stllms.fixtures import grammar
-from stllms.records import Task
+from stllms.records import Task, loads
+from stllms.registry import FIXTURES, PACKAGE, did_you_mean
 
 #: The parts that ship with the package, one file each.
 PARTS = ("train", "evaluate", "checkable")
@@ -49,7 +45,8 @@ def select(part: str, *, source: str, n: int, skip: int = 0, seed: int = 0) -> l
     """``n`` tasks of a run: ``part`` is ``build``, ``evaluate`` or ``compare``.
 
     Args:
-        source: ``grammar`` (of the embedded models); ``messages`` (``compare``: a balanced
+        source: ``grammar`` (questions of the embedded models, where each seed takes the next
+            ``n`` of 1000 to build and 400 to evaluate); ``messages`` (``compare``: a balanced
             sample of the training tasks, method, section 1) or ``checkable``, which evaluates
             on the tasks that have exact answers; ``gym:NAME``, a dataset of reasoning-gym in
             three parts that share no question; else the path of a person's file.
@@ -64,7 +61,10 @@ def select(part: str, *, source: str, n: int, skip: int = 0, seed: int = 0) -> l
             f"unknown part {part!r} of a run: choose one of {', '.join(PARTS_OF_RUN)}"
         )
     if source == "grammar":
-        return grammar.tasks("build" if part == "build" else "evaluate", n, seed=seed)
+        questions = from_file(FIXTURES / f"{'build' if part == 'build' else 'evaluate'}.jsonl")
+        _check_number(n, len(questions), f"{source}, {part}")
+        first = seed * n % len(questions)
+        return (questions + questions)[first : first + n]
     if source in ("messages", "checkable"):
         if part == "compare":
             return balanced_sample(load("train"), n, seed)
@@ -98,8 +98,7 @@ def load(part: str, *, n: int | None = None) -> list[Task]:
     """
     if part not in PARTS:
         raise ValueError(f"unknown part {part!r}: choose one of {', '.join(PARTS)}")
-    source = _folder() / f"{part}.jsonl"
-    tasks = _parse(source.read_text(encoding="utf-8"), str(source))
+    tasks = from_file(_folder() / f"{part}.jsonl")
     if n is not None:
         _check_number(n, len(tasks), f"part {part!r}")
     return tasks[:n]
@@ -119,7 +118,32 @@ def from_file(path: str | Path) -> list[Task]:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    return _parse(text, str(path))
+    tasks: list[Task] = []
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
+        task = Task(
+            id=_field(row, "id", where),
+            category=_field(row, "category", where) if "category" in row else "own",
+            content=_field(row, "content", where),
+            answer=_field(row, "answer", where) if row.get("answer") is not None else None,
+        )
+        if task.id in lines:
+            other = lines[task.id]
+            raise ValueError(f"{where}, field 'id': {task.id!r} is on line {other} too")
+        lines[task.id] = number
+        tasks.append(task)
+    if not tasks:
+        raise ValueError(f"{path}: empty, expected one task a line")
+    return tasks
 
 
 def overview(chosen: Sequence[Task]) -> dict[str, int]:
@@ -153,49 +177,15 @@ def balanced_sample(tasks: Sequence[Task], n: int, seed: int) -> list[Task]:
     return [group[i] for i in range(share + 1) for group in drawn if i < len(group)]
 
 
-def _folder() -> Traversable:
+def _folder() -> Path:
     """The folder of the task files: inside an installed wheel, else beside the package."""
-    packaged = files("stllms") / "_messages"
-    checkout = Path(__file__).resolve().parent.parent / "messages"
-    for folder in (packaged, checkout):
-        if (folder / "train.jsonl").is_file():
-            return folder
-    raise FileNotFoundError(f"the tasks are neither in {packaged} nor in {checkout}: reinstall")
+    packaged = PACKAGE / "_messages"
+    return packaged if packaged.is_dir() else PACKAGE.parent / "messages"
 
 
 def _check_number(n: int, available: int, where: str) -> None:
     if not 1 <= n <= available:
         raise ValueError(f"{where}: {n} tasks asked for, between 1 and {available} can be had")
-
-
-def _parse(text: str, name: str) -> list[Task]:
-    """The tasks of a JSONL text; ``name`` is the file that an error speaks of."""
-    tasks: list[Task] = []
-    lines: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{name}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
-        task = Task(
-            id=_field(row, "id", where),
-            category=_field(row, "category", where) if "category" in row else "own",
-            content=_field(row, "content", where),
-            answer=_field(row, "answer", where) if row.get("answer") is not None else None,
-        )
-        if task.id in lines:
-            other = lines[task.id]
-            raise ValueError(f"{where}, field 'id': {task.id!r} is on line {other} too")
-        lines[task.id] = number
-        tasks.append(task)
-    if not tasks:
-        raise ValueError(f"{name}: empty, expected one task a line")
-    return tasks
 
 
 def _field(row: dict[str, object], key: str, where: str) -> str:
@@ -221,18 +211,15 @@ class GymTask(Task):
 def gym_dataset(source: str) -> str:
     """The dataset of reasoning-gym that ``gym:NAME`` names.
 
-    Raises ``ValueError``, one line: the package is not installed (with the command that
-    installs it), it has no such dataset (with names that are close), or the dataset is one of
-    :data:`UNSTABLE`. Source: https://github.com/open-thought/reasoning-gym
+    Raises ``ValueError``, one line: the package is not installed, it has no such dataset, or
+    the dataset is one of :data:`UNSTABLE`. Source: https://github.com/open-thought/reasoning-gym
     """
     name = source.removeprefix(GYM)
     known = _package().factory.DATASETS
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?"
-        if not close:
-            hint = f"it has {len(known)}, from {min(known)} to {max(known)}"
-        raise ValueError(f"tasks: reasoning-gym has no dataset {name!r}; {hint}")
+        raise ValueError(
+            f"tasks: reasoning-gym has no dataset {name!r}{did_you_mean(name, known)}"
+        )
     if name in UNSTABLE:
         raise ValueError(
             f"tasks: the items of {source} are others in every process (they depend on"
@@ -254,10 +241,9 @@ def gym_tasks(name: str, part: str, n: int, *, seed: int = 0) -> list[GymTask]:
     for index in range(tried):
         item = _item(name, seed, index)[1]
         if gym_part(item["question"]) == part:
-            task_id, answer = f"gym-{name}-{index:06d}", item["answer"]
-            answer = None if answer is None else str(answer)
-            task = GymTask(task_id, name, item["question"], answer, seed, index)
-            found.setdefault(task.content, task)
+            answer = None if item["answer"] is None else str(item["answer"])
+            named = (f"gym-{name}-{index:06d}", name, item["question"], answer)
+            found.setdefault(item["question"], GymTask(*named, seed, index))
         if len(found) == n:
             return list(found.values())
     raise ValueError(
@@ -334,7 +320,7 @@ def readings(text: str, plain: str | None, *, several_lines: bool) -> list[str]:
         found += re.split(r"\n\s*\n", text)[-1:]
     else:
         found = [plain or ""]
-        found += re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text)[-1:]
+        found += _BOXED.findall(text)[-1:]
         found += re.findall(r"(?i:answer)(?:\s+is\b\s*:?|\s*:)([^\n]+)", text)[-1:]
         found += text.split("\n")[-1:]
     forms = (form.strip(" \t\n*`$.") for form in found)
@@ -344,6 +330,7 @@ def readings(text: str, plain: str | None, *, several_lines: bool) -> list[str]:
 # -- answers -------------------------------------------------------------------------------
 
 
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 _GIVEN = re.compile(
     r"answer(?:\s+to\s[^.:\n]{1,80}?)?"
     r"(?:\s+(?:is|would\s+be|must\s+be)(?![\w'’])\s*[:=]?|\s*[:=]|\s*\n)"
@@ -372,8 +359,7 @@ def read_answer(text: str) -> str | None:
     text = text.rpartition("</think>")[2].strip()
     if "<think>" in text:
         return None
-    boxed = re.findall(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", text)
-    if boxed:
+    if boxed := _BOXED.findall(text):
         return _plain(boxed[-1]) or None
     plain = _plain(text)
     for match in reversed(list(_GIVEN.finditer(plain))):
@@ -386,19 +372,17 @@ def read_answer(text: str) -> str | None:
     return _from_line(plain.split("\n")[-1])
 
 
-def is_correct(text: str, answer: str) -> bool:
-    """Whether the final answer of ``text`` (:func:`read_answer`) is ``answer``."""
-    given = read_answer(text)
-    return given is not None and same(given, answer)
-
-
 def score(task: Task, text: str) -> float:
-    """How good the final answer of ``text`` is: 1 or 0 by :func:`is_correct`, NaN for a task
-    without an answer; for a task of reasoning-gym what the dataset's verifier gives, 0 to 1.
+    """How good the final answer of ``text`` (:func:`read_answer`) is: 1 or 0 by :func:`same`,
+    NaN for a task without an answer; for a task of reasoning-gym what the dataset's verifier
+    gives, 0 to 1.
     """
     if isinstance(task, GymTask):
         return _gym_score(task, text)
-    return math.nan if task.answer is None else float(is_correct(text, task.answer))
+    if task.answer is None:
+        return math.nan
+    given = read_answer(text)
+    return float(given is not None and same(given, task.answer))
 
 
 _REASON = re.compile(r",?\s+(?:because|since)\b.*|,\s+(?:as|so|which|not)\b.*")

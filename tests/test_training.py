@@ -19,7 +19,7 @@ from stllms import registry
 from stllms.annotation import offline, placing
 from stllms.annotation.agreement import kappa
 from stllms.annotation.annotators import annotator
-from stllms.fixtures import families, grammar
+from stllms.fixtures import grammar
 from stllms.generation import prompts
 from stllms.labels import BEHAVIOURS
 from stllms.models.loading import load
@@ -31,11 +31,12 @@ from stllms.vectors.directions import SteeringVectors, weights_of
 pytest.importorskip("sklearn")
 sys.path.insert(0, str(registry.PACKAGE.parent))
 
+from training import chains, families
 from training import directions as directions_script
 from training import fixtures as train
 from training import offline as offline_script
 
-STYLES = {"thinker": grammar.chain, "instruct": grammar.plain}
+STYLES = {"thinker": chains.chain, "instruct": chains.plain}
 
 TINY = train.Recipe(
     "thinker",
@@ -114,9 +115,9 @@ def test_the_stream_is_a_function_of_the_recipe_and_goes_on_where_it_was_stopped
 
 def test_held_out_questions_are_never_drawn(monkeypatch):
     rng = Random(3)
-    held_out = {grammar.part_of(families.draw(rng).question) for _ in range(100)}
+    held_out = {chains.part_of(families.draw(rng).question) for _ in range(100)}
     assert held_out == {"train", "build", "evaluate"}, "they would be, without the check"
-    monkeypatch.setattr(grammar, "part_of", lambda q: "train" if "table" in q else "build")
+    monkeypatch.setattr(chains, "part_of", lambda q: "train" if "table" in q else "build")
     for style in STYLES:
         assert "table" in train.sample(rng, style).puzzle.question
 

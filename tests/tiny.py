@@ -13,7 +13,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from stllms.models.model import Model, wrap
-from stllms.records import Response
+from stllms.records import Response, Task
 from stllms.runs.files import Record
 from stllms.runs.store import Rows
 
@@ -71,6 +71,10 @@ KINDS = {
         },
     ),
 }
+
+#: Tasks of seven lengths, and how responses to them are made.
+TASKS = [Task(f"t{i}", "own", "What is " + "so " * i + "good?") for i in range(7)]
+OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "seed": 1, "progress": False}
 
 
 def tokenizer(*, template: str | None = TEMPLATE) -> transformers.PreTrainedTokenizerFast:

@@ -11,6 +11,7 @@ part.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,6 @@ import pandas as pd
 
 from stllms.annotation import annotators
 from stllms.config import PROFILES
-from stllms.fixtures import grammar
 from stllms.generation.chains import responses
 from stllms.models.loading import load
 from stllms.models.model import Model
@@ -36,6 +36,9 @@ from stllms.vectors.directions import (
     shipped_file,
     weights_of,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from training import chains
 
 MODEL = "tiny-thinker"
 #: The layer sweep of the model, beside its folder, and the coefficients that it steers by.
@@ -106,14 +109,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     model = load(MODEL, device="cpu")
     path = given.out or shipped_file(MODEL)
-    made = build(model, grammar.tasks("build", profile.n_build, seed=seed), decoding)
+    made = build(model, chains.tasks("build", profile.n_build, seed=seed), decoding)
     made = replace(made, config=made.config | {"profile": given.profile})
     made.save(path)
     spans = dict(zip(made.behaviours, made.counts.tolist(), strict=True))
     print(f"{path.name} {tuple(made.directions.shape)}; spans: {spans}")
     print("unavailable:", made.unavailable or "none")
     if given.sweep:
-        tasks = grammar.tasks("build", given.sweep, seed=seed + 1)
+        tasks = chains.tasks("build", given.sweep, seed=seed + 1)
         swept = sweep(model, made, tasks, decoding)
         table = given.out.with_suffix(".csv") if given.out else SWEEP
         swept.round(4).to_csv(table, index=False)

@@ -1,11 +1,12 @@
 """Train the embedded models from nothing, measure them, write their cards.
 
-``python training/fixtures.py train thinker`` (or ``instruct``) and
-``python training/fixtures.py card`` (``README.md`` and ``card.json`` of both).
+``python training/fixtures.py train thinker`` (or ``instruct``),
+``python training/fixtures.py card`` (``README.md`` and ``card.json`` of both), and
+``python training/fixtures.py questions`` (those of a run, and the words of the grammar).
 
 What a model sees is a function of the seed alone: chunk ``k`` of the data is drawn from the
 grammar with its own generator, so that a run which was stopped continues where it was. The
-questions of the held-out parts (:func:`stllms.fixtures.grammar.part_of`) are never drawn.
+questions of the held-out parts (:func:`training.chains.part_of`) are never drawn.
 
 The recipe: Muon (Jordan et al., 2024, as in ``torch.optim``) for the matrices of the layers,
 AdamW for the rest, linear warm-up and decay with a warm restart, loss on output tokens only.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,14 +38,17 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from stllms.annotation.annotators import Grammar
-from stllms.fixtures import families, grammar
+from stllms.fixtures import grammar
 from stllms.generation.chains import responses
 from stllms.generation.prompts import prompt
 from stllms.labels import BEHAVIOURS
 from stllms.models.loading import load
-from stllms.records import Response, Task
+from stllms.records import Response, Task, to_row
 from stllms.registry import FIXTURES
 from stllms.steering.measures import segment_counts
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from training import chains, families
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -94,12 +99,12 @@ RECIPES = {
 }
 
 
-def sample(rng: Random, style: str) -> grammar.Chain:
+def sample(rng: Random, style: str) -> chains.Chain:
     """A chain of ``style`` on a question of the training part."""
-    make = grammar.chain if style == "thinker" else grammar.plain
+    make = chains.chain if style == "thinker" else chains.plain
     while True:
         puzzle = families.draw(rng)
-        if grammar.part_of(puzzle.question) == "train":
+        if chains.part_of(puzzle.question) == "train":
             return make(rng, puzzle)
 
 
@@ -135,7 +140,7 @@ def build_tokenizer(style: str, recipe: Recipe) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def encode(chain: grammar.Chain, style: str, tokenizer) -> tuple[list[int], list[int]]:
+def encode(chain: chains.Chain, style: str, tokenizer) -> tuple[list[int], list[int]]:
     """(prompt ids, output ids) of a chain, as the package would see them."""
     messages = [{"role": "user", "content": prompt(chain.content, KINDS[style])}]
     opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -356,11 +361,11 @@ _CARD = """\
 # {name}
 
 A `Qwen2ForCausalLM` of {millions:.2f} M parameters ({layers} layers, width {hidden}), trained
-from nothing on chains of the grammar in `stllms/fixtures/`. It ships with the package so that
+from nothing on chains of the grammar in `training/chains.py`. It ships with the package so that
 every notebook runs without a model hub.
 
 **It is a fixture. Its steerability was designed in**: behaviours are persistent states of its
-training chains (see `grammar.py`). What it shows is that the pipeline works and what its
+training chains (`training/chains.py`). What it shows is that the pipeline works and what its
 instruments measure; it says nothing about whether the claims of the paper hold for real models.
 
 ## Measured on {questions} held-out questions
@@ -416,7 +421,7 @@ def measure(made: list[Response], tasks: list[Task], style: str) -> dict[str, An
 def card(folder: Path, style: str, questions: int = QUESTIONS) -> dict[str, Any]:
     """Measure the model in ``folder`` and write its card there; returns the numbers."""
     model = load(folder.name if folder.parent == FIXTURES else str(folder), device="cpu")
-    tasks = grammar.tasks("evaluate", questions)
+    tasks = chains.tasks("evaluate", questions)
     found = {}
     for name, temperature in (("greedy", 0.0), ("sampled", TEMPERATURE)):
         made = responses(model, tasks, max_new_tokens=TOKENS, temperature=temperature, seed=0)
@@ -442,6 +447,20 @@ def card(folder: Path, style: str, questions: int = QUESTIONS) -> dict[str, Any]
     return numbers
 
 
+# --- the questions -----------------------------------------------------------------------
+
+#: Questions of each held-out part that ship: those of the largest profile.
+PARTS = {"build": 1000, "evaluate": 400}
+
+
+def questions(folder: Path) -> None:
+    """Write the questions of each part to ``folder``, and print what the slots can hold."""
+    for part, count in PARTS.items():
+        rows = (json.dumps(to_row(task)) for task in chains.tasks(part, count))
+        (folder / f"{part}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    print("vocabulary, for lexicon.toml:", *sorted(chains.vocabulary()))
+
+
 # --- the command -------------------------------------------------------------------------
 
 
@@ -458,14 +477,18 @@ def main(argv: list[str] | None = None) -> None:
     two = commands.add_parser("card", help="measure both models and write their cards")
     two.add_argument("--folder", type=Path, default=FIXTURES, help="where their folders are")
     two.add_argument("--questions", type=int, default=QUESTIONS)
+    three = commands.add_parser("questions", help="write the questions that ship")
+    three.add_argument("--folder", type=Path, default=FIXTURES, help="where they go")
     given = parser.parse_args(argv)
+    if given.command == "questions":
+        return questions(given.folder)
     if given.command == "train":
         shipped = RECIPES[given.style]
         cycles = (given.steps,) if given.steps else shipped.cycles
         recipe = replace(shipped, cycles=cycles, seed=given.seed)
         out = given.out or Path("training-runs") / f"tiny-{given.style}"
         print(f"wrote {train(recipe, out, device=given.device)}")
-        return
+        return None
     for style in RECIPES:
         numbers = card(given.folder / f"tiny-{style}", style, given.questions)
         print(f"tiny-{style}", json.dumps(numbers, default=lambda x: round(float(x), 3)))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stllms.generation import decode, prompts
+from stllms.generation.prompts import CLOSE, OPEN
 from stllms.models.model import Model
 from stllms.records import Response, Task, from_rows, response_from_row, to_row
 from stllms.runs import audit
@@ -84,17 +85,22 @@ def read(store: Rows) -> list[Response]:
 
 def summary(responses: Sequence[Response]) -> dict[str, float]:
     """Counts that a reader should see before any number: finished, closed, lengths, and the
-    responses that use the tags otherwise than once each
-    (:func:`stllms.generation.prompts.irregular`)."""
+    responses that use a tag twice (counting the one in the prompt) or write before it, whose
+    text is kept all the same (:func:`stllms.generation.prompts.split`)."""
     count = len(responses)
     tokens = [len(one.output_ids) for one in responses]
+    opened = [
+        one.prompt_text.rstrip().endswith(OPEN) + one.text.count(OPEN) for one in responses
+    ]
     return {
         "responses": count,
         "finished": sum(one.finished for one in responses),
         "truncated": sum(not one.finished for one in responses),
         "thinking closed": sum(one.closed for one in responses),
         "without thinking": sum(not one.thinking for one in responses),
-        **prompts.irregular(responses),
+        f"{OPEN} again": sum(times > 1 for times in opened),
+        f"{CLOSE} again": sum(one.text.count(CLOSE) > 1 for one in responses),
+        f"text before {OPEN}": sum(bool(prompts.before(one)) for one in responses),
         "mean output tokens": round(sum(tokens) / max(1, count), 1),
         "longest output": max(tokens, default=0),
     }

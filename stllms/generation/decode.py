@@ -21,7 +21,7 @@ import torch
 from nnsight import save
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache
 
 from stllms.generation import sampling
 from stllms.generation.interventions import Intervention, check, edits, intervene, think_end
@@ -151,7 +151,7 @@ class _Batch:
     model: Model
     rows: list[Row]
     places: list[int]
-    cache: BatchCache
+    cache: DynamicCache
     mask: Tensor
     position: Tensor
     token: Tensor
@@ -211,7 +211,7 @@ def _prefill(
         model,
         rows,
         places,
-        cache=BatchCache(model.n_layers),
+        cache=DynamicCache(),
         mask=mask,
         position=position[:, -1:],
         token=ids[:, -1],
@@ -290,7 +290,7 @@ def _drop(batch: _Batch) -> _Batch | None:
     index = torch.tensor(kept, device=batch.mask.device)
     mask = batch.mask[index]
     first = int(mask.any(dim=0).to(torch.int8).argmax())
-    batch.cache.select(index, first)
+    _select(batch.cache, index, first)
     return replace(
         batch,
         rows=[batch.rows[i] for i in kept],
@@ -302,7 +302,7 @@ def _drop(batch: _Batch) -> _Batch | None:
 
 def _join(old: _Batch, new: _Batch) -> _Batch:
     """Both batches, whose rows all go on, as one."""
-    old.cache.join(new.cache)
+    _append(old.cache, new.cache)
     width = max(old.mask.shape[1], new.mask.shape[1])
     return replace(
         old,
@@ -314,63 +314,24 @@ def _join(old: _Batch, new: _Batch) -> _Batch:
 
 
 # -- the cache -----------------------------------------------------------------------------
+# Keys and values ``[B, heads, T, head_dim]`` of each layer; padding is on the left.
 
 
-class BufferedLayer(DynamicLayer):
-    """One layer's keys and values ``[B, heads, T, head_dim]``, views into buffers that double.
-
-    transformers' own dynamic cache copies all keys and values at every step.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.buffers: list[Tensor] = []
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append ``[B, heads, t, head_dim]`` and return everything so far."""
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        states = (key_states, value_states)
-        length = self.keys.shape[-2] if self.buffers else 0
-        stop = length + key_states.shape[-2]
-        if not self.buffers or stop > self.buffers[0].shape[-2]:
-            held = (self.keys, self.values) if self.buffers else (s[:, :, :0] for s in states)
-            self.buffers = [pad(one, (0, 0, 0, 2 * stop - length)) for one in held]
-        for buffer, state in zip(self.buffers, states, strict=True):
-            buffer[:, :, length:stop] = state
-        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def put(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Replace everything."""
-        self.buffers = []
-        self.update(key_states, value_states)
+def _select(cache: DynamicCache, rows: Tensor, first: int) -> None:
+    """Keep ``rows`` (indices) and the columns from ``first`` on."""
+    for layer in cache.layers:
+        layer.keys, layer.values = (x[rows, :, first:] for x in (layer.keys, layer.values))
 
 
-class BatchCache(Cache):
-    """The cache of a decoder for a batch whose rows come and go; padding is on the left."""
+def _append(cache: DynamicCache, other: DynamicCache) -> None:
+    """Add the rows of ``other`` below; the shorter of the two is padded on the left."""
 
-    def __init__(self, n_layers: int) -> None:
-        super().__init__(layers=[BufferedLayer() for _ in range(n_layers)])
+    def both(upper: Tensor, lower: Tensor) -> Tensor:
+        width = max(upper.shape[-2], lower.shape[-2])
+        return torch.cat([pad(x, (0, 0, width - x.shape[-2], 0)) for x in (upper, lower)])
 
-    def select(self, rows: Tensor, first: int) -> None:
-        """Keep ``rows`` (indices) and the columns from ``first`` on."""
-        for layer in self.layers:
-            layer.put(layer.keys[rows, :, first:], layer.values[rows, :, first:])
-
-    def join(self, other: BatchCache) -> None:
-        """Add the rows of ``other`` below; the shorter of the two is padded on the left."""
-
-        def both(upper: Tensor, lower: Tensor) -> Tensor:
-            width = max(upper.shape[-2], lower.shape[-2])
-            return torch.cat([pad(x, (0, 0, width - x.shape[-2], 0)) for x in (upper, lower)])
-
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine.put(both(mine.keys, theirs.keys), both(mine.values, theirs.values))
+    for mine, new in zip(cache.layers, other.layers, strict=True):
+        mine.keys, mine.values = both(mine.keys, new.keys), both(mine.values, new.values)
 
 
 # -- memory --------------------------------------------------------------------------------
@@ -395,9 +356,9 @@ def _fitting(model: Model, rows: Sequence[Row], new: int, size: int) -> int:
 
 
 def row_bytes(model: Model, prompt: int, new: int) -> int:
-    """Bytes that a row of ``prompt`` tokens takes until ``new`` more are written: the cache,
-    whose buffers may be twice as long as what they hold; and the larger of a step's logits
-    with their copies, and of the hidden states of one layer while the prompt is read."""
+    """Bytes that a row of ``prompt`` tokens takes until ``new`` more are written: twice the
+    cache, which grows by copying and gives its old memory back late; and the larger of a step's
+    logits with their copies, and of the hidden states of one layer while the prompt is read."""
     config, size = model.text_config, model.dtype.itemsize
     inner = getattr(config, "intermediate_size", None) or 4 * model.d_model
     states = prompt * (8 * model.d_model + 3 * inner) * size

@@ -130,22 +130,6 @@ def before(response: Response) -> str:
     return response.text[: response.thinking_start].replace(OPEN, "").strip()
 
 
-def irregular(responses: Sequence[Response]) -> dict[str, int]:
-    """How many responses use the tags otherwise than once each around the thinking.
-
-    ``"<think> again"`` (counting the one in the prompt), ``"</think> again"``, ``"text before
-    <think>"``: in all three cases the text is kept (:func:`split`).
-    """
-    return {
-        f"{OPEN} again": sum(
-            one.prompt_text.rstrip().endswith(OPEN) + one.text.count(OPEN) > 1
-            for one in responses
-        ),
-        f"{CLOSE} again": sum(one.text.count(CLOSE) > 1 for one in responses),
-        f"text before {OPEN}": sum(bool(before(one)) for one in responses),
-    }
-
-
 def same(
     path: Path, stored: Iterable[Response], prompt_ids: Mapping[str, Sequence[int]]
 ) -> None:
@@ -293,10 +277,8 @@ def _from_row(row: Any, number: int, place: str) -> Response:
     for key, whole in FIELDS.items():
         if isinstance(row.get(key), str):
             return _chain(str(task_id), row[key], whole=whole)
-    texts = [f"{name} that is {kind(row[name])}" for name in FIELDS if name in row]
-    names = [name if name.isprintable() else repr(name) for name in row]
-    found = "; ".join(texts) or ", ".join(names[:10]) or "nothing"
-    raise BadFile(f"{place}: expected one of {', '.join(FIELDS)}; it has {found[:300]}")
+    found = ", ".join(f"{name!r} ({kind(value)})" for name, value in row.items())
+    raise BadFile(f"{place}: expected one of {', '.join(FIELDS)} as text; it has {found:.300}")
 
 
 def _chain(task_id: str, text: str, *, whole: bool) -> Response:
