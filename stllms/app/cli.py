@@ -272,7 +272,6 @@ def _complain(error: object, status: int) -> int:
 )
 @click.option("--quiet", is_flag=True, help="show neither the estimate nor the progress")
 @click.option("--list-models", is_flag=True, help="list the registry and stop")
-@click.option("--configuration", hidden=True)
 @click.pass_context
 def run(context: click.Context, **given: Any) -> None:
     """Run the notebooks for one or more models; what is done is skipped."""
@@ -289,7 +288,6 @@ def run(context: click.Context, **given: Any) -> None:
         runner.run(
             _configurations(given),
             **{name: given[name] for name in ("first", "last", "fresh", "quiet")},
-            report=not given["configuration"],  # a notebook that runs earlier ones shows none
         )
     except KeyboardInterrupt as stop:
         again = "the same command without --fresh" if given["fresh"] else "the same command"
@@ -299,8 +297,6 @@ def run(context: click.Context, **given: Any) -> None:
 
 def _configurations(given: dict[str, Any]) -> list[RunConfig]:
     """The configurations that the options of ``run`` name, one a model."""
-    if given["configuration"]:
-        return [RunConfig.from_parameters(**json.loads(given["configuration"]))]
     values = {name: given[name] for name in HELP}
     for text in given["option"]:
         name, _, value = text.partition("=")

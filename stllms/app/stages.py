@@ -9,18 +9,12 @@ dropped because they are stale: the run says so and stops.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
 
 from stllms import __version__
 from stllms.config import RunConfig
@@ -30,7 +24,6 @@ from stllms.registry import PACKAGE, repository
 from stllms.runs.artifacts import Folder, now
 from stllms.runs.files import ARTEFACTS, StaleArtefact, read_json
 from stllms.runs.store import Rows
-from stllms.terminal import followed
 
 #: The stages in order; each is the notebook of that name.
 STAGES = ("01_generate", "02_train_vectors", "03_attribute_layers", "04_steer", "05_compare")
@@ -64,8 +57,6 @@ LABELLED: dict[str, dict[str, tuple[str, ...]]] = {
 
 #: A line that begins like this says what an API would cost; the runner shows it at once.
 ESTIMATE = re.compile(r"\S.*: \d+ calls to send, \d+ replies stored; about .*")
-#: Seconds between two looks at how far the child of :func:`ensure` has come.
-LOOK = 0.5
 #: Set by the runner for its kernels: inside one, :func:`ensure` runs nothing again.
 INSIDE = "STLLMS_RUNNER"
 
@@ -246,50 +237,45 @@ def renew(stage: str, config: RunConfig) -> None:
 def ensure(stage: str, config: RunConfig) -> Folder:
     """The open folder of a stage, after running the earlier notebooks that have not run.
 
-    The first call of every notebook. Earlier notebooks run headless in a process of their own;
-    one line says so. Inside a run of the runner nothing is run again. Raises
-    ``ChangedConfiguration`` for a folder of another run, ``StaleArtefact`` and ``DamagedFile``
-    as :func:`check` does, ``LockedFolder`` where another process writes or reads what this
-    stage writes, :class:`StageError` with the failing notebook and cell if one of them fails.
+    The first call of every notebook. A notebook opened by hand holds the lock of its stage, and
+    shares those of what it reads, until :func:`finish`, the next stage or the end of the
+    process. Raises what :func:`prepare` raises, and ``LockedFolder`` where another process
+    writes or reads what this stage writes.
     """
+    folder = folder_of(stage, config)
+    release(folder)
     prepare(stage, config)
     if not os.environ.get(INSIDE):
-        _hold(stage, config)
+        _held[folder.path] = ExitStack()
+        _held[folder.path].enter_context(folder.lock(stage, reading=REQUIRES[stage]))
         renew(stage, config)
         from stllms.app import preflight  # it brings torch
 
-        if said := str(preflight.total(preflight.works([(stage, config)], has_directions))):
-            print(f"{stage}: {said}", flush=True)
-    folder = folder_of(stage, config).open()
-    folder.kept.clear()
+        if said := preflight.table(preflight.works([(stage, config)])):
+            print(said, flush=True)
+    folder.open().kept.clear()
     _begun[stage, folder.path] = time.monotonic()
     return folder
 
 
 def prepare(stage: str, config: RunConfig) -> None:
-    """Runs the earlier notebooks that have not run; raises what :func:`ensure` raises."""
+    """Runs the earlier notebooks that have not run, each in a kernel of its own; lines say how
+    far they are. Inside a run of the runner nothing is run again.
+
+    Raises ``ChangedConfiguration`` for a folder of another run, ``StaleArtefact`` and
+    ``DamagedFile`` as :func:`check` does, ``ValueError`` for what would stop the run later, and
+    :class:`StageError` with notebook, cell and reason if one of them fails.
+    """
     check(stage, config)
     if os.environ.get(INSIDE):
         return
-    from stllms.app import preflight
+    from stllms.app import preflight, runner  # both import this module
 
     preflight.check(config, pending([stage], config, again=False), asked=[stage])
-    missing = pending(REQUIRES[stage], config, again=False)
-    if missing:
+    if missing := pending(REQUIRES[stage], config, again=False):
         print(f"{stage} needs {', '.join(missing)}: running this first", flush=True)
-        _run_headless(missing, config)
+        runner.execute([runner.Job(one, config) for one in missing])
         check(stage, config)  # what it reads may have changed
-
-
-def _hold(stage: str, config: RunConfig) -> None:
-    """Takes the lock of the stage for a notebook opened by hand, and shares those of what it
-    reads, until :func:`finish`, the next stage or the end of the process.
-    """
-    folder = folder_of(stage, config)
-    release(folder)
-    stack = ExitStack()
-    stack.enter_context(folder.lock(stage, reading=REQUIRES[stage]))
-    _held[folder.path] = stack
 
 
 def release(folder: Folder) -> None:
@@ -311,7 +297,7 @@ def finish(stage: str, config: RunConfig) -> None:
     begun = _begun.get((stage, folder.path))
     names = folder.kept | set(PROMISED[stage])
     written = sorted(name for name in names if (folder / name).is_file())
-    n_failed = _asked_again(stage, folder, config)
+    n_failed = _asked_again(stage, config)
     folder.mark(
         stage,
         {
@@ -323,14 +309,14 @@ def finish(stage: str, config: RunConfig) -> None:
         },
     )
     release(folder)
-    print(f"{folder.label}: {_listed(written)}")
+    print(f"{folder.label}: {listed(written)}")
     if n_failed:
         print(f"failed: {n_failed} chains, asked again by the next run")
     if following := STAGES[STAGES.index(stage) + 1 :]:
         print(f"next: {following[0]}")
 
 
-def _listed(written: Sequence[str]) -> str:
+def listed(written: Sequence[str]) -> str:
     """The files of a stage in one line, the three files of a figure as one."""
     figures = {Path(name).stem for name in written if name.startswith("figures/")}
     others = [name for name in written if not name.startswith("figures/")]
@@ -341,113 +327,60 @@ def _listed(written: Sequence[str]) -> str:
 # -- chains that failed --------------------------------------------------------------------
 
 
-def _asked_again(stage: str, folder: Folder, config: RunConfig) -> int:
+def _asked_again(stage: str, config: RunConfig) -> int:
     """The chains of a stage without labels or text that the next run asks for again.
 
     Not asked again: a chain without text, one of a replay, one answered as often as the client
     asks.
     """
     found = 0
-    for model in config.models if stage == "05_compare" else (config.model,):
-        own = config.for_model(model)
-        place = folder.member(model) if stage == "05_compare" else folder
+    for own in runs_of(stage, config):
+        place = folder_of(stage, config)
+        place = place.member(own.model) if stage == "05_compare" else place
         if own.entry.source == "api":
-            good, waits, _ = _requests(place / "api", str(own.entry.api_id))
-            found += len(waits - good)
-        if own.annotator.startswith("replay:") or not (bad := _failed(stage, place, own)):
-            continue
-        name = own.annotator.removeprefix("openai:").partition("#")[0]
-        _, waits, ended = _requests(own.folder / "judge", name)
-        found += sum(task_id not in ended - waits for task_id in bad)
+            again, ended = _requests(place / "api", str(own.entry.api_id))
+            found += len(again - ended)
+        if not own.annotator.startswith("replay:") and (bad := _failed(stage, place, own)):
+            name = own.annotator.removeprefix("openai:").partition("#")[0]
+            again, ended = _requests(own.folder / "judge", name)
+            found += sum(task_id not in ended - again for task_id in bad)
     return found
 
 
 def _failed(stage: str, folder: Folder, config: RunConfig) -> list[str]:
     """The tasks of the chains with text for which the run's annotator has failed."""
+    from stllms.annotation.judge import EMPTY  # it brings torch
+
     rows = [
         row.get("annotation", row)
         for name, key in LABELLED.get(stage, {}).items()
         for row in Rows(folder / name, key).load()
     ]
-    bad = [one for one in rows if one and one["annotator"] == config.annotator]
-    bad = [one for one in bad if one["failed"] is not None]
-    if not bad:
-        return []
-    from stllms.annotation.judge import EMPTY  # it brings torch
-
-    return [one["task_id"] for one in bad if one["failed"] != EMPTY]
+    own = [row for row in rows if row and row["annotator"] == config.annotator]
+    return [row["task_id"] for row in own if row["failed"] not in (None, EMPTY)]
 
 
-def _requests(folder: Path, model: str) -> tuple[set[str], set[str], set[str]]:
-    """Names of the stored requests to a model: with a good reply, to be sent again, not."""
+def _requests(folder: Path, model: str) -> tuple[set[str], set[str]]:
+    """Names of the stored requests to a model: those to be sent again, and the others."""
     from stllms.models.api import ASKS, Store
 
-    good: set[str] = set()
-    waits: set[str] = set()
-    ended: set[str] = set()
-    for tries in Store(folder).load().rows.values():
-        if tries[-1].get("model") != model:
-            continue
-        answers = [row["status"] for row in tries if row["status"] != "failed"]
-        usable = answers[-1:] == ["answered"]
-        again = not usable and len(answers) < ASKS
-        (waits if again else ended).add(tries[-1]["name"])
-        if usable:
-            good.add(tries[-1]["name"])
-    return good, waits, ended
+    again, ended = set(), set()
+    store = Store(folder).load()
+    for key, tries in store.rows.items():
+        if tries[-1].get("model") == model:
+            answers = store.answers(key)
+            good = answers and answers[-1]["status"] == "answered"
+            (ended if good or len(answers) >= ASKS else again).add(tries[-1]["name"])
+    return again, ended
 
 
-# -- earlier notebooks in a process of their own -------------------------------------------
+# -- several models ------------------------------------------------------------------------
 
 
-def _run_headless(stages: Sequence[str], config: RunConfig) -> None:
-    """The runner as a child process: a kernel has an event loop of its own already.
-
-    A line says which stage begins. Raises :class:`StageError` with what the child said.
-    """
-    command = [sys.executable, "-m", "stllms", "run", "--quiet"]
-    command += ["--configuration", json.dumps(config.parameters())]
-    command += ["--from", stages[0], "--to", stages[-1]]
-    with tempfile.TemporaryFile("w+") as errors, followed() as (channel, look):
-        child = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, **channel},
-        )
-        with child:
-            reader = threading.Thread(target=_show_estimates, args=(child.stdout,))
-            reader.start()
-            _show_stages(stages, config, child, look)
-            reader.join()
-        if child.returncode:
-            errors.seek(0)
-            said = errors.read().strip()
-            raise StageError(said or f"{' '.join(stages)}: exit {child.returncode}")
-
-
-def _show_estimates(output: IO[str]) -> None:
-    for line in output:
-        if ESTIMATE.match(line):
-            print(line, end="", flush=True)
-
-
-def _show_stages(
-    stages: Sequence[str],
-    config: RunConfig,
-    child: subprocess.Popen[str],
-    look: Callable[[], None],
-) -> None:
-    """A line a stage when it begins, and a bar below it, until the child has ended."""
-    for number, stage in enumerate(stages, 1):
-        if child.poll() is not None:
-            return
-        tasks = f"{config.settings.n_build} tasks"
-        print(f"{number} of {len(stages)}: {stage}, {config.model}, {tasks} ...", flush=True)
-        while child.poll() is None and not has_run(stage, config):
-            look()
-            time.sleep(LOOK)
+def runs_of(stage: str, config: RunConfig) -> list[RunConfig]:
+    """The configurations of the models that a stage is about."""
+    names = config.models if stage == "05_compare" else (config.model,)
+    return [config.for_model(name) for name in names]
 
 
 def compared(configs: Sequence[RunConfig]) -> RunConfig:
