@@ -72,7 +72,7 @@ def check(config: RunConfig, todo: Sequence[str], *, asked: Sequence[str] = ()) 
         return
     if {*(asked or todo)} == {"05_compare"}:
         _pair(config)
-    every = [own for stage in todo for own in stages.runs_of(stage, config)]
+    every = [one.config for stage in todo for one in stages.members(stage, config)]
     local = {own.model: own for own in every if own.entry.source != "api"}
     if local:
         hardware(config.device, config.quantization)
@@ -330,7 +330,7 @@ def works(jobs: Iterable[tuple[str, RunConfig]]) -> list[Work]:
     be read.
     """
     return [
-        _work(stage, own) for stage, config in jobs for own in stages.runs_of(stage, config)
+        _work(stage, one) for stage, config in jobs for one in stages.members(stage, config)
     ]
 
 
@@ -349,21 +349,20 @@ def table(made: Sequence[Work]) -> str:
     return "\n".join(lines)
 
 
-def _work(stage: str, config: RunConfig) -> Work:
+def _work(stage: str, folder: Folder) -> Work:
     """Chains are looked for in the files of :func:`rows`, or among the replies of an API."""
-    compared = stage == "05_compare"
-    limit = config.settings.max_tokens_compare if compared else config.settings.max_tokens
-    folder = Folder.comparison(config).member(config.model) if compared else Folder(config)
+    config, settings = folder.config, folder.config.settings
+    limit = settings.max_tokens_compare if stage == "05_compare" else settings.max_tokens
     if config.entry.source == "api":
         sent = _texts(folder, limit)
         bare = sent.calls + sent.stored - len(_labelled(folder))
-        calls = [sent, *_labels(stage, config, (), bare, limit)]
-        return Work(stage, config.model, sent.calls, calls=tuple(c for c in calls if c.calls))
+        calls = [one for one in (sent, *_labels(stage, config, (), bare, limit)) if one.calls]
+        return Work(stage, config.model, sent.calls, calls=tuple(calls))
     missing, stored = 0, []
     for name, keys in rows(stage, config).items():
         key = ("task_id",) if name == "responses.jsonl" else STEERED_KEY
         found = Rows(folder / name, key).by_key()
-        there = [found[key] for key in keys if key in found]
+        there = [found[one] for one in keys if one in found]
         missing += len(keys) - len(there)
         stored += there
     calls = _labels(stage, config, _bare(folder, stored), missing, limit)

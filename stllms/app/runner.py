@@ -85,6 +85,7 @@ def run(
         _delete(chosen, fresh)
     for job in chosen:
         stages.check(*job)
+    places = [shown(path) for path in dict.fromkeys(job.folder.path for job in chosen)]
     if todo := _pending(chosen):
         _say("done already", [job for job in chosen if job not in todo])
         _say("needed first", [job for job in todo if job not in chosen])
@@ -92,13 +93,13 @@ def run(
         # Those whose directions changed because chains that had failed are now labelled.
         if late := _pending(chosen, again=False):
             execute(late, quiet=quiet)
-        for place in _places(chosen):
+        for place in places:
             print(f"done: {place}")
         for job in dict.fromkeys([*chosen, *todo]):
             if n := stages.failed(*job):
                 print(f"{job.stage}: {n} chains failed; the same command asks for them again")
     else:
-        print(f"nothing to do: {', '.join(_places(chosen))} complete (--fresh starts again)")
+        print(f"nothing to do: {', '.join(places)} complete (--fresh starts again)")
     _report(chosen)
 
 
@@ -120,8 +121,8 @@ def _jobs(configs: Sequence[RunConfig], selected: Sequence[str]) -> list[Job]:
     chosen = [
         Job(stage, config)
         for config in configs
-        for stage in stages.stages_for(config)
-        if stage in selected and stage != COMPARE
+        for stage in selected
+        if stage != COMPARE and config.entry.source != "api"  # where nothing can be steered
     ]
     if COMPARE in selected:
         chosen.append(Job(COMPARE, stages.compared(configs)))
@@ -145,11 +146,9 @@ def _pending(chosen: Sequence[Job], *, again: bool = True) -> list[Job]:
 
 def _refuse(todo: Sequence[Job], asked: Sequence[str]) -> None:
     """Refuses, before any notebook starts, what would stop one of them."""
-    if not todo:
-        return
-    from stllms.app import preflight  # it brings torch
-
     for config in dict.fromkeys(job.config for job in todo):
+        from stllms.app import preflight  # it brings torch
+
         own = [job.stage for job in todo if job.config == config]
         preflight.check(config, own, asked=asked)
 
@@ -176,10 +175,6 @@ def shown(path: Path) -> str:
     """A path for people in a terminal: from the working directory where it is below it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def _places(chosen: Sequence[Job]) -> list[str]:
-    return [shown(path) for path in dict.fromkeys(job.folder.path for job in chosen)]
 
 
 def _report(chosen: Sequence[Job]) -> None:
@@ -302,7 +297,7 @@ def _kernel(channel: Path, log: IO[bytes]) -> type[KernelManager]:
             argv=[sys.executable, *KERNEL], display_name="Python 3", language="python"
         )
 
-        async def start_kernel(self, **options: Any) -> None:
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
             await super().start_kernel(**options, env=environment, stderr=log)
 
     return ThisPython

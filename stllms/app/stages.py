@@ -95,21 +95,23 @@ def stage_named(text: str) -> str:
     raise ValueError(f"unknown notebook {text!r}, expected one of {', '.join(STAGES)}")
 
 
-def stages_for(config: RunConfig) -> tuple[str, ...]:
-    """The stages that a model can go through: one behind an API has no activations."""
-    return STAGES[-1:] if config.entry.source == "api" else STAGES
-
-
 def folder_of(stage: str, config: RunConfig) -> Folder:
     """``results/<slug>/``, or ``results/comparison/`` for notebook 05."""
     return Folder.comparison(config) if stage == "05_compare" else Folder(config)
 
 
-def _folders(stage: str, config: RunConfig) -> list[Folder]:
-    """The folders that a stage writes rows to."""
+def members(stage: str, config: RunConfig) -> list[Folder]:
+    """The folders that hold the rows of a stage, one a model, each with its configuration."""
     folder = folder_of(stage, config)
-    members = config.models if stage == "05_compare" else ()
-    return [folder, *(folder.member(model) for model in members)]
+    if stage != "05_compare":
+        return [folder]
+    return [folder.member(model) for model in config.models]
+
+
+def _folders(stage: str, config: RunConfig) -> list[Folder]:
+    """The folders that a stage writes to."""
+    own = {one.path: one for one in (folder_of(stage, config), *members(stage, config))}
+    return list(own.values())
 
 
 def _files_of(stage: str, folder: Folder) -> set[str]:
@@ -119,13 +121,19 @@ def _files_of(stage: str, folder: Folder) -> set[str]:
 
 def _holds_nothing(folder: Folder) -> bool:
     """Whether a run began here and left neither a finished stage nor a row of one."""
-    record = folder.record_or_empty()
-    rows = [name for name, one in ARTEFACTS.items() if one.promised or one.resumed]
+    record, paths = folder.record_or_empty(), [folder / name for name in ARTEFACTS]
     return (
         isinstance(record.get("identity"), dict)
         and not record.get("stages")
-        and not any(path.stat().st_size for name in rows if (path := folder / name).is_file())
+        and not any(path.stat().st_size for path in paths if path.is_file())
     )
+
+
+def compared(configs: Sequence[RunConfig]) -> RunConfig:
+    """The configuration of notebook 05 for all models of a run: the first, and the others."""
+    first = configs[0]
+    names = [*(config.model for config in configs[1:]), *first.compare]
+    return RunConfig.from_dict({**first.to_dict(), "compare": names}) if names else first
 
 
 # -- what is done --------------------------------------------------------------------------
@@ -150,7 +158,7 @@ def check(stage: str, config: RunConfig) -> None:
                 )
 
 
-def code_of(stage: str) -> str:
+def _code_of(stage: str) -> str:
     """A hash of the code cells of a notebook; its text and its parameters do not count."""
     return digest(
         [
@@ -164,13 +172,10 @@ def code_of(stage: str) -> str:
 
 def key_of(stage: str, config: RunConfig) -> str:
     """The hash that a marker must carry: all that the artefacts of a stage depend on."""
-    folder = folder_of(stage, config)
-    identities = [folder.identity]
-    if stage == "05_compare":
-        identities = [folder.member(model).identity for model in config.models]
+    identities = [one.identity for one in members(stage, config)]
     before = [key_of(needed, config) for needed in REQUIRES[stage]]
     options = config.stage_options(stage)
-    return digest([identities, options, code_of(stage), before, __version__])
+    return digest([identities, options, _code_of(stage), before, __version__])
 
 
 def has_run(stage: str, config: RunConfig) -> bool:
@@ -193,24 +198,22 @@ def failed(stage: str, config: RunConfig) -> int:
     return folder_of(stage, config).marker(stage).get("failed", 0)
 
 
-def is_done(stage: str, config: RunConfig) -> bool:
-    """Whether a stage has run, and no chain of it waits to be asked again."""
-    return has_run(stage, config) and not failed(stage, config)
-
-
 def pending(stages: Sequence[str], config: RunConfig, *, again: bool = True) -> list[str]:
     """The stages among ``stages`` that are not done, and those they need, in order.
 
-    With ``again=False`` those that have run count as done, whatever failed in them.
+    With ``again`` those that have run, and have chains to be asked again, are not done.
     """
     wanted = {needed for stage in stages for needed in (*REQUIRES[stage], stage)}
-    done = is_done if again else has_run
-    return [stage for stage in STAGES if stage in wanted and not done(stage, config)]
+    return [
+        stage
+        for stage in STAGES
+        if stage in wanted and (not has_run(stage, config) or (again and failed(stage, config)))
+    ]
 
 
 def fresh(stage: str, config: RunConfig) -> list[str]:
     """Deletes what a stage left and what rests on it (``--fresh STAGE``); returns the names."""
-    if stage == STAGES[-1]:
+    if stage == "05_compare":
         folders = _folders(stage, config)
         with ExitStack() as stack:
             for folder in folders:
@@ -259,8 +262,7 @@ def ensure(stage: str, config: RunConfig) -> Folder:
 
 
 def prepare(stage: str, config: RunConfig) -> None:
-    """Runs the earlier notebooks that have not run, each in a kernel of its own; lines say how
-    far they are. Inside a run of the runner nothing is run again.
+    """Runs the earlier notebooks that have not run; inside a run of the runner there are none.
 
     Raises ``ChangedConfiguration`` for a folder of another run, ``StaleArtefact`` and
     ``DamagedFile`` as :func:`check` does, ``ValueError`` for what would stop the run later, and
@@ -334,20 +336,19 @@ def _asked_again(stage: str, config: RunConfig) -> int:
     asks.
     """
     found = 0
-    for own in runs_of(stage, config):
-        place = folder_of(stage, config)
-        place = place.member(own.model) if stage == "05_compare" else place
+    for place in members(stage, config):
+        own = place.config
         if own.entry.source == "api":
             again, ended = _requests(place / "api", str(own.entry.api_id))
             found += len(again - ended)
-        if not own.annotator.startswith("replay:") and (bad := _failed(stage, place, own)):
+        if not own.annotator.startswith("replay:") and (bad := _failed(stage, place)):
             name = own.annotator.removeprefix("openai:").partition("#")[0]
             again, ended = _requests(own.folder / "judge", name)
             found += sum(task_id not in ended - again for task_id in bad)
     return found
 
 
-def _failed(stage: str, folder: Folder, config: RunConfig) -> list[str]:
+def _failed(stage: str, folder: Folder) -> list[str]:
     """The tasks of the chains with text for which the run's annotator has failed."""
     from stllms.annotation.judge import EMPTY  # it brings torch
 
@@ -356,7 +357,7 @@ def _failed(stage: str, folder: Folder, config: RunConfig) -> list[str]:
         for name, key in LABELLED.get(stage, {}).items()
         for row in Rows(folder / name, key).load()
     ]
-    own = [row for row in rows if row and row["annotator"] == config.annotator]
+    own = [row for row in rows if row and row["annotator"] == folder.config.annotator]
     return [row["task_id"] for row in own if row["failed"] not in (None, EMPTY)]
 
 
@@ -364,7 +365,8 @@ def _requests(folder: Path, model: str) -> tuple[set[str], set[str]]:
     """Names of the stored requests to a model: those to be sent again, and the others."""
     from stllms.models.api import ASKS, Store
 
-    again, ended = set(), set()
+    again: set[str] = set()
+    ended: set[str] = set()
     store = Store(folder).load()
     for key, tries in store.rows.items():
         if tries[-1].get("model") == model:
@@ -372,19 +374,3 @@ def _requests(folder: Path, model: str) -> tuple[set[str], set[str]]:
             good = answers and answers[-1]["status"] == "answered"
             (ended if good or len(answers) >= ASKS else again).add(tries[-1]["name"])
     return again, ended
-
-
-# -- several models ------------------------------------------------------------------------
-
-
-def runs_of(stage: str, config: RunConfig) -> list[RunConfig]:
-    """The configurations of the models that a stage is about."""
-    names = config.models if stage == "05_compare" else (config.model,)
-    return [config.for_model(name) for name in names]
-
-
-def compared(configs: Sequence[RunConfig]) -> RunConfig:
-    """The configuration of notebook 05 for all models of a run: the first, and the others."""
-    first = configs[0]
-    names = [*(config.model for config in configs[1:]), *first.compare]
-    return RunConfig.from_dict({**first.to_dict(), "compare": names}) if names else first
