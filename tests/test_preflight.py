@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -15,15 +17,16 @@ from huggingface_hub.hf_api import ModelInfo
 from stllms import config as configuration
 from stllms import tasks
 from stllms.annotation import annotators
-from stllms.annotation.judge import Judge
+from stllms.annotation.judge import Judge, protocol_of
 from stllms.app import cli, preflight, runner, stages
 from stllms.app.preflight import Work
 from stllms.config import RunConfig
+from stllms.generation import remote
 from stllms.generation.chains import read as read_responses
 from stllms.generation.chains import responses as generate
 from stllms.labels import STEERED
 from stllms.models import api
-from stllms.records import STEERED_KEY, Annotation, to_row
+from stllms.records import STEERED_KEY, Annotation, Response, to_row
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import write_json
 from stllms.runs.store import Rows
@@ -397,32 +400,83 @@ def test_real_chains_cost_no_more_than_was_said(monkeypatch, tmp_path):
     assert 0.05 * said.cost < real.cost < said.cost
 
 
-@pytest.mark.usefixtures("prices")
-def test_what_a_judge_has_answered_or_labelled_is_not_paid_again_and_needs_no_key(
-    place, config, tiny_llama
-):
+def store(folder: Path, model: str, **replies: Sequence[str]) -> None:
+    """Stored replies: the status of each try, by the key of its request."""
+    row = {"model": model, "name": "", "identity": {}, "about": {}, "reason": "why"}
+    with api.Store(folder).writing() as rows:
+        for key, tries in replies.items():
+            for status in tries:
+                text = f'["deduction"]{key}["end-section"]' if status == "answered" else ""
+                body = {"choices": [{"message": {"content": text}}]}
+                rows.append({**row, "key": key, "status": status, "body": body})
+
+
+def chain(task: str, thinking: str | None = None) -> Response:
+    text = f"I think {task}." if thinking is None else thinking
+    return Response(task, "own", "p", (1,), (2,), text, text, 0, "", True, True)
+
+
+@pytest.mark.usefixtures("prices", "place")
+def test_what_a_judge_has_answered_or_labelled_is_not_paid_again_and_needs_no_key(config):
     config = with_judge(config, "openai:dear")
-    folder, asked = Folder(config).open(), tasks.select("build", **config.tasks_of("build"))
-    store = folder.rows(folder.responses)
-    made = generate(tiny_llama, asked, store=store, progress=False, **config.decoding)
-    assert all(one.thinking.strip() for one in made)
+    folder, chains = Folder(config).open(), [chain(f"t{i}") for i in range(5)]
+    folder.rows(folder.responses).append(map(to_row, chains))
     assert work("02_train_vectors", config).n_calls == 5
-    judge = annotators.annotator(config.annotator, **config.annotating)
-    (request,) = judge.protocol.requests(made[0])
-    body = {"choices": [{"message": {"content": '["deduction"]x["end-section"]'}}]}
-    with api.Store(config.folder / "judge").writing() as replies:
-        key = request.key("dear")
-        row = {"key": key, "status": "answered", "body": body, "name": "t0", "model": "dear"}
-        replies.append({**row, "identity": {}, "about": {}, "reason": None})
+    protocol = annotators.annotator(config.annotator, **config.annotating).protocol
+    (request,) = protocol.requests(chains[0])
+    store(config.folder / "judge", "dear", **{request.key("dear"): ["answered"]})
     assert work("02_train_vectors", config).n_calls == 4
     with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
         preflight.check(config, ["02_train_vectors"])
-    labels = [to_row(Annotation(one.task_id, config.annotator)) for one in made[1:]]
+    labels = [to_row(Annotation(one.task_id, config.annotator)) for one in chains[1:]]
     folder.rows(folder.annotations, annotators.KEY).append(labels)
     assert work("02_train_vectors", config) == Work("02_train_vectors", config.model)
     preflight.check(config, ["02_train_vectors"])
     with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
         preflight.check(config, ["02_train_vectors", "04_steer"])
+
+
+@pytest.mark.parametrize(
+    ("judge", "replies", "thinking", "waiting"),
+    [
+        ("openai:m", ["failed"], None, 1),
+        ("openai:m", ["unusable"], None, 1),
+        ("openai:m", ["unusable"] * 2, None, 0),
+        ("openai:m#indexed", ["unusable"] * 2, None, 0),
+        ("openai:m", ["failed", "answered"], None, 0),
+        ("openai:m", [], None, 1),
+        ("openai:m", [], " ", 0),
+        ("openai:other", ["unusable"] * 2, None, 1),
+        ("replay", [], None, 0),
+    ],
+)
+@pytest.mark.usefixtures("place")
+def test_a_stage_is_done_when_no_call_is_to_be_made_again(
+    config, capsys, judge, replies, thinking, waiting
+):
+    stored = Path(config.results) / "stored"
+    (request,) = protocol_of(judge.partition("#")[2] or "rewrite").requests(chain("t0"))
+    store(stored, "m", **{request.key("m"): ["answered"]})
+    config = with_judge(config, f"replay:{stored}" if judge == "replay" else judge)
+    store(config.folder / "judge", "m", **{request.key("m"): replies})
+    for stage in stages.STAGES[:2]:
+        folder = stages.folder_of(stage, config).open()
+        for name in stages.PROMISED[stage]:
+            (folder / name).write_text("")
+        rows = [chain("t0", thinking), *(chain(f"t{i}") for i in range(1, 5))]
+        Rows(folder.responses).write(map(to_row, rows))
+        if stage == "02_train_vectors":
+            made = [Annotation(one.task_id, config.annotator) for one in rows]
+            made[0] = replace(made[0], failed="why")
+            made.append(Annotation("t1", "lexical", failed="why"))
+            Rows(folder.annotations, annotators.KEY).write(map(to_row, made))
+        stages.finish(stage, config)
+    said = capsys.readouterr().out
+    assert ("1 calls to an API failed; the next run makes them again" in said) is bool(waiting)
+    assert stages.failed("02_train_vectors", config) == waiting
+    assert stages.has_run("02_train_vectors", config)
+    assert len(stages.pending(["02_train_vectors"], config)) == waiting
+    assert stages.pending(["02_train_vectors"], config, again=False) == []
 
 
 @pytest.mark.usefixtures("prices")
@@ -432,6 +486,23 @@ def test_the_comparison_asks_a_model_behind_an_api_and_its_judge(config):
     assert (own.chains, own.tokens, own.n_calls) == (6, 6 * 12, 6)
     assert (other.chains, other.tokens, other.n_calls) == (6, 0, 12)
     assert sum(call.tokens_out for call in other.calls) > 6 * 12
+    member = stages.members("05_compare", config)[1]
+    texts = remote.requests(
+        member.config.entry,
+        tasks.select("compare", **config.tasks_of("compare")),
+        max_new_tokens=config.settings.max_tokens_compare,
+        temperature=config.settings.temperature,
+        style=config.prompts,
+    )
+    keys = [request.key("dear") for request in texts]
+    tries = (["answered"], ["failed"], ["failed", "answered"])
+    store(member.path / "api", "dear", **dict(zip(keys, tries, strict=False)))
+    _, other = preflight.works([("05_compare", config)])
+    assert [call.calls for call in other.calls] == [4, 2, 4], "texts, and labels of old and new"
+    label = Annotation(texts[0].name, config.annotator)
+    member.rows(member.annotations, annotators.KEY).append([to_row(label)])
+    _, other = preflight.works([("05_compare", config)])
+    assert [call.calls for call in other.calls] == [4, 1, 4]
 
 
 # -- said -----------------------------------------------------------------------------------

@@ -18,9 +18,7 @@ from stllms.app import cli, runner, stages
 from stllms.app.stages import StageError
 from stllms.config import RunConfig
 from stllms.models import api
-from stllms.records import STEERED_KEY
 from stllms.runs.artifacts import Folder
-from stllms.runs.store import Rows
 
 PARAMETERS = """model = "tiny-thinker"
 profile = "default"
@@ -443,120 +441,15 @@ def test_the_runner_does_not_import_torch_or_papermill_to_look():
     assert "r1-distill-qwen-1.5b" in done.stdout
 
 
-# -- chains that failed are asked again -----------------------------------------------------
+# -- calls that failed are made again -------------------------------------------------------
 
 LABELS = "02_train_vectors"
-
-
-def label(task: str, annotator: str = "grammar", failed: str | None = None) -> dict:
-    """A row of ``annotations.jsonl``."""
-    empty = {"segments": [], "spans": [], "ledger": {}}
-    return {"task_id": task, "annotator": annotator, **empty, "failed": failed}
-
-
-def made(stage: str, config: RunConfig, rows: list[dict] | None = None) -> None:
-    """A stage that left what it promises; ``rows`` are those of ``annotations.jsonl``."""
-    folder = stages.folder_of(stage, config).open()
-    for name in stages.PROMISED[stage]:
-        (folder / name).write_text("")
-    if rows:
-        Rows(folder.annotations, ("task_id", "annotator")).write(rows)
-    stages.finish(stage, config)
-
-
-def reply(name: str, status: str, key: str = "", model: str = "m") -> dict:
-    """A stored row of an API."""
-    asked = {"key": key or name, "name": name, "model": model, "identity": {}}
-    return asked | {"status": status, "reason": None if status == "answered" else "why"}
-
-
-def store(folder: Path, *rows: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "replies.jsonl").write_text(text, encoding="utf-8")
-
-
-# -- what counts as failed -----------------------------------------------------------------
-
-
-def test_a_stage_with_a_failed_chain_is_not_done(place, capsys):
-    config, other = RunConfig(), label("a", "lexical", failed="HTTP 500")
-    made("01_generate", config)
-    made(LABELS, config, [label("a"), label("b", failed="HTTP 500"), other])
-    assert "failed: 1 chains" in capsys.readouterr().out
-    assert stages.has_run(LABELS, config)
-    assert stages.pending([LABELS], config) == [LABELS]
-    stages.ensure("03_attribute_layers", config)
-    assert capsys.readouterr().out == "", "a notebook opened by hand does not ask again"
-    made(LABELS, config, [label("a"), label("b"), other])
-    assert stages.pending([LABELS], config) == []
-
-
-@pytest.mark.parametrize(
-    ("judge", "why", "replies", "waiting"),
-    [
-        ("openai:m", "HTTP 500", [reply("a", "failed")], 1),
-        ("openai:m", "no tags", [reply("a", "unusable")], 1),
-        ("openai:m", "no tags", [reply("a", "unusable")] * 2, 0),
-        ("openai:m#indexed", "no tags", [reply("a", "unusable")] * 2, 0),
-        ("openai:m", "not in the text", [reply("a", "answered")], 0),
-        ("openai:m", "part 2", [reply("a", "answered"), reply("a", "failed", "a2")], 1),
-        ("openai:m", "no tags", [reply("a", "unusable", model="other")] * 2, 1),
-        ("openai:m", "empty thinking", [], 0),
-        ("openai:m", "not sent", [], 1),
-        ("replay:somewhere", "HTTP 500", [], 0),
-    ],
-)
-def test_only_chains_that_a_judge_would_be_asked_for_again_count(
-    place, judge, why, replies, waiting
-):
-    config = RunConfig(judge=judge)
-    store(config.folder / "judge", *replies)
-    made(LABELS, config, [label("a", judge, failed=why), label("b", judge)])
-    assert stages.failed(LABELS, config) == waiting
-
-
-def test_the_comparison_counts_labels_and_texts_of_all_its_models(place):
-    config = RunConfig(judge="lexical", compare=("gpt-4o", "tiny-instruct"))
-    folder = stages.folder_of("05_compare", config)
-    rows = [label("a", "lexical"), label("b", "lexical", failed="HTTP 500")]
-    for model in config.models:
-        member = folder.member(model).open()
-        Rows(member.annotations, ("task_id", "annotator")).write(rows)
-    member = folder.member("gpt-4o")
-    name = member.config.entry.api_id
-    texts = [("a", "answered", "1"), ("c", "failed", "3"), ("d", "failed", "4")]
-    again = [("d", "answered", "4"), ("e", "failed", "5"), ("e", "answered", "6")]
-    store(member.path / "api", *(reply(*one, model=name) for one in texts + again))
-    made("05_compare", config)
-    assert stages.failed("05_compare", config) == len(config.models) + 1
-    assert stages.pending(["05_compare"], config) == ["05_compare"]
-
-
-def test_failed_labels_of_steered_chains_count(place):
-    config = RunConfig()
-    folder = stages.folder_of("04_steer", config).open()
-    row = {"direction": "backtracking", "layer": 2, "coefficient": 1.0, "operation": "add"}
-    for name in ("steered.jsonl", "sweep.jsonl"):
-        labels = (label("a"), label("b", failed="HTTP 500"), None)
-        Rows(folder / name, STEERED_KEY).write(
-            {"task_id": str(i), **row, "annotation": one} for i, one in enumerate(labels)
-        )
-    (folder / "steering.csv").write_text("")
-    stages.finish("04_steer", config)
-    assert stages.failed("04_steer", config) == 2
-
-
-# -- what the next run does ----------------------------------------------------------------
-
-FLAKY = """import json
-failed = None if (folder / "annotations.jsonl").is_file() else "HTTP 500"
-empty = {"annotator": "grammar", "segments": [], "spans": [], "ledger": {}}
-rows = [{"task_id": "a", "failed": None, **empty}, {"task_id": "b", "failed": failed, **empty}]
-folder.rows(folder.annotations, ("task_id", "annotator")).write(rows)
+FLAKY = """again = folder.vectors.is_file()
+stages._to_call_again = lambda *_: int(not again)
+(folder / "annotations.jsonl").write_text("")
 import torch
 from stllms.runs.files import save_tensors
-made = {"directions": torch.full((1,), float(failed is None))}
+made = {"directions": torch.full((1,), float(again))}
 save_tensors(folder.vectors, made, {})
 save_tensors(folder / "controls.safetensors", made, {})
 log = folder.path.parent / "log.txt"
@@ -568,16 +461,15 @@ def test_the_next_run_asks_again_and_what_rests_on_it_is_named(place, capsys):
     write_notebook(place / "notebooks", LABELS, work=FLAKY)
     ask = ["run", "--to", "03", "--quiet"]
     assert cli.main(ask) == 0
-    assert f"{LABELS}: 1 chains failed; the same command asks" in capsys.readouterr().out
+    assert f"{LABELS}: 1 calls failed; the same command makes" in capsys.readouterr().out
     assert cli.main(ask) == 2
     said = capsys.readouterr().err
     assert "layer_effects.safetensors was made with other vectors: vectors.safetensors" in said
     assert "--fresh 03_attribute_layers" in said
     assert cli.main([*ask, "--fresh", "03"]) == 0
     out = capsys.readouterr().out
-    assert "chains failed" not in out
-    log = (place / "results" / "log.txt").read_text().splitlines()
+    assert "calls failed" not in out
     again = [LABELS, "03_attribute_layers"]
-    assert [line.split()[0] for line in log] == ["01_generate", *again, *again]
+    assert [line.split()[0] for line in log(place)] == ["01_generate", *again, *again]
     assert cli.main(ask) == 0
     assert "nothing to do" in capsys.readouterr().out

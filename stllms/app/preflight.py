@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,14 @@ from stllms.labels import STEERED
 from stllms.models import api
 from stllms.models.loading import source_of
 from stllms.models.model import ModelError
-from stllms.records import STEERED_KEY, Response, Task, response_from_row, steered_from_row
+from stllms.records import (
+    STEERED_KEY,
+    Response,
+    Steered,
+    Task,
+    response_from_row,
+    steered_from_row,
+)
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import read_json
 from stllms.runs.store import Rows
@@ -354,9 +361,9 @@ def _work(stage: str, folder: Folder) -> Work:
     config, settings = folder.config, folder.config.settings
     limit = settings.max_tokens_compare if stage == "05_compare" else settings.max_tokens
     if config.entry.source == "api":
-        sent = _texts(folder, limit)
-        bare = sent.calls + sent.stored - len(_labelled(folder))
-        calls = [one for one in (sent, *_labels(stage, config, (), bare, limit)) if one.calls]
+        sent, chains = _from_api(folder, limit)
+        calls = [sent, *_labels(stage, folder, chains, sent.calls, limit)]
+        calls = [one for one in calls if one.calls]
         return Work(stage, config.model, sent.calls, calls=tuple(calls))
     missing, stored = 0, []
     for name, keys in rows(stage, config).items():
@@ -365,58 +372,63 @@ def _work(stage: str, folder: Folder) -> Work:
         there = [found[one] for one in keys if one in found]
         missing += len(keys) - len(there)
         stored += there
-    calls = _labels(stage, config, _bare(folder, stored), missing, limit)
-    chains = 0 if stage == "02_train_vectors" else missing
-    unsure = stage in ("02_train_vectors", "04_steer") and missing > 0
-    return Work(stage, config.model, chains, chains * limit, unsure, tuple(calls))
+    calls = _labels(stage, folder, map(_chain, stored), missing, limit)
+    written = 0 if stage == "02_train_vectors" else missing
+    unsure = missing > 0 and (
+        stage == "02_train_vectors"
+        or (stage == "04_steer" and not stages.has_directions(config))
+    )
+    return Work(stage, config.model, written, written * limit, unsure, tuple(calls))
 
 
-def _texts(folder: Folder, limit: int) -> api.Estimate:
-    """What a compared model behind an API is sent."""
-    config = folder.config
-    remote.check_limit(config.entry, limit)
-    asked = remote.requests(
-        config.entry,
-        _tasks(config, "05_compare"),
+def _chain(row: dict[str, Any]) -> Response | Steered:
+    return steered_from_row(row) if "response" in row else response_from_row(row)
+
+
+def _from_api(folder: Folder, limit: int) -> tuple[api.Estimate, list[Response]]:
+    """What a compared model behind an API is sent, and its stored chains with reasoning."""
+    config, entry = folder.config, folder.config.entry
+    remote.check_limit(entry, limit)
+    asked = _tasks(config, "05_compare")
+    requests = remote.requests(
+        entry,
+        asked,
         max_new_tokens=limit,
         temperature=config.settings.temperature,
         style=config.prompts,
     )
-    name = str(config.entry.api_id)
-    client = api.Client(name, folder=folder / "api", base_url=config.base_url)
-    return client.estimate(asked, remote.unusable)
+    client = api.Client(str(entry.api_id), folder=folder / "api", base_url=config.base_url)
+    store, chains = api.Store(client.folder).load(), []
+    for task, request in zip(asked, requests, strict=True):
+        answers = store.answers(request.key(client.model))
+        if answers and not remote.unusable(reply := api.Reply(answers[-1])):
+            prompt = request.messages[0]["content"]
+            chains.append(remote.to_response(task, prompt, reply, entry.kind))
+    kept = [one for one in chains if not remote.withheld(one, entry.kind)]
+    return client.estimate(requests, remote.unusable), kept
 
 
 def _labels(
-    stage: str, config: RunConfig, bare: Iterable[Response], missing: int, limit: int
+    stage: str, folder: Folder, chains: Iterable[Response | Steered], missing: int, limit: int
 ) -> list[api.Estimate]:
-    """What the judge of a run is sent about responses, and about as many as are ``missing``,
-    each of ``limit`` tokens.
+    """What the judge of a run is sent about the chains that it has not labelled, and about as
+    many as are ``missing``, each of ``limit`` tokens.
     """
+    config = folder.config
     if stage[:2] not in LABELS or not config.annotator.startswith("openai:"):
         return []
     judge = annotators.annotator(config.annotator, **config.annotating)
     assert isinstance(judge, Judge)
+    beside = annotators.load(Rows(folder.annotations, annotators.KEY), judge.name)
+    done = {one.task_id for one in beside if one.failed is None}
+    bare = []
+    for one in chains:
+        if isinstance(one, Response):
+            bare += [one] if one.task_id not in done else []
+        elif not annotators.labelled(one, judge.name):
+            bare.append(one.response)
     text = (SENTENCE * (4 * limit // len(SENTENCE) + 1))[: 4 * limit]
     response = Response("", "", "", (), (), text, text, 0, "", True, True)
     requests = judge.protocol.requests(response) * missing
     later = api.estimate(requests, judge.client.price, model=judge.client.model)
-    return [one for one in (judge.estimate([*bare]), later) if one.calls]
-
-
-def _labelled(folder: Folder) -> set[str]:
-    """The tasks of the responses in a folder that the run's annotator has labelled."""
-    store = Rows(folder.annotations, annotators.KEY)
-    found = annotators.load(store, folder.config.annotator)
-    return {one.task_id for one in found if one.failed is None}
-
-
-def _bare(folder: Folder, stored: Iterable[dict[str, Any]]) -> Iterator[Response]:
-    """The stored chains that the run's annotator has not labelled, in them or beside them."""
-    done = _labelled(folder)
-    for row in stored:
-        if "response" not in row:
-            if row["task_id"] not in done:
-                yield response_from_row(row)
-        elif not annotators.labelled(chain := steered_from_row(row), folder.config.annotator):
-            yield chain.response
+    return [one for one in (judge.estimate(bare), later) if one.calls]

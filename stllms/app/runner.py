@@ -90,14 +90,14 @@ def run(
         _say("done already", [job for job in chosen if job not in todo])
         _say("needed first", [job for job in todo if job not in chosen])
         execute(todo, quiet=quiet)
-        # Those whose directions changed because chains that had failed are now labelled.
+        # Those whose directions changed because calls that had failed now gave labels.
         if late := _pending(chosen, again=False):
             execute(late, quiet=quiet)
         for place in places:
             print(f"done: {place}")
         for job in dict.fromkeys([*chosen, *todo]):
             if n := stages.failed(*job):
-                print(f"{job.stage}: {n} chains failed; the same command asks for them again")
+                print(f"{job.stage}: {n} calls failed; the same command makes them again")
     else:
         print(f"nothing to do: {', '.join(places)} complete (--fresh starts again)")
     _report(chosen)
@@ -134,7 +134,7 @@ def _jobs(configs: Sequence[RunConfig], selected: Sequence[str]) -> list[Job]:
 
 def _pending(chosen: Sequence[Job], *, again: bool = True) -> list[Job]:
     """What is not done, each with the stages it needs, each once and in order; with ``again``
-    what has run and waits for chains that failed counts as not done.
+    what has run and has calls that failed counts as not done.
     """
     todo = [
         Job(name, job.config)

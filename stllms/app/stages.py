@@ -19,11 +19,9 @@ from pathlib import Path
 from stllms import __version__
 from stllms.config import RunConfig
 from stllms.hashes import digest
-from stllms.records import STEERED_KEY
 from stllms.registry import PACKAGE, repository
 from stllms.runs.artifacts import Folder, now
 from stllms.runs.files import ARTEFACTS, StaleArtefact, read_json
-from stllms.runs.store import Rows
 
 #: The stages in order; each is the notebook of that name.
 STAGES = ("01_generate", "02_train_vectors", "03_attribute_layers", "04_steer", "05_compare")
@@ -46,13 +44,6 @@ PROMISED = {
 RESUMED = {
     stage: tuple(n for n, one in ARTEFACTS.items() if one.stage == stage[:2] and one.resumed)
     for stage in STAGES
-}
-
-#: The files of a stage that hold annotations of chains, and the keys of their rows.
-LABELLED: dict[str, dict[str, tuple[str, ...]]] = {
-    "02_train_vectors": {"annotations.jsonl": ("task_id", "annotator")},
-    "04_steer": {"steered.jsonl": STEERED_KEY, "sweep.jsonl": STEERED_KEY},
-    "05_compare": {"annotations.jsonl": ("task_id", "annotator")},
 }
 
 #: A line that begins like this says what an API would cost; the runner shows it at once.
@@ -194,14 +185,14 @@ def has_directions(config: RunConfig) -> bool:
 
 
 def failed(stage: str, config: RunConfig) -> int:
-    """The chains of a stage that have no label or no text yet and will be asked again."""
+    """The calls to APIs that failed in a stage and that the next run makes again."""
     return folder_of(stage, config).marker(stage).get("failed", 0)
 
 
 def pending(stages: Sequence[str], config: RunConfig, *, again: bool = True) -> list[str]:
     """The stages among ``stages`` that are not done, and those they need, in order.
 
-    With ``again`` those that have run, and have chains to be asked again, are not done.
+    With ``again`` those that have run, and whose calls failed, are not done.
     """
     wanted = {needed for stage in stages for needed in (*REQUIRES[stage], stage)}
     return [
@@ -289,8 +280,8 @@ def release(folder: Folder) -> None:
 def finish(stage: str, config: RunConfig) -> None:
     """Marks a stage as done and says what it left; the last call of every notebook.
 
-    The marker holds how many chains failed and will be asked again by the next run. Raises
-    :class:`StageError` if an artefact that the stage promises is not there.
+    The marker holds how many calls to APIs failed and will be made again by the next run.
+    Raises :class:`StageError` if an artefact that the stage promises is not there.
     """
     folder = folder_of(stage, config).open()
     lacking = [name for name in PROMISED[stage] if not (folder / name).is_file()]
@@ -299,7 +290,7 @@ def finish(stage: str, config: RunConfig) -> None:
     begun = _begun.get((stage, folder.path))
     names = folder.kept | set(PROMISED[stage])
     written = sorted(name for name in names if (folder / name).is_file())
-    n_failed = _asked_again(stage, config)
+    n_failed = _to_call_again(stage, config)
     folder.mark(
         stage,
         {
@@ -313,9 +304,20 @@ def finish(stage: str, config: RunConfig) -> None:
     release(folder)
     print(f"{folder.label}: {listed(written)}")
     if n_failed:
-        print(f"failed: {n_failed} chains, asked again by the next run")
+        print(f"{n_failed} calls to an API failed; the next run makes them again")
     if following := STAGES[STAGES.index(stage) + 1 :]:
         print(f"next: {following[0]}")
+
+
+def _to_call_again(stage: str, config: RunConfig) -> int:
+    """The calls to APIs that a stage has left. None is left of a replay, nor to a model that
+    gave nothing usable as often as the client asks."""
+    models = [one.config for one in members(stage, config)]
+    if not any(own.judged or own.entry.source == "api" for own in models):
+        return 0
+    from stllms.app import preflight
+
+    return sum(work.n_calls for work in preflight.works([(stage, config)]))
 
 
 def listed(written: Sequence[str]) -> str:
@@ -324,53 +326,3 @@ def listed(written: Sequence[str]) -> str:
     others = [name for name in written if not name.startswith("figures/")]
     drawn = f"figures {', '.join(sorted(figures))}" if figures else ""
     return "; ".join(part for part in (", ".join(others), drawn) if part) or "nothing"
-
-
-# -- chains that failed --------------------------------------------------------------------
-
-
-def _asked_again(stage: str, config: RunConfig) -> int:
-    """The chains of a stage without labels or text that the next run asks for again.
-
-    Not asked again: a chain without text, one of a replay, one answered as often as the client
-    asks.
-    """
-    found = 0
-    for place in members(stage, config):
-        own = place.config
-        if own.entry.source == "api":
-            again, ended = _requests(place / "api", str(own.entry.api_id))
-            found += len(again - ended)
-        if not own.annotator.startswith("replay:") and (bad := _failed(stage, place)):
-            name = own.annotator.removeprefix("openai:").partition("#")[0]
-            again, ended = _requests(own.folder / "judge", name)
-            found += sum(task_id not in ended - again for task_id in bad)
-    return found
-
-
-def _failed(stage: str, folder: Folder) -> list[str]:
-    """The tasks of the chains with text for which the run's annotator has failed."""
-    from stllms.annotation.judge import EMPTY  # it brings torch
-
-    rows = [
-        row.get("annotation", row)
-        for name, key in LABELLED.get(stage, {}).items()
-        for row in Rows(folder / name, key).load()
-    ]
-    own = [row for row in rows if row and row["annotator"] == folder.config.annotator]
-    return [row["task_id"] for row in own if row["failed"] not in (None, EMPTY)]
-
-
-def _requests(folder: Path, model: str) -> tuple[set[str], set[str]]:
-    """Names of the stored requests to a model: those to be sent again, and the others."""
-    from stllms.models.api import ASKS, Store
-
-    again: set[str] = set()
-    ended: set[str] = set()
-    store = Store(folder).load()
-    for key, tries in store.rows.items():
-        if tries[-1].get("model") == model:
-            answers = store.answers(key)
-            good = answers and answers[-1]["status"] == "answered"
-            (ended if good or len(answers) >= ASKS else again).add(tries[-1]["name"])
-    return again, ended
