@@ -216,7 +216,8 @@ def execute(jobs: Sequence[Job], *, quiet: bool = False) -> None:
     if not quiet:
         from stllms.app import preflight
 
-        print(preflight.table(preflight.works(jobs)), flush=True)
+        if said := preflight.table(preflight.works(jobs)):
+            print(said, flush=True)
     for number, job in enumerate(jobs, 1):
         with job.lock(), _progress(job, f"{number} of {len(jobs)}", quiet=quiet) as progress:
             stages.check(*job)  # an earlier one may have changed its input
