@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -50,7 +49,7 @@ def _written(match: re.Match[str]) -> str:
 # -- progress ------------------------------------------------------------------------------
 
 #: The environment variable that names the runner's file; progress is then written there, and
-#: no bar is drawn. A runner that shows nothing names the null device.
+#: no bar is drawn.
 CHANNEL = "STLLMS_PROGRESS"
 
 #: Seconds that a rate looks back, and the number of changes that it looks back at least.
@@ -229,20 +228,6 @@ def about(words: str) -> Iterator[None]:
 
 
 # -- from a kernel to its runner -----------------------------------------------------------
-
-
-@contextlib.contextmanager
-def followed() -> Iterator[tuple[dict[str, str], Callable[[], None]]]:
-    """For the caller of a quiet runner: variables for its environment, and a function, to be
-    called now and then, that shows on a bar how far its kernels are."""
-    with tempfile.TemporaryDirectory(prefix="stllms-") as folder, _drawn(1) as draw:
-        path = Path(folder) / "progress.json"
-
-        def look() -> None:
-            if state := read(path):
-                draw(state)
-
-        yield {CHANNEL: str(path)}, look
 
 
 def report(path: Path, state: State) -> None:

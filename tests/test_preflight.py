@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -15,15 +17,16 @@ from huggingface_hub.hf_api import ModelInfo
 from stllms import config as configuration
 from stllms import tasks
 from stllms.annotation import annotators
-from stllms.annotation.judge import Judge
+from stllms.annotation.judge import Judge, protocol_of
 from stllms.app import cli, preflight, runner, stages
 from stllms.app.preflight import Work
 from stllms.config import RunConfig
+from stllms.generation import remote
 from stllms.generation.chains import read as read_responses
 from stllms.generation.chains import responses as generate
 from stllms.labels import STEERED
 from stllms.models import api
-from stllms.records import STEERED_KEY, Annotation, to_row
+from stllms.records import STEERED_KEY, Annotation, Response, to_row
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import write_json
 from stllms.runs.store import Rows
@@ -38,7 +41,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("STLLMS_RESULTS", str(tmp_path / "results"))
     monkeypatch.delenv(stages.INSIDE, raising=False)
     monkeypatch.setattr(runner, "execute", lambda *_, **__: pytest.fail("a notebook runs"))
-    for name in ("OPENAI_BASE_URL", api.KEY, *(key for _, key in api.PROVIDERS.values())):
+    for name in (api.OWN_SERVER, api.KEY, *(key for _, key in api.PROVIDERS.values())):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -68,10 +71,12 @@ def nothing_began(place) -> None:
         ("--model api:deepseek/x --judge offline", "OPENROUTER_API_KEY"),
         ("--judge openai:unheard-of --max-cost 2", "nobody knows the price of unheard-of"),
         ("--judge openai:m#unheard", "unheard"),
+        ("--published nope --model tiny-instruct", "nope: there is no such folder"),
+        ("--model smollm2 --from 05", "compared with nothing: name other models"),
+        ("--model r1-distill-qwen-1.5b --from 05", "--option compare=qwen2.5-1.5b-instruct"),
         ("--judge replay:nowhere", "nowhere"),
         ("--judge grammar --option compare=smollm2 --from 05", "not those of smollm2"),
         ("--tasks messages --n-samples 501", "501 tasks asked for"),
-        ("--model tiny-thinker --published nope", "nope: there is no such folder"),
         ("--model claude-3.7-sonnet --judge lexical --max-tokens 10", "max_tokens_compare: 10"),
         ("--model owner/unheard-of", "is not on this machine, and the hub does not give it"),
     ],
@@ -103,16 +108,9 @@ def test_too_few_tasks_name_the_numbers_and_their_options(place, capsys):
         assert part in line
     for flag in ("--n-samples N", "--n-evaluate N", "--option n_compare=N"):
         assert flag in line
-    assert not (place / "results").exists()
-
-
-def test_tasks_are_counted_for_the_notebooks_that_run(place, monkeypatch):
-    path = write_tasks(place / "own.jsonl", 20)
-    ran = []
-    monkeypatch.setattr(runner, "execute", lambda todo, **__: ran.append(todo))
-    monkeypatch.setattr(runner, "_report", lambda *_: None)
-    assert cli.main(["run", "--tasks", path, "--profile", "smoke", "--to", "02"]) == 0
-    assert [job.stage for job in ran[0]] == list(stages.STAGES[:2])
+    nothing_began(place)
+    few = RunConfig("smollm2", tasks=path, profile="smoke")
+    preflight.check(few, stages.STAGES[:2])  # which need no more than there are
 
 
 def test_a_failed_run_without_rows_does_not_block_the_corrected_one(place, capsys):
@@ -132,59 +130,38 @@ def test_a_failed_run_without_rows_does_not_block_the_corrected_one(place, capsy
 
 
 def test_compared_rows_are_kept_and_folders_without_any_are_not(place):
-    old, new = RunConfig(seed=1), RunConfig(seed=2)
-    member = stages.folder_of("05_compare", old).member("tiny-instruct").open()
-    stages.check("05_compare", new)
-    stages.ensure("05_compare", new)
+    member = stages.members("05_compare", RunConfig(seed=1))[1].open()
+    stages.ensure("05_compare", RunConfig(seed=2))
     assert not member.run.is_file()
-    member.open()
-    member.responses.write_text('{"task_id": "0"}\n')
+    member.open().responses.write_text('{"task_id": "0"}\n')
     with pytest.raises(ValueError, match="seed was 1 and is now 2"):
-        stages.check("05_compare", new)
+        stages.check("05_compare", RunConfig(seed=2))
 
 
-# -- released files ------------------------------------------------------------------------
+# -- released files, and where the runs go ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("reasoning_comparison_x.json", "[]", "an empty list"),
-        ("mean_vectors_x.pt", "", "the file is empty"),
-        ("layer_effects_x.pt", "nonsense", "not a whole file"),
+        ("reasoning_comparison_x.json", "[]", "reasoning_comparison_x.json"),
+        ("layer_effects_x.pt", "nonsense", "layer_effects_x.pt"),
         ("notes.txt", "hello", "no released file"),
     ],
 )
 def test_a_bad_released_file_is_refused_first(place, capsys, name, content, words):
-    folder = place / "released"
-    folder.mkdir()
-    (folder / name).write_text(content)
-    line = refused(capsys, "--model", "tiny-thinker", "--published", str(folder))
-    assert words in line or name in line
-    shutil.rmtree(folder)
+    (place / "released").mkdir()
+    (place / "released" / name).write_text(content)
+    published = str(place / "released")
+    assert words in refused(capsys, "--model", "tiny-thinker", "--published", published)
 
 
-# -- where the runs go -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ask", [(), ("--fresh",), ("--model", "tiny-instruct")])
-def test_results_that_are_a_file_are_refused_with_the_cure(place, capsys, ask):
+def test_results_that_are_a_file_are_refused(place, capsys, monkeypatch):
+    monkeypatch.undo()
     (place / "results").write_text("a file")
-    line = refused(capsys, "--to", "01", *ask)
-    assert f"cannot write runs to {place / 'results'}" in line
-    assert "(Not a directory): choose another --results" in line
-
-
-def test_results_that_may_not_be_written_are_refused_with_the_cure(place, capsys, monkeypatch):
-    monkeypatch.setattr(runner.os, "access", lambda *_: False)
-    line = refused(capsys, "--to", "01")
-    assert "(no permission to write): choose another --results" in line
-
-
-def test_released_files_need_a_place_for_what_is_drawn(place, capsys):
-    (place / "results").write_text("a file")
-    assert cli.main(["run", "--published", str(place)]) == 2
-    assert "choose another --results" in capsys.readouterr().err
+    line = refused(capsys, "--to", "01", "--results", str(place / "results"))
+    assert "Not a directory" in line
+    assert str(place / "results") in line
 
 
 # -- devices -------------------------------------------------------------------------------
@@ -201,49 +178,15 @@ def test_quantization_needs_its_package(monkeypatch):
     configuration.hardware("cuda", None)
 
 
-def test_a_model_behind_an_api_needs_no_device(place, monkeypatch):
-    monkeypatch.setattr(preflight, "hardware", lambda *_: pytest.fail("no device is used"))
-    monkeypatch.setenv("OPENAI_API_KEY", "some-key")
-    preflight.check(RunConfig("gpt-4o", quantization="8bit"), ["05_compare"])
-
-
 # -- keys and annotators -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", ["02_train_vectors", "04_steer", "05_compare"])
-def test_a_notebook_opened_by_hand_is_refused_before_any_other_is_run(
-    place, monkeypatch, stage
-):
-    monkeypatch.setattr(stages, "_run_headless", lambda *_: pytest.fail("notebooks run"))
+def test_a_notebook_opened_by_hand_is_refused_before_any_other_is_run(place, stage):
     with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
         stages.ensure(stage, RunConfig(judge="openai:gpt-4.1"))
     nothing_began(place)
-
-
-def test_a_stage_that_labels_nothing_needs_no_key(place):
     preflight.check(RunConfig(judge="openai:gpt-4.1"), ["01_generate", "03_attribute_layers"])
-
-
-def stored_replies(folder: Path, model: str, n: int) -> None:
-    store = api.Store(folder).load()
-    with store.writing():
-        for i in range(n):
-            row = {"key": f"k{i}", "name": f"t{i}", "model": model, "status": "answered"}
-            store.append({**row, "cost": 0.0, "reason": None, "identity": {}, "body": {}})
-
-
-def test_no_key_is_needed_where_every_reply_is_stored(place):
-    config = RunConfig(judge="openai:gpt-4.1", n_samples=3)
-    stored_replies(config.folder / "judge", "gpt-4.1", 2)
-    with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
-        preflight.check(config, ["02_train_vectors"])
-    other = RunConfig(judge="openai:gpt-4.1", n_samples=2)
-    preflight.check(other, ["02_train_vectors"])
-    with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
-        preflight.check(other, ["02_train_vectors", "04_steer"])
-    third = RunConfig(judge="openai:gpt-4.1-mini", n_samples=1)
-    with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
-        preflight.check(third, ["02_train_vectors"])
 
 
 # -- models --------------------------------------------------------------------------------
@@ -257,30 +200,20 @@ def test_a_folder_without_weights_is_refused_first(place, capsys):
     nothing_began(place)
 
 
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        ("smollm2", "smollm2 would be compared with nothing, it has no pair in the registry"),
-        ("r1-distill-qwen-1.5b", "--option compare=qwen2.5-1.5b-instruct"),
-    ],
-)
-def test_a_comparison_with_nothing_is_refused_where_it_alone_is_asked_for(
-    place, capsys, monkeypatch, model, words
-):
+def test_one_model_may_stand_alone_where_it_has_other_notebooks_or_an_api(place, monkeypatch):
     monkeypatch.setattr(preflight, "model", lambda _: 0)
-    assert words in refused(capsys, "--model", model, "--from", "05")
-    nothing_began(place)
-    preflight.check(RunConfig(model), ["05_compare"], asked=stages.STAGES)
-    preflight.check(RunConfig(model, compare=("tiny-instruct",)), ["05_compare"])
+    preflight.check(RunConfig("smollm2"), ["05_compare"], asked=stages.STAGES)
+    preflight.check(RunConfig("smollm2", compare=("tiny-instruct",)), ["05_compare"])
     preflight.check(RunConfig("tiny-thinker"), ["05_compare"])
-
-
-def test_a_model_behind_an_api_may_stand_alone(place, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "some-key")
-    preflight.check(RunConfig("gpt-4o", judge="lexical"), ["05_compare"])
+    monkeypatch.setattr(preflight, "hardware", lambda *_: pytest.fail("no device is used"))
+    alone = RunConfig("gpt-4o", judge="lexical", quantization="8bit")
+    preflight.check(alone, ["05_compare"])
 
 
 # -- the disk ------------------------------------------------------------------------------
+
+REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 
 
 def free(monkeypatch, size: int) -> None:
@@ -288,58 +221,30 @@ def free(monkeypatch, size: int) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
 
 
-def test_a_disk_that_is_full_is_refused_first(place, capsys, monkeypatch):
-    free(monkeypatch, 1 << 20)
-    line = refused(capsys, "--profile", "smoke")
-    assert "which has 1 MiB free: make room, or choose another --results" in line
-    assert str(place) in line
-    nothing_began(place)
-    free(monkeypatch, 1 << 40)
-    preflight.check(RunConfig(), stages.STAGES)
-
-
-def test_weights_that_do_not_fit_are_refused_before_they_are_downloaded(
+def test_a_disk_without_room_for_a_run_or_for_weights_is_refused_first(
     place, capsys, monkeypatch
 ):
+    free(monkeypatch, 1 << 20)
+    line = refused(capsys, "--profile", "smoke")
+    assert f"0.2 GiB on the disk of {place / 'results'}, which has 0.0 GiB free" in line
     files = [("model.safetensors", 30 << 30), ("pytorch_model.bin", 31 << 30), ("x.txt", 9)]
     listed = [{"rfilename": name, "size": size} for name, size in files]
     info = ModelInfo(id="owner/model", siblings=listed)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
     free(monkeypatch, 20 << 30)
-    assert "may need 31." in refused(capsys, "--model", "owner/model")
+    assert "may need 32.0 GiB" in refused(capsys, "--model", "owner/model")
     nothing_began(place)
     free(monkeypatch, 40 << 30)
     preflight.check(RunConfig("owner/model"), ["01_generate"])
 
 
-REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
-
-
-@pytest.mark.parametrize("model", ["tiny-thinker", "comparison/smollm2"])
-@pytest.mark.parametrize("name", ["responses", "annotations"])
-def test_rows_of_the_committed_runs_are_within_the_estimate_and_not_far_below(model, name):
-    """No row is larger than its bound, and all bounds are less than ten times the rows."""
-    lines = (REFERENCE / model / f"{name}.jsonl").read_bytes().splitlines()
-    chains = (REFERENCE / model / "responses.jsonl").read_bytes().splitlines()
-    tokens = {row["task_id"]: len(row["output_ids"]) for row in map(json.loads, chains)}
-    lengths = [tokens[json.loads(line)["task_id"]] for line in lines]
-    bounds = [n * preflight.TOKEN + preflight.ROW for n in lengths]
-    sizes = [len(line) + 1 for line in lines]
-    assert all(size <= bound for size, bound in zip(sizes, bounds, strict=True))
-    assert sum(sizes) * 10 > sum(bounds)
-
-
-def test_the_chains_of_a_run_are_as_many_as_were_written():
+def test_the_committed_run_fits_into_the_room_and_has_as_many_chains_as_are_counted(place):
     folder, config = REFERENCE / "tiny-thinker", RunConfig(n_sweep=0)
-    names = ("responses", "annotations", "steered")
-    rows = [(folder / f"{name}.jsonl").read_bytes().count(b"\n") for name in names]
-    chains = {
-        stage: preflight.tasks(config, stage)
-        for stage in ("01_generate", "02_train_vectors", "04_steer")
-    }
-    assert list(chains.values()) == rows
-    size = sum(path.stat().st_size for path in folder.glob("*.jsonl"))
-    assert size < preflight.written(config, chains) < 100 * size
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert size < preflight.ROOM < 100 * size
+    for stage, name in (("01_generate", "responses"), ("04_steer", "steered")):
+        (keys,) = preflight.rows(stage, config).values()
+        assert len(keys) == (folder / f"{name}.jsonl").read_bytes().count(b"\n")
 
 
 # -- the estimate: what is said is what is then written, sent and paid ----------------------
@@ -371,8 +276,8 @@ def config(tmp_path, save_tiny_model, monkeypatch):
     )
 
 
-def work(name: str, config: RunConfig, *, made: bool = False) -> Work:
-    (found,) = preflight.works([(name, config)], lambda _: made)
+def work(name: str, config: RunConfig) -> Work:
+    (found,) = preflight.works([(name, config)])
     return found
 
 
@@ -412,9 +317,8 @@ def test_steered_chains_and_the_sweep_are_as_many_as_estimated(config, tiny_llam
     config = RunConfig.from_dict({**config.to_dict(), "n_sweep": 2})
     before = work("04_steer", config)
     # 4 tasks x (plain + 4 behaviours x 3 + 3 controls x 4 layers x 3), 2 x (plain + 7 x 4 x 2)
-    assert (before.chains, before.at_most) == (4 * (1 + 12 + 36) + 2 * (1 + 56), True)
-    assert before.tokens == 12 * before.chains
-
+    n = 4 * (1 + 12 + 36) + 2 * (1 + 56)
+    assert (before.chains, before.tokens, before.at_most) == (n, 12 * n, True)
     folder, vectors = Folder(config).open(), some_vectors(tiny_llama)
     layers = dict(zip(STEERED, (1, 2, 1, 2), strict=True))
     vectors.save(folder.vectors)
@@ -422,8 +326,8 @@ def test_steered_chains_and_the_sweep_are_as_many_as_estimated(config, tiny_llam
     controls = Controls(names, torch.randn(3, *vectors.overall.shape))
     controls.save(folder / "controls.safetensors")
     write_json(folder / "steering_layers.json", layers)
-    left = work("04_steer", config, made=True)
-    assert not left.at_most
+    monkeypatch.setattr(stages, "has_directions", lambda _: True)
+    left = work("04_steer", config)
     arms = steering.conditions(vectors, layers, config.settings.coefficients)
     arms += steering.control_conditions(controls, layers, config.settings.coefficients)
     sweep = steering.sweep_conditions(vectors, config.settings.coefficients, controls)
@@ -434,8 +338,7 @@ def test_steered_chains_and_the_sweep_are_as_many_as_estimated(config, tiny_llam
         store = folder.rows(path, STEERED_KEY)
         steering.grid(tiny_llama, some, every, store=store, progress=False, **options)
         written += lines(path)
-        left_now = work("04_steer", config, made=True)
-        assert left_now.chains == left.chains - written
+        assert work("04_steer", config).chains == left.chains - written
     assert written == left.chains == 4 * (1 + 9 + 18) + 2 * (1 + 6 * 4 * 2)
 
 
@@ -448,7 +351,7 @@ def prices(tmp_path, monkeypatch):
     path = tmp_path / "prices.json"
     path.write_text(json.dumps(table))
     monkeypatch.setenv("STLLMS_PRICES", str(path))
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.delenv(api.OWN_SERVER, raising=False)
 
 
 def with_judge(config: RunConfig, judge: str, **more) -> RunConfig:
@@ -484,27 +387,83 @@ def test_real_chains_cost_no_more_than_was_said(monkeypatch, tmp_path):
     assert 0.05 * said.cost < real.cost < said.cost
 
 
-@pytest.mark.usefixtures("prices")
-def test_what_a_judge_has_answered_or_labelled_is_not_paid_again(config, tiny_llama):
+def store(folder: Path, model: str, **replies: Sequence[str]) -> None:
+    """Stored replies: the status of each try, by the key of its request."""
+    row = {"model": model, "name": "", "identity": {}, "about": {}, "reason": "why"}
+    with api.Store(folder).writing() as rows:
+        for key, tries in replies.items():
+            for status in tries:
+                text = f'["deduction"]{key}["end-section"]' if status == "answered" else ""
+                body = {"choices": [{"message": {"content": text}}]}
+                rows.append({**row, "key": key, "status": status, "body": body})
+
+
+def chain(task: str, thinking: str | None = None) -> Response:
+    text = f"I think {task}." if thinking is None else thinking
+    return Response(task, "own", "p", (1,), (2,), text, text, 0, "", True, True)
+
+
+@pytest.mark.usefixtures("prices", "place")
+def test_what_a_judge_has_answered_or_labelled_is_not_paid_again_and_needs_no_key(config):
     config = with_judge(config, "openai:dear")
-    folder, asked = Folder(config).open(), tasks.select("build", **config.tasks_of("build"))
-    options = config.decoding
-    made = generate(
-        tiny_llama, asked, store=folder.rows(folder.responses), progress=False, **options
-    )
-    assert all(one.thinking.strip() for one in made)
+    folder, chains = Folder(config).open(), [chain(f"t{i}") for i in range(5)]
+    folder.rows(folder.responses).append(map(to_row, chains))
     assert work("02_train_vectors", config).n_calls == 5
-    judge = annotators.annotator(config.annotator, **config.annotating)
-    (request,) = judge.protocol.requests(made[0])
-    body = {"choices": [{"message": {"content": '["deduction"]x["end-section"]'}}]}
-    with api.Store(config.folder / "judge").writing() as store:
-        key = request.key("dear")
-        row = {"key": key, "status": "answered", "body": body, "name": "t0", "model": "dear"}
-        store.append({**row, "identity": {}, "about": {}, "reason": None})
+    protocol = annotators.annotator(config.annotator, **config.annotating).protocol
+    (request,) = protocol.requests(chains[0])
+    store(config.folder / "judge", "dear", **{request.key("dear"): ["answered"]})
     assert work("02_train_vectors", config).n_calls == 4
-    label = Annotation(made[1].task_id, config.annotator)
-    folder.rows(folder.annotations, annotators.KEY).append([to_row(label)])
-    assert work("02_train_vectors", config).n_calls == 3
+    with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
+        preflight.check(config, ["02_train_vectors"])
+    labels = [to_row(Annotation(one.task_id, config.annotator)) for one in chains[1:]]
+    folder.rows(folder.annotations, annotators.KEY).append(labels)
+    assert work("02_train_vectors", config) == Work("02_train_vectors", config.model)
+    preflight.check(config, ["02_train_vectors"])
+    with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
+        preflight.check(config, ["02_train_vectors", "04_steer"])
+
+
+@pytest.mark.parametrize(
+    ("judge", "replies", "thinking", "waiting"),
+    [
+        ("openai:m", ["failed"], None, 1),
+        ("openai:m", ["unusable"], None, 1),
+        ("openai:m", ["unusable"] * 2, None, 0),
+        ("openai:m#indexed", ["unusable"] * 2, None, 0),
+        ("openai:m", ["failed", "answered"], None, 0),
+        ("openai:m", [], None, 1),
+        ("openai:m", [], " ", 0),
+        ("openai:other", ["unusable"] * 2, None, 1),
+        ("replay", [], None, 0),
+    ],
+)
+@pytest.mark.usefixtures("place")
+def test_a_stage_is_done_when_no_call_is_to_be_made_again(
+    config, capsys, judge, replies, thinking, waiting
+):
+    stored = Path(config.results) / "stored"
+    (request,) = protocol_of(judge.partition("#")[2] or "rewrite").requests(chain("t0"))
+    store(stored, "m", **{request.key("m"): ["answered"]})
+    config = with_judge(config, f"replay:{stored}" if judge == "replay" else judge)
+    store(config.folder / "judge", "m", **{request.key("m"): replies})
+    for stage in stages.STAGES[:2]:
+        folder = stages.folder_of(stage, config).open()
+        for name in stages.PROMISED[stage]:
+            (folder / name).write_text("")
+        rows = [chain("t0", thinking), *(chain(f"t{i}") for i in range(1, 5))]
+        Rows(folder.responses).write(map(to_row, rows))
+        if stage == "02_train_vectors":
+            made = [Annotation(one.task_id, config.annotator) for one in rows]
+            made[0] = replace(made[0], failed="why")
+            made.append(Annotation("t1", "lexical", failed="why"))
+            Rows(folder.annotations, annotators.KEY).write(map(to_row, made))
+        stages.finish(stage, config)
+    said = capsys.readouterr().out
+    assert ("1 calls to an API failed; the next run makes them again" in said) is bool(waiting)
+    assert stages.failed("02_train_vectors", config) == waiting
+    assert stages.has_run("02_train_vectors", config)
+    assert len(stages.pending(["02_train_vectors"], config)) == waiting
+    assert stages.pending(["02_train_vectors"], config, again=False) == []
 
 
 @pytest.mark.usefixtures("prices")
@@ -514,6 +473,23 @@ def test_the_comparison_asks_a_model_behind_an_api_and_its_judge(config):
     assert (own.chains, own.tokens, own.n_calls) == (6, 6 * 12, 6)
     assert (other.chains, other.tokens, other.n_calls) == (6, 0, 12)
     assert sum(call.tokens_out for call in other.calls) > 6 * 12
+    member = stages.members("05_compare", config)[1]
+    texts = remote.requests(
+        member.config.entry,
+        tasks.select("compare", **config.tasks_of("compare")),
+        max_new_tokens=config.settings.max_tokens_compare,
+        temperature=config.settings.temperature,
+        style=config.prompts,
+    )
+    keys = [request.key("dear") for request in texts]
+    tries = (["answered"], ["failed"], ["failed", "answered"])
+    store(member.path / "api", "dear", **dict(zip(keys, tries, strict=False)))
+    _, other = preflight.works([("05_compare", config)])
+    assert [call.calls for call in other.calls] == [4, 2, 4], "texts, and labels of old and new"
+    label = Annotation(texts[0].name, config.annotator)
+    member.rows(member.annotations, annotators.KEY).append([to_row(label)])
+    _, other = preflight.works([("05_compare", config)])
+    assert [call.calls for call in other.calls] == [4, 1, 4]
 
 
 # -- said -----------------------------------------------------------------------------------
@@ -545,4 +521,5 @@ def test_the_table_adds_up_and_says_what_nobody_knows():
 
 def test_a_notebook_opened_by_hand_says_what_it_will_do(config, capsys):
     stages.ensure("01_generate", config)
-    assert capsys.readouterr().out == "01_generate: 5 chains to write, at most 60 tokens\n"
+    said = "01_generate tiny: 5 chains to write, at most 60 tokens\nno calls to an API\n"
+    assert capsys.readouterr().out == said

@@ -127,7 +127,6 @@ def bench(setup: RunConfig, vectors_file: str | Path | None = None) -> Bench:
         setup = _as_the_run(setup)
     config.hardware(setup.device, setup.quantization)
     labels = preflight.annotator(setup)
-    labels = labels or annotators.annotator(setup.annotator, **setup.annotating)
     free = labels if labels.name == setup.preview else annotators.annotator(setup.preview)
     preflight.model(setup)
     if of_run and not there:

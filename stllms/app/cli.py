@@ -237,7 +237,6 @@ def _complain(error: object, status: int) -> int:
     help="any other field of RunConfig, see below; may be repeated",
 )
 @click.option("--quiet", is_flag=True, help="show neither the estimate nor the progress")
-@click.option("--configuration", hidden=True)
 @click.pass_context
 def run(context: click.Context, **given: Any) -> None:
     """Run the notebooks for one or more models; what is done is skipped."""
@@ -251,7 +250,6 @@ def run(context: click.Context, **given: Any) -> None:
         runner.run(
             _configurations(given),
             **{name: given[name] for name in ("first", "last", "fresh", "quiet")},
-            report=not given["configuration"],  # a notebook that runs earlier ones shows none
         )
     except KeyboardInterrupt as stop:
         again = "the same command without --fresh" if given["fresh"] else "the same command"
@@ -261,8 +259,6 @@ def run(context: click.Context, **given: Any) -> None:
 
 def _configurations(given: dict[str, Any]) -> list[RunConfig]:
     """The configurations that the options of ``run`` name, one a model."""
-    if given["configuration"]:
-        return [RunConfig.from_parameters(**json.loads(given["configuration"]))]
     values = {name: given[name] for name in HELP}
     for text in given["option"]:
         name, _, value = text.partition("=")

@@ -1,34 +1,37 @@
 """The runner: notebooks 01 to 04 for each model, then 05 once for all of them.
 
 What is done is skipped, another configuration in the same folder is refused, the first failure
-stops the run. Notebooks are executed by papermill in a kernel of this interpreter; a line now
-and then says how far they are.
+stops the run. Notebooks are executed by papermill in a kernel of this interpreter, in a
+notebook that needs earlier ones too; a line now and then says how far they are.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from stllms import terminal
 from stllms.app import stages
 from stllms.app.stages import STAGES, StageError
 from stllms.config import RunConfig
 from stllms.runs.artifacts import Folder
+from stllms.runs.files import read_json
+
+if TYPE_CHECKING:  # it takes a second
+    from jupyter_client.manager import KernelManager
 
 #: Lines of a failing cell and of its error that are shown.
 HEAD, TAIL = 5, 8
-#: Seconds between two looks at what the kernel has done, and between two lines about it.
-LOOK, SAY = 0.5, 15.0
+#: Seconds between two lines about a kernel.
+SAY = 15.0
 #: A kernel; without the log level it warns that its sockets on localhost are plain.
 KERNEL = ("-m", "ipykernel_launcher", "--log-level=ERROR", "-f", "{connection_file}")
 #: The notebook that writes into another folder than the others.
@@ -67,7 +70,6 @@ def run(
     last: str | None = None,
     fresh: str | None = None,
     quiet: bool = False,
-    report: bool = True,
 ) -> None:
     """Runs the notebooks from ``first`` to ``last`` for every configuration.
 
@@ -83,29 +85,27 @@ def run(
         _delete(chosen, fresh)
     for job in chosen:
         stages.check(*job)
-    todo = _pending(chosen)
-    if todo:
-        check_writable(job.folder.path for job in todo)
-        for words, some, others in (
-            ("done already", chosen, todo),
-            ("needed first", todo, chosen),
-        ):
-            names = [f"{one.stage} {one.config.model}" for one in some if one not in others]
-            if names:
-                print(f"{words}: {', '.join(names)}")
+    places = [shown(path) for path in dict.fromkeys(job.folder.path for job in chosen)]
+    if todo := _pending(chosen):
+        _say("done already", [job for job in chosen if job not in todo])
+        _say("needed first", [job for job in todo if job not in chosen])
         execute(todo, quiet=quiet)
-        # Those whose directions changed because chains that had failed are now labelled.
+        # Those whose directions changed because calls that had failed now gave labels.
         if late := _pending(chosen, again=False):
             execute(late, quiet=quiet)
-        for place in _places(chosen):
+        for place in places:
             print(f"done: {place}")
         for job in dict.fromkeys([*chosen, *todo]):
             if n := stages.failed(*job):
-                print(f"{job.stage}: {n} chains failed; the same command asks for them again")
+                print(f"{job.stage}: {n} calls failed; the same command makes them again")
     else:
-        print(f"nothing to do: {', '.join(_places(chosen))} complete (--fresh starts again)")
-    if report:
-        _report(chosen)
+        print(f"nothing to do: {', '.join(places)} complete (--fresh starts again)")
+    _report(chosen)
+
+
+def _say(words: str, jobs: Sequence[Job]) -> None:
+    if jobs:
+        print(f"{words}: {', '.join(f'{job.stage} {job.config.model}' for job in jobs)}")
 
 
 def _selected(first: str | None, last: str | None) -> tuple[str, ...]:
@@ -121,8 +121,8 @@ def _jobs(configs: Sequence[RunConfig], selected: Sequence[str]) -> list[Job]:
     chosen = [
         Job(stage, config)
         for config in configs
-        for stage in stages.stages_for(config)
-        if stage in selected and stage != COMPARE
+        for stage in selected
+        if stage != COMPARE and config.entry.source != "api"  # where nothing can be steered
     ]
     if COMPARE in selected:
         chosen.append(Job(COMPARE, stages.compared(configs)))
@@ -134,7 +134,7 @@ def _jobs(configs: Sequence[RunConfig], selected: Sequence[str]) -> list[Job]:
 
 def _pending(chosen: Sequence[Job], *, again: bool = True) -> list[Job]:
     """What is not done, each with the stages it needs, each once and in order; with ``again``
-    what has run and waits for chains that failed counts as not done.
+    what has run and has calls that failed counts as not done.
     """
     todo = [
         Job(name, job.config)
@@ -146,27 +146,11 @@ def _pending(chosen: Sequence[Job], *, again: bool = True) -> list[Job]:
 
 def _refuse(todo: Sequence[Job], asked: Sequence[str]) -> None:
     """Refuses, before any notebook starts, what would stop one of them."""
-    if not todo:
-        return
-    from stllms.app import preflight  # it brings torch
-
     for config in dict.fromkeys(job.config for job in todo):
+        from stllms.app import preflight  # it brings torch
+
         own = [job.stage for job in todo if job.config == config]
         preflight.check(config, own, asked=asked)
-
-
-def check_writable(folders: Iterable[Path]) -> None:
-    """Makes the folders of the runs; ``ValueError`` for one that cannot be written to."""
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            reason = None if os.access(folder, os.W_OK) else "no permission to write"
-        except OSError as error:
-            reason = error.strerror
-        if reason:
-            raise ValueError(
-                f"cannot write runs to {folder} ({reason}): choose another --results"
-            )
 
 
 def _delete(chosen: Sequence[Job], which: str) -> None:
@@ -176,17 +160,13 @@ def _delete(chosen: Sequence[Job], which: str) -> None:
     if which != "all":
         stage = stages.stage_named(which)
         for config in dict.fromkeys(job.config for job in chosen):
-            names = stages.fresh(stage, config)
-            others = [name for name in names if not name.startswith("figures/")]
-            figures = len(names) - len(others)
-            more = f" and {figures} files of figures" if figures else ""
-            label = stages.folder_of(stage, config).label
-            print(f"deleted in {label}: {', '.join(others) or 'nothing'}{more}")
+            gone = stages.listed(stages.fresh(stage, config))
+            print(f"deleted in {stages.folder_of(stage, config).label}: {gone}")
         return
-    for job in chosen:
+    for job in {job.folder.path: job for job in chosen}.values():
         if job.stage == COMPARE:
             stages.fresh(*job)
-        elif job.folder.path.is_dir():
+        else:
             with job.folder.lock(*STAGES[:-1]):
                 job.folder.fresh()
 
@@ -195,10 +175,6 @@ def shown(path: Path) -> str:
     """A path for people in a terminal: from the working directory where it is below it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def _places(chosen: Sequence[Job]) -> list[str]:
-    return [shown(path) for path in dict.fromkeys(job.folder.path for job in chosen)]
 
 
 def _report(chosen: Sequence[Job]) -> None:
@@ -217,7 +193,6 @@ def draw_released(published: str, results: str | None) -> None:
     from stllms.comparison.ledger import write as write_ledger
 
     folder = RunConfig(results=results).results_folder
-    check_writable([folder])
     for path in released.run(published, folder):
         print(path)
     write_ledger(folder, published)
@@ -232,34 +207,33 @@ def execute(jobs: Sequence[Job], *, quiet: bool = False) -> None:
 
     Executed copies go to ``notebooks/`` of the run's folder. All parameters are checked
     first; each stage is locked while it runs. Unless ``quiet``, what there is to do is
-    estimated first and shown. Raises what :func:`run` raises.
+    estimated first and shown. Works in a notebook too. Raises what :func:`run` raises.
     """
-    cells = {job: _check_parameters(job) for job in jobs}
     for job in jobs:
+        _check_parameters(job)
         with job.lock():
             """Is it free? Refused before the first notebook, not in the middle of the run."""
     if not quiet:
         from stllms.app import preflight
 
-        print(preflight.table(preflight.works(jobs, stages.has_directions)), flush=True)
-    with _progress(quiet=quiet) as progress:
-        for number, job in enumerate(jobs, 1):
-            progress.begin(job, cells[job], f"{number} of {len(jobs)}")
-            with job.lock():
-                stages.check(*job)  # an earlier one may have changed its input
-                stages.renew(*job)
-                try:
-                    _execute(job, progress)
-                except KeyboardInterrupt:
-                    raise KeyboardInterrupt(_interrupted(job)) from None
-            if not stages.has_run(*job):
-                raise StageError(f"{job.title}: the notebook does not end with stages.finish")
+        if said := preflight.table(preflight.works(jobs)):
+            print(said, flush=True)
+    for number, job in enumerate(jobs, 1):
+        with job.lock(), _progress(job, f"{number} of {len(jobs)}", quiet=quiet) as progress:
+            stages.check(*job)  # an earlier one may have changed its input
+            stages.renew(*job)
+            try:
+                _execute(job, progress)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"interrupted in {job.title}; what was written is kept"
+                ) from None
+        if not stages.has_run(*job):
+            raise StageError(f"{job.title}: the notebook does not end with stages.finish")
 
 
-def _check_parameters(job: Job) -> int:
-    """The number of cells; ``ValueError`` if the notebook lacks a parameter: papermill would
-    only warn.
-    """
+def _check_parameters(job: Job) -> None:
+    """``ValueError`` if the notebook lacks a parameter: papermill would only warn."""
     import papermill
 
     path = stages.notebook(job.stage)
@@ -267,18 +241,12 @@ def _check_parameters(job: Job) -> int:
     lacking = [name for name in job.config.parameters() if name not in known]
     if lacking:
         raise ValueError(f"{path.name} has no parameter {', '.join(lacking)}")
-    return len(_cells(job.stage))
-
-
-def _cells(stage: str) -> list[dict[str, Any]]:
-    return json.loads(stages.notebook(stage).read_text(encoding="utf-8"))["cells"]
 
 
 def _execute(job: Job, progress: Progress) -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    _register_engine()
     folder, source = job.folder.open(), stages.notebook(job.stage)
     copy, failed = (folder.notebooks / f"{job.stage}{end}.ipynb" for end in ("", ".failed"))
     folder.keep([copy, failed])
@@ -290,73 +258,61 @@ def _execute(job: Job, progress: Progress) -> None:
                 str(failed),
                 job.config.parameters(),
                 kernel_name="python3",
-                engine_name="stllms",
+                kernel_manager_class=_kernel(progress.channel, log),
+                resources={"metadata": {"path": str(source.parent)}},
                 progress_bar=False,
-                cwd=str(source.parent),
+                on_cell_start=progress.start,
                 stdout_file=progress,
-                log=log,
             )
         except PapermillExecutionError as error:
             trace = "\n".join(error.traceback) or f"{error.ename}: {error.evalue}"
-            raise StageError(_failure(job, error.cell_index, error.source, trace)) from None
+            raise StageError(_failure(progress, trace)) from None
         except RuntimeError as error:  # the kernel did not start, or died in a cell
             log.seek(0)
             trace = f"{log.read().decode(errors='replace')}\nthe kernel died: {error}"
-            raise StageError(_failure(job, progress.done - 1, "", trace)) from None
+            raise StageError(_failure(progress, trace)) from None
     failed.replace(copy)
 
 
-def _register_engine() -> None:
-    """An engine of papermill whose kernel is this interpreter, whatever kernels are installed
-    for the user, and which counts its cells on our :class:`Progress`. What a kernel writes to
+def _kernel(channel: Path, log: IO[bytes]) -> type[KernelManager]:
+    """Kernels of this interpreter, whatever kernels are installed for the user.
+
+    One knows where it was started, and says in ``channel`` how far it is. What it writes to
     stderr itself (an interrupted one: tracebacks of its own machinery) goes to ``log``.
     """
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    from papermill.clientwrap import PapermillNotebookClient
-    from papermill.engines import Engine, papermill_engines
+
+    from stllms.models.api import STARTED
+
+    environment = {
+        **os.environ,
+        STARTED: str(Path.cwd()),
+        stages.INSIDE: str(os.getpid()),
+        terminal.CHANNEL: str(channel),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
 
     class ThisPython(AsyncKernelManager):
         kernel_spec = KernelSpec(
-            argv=[sys.executable, *KERNEL],
-            display_name="Python 3",
-            language="python",
-            env={"PYDEVD_DISABLE_FILE_VALIDATION": "1"},
+            argv=[sys.executable, *KERNEL], display_name="Python 3", language="python"
         )
 
-    class Ours(Engine):
-        @classmethod
-        def execute_managed_notebook(
-            cls, nb_man: Any, kernel_name: str, *, stdout_file: Progress, log: IO, **_: Any
-        ) -> Any:
-            nb_man.pbar = stdout_file
-            client = PapermillNotebookClient(
-                nb_man,
-                kernel_name=kernel_name,
-                kernel_manager_class=ThisPython,
-                timeout=None,
-                stdout_file=stdout_file,
-            )
-            return client.execute(stderr=log, env=stdout_file.environment)
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
+            await super().start_kernel(**options, env=environment, stderr=log)
 
-    papermill_engines.register("stllms", Ours)
+    return ThisPython
 
 
-def _failure(job: Job, index: int, source: str, trace: str) -> str:
+def _failure(progress: Progress, trace: str) -> str:
     """Notebook, cell, the head of its source and the last lines of the error."""
-    cells = _cells(job.stage)
-    tags = [cell.get("metadata", {}).get("tags", ()) for cell in cells]
-    parameters = next((i for i, own in enumerate(tags) if "parameters" in own), len(cells))
-    if index > parameters:
-        index -= 1  # papermill puts a cell of its own behind the parameters
-    if not source and 0 <= index < len(cells):
-        source = "".join(cells[index]["source"])
     uncoloured = re.sub(r"\x1b\[[0-9;]*m", "", trace)
     lines = [line for line in uncoloured.splitlines() if line.strip()]
+    job = progress.job
     return "\n".join(
         [
-            f"{job.title} failed in cell {index + 1} of {len(cells)}:",
-            *(f"    {line}" for line in source.splitlines()[:HEAD]),
+            f"{job.title} failed in cell {progress.at} of {progress.cells}:",
+            *(f"    {line}" for line in progress.source.splitlines()[:HEAD]),
             "with",
             *(f"    {line}" for line in lines[-TAIL:]),
             f"as executed: {shown(job.folder.notebooks / f'{job.stage}.failed.ipynb')}",
@@ -364,88 +320,33 @@ def _failure(job: Job, index: int, source: str, trace: str) -> str:
     )
 
 
-def _interrupted(job: Job) -> str:
-    """Where a run was stopped, and what is kept."""
-    names = [name for name in stages.RESUMED[job.stage] if name.endswith(".jsonl")]
-    paths = [job.folder / name for name in names]
-    if job.stage == COMPARE:
-        paths = [job.folder.member(model).responses for model in job.config.models]
-    rows = [
-        f"{len(path.read_bytes().splitlines()):,} rows of {shown(path)}"
-        for path in paths
-        if path.is_file()
-    ]
-    kept = ", ".join(["the notebooks before it", *rows])
-    return f"interrupted in {job.title}; kept: {kept}"
-
-
 # -- how far it is -------------------------------------------------------------------------
 
 
 class Progress:
-    """What a person is told of a run: which notebook begins, every :data:`SAY` seconds which
-    cell it is in and what is done there, what an API will cost before the first call is sent.
+    """How far a kernel is: the cell that it is in (``at``, from 1), its source, and what it
+    says of itself in the file ``channel`` (:mod:`stllms.terminal`).
 
-    Kernels write how far they are into the file ``channel`` (:mod:`stllms.terminal`). Stands in
-    for papermill's own bar, one a notebook, and for the file of a notebook's output.
+    Papermill takes it for the file of the notebook's output.
     """
 
-    def __init__(self, channel: Path, *, quiet: bool = False) -> None:
-        self.channel, self.quiet = channel, quiet
-        self._started = str(Path.cwd())  # papermill works in the folder of the notebooks
-        self.done = self.cells = 0
-        self._job: Job | None = None
-        self._rest = ""
-        self._begun = self._said = time.monotonic()
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The environment of a kernel: that of this process, where it was started, and where
-        to say how far it is.
-        """
-        from stllms.models.api import STARTED
-
-        own = {STARTED: self._started, terminal.CHANNEL: str(self.channel)}
-        return {**os.environ, **own, stages.INSIDE: str(os.getpid())}
-
-    def begin(self, job: Job, cells: int, place: str) -> None:
-        """A notebook of so many cells begins; ``place`` is "2 of 5"."""
-        self._job, self.done, self.cells = job, 0, cells
-        self._begun = self._said = time.monotonic()
-        if str(self.channel) != os.devnull:
-            self.channel.write_text("", encoding="utf-8")
-        if not self.quiet:
-            print(f"{place}: {job.title}", file=sys.stderr, flush=True)
-
-    def look(self) -> None:
-        """Says what is due now."""
-        if self._job is None:
-            return
-        state = terminal.read(self.channel)
-        now = time.monotonic()
-        if now - self._said >= SAY:
-            self._said = now
-            at = min(max(1, self.done), self.cells)  # papermill has added a cell near the top
-            said = f"{terminal.clock(now - self._begun)} in this cell"
-            if state is not None and not state.ended:
-                said = state.text()
-            line = f"{self._job.title}, cell {at}/{self.cells}: {said}"
-            print(line, file=sys.stderr, flush=True)
-
-    # What papermill takes for its progress bar.
-
-    def update(self, cells: int) -> None:
-        """So many more cells are done."""
-        self.done += cells
+    def __init__(self, job: Job, channel: Path) -> None:
+        self.job, self.channel = job, channel
+        self.cells = len(read_json(stages.notebook(job.stage))["cells"])
+        self.at, self.source, self._rest = 0, "", ""
         self._begun = time.monotonic()
 
-    def set_description(self, _text: str) -> None:
-        """Nothing: a line names the notebook and what is under way."""
+    def start(self, cell: Any, **_: Any) -> None:
+        """A cell begins; the one that papermill adds for the parameters does not count."""
+        self.at += "injected-parameters" not in cell.metadata.get("tags", ())
+        self.source, self._begun = cell.source, time.monotonic()
 
-    def close(self) -> None:
-        """Nothing: it serves all notebooks of the run."""
-
-    # What papermill takes for the file of a notebook's output.
+    def __str__(self) -> str:
+        state = terminal.read(self.channel)
+        said = f"{terminal.clock(time.monotonic() - self._begun)} in this cell"
+        if state is not None and not state.ended:
+            said = state.text()
+        return f"{self.job.title}, cell {max(1, self.at)}/{self.cells}: {said}"
 
     def write(self, text: str) -> None:
         """Shows the lines that say what an API will cost."""
@@ -459,25 +360,24 @@ class Progress:
 
 
 @contextmanager
-def _progress(*, quiet: bool) -> Iterator[Progress]:
-    """A :class:`Progress` with a thread that looks; where ``quiet``, it says nothing, and
-    kernels tell whoever called this runner, or nobody, how far they are.
+def _progress(job: Job, place: str, *, quiet: bool) -> Iterator[Progress]:
+    """The progress of one kernel, the ``place`` ("2 of 5") of the run. Unless ``quiet``, a line
+    says that it begins, and every :data:`SAY` seconds one how far it is.
     """
-    if quiet:
-        yield Progress(Path(os.environ.get(terminal.CHANNEL) or os.devnull), quiet=True)
-        return
     closed = threading.Event()
     with tempfile.TemporaryDirectory(prefix="stllms-") as folder:
-        made = Progress(Path(folder) / "progress.json")
+        progress = Progress(job, Path(folder) / "progress.json")
 
-        def watch() -> None:
-            while not closed.wait(LOOK):
-                made.look()
+        def say() -> None:
+            while not quiet and not closed.wait(SAY):
+                print(progress, file=sys.stderr, flush=True)
 
-        thread = threading.Thread(target=watch, daemon=True)
+        if not quiet:
+            print(f"{place}: {job.title}", file=sys.stderr, flush=True)
+        thread = threading.Thread(target=say, daemon=True)
         thread.start()
         try:
-            yield made
+            yield progress
         finally:
             closed.set()
             thread.join()

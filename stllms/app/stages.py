@@ -9,28 +9,19 @@ dropped because they are stale: the run says so and stops.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
 
 from stllms import __version__
 from stllms.config import RunConfig
 from stllms.hashes import digest
-from stllms.records import STEERED_KEY
 from stllms.registry import PACKAGE, repository
 from stllms.runs.artifacts import Folder, now
 from stllms.runs.files import ARTEFACTS, StaleArtefact, read_json
-from stllms.runs.store import Rows
-from stllms.terminal import followed
 
 #: The stages in order; each is the notebook of that name.
 STAGES = ("01_generate", "02_train_vectors", "03_attribute_layers", "04_steer", "05_compare")
@@ -55,17 +46,8 @@ RESUMED = {
     for stage in STAGES
 }
 
-#: The files of a stage that hold annotations of chains, and the keys of their rows.
-LABELLED: dict[str, dict[str, tuple[str, ...]]] = {
-    "02_train_vectors": {"annotations.jsonl": ("task_id", "annotator")},
-    "04_steer": {"steered.jsonl": STEERED_KEY, "sweep.jsonl": STEERED_KEY},
-    "05_compare": {"annotations.jsonl": ("task_id", "annotator")},
-}
-
 #: A line that begins like this says what an API would cost; the runner shows it at once.
 ESTIMATE = re.compile(r"\S.*: \d+ calls to send, \d+ replies stored; about .*")
-#: Seconds between two looks at how far the child of :func:`ensure` has come.
-LOOK = 0.5
 #: Set by the runner for its kernels: inside one, :func:`ensure` runs nothing again.
 INSIDE = "STLLMS_RUNNER"
 
@@ -104,21 +86,23 @@ def stage_named(text: str) -> str:
     raise ValueError(f"unknown notebook {text!r}, expected one of {', '.join(STAGES)}")
 
 
-def stages_for(config: RunConfig) -> tuple[str, ...]:
-    """The stages that a model can go through: one behind an API has no activations."""
-    return STAGES[-1:] if config.entry.source == "api" else STAGES
-
-
 def folder_of(stage: str, config: RunConfig) -> Folder:
     """``results/<slug>/``, or ``results/comparison/`` for notebook 05."""
     return Folder.comparison(config) if stage == "05_compare" else Folder(config)
 
 
-def _folders(stage: str, config: RunConfig) -> list[Folder]:
-    """The folders that a stage writes rows to."""
+def members(stage: str, config: RunConfig) -> list[Folder]:
+    """The folders that hold the rows of a stage, one a model, each with its configuration."""
     folder = folder_of(stage, config)
-    members = config.models if stage == "05_compare" else ()
-    return [folder, *(folder.member(model) for model in members)]
+    if stage != "05_compare":
+        return [folder]
+    return [folder.member(model) for model in config.models]
+
+
+def _folders(stage: str, config: RunConfig) -> list[Folder]:
+    """The folders that a stage writes to."""
+    own = {one.path: one for one in (folder_of(stage, config), *members(stage, config))}
+    return list(own.values())
 
 
 def _files_of(stage: str, folder: Folder) -> set[str]:
@@ -128,13 +112,19 @@ def _files_of(stage: str, folder: Folder) -> set[str]:
 
 def _holds_nothing(folder: Folder) -> bool:
     """Whether a run began here and left neither a finished stage nor a row of one."""
-    record = folder.record_or_empty()
-    rows = [name for name, one in ARTEFACTS.items() if one.promised or one.resumed]
+    record, paths = folder.record_or_empty(), [folder / name for name in ARTEFACTS]
     return (
         isinstance(record.get("identity"), dict)
         and not record.get("stages")
-        and not any(path.stat().st_size for name in rows if (path := folder / name).is_file())
+        and not any(path.stat().st_size for path in paths if path.is_file())
     )
+
+
+def compared(configs: Sequence[RunConfig]) -> RunConfig:
+    """The configuration of notebook 05 for all models of a run: the first, and the others."""
+    first = configs[0]
+    names = [*(config.model for config in configs[1:]), *first.compare]
+    return RunConfig.from_dict({**first.to_dict(), "compare": names}) if names else first
 
 
 # -- what is done --------------------------------------------------------------------------
@@ -159,7 +149,7 @@ def check(stage: str, config: RunConfig) -> None:
                 )
 
 
-def code_of(stage: str) -> str:
+def _code_of(stage: str) -> str:
     """A hash of the code cells of a notebook; its text and its parameters do not count."""
     return digest(
         [
@@ -173,13 +163,10 @@ def code_of(stage: str) -> str:
 
 def key_of(stage: str, config: RunConfig) -> str:
     """The hash that a marker must carry: all that the artefacts of a stage depend on."""
-    folder = folder_of(stage, config)
-    identities = [folder.identity]
-    if stage == "05_compare":
-        identities = [folder.member(model).identity for model in config.models]
+    identities = [one.identity for one in members(stage, config)]
     before = [key_of(needed, config) for needed in REQUIRES[stage]]
     options = config.stage_options(stage)
-    return digest([identities, options, code_of(stage), before, __version__])
+    return digest([identities, options, _code_of(stage), before, __version__])
 
 
 def has_run(stage: str, config: RunConfig) -> bool:
@@ -198,28 +185,26 @@ def has_directions(config: RunConfig) -> bool:
 
 
 def failed(stage: str, config: RunConfig) -> int:
-    """The chains of a stage that have no label or no text yet and will be asked again."""
+    """The calls to APIs that failed in a stage and that the next run makes again."""
     return folder_of(stage, config).marker(stage).get("failed", 0)
-
-
-def is_done(stage: str, config: RunConfig) -> bool:
-    """Whether a stage has run, and no chain of it waits to be asked again."""
-    return has_run(stage, config) and not failed(stage, config)
 
 
 def pending(stages: Sequence[str], config: RunConfig, *, again: bool = True) -> list[str]:
     """The stages among ``stages`` that are not done, and those they need, in order.
 
-    With ``again=False`` those that have run count as done, whatever failed in them.
+    With ``again`` those that have run, and whose calls failed, are not done.
     """
     wanted = {needed for stage in stages for needed in (*REQUIRES[stage], stage)}
-    done = is_done if again else has_run
-    return [stage for stage in STAGES if stage in wanted and not done(stage, config)]
+    return [
+        stage
+        for stage in STAGES
+        if stage in wanted and (not has_run(stage, config) or (again and failed(stage, config)))
+    ]
 
 
 def fresh(stage: str, config: RunConfig) -> list[str]:
     """Deletes what a stage left and what rests on it (``--fresh STAGE``); returns the names."""
-    if stage == STAGES[-1]:
+    if stage == "05_compare":
         folders = _folders(stage, config)
         with ExitStack() as stack:
             for folder in folders:
@@ -246,50 +231,44 @@ def renew(stage: str, config: RunConfig) -> None:
 def ensure(stage: str, config: RunConfig) -> Folder:
     """The open folder of a stage, after running the earlier notebooks that have not run.
 
-    The first call of every notebook. Earlier notebooks run headless in a process of their own;
-    one line says so. Inside a run of the runner nothing is run again. Raises
-    ``ChangedConfiguration`` for a folder of another run, ``StaleArtefact`` and ``DamagedFile``
-    as :func:`check` does, ``LockedFolder`` where another process writes or reads what this
-    stage writes, :class:`StageError` with the failing notebook and cell if one of them fails.
+    The first call of every notebook. A notebook opened by hand holds the lock of its stage, and
+    shares those of what it reads, until :func:`finish`, the next stage or the end of the
+    process. Raises what :func:`prepare` raises, and ``LockedFolder`` where another process
+    writes or reads what this stage writes.
     """
+    folder = folder_of(stage, config)
+    release(folder)
     prepare(stage, config)
     if not os.environ.get(INSIDE):
-        _hold(stage, config)
+        _held[folder.path] = ExitStack()
+        _held[folder.path].enter_context(folder.lock(stage, reading=REQUIRES[stage]))
         renew(stage, config)
         from stllms.app import preflight  # it brings torch
 
-        if said := str(preflight.total(preflight.works([(stage, config)], has_directions))):
-            print(f"{stage}: {said}", flush=True)
-    folder = folder_of(stage, config).open()
-    folder.kept.clear()
+        if said := preflight.table(preflight.works([(stage, config)])):
+            print(said, flush=True)
+    folder.open().kept.clear()
     _begun[stage, folder.path] = time.monotonic()
     return folder
 
 
 def prepare(stage: str, config: RunConfig) -> None:
-    """Runs the earlier notebooks that have not run; raises what :func:`ensure` raises."""
+    """Runs the earlier notebooks that have not run; inside a run of the runner there are none.
+
+    Raises ``ChangedConfiguration`` for a folder of another run, ``StaleArtefact`` and
+    ``DamagedFile`` as :func:`check` does, ``ValueError`` for what would stop the run later, and
+    :class:`StageError` with notebook, cell and reason if one of them fails.
+    """
     check(stage, config)
     if os.environ.get(INSIDE):
         return
-    from stllms.app import preflight
+    from stllms.app import preflight, runner  # both import this module
 
     preflight.check(config, pending([stage], config, again=False), asked=[stage])
-    missing = pending(REQUIRES[stage], config, again=False)
-    if missing:
+    if missing := pending(REQUIRES[stage], config, again=False):
         print(f"{stage} needs {', '.join(missing)}: running this first", flush=True)
-        _run_headless(missing, config)
+        runner.execute([runner.Job(one, config) for one in missing])
         check(stage, config)  # what it reads may have changed
-
-
-def _hold(stage: str, config: RunConfig) -> None:
-    """Takes the lock of the stage for a notebook opened by hand, and shares those of what it
-    reads, until :func:`finish`, the next stage or the end of the process.
-    """
-    folder = folder_of(stage, config)
-    release(folder)
-    stack = ExitStack()
-    stack.enter_context(folder.lock(stage, reading=REQUIRES[stage]))
-    _held[folder.path] = stack
 
 
 def release(folder: Folder) -> None:
@@ -301,8 +280,8 @@ def release(folder: Folder) -> None:
 def finish(stage: str, config: RunConfig) -> None:
     """Marks a stage as done and says what it left; the last call of every notebook.
 
-    The marker holds how many chains failed and will be asked again by the next run. Raises
-    :class:`StageError` if an artefact that the stage promises is not there.
+    The marker holds how many calls to APIs failed and will be made again by the next run.
+    Raises :class:`StageError` if an artefact that the stage promises is not there.
     """
     folder = folder_of(stage, config).open()
     lacking = [name for name in PROMISED[stage] if not (folder / name).is_file()]
@@ -311,7 +290,7 @@ def finish(stage: str, config: RunConfig) -> None:
     begun = _begun.get((stage, folder.path))
     names = folder.kept | set(PROMISED[stage])
     written = sorted(name for name in names if (folder / name).is_file())
-    n_failed = _asked_again(stage, folder, config)
+    n_failed = _to_call_again(stage, config)
     folder.mark(
         stage,
         {
@@ -323,135 +302,27 @@ def finish(stage: str, config: RunConfig) -> None:
         },
     )
     release(folder)
-    print(f"{folder.label}: {_listed(written)}")
+    print(f"{folder.label}: {listed(written)}")
     if n_failed:
-        print(f"failed: {n_failed} chains, asked again by the next run")
+        print(f"{n_failed} calls to an API failed; the next run makes them again")
     if following := STAGES[STAGES.index(stage) + 1 :]:
         print(f"next: {following[0]}")
 
 
-def _listed(written: Sequence[str]) -> str:
+def _to_call_again(stage: str, config: RunConfig) -> int:
+    """The calls to APIs that a stage has left. None is left of a replay, nor to a model that
+    gave nothing usable as often as the client asks."""
+    models = [one.config for one in members(stage, config)]
+    if not any(own.judged or own.entry.source == "api" for own in models):
+        return 0
+    from stllms.app import preflight
+
+    return sum(work.n_calls for work in preflight.works([(stage, config)]))
+
+
+def listed(written: Sequence[str]) -> str:
     """The files of a stage in one line, the three files of a figure as one."""
     figures = {Path(name).stem for name in written if name.startswith("figures/")}
     others = [name for name in written if not name.startswith("figures/")]
     drawn = f"figures {', '.join(sorted(figures))}" if figures else ""
     return "; ".join(part for part in (", ".join(others), drawn) if part) or "nothing"
-
-
-# -- chains that failed --------------------------------------------------------------------
-
-
-def _asked_again(stage: str, folder: Folder, config: RunConfig) -> int:
-    """The chains of a stage without labels or text that the next run asks for again.
-
-    Not asked again: a chain without text, one of a replay, one answered as often as the client
-    asks.
-    """
-    found = 0
-    for model in config.models if stage == "05_compare" else (config.model,):
-        own = config.for_model(model)
-        place = folder.member(model) if stage == "05_compare" else folder
-        if own.entry.source == "api":
-            good, waits, _ = _requests(place / "api", str(own.entry.api_id))
-            found += len(waits - good)
-        if own.annotator.startswith("replay:") or not (bad := _failed(stage, place, own)):
-            continue
-        name = own.annotator.removeprefix("openai:").partition("#")[0]
-        _, waits, ended = _requests(own.folder / "judge", name)
-        found += sum(task_id not in ended - waits for task_id in bad)
-    return found
-
-
-def _failed(stage: str, folder: Folder, config: RunConfig) -> list[str]:
-    """The tasks of the chains with text for which the run's annotator has failed."""
-    rows = [
-        row.get("annotation", row)
-        for name, key in LABELLED.get(stage, {}).items()
-        for row in Rows(folder / name, key).load()
-    ]
-    bad = [one for one in rows if one and one["annotator"] == config.annotator]
-    bad = [one for one in bad if one["failed"] is not None]
-    if not bad:
-        return []
-    from stllms.annotation.judge import EMPTY  # it brings torch
-
-    return [one["task_id"] for one in bad if one["failed"] != EMPTY]
-
-
-def _requests(folder: Path, model: str) -> tuple[set[str], set[str], set[str]]:
-    """Names of the stored requests to a model: with a good reply, to be sent again, not."""
-    from stllms.models.api import ASKS, Store
-
-    good: set[str] = set()
-    waits: set[str] = set()
-    ended: set[str] = set()
-    for tries in Store(folder).load().rows.values():
-        if tries[-1].get("model") != model:
-            continue
-        answers = [row["status"] for row in tries if row["status"] != "failed"]
-        usable = answers[-1:] == ["answered"]
-        again = not usable and len(answers) < ASKS
-        (waits if again else ended).add(tries[-1]["name"])
-        if usable:
-            good.add(tries[-1]["name"])
-    return good, waits, ended
-
-
-# -- earlier notebooks in a process of their own -------------------------------------------
-
-
-def _run_headless(stages: Sequence[str], config: RunConfig) -> None:
-    """The runner as a child process: a kernel has an event loop of its own already.
-
-    A line says which stage begins. Raises :class:`StageError` with what the child said.
-    """
-    command = [sys.executable, "-m", "stllms", "run", "--quiet"]
-    command += ["--configuration", json.dumps(config.parameters())]
-    command += ["--from", stages[0], "--to", stages[-1]]
-    with tempfile.TemporaryFile("w+") as errors, followed() as (channel, look):
-        child = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, **channel},
-        )
-        with child:
-            reader = threading.Thread(target=_show_estimates, args=(child.stdout,))
-            reader.start()
-            _show_stages(stages, config, child, look)
-            reader.join()
-        if child.returncode:
-            errors.seek(0)
-            said = errors.read().strip()
-            raise StageError(said or f"{' '.join(stages)}: exit {child.returncode}")
-
-
-def _show_estimates(output: IO[str]) -> None:
-    for line in output:
-        if ESTIMATE.match(line):
-            print(line, end="", flush=True)
-
-
-def _show_stages(
-    stages: Sequence[str],
-    config: RunConfig,
-    child: subprocess.Popen[str],
-    look: Callable[[], None],
-) -> None:
-    """A line a stage when it begins, and a bar below it, until the child has ended."""
-    for number, stage in enumerate(stages, 1):
-        if child.poll() is not None:
-            return
-        tasks = f"{config.settings.n_build} tasks"
-        print(f"{number} of {len(stages)}: {stage}, {config.model}, {tasks} ...", flush=True)
-        while child.poll() is None and not has_run(stage, config):
-            look()
-            time.sleep(LOOK)
-
-
-def compared(configs: Sequence[RunConfig]) -> RunConfig:
-    """The configuration of notebook 05 for all models of a run: the first, and the others."""
-    first = configs[0]
-    names = [*(config.model for config in configs[1:]), *first.compare]
-    return RunConfig.from_dict({**first.to_dict(), "compare": names}) if names else first
