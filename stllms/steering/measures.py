@@ -227,16 +227,16 @@ def table(measured: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
 def _conditions(measured: pd.DataFrame) -> tuple[list[str], dict[tuple, pd.DataFrame]]:
     """The measured columns, and the rows of every (direction, layer, coefficient) by task.
 
-    Raises ``ValueError`` without a baseline, or where a condition has a task twice, as with
-    several operations.
+    Raises ``ValueError`` without a baseline, or where a condition has a task twice.
     """
     names = [c for c in measured.columns if c not in STEERED_KEY]
+    condition = ["direction", "layer", "coefficient"]
     if not (measured["direction"] == PLAIN[0]).any():
         raise ValueError("there are no plain chains (direction 'none') to compare with")
-    groups = measured.groupby(["direction", "layer", "coefficient"], sort=False)
-    return names, {
-        place: rows.set_index("task_id", verify_integrity=True)[names] for place, rows in groups
-    }
+    if measured.duplicated(["task_id", *condition]).any():
+        raise ValueError("a condition has a task twice: measure each operation apart")
+    groups = measured.groupby(condition, sort=False)
+    return names, {place: rows.set_index("task_id")[names] for place, rows in groups}
 
 
 def _null(by_condition: Mapping[tuple, pd.DataFrame]) -> dict[tuple, pd.DataFrame]:
