@@ -95,7 +95,7 @@ def collect(
         model, steering_vectors, controls or Controls((), steering_vectors.directions[:0])
     )
     marks = [fingerprint(*pair, one) for pair, one in zip(pairs, chosen, strict=True)]
-    result = _resume(path, work.nothing(ledger_of(annotations) | _counted(chosen)), marks)
+    result = _resume(path, work.nothing(_ledger(annotations, chosen)), marks)
     done = len(result.response_ids)
     rows = [work.rows(one) for one in chosen]
     with token_bar(sum(rows), "layer effects", enabled=progress) as bar:
@@ -183,37 +183,27 @@ def measurable(
     for task_id, times in Counter(response.task_id for response in responses).items():
         if times > 1:
             raise ValueError(f"{times} responses have task id {task_id}: give each task once")
-    return [pair for pair in pairs if _usable(pair[1])]
+    return [pair for pair in pairs if any(span.start > 1 for span in pair[1].spans)]
 
 
-def _usable(annotation: Annotation) -> bool:
-    """Whether any span has a position ``t = s - 1`` with a token before it."""
-    return any(span.start > 1 for span in annotation.spans)
-
-
-def ledger_of(annotations: Sequence[Annotation]) -> dict[str, int]:
-    """What can be measured of these annotations, and what cannot. A span at one of the first
-    two tokens has no earlier position with a token before it."""
+def _ledger(annotations: Sequence[Annotation], chosen: Sequence[Sample]) -> dict[str, int]:
+    """What is measured of these annotations, and what cannot be: a span at one of the first
+    two tokens has no earlier position with a token before it. Of each set of the sample, the
+    most positions that any behaviour has."""
     starts = [span.start for annotation in annotations for span in annotation.spans]
-    responses = sum(_usable(annotation) for annotation in annotations)
     late = sum(start > 1 for start in starts)
-    return {
-        "responses": responses,
-        "responses without a usable span": len(annotations) - responses,
+    ledger = {
+        "responses": len(chosen),
+        "responses without a usable span": len(annotations) - len(chosen),
         "spans": late,
         "spans at the first two tokens": len(starts) - late,
     }
-
-
-def _counted(chosen: Sequence[Sample]) -> dict[str, int]:
-    """The most positions that any behaviour has in each set of a sample."""
-    found = {}
     for which in (*SETS, "controls"):
-        sizes = Counter(
-            name for one in chosen for name, mine in one[which].items() for _ in mine
-        )
-        found[f"positions a behaviour, {which}"] = max(sizes.values(), default=0)
-    return found
+        sizes: Counter[str] = Counter()
+        for one in chosen:
+            sizes.update({name: len(mine) for name, mine in one[which].items()})
+        ledger[f"positions a behaviour, {which}"] = max(sizes.values(), default=0)
+    return ledger
 
 
 # --- resuming ----------------------------------------------------------------------------
