@@ -271,13 +271,16 @@ def _read(
     Rows are padded on the right: later tokens cannot reach earlier ones in a causal model, so
     no mask is needed.
     """
-    ids, *moved = (x.to(model.device) for x in (*_padded(batch, model.pad_id), groups, weights))
+    ids, matrix, place = (x.to(model.device) for x in _padded(batch, model.pad_id))
+    groups, weights = groups.to(model.device), weights.to(model.device)
     units = means.units(HALVES["build"]).float().to(model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad(), model.nn_decoder.trace(**inputs, use_cache=False):
         layers, kept = save([]), save({})
         for layer, envoy in enumerate(model.nn_layers):
-            products, spans, found = _of_layer(envoy.output, *moved, units[:, layer])
+            products, spans, found = _of_layer(
+                envoy.output, matrix, place, groups, weights, units[:, layer]
+            )
             found["wholes"] = products[:, 0].clone()  # a view would keep all products
             found["finite"] = products.isfinite().flatten(1).all(1)
             layers.append(found)
