@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,11 +57,10 @@ def resamples(names: Sequence[str], *, draws: int, seed: int) -> np.ndarray:
     key = hashlib.sha256(json.dumps(order).encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(key, "little")])
     n = len(order)
-    drawn = (
-        rng.multinomial(n, np.full(n, 1 / n), size=draws) if n else np.zeros((draws, 0), int)
-    )
-    place = {name: column for column, name in enumerate(order)}
-    return drawn[:, [place[name] for name in names]]
+    if not n:
+        return np.zeros((draws, 0), int)
+    drawn = rng.multinomial(n, np.full(n, 1 / n), size=draws)
+    return drawn[:, [order.index(name) for name in names]]
 
 
 def sign_flip(differences: ArrayLike, *, draws: int = 9999, seed: int = 0) -> float:
@@ -77,15 +77,13 @@ def sign_flip(differences: ArrayLike, *, draws: int = 9999, seed: int = 0) -> fl
         return float("nan")
     # Equal means differ by rounding, which grows with the values.
     observed = abs(d.mean()) - 1e-12 * abs(d).max()
-    if len(d) <= 13:
-        signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
-        return float((abs(signs @ d / len(d)) >= observed).mean())
-    rng = np.random.default_rng(seed)
-    hits = sum(
-        int((abs(rng.choice((-1.0, 1.0), size=(part, len(d))) @ d / len(d)) >= observed).sum())
-        for part in [1000] * (draws // 1000) + [draws % 1000]
-    )
-    return (hits + 1) / (draws + 1)
+    exact = len(d) <= 13
+    if exact:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(d))))
+    else:
+        signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(draws, len(d)))
+    extreme = abs(signs @ d / len(d)) >= observed
+    return float(extreme.mean() if exact else (extreme.sum() + 1) / (draws + 1))
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:

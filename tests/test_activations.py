@@ -25,19 +25,8 @@ K = 8
 
 
 def response(number: int, prompt: list[int], output: list[int]) -> Response:
-    return Response(
-        task_id=f"task-{number}",
-        category="mathematical logic",
-        prompt_text="",
-        prompt_ids=tuple(prompt),
-        output_ids=tuple(output),
-        text="",
-        thinking="",
-        thinking_start=0,
-        answer="",
-        closed=True,
-        finished=True,
-    )
+    ids = (tuple(prompt), tuple(output))
+    return Response(f"task-{number}", "c", "", *ids, "", "", 0, "", True, True)
 
 
 def sample(n: int = 24, seed: int = 0) -> tuple[list[Response], list[list[Span]]]:
@@ -114,7 +103,7 @@ def test_batched_is_unbatched_and_the_order_does_not_matter(tiny_llama):
     options = {"keep": (1, 3)}
     alone = collect(tiny_llama, responses, spans, batch_size=1, **options)
     others = [
-        collect(tiny_llama, responses, spans, batch_size=size, **options) for size in (2, 7, 64)
+        collect(tiny_llama, responses, spans, batch_size=size, **options) for size in (7, 64)
     ]
     others.append(collect(tiny_llama, responses[::-1], spans[::-1], **options))
     for other in others:
@@ -138,9 +127,7 @@ def test_the_test_half_is_projected_on_directions_of_the_build_half(tiny_llama):
     directions = normalize(build.mean() - build.overall(), dim=-1).float()
     want = torch.einsum("sld,nld->sln", held_out, directions)
     torch.testing.assert_close(got.projections, want, atol=1e-4, rtol=1e-4)
-    result = quality.separability(got, min_spans=5)
-    assert torch.isfinite(result.auc).all()
-    assert ((result.auc >= 0) & (result.auc <= 1)).all()
+    assert ((quality.separability(got).auc - 0.5).abs() < 0.5).all()
 
 
 def test_samples_are_the_span_means(tiny_qwen2):
@@ -152,21 +139,12 @@ def test_samples_are_the_span_means(tiny_qwen2):
     for b in range(len(BEHAVIOURS)):
         own = got.samples[got.sample_labels == b].double().sum(0)
         torch.testing.assert_close(own, got.sums.sum(0)[b], atol=1e-4, rtol=1e-4)
-    assert directions.estimate(got, "probe", min_spans=1).directions.shape == (6, 4, 32)
 
 
 def test_what_is_not_used_is_counted(tiny_llama):
-    ids = list(range(30))
-    responses = [response(0, ids[:2], ids[2:]), response(1, ids[:2], ids[2:])]
-    spans = [
-        [
-            Span("deduction", 0, 3),
-            Span("deduction", 3, 9),
-            Span("summing", 9, 12),
-        ],
-        [],
-    ]
-    got = collect(tiny_llama, responses, spans)
+    responses = [response(n, [0, 1], list(range(2, 30))) for n in range(2)]
+    labels = (("deduction", 0, 3), ("deduction", 3, 9), ("summing", 9, 12))
+    got = collect(tiny_llama, responses, [[Span(*label) for label in labels], []])
     assert got.ledger == {
         "spans": 1,
         "spans at token 0": 1,
@@ -180,24 +158,18 @@ def test_what_is_not_used_is_counted(tiny_llama):
     assert int(unused.overall_counts.sum()) == 1
 
 
-@pytest.mark.parametrize("span", [(5, 5), (6, 5), (28, 31), (-1, 4)])
-def test_bad_spans_are_named(tiny_llama, span):
-    one = response(3, [1], list(range(29)))
-    with pytest.raises(
-        ValueError, match=r"response 'task-3': span .* of 'deduction' is empty or"
-    ):
-        collect(tiny_llama, [one], [[Span("deduction", *span)]])
-
-
 def test_bad_arguments_are_named(tiny_llama):
     one = response(3, [1], list(range(29)))
+    spans = [[Span("deduction", 3, 9)]]
     with pytest.raises(ValueError, match="1 responses but spans of 2"):
         collect(tiny_llama, [one], [[], []])
-    spans = [[Span("deduction", 3, 9)]]
     with pytest.raises(ValueError, match=r"has 4 layers; asked to keep \(1, 9\)"):
         collect(tiny_llama, [one], spans, keep=[1, 9])
     with pytest.raises(ValueError, match="'task-3' is given 2 times"):
         collect(tiny_llama, [one, one], spans * 2)
+    for bad in ((5, 5), (28, 31), (-1, 4)):
+        with pytest.raises(ValueError, match=r"'task-3': span .* of 'deduction' is empty or"):
+            collect(tiny_llama, [one], [[Span("deduction", *bad)]])
 
 
 def test_activations_that_are_not_finite_are_named_by_layer_and_response():
@@ -243,11 +215,14 @@ def test_a_layer_is_read_on_the_device_of_its_output():
     """Fake tensors refuse to meet across devices, as those of a model on several do."""
     with FakeTensorMode():
         h = torch.empty(2, 9, 4, device="cuda:1", dtype=torch.bfloat16)
-        matrix, groups, units = torch.empty(2, 4, 9), torch.empty(3, 5), torch.empty(6, 4)
         place = torch.zeros(5, dtype=torch.long)
-        found = activations._of_layer(h, matrix, place, groups, units)
+        matrix, groups, weights = torch.empty(2, 4, 9), torch.empty(3, 5), torch.empty(8, 5)
+        units = torch.empty(6, 4)
+        *found, sums = activations._of_layer(h, matrix, place, groups, weights, units)
+        found += sums.values()
         assert {str(x.device) for x in found} == {"cuda:1"}
-        assert [tuple(x.shape) for x in found] == [(2, 4, 4), (5, 4), (3, 4), (3, 4), (5, 6)]
+        shapes = [tuple(x.shape) for x in found]
+        assert shapes == [(2, 4, 4), (5, 4), (3, 4), (3, 4), (8, 4), (5, 6)]
 
 
 # --- stopped, or short of memory -------------------------------------------------------------
@@ -314,7 +289,6 @@ def test_a_collection_of_something_else_is_refused_by_name(tiny_model, tmp_path,
         ("responses", (model, other, spans), {}),
         ("spans", (model, responses, relabelled), {}),
         ("spans", (model, responses, shorter), {}),
-        ("spans, behaviours", (model, responses, spans), {"behaviours": BEHAVIOURS[1:]}),
         ("keep", (model, responses, spans), {"keep": [2]}),
         ("number of controls, controls", (model, responses, spans), {"controls": 5}),
     ):
@@ -357,14 +331,13 @@ def test_out_of_memory_halves_the_batch_and_adds_nothing_twice():
 
 
 def test_one_response_that_does_not_fit_is_out_of_memory():
-    responses, spans = sample()
     model = tiny.model("llama")
     short_of_memory(model, 0, "no room")
     with (
         pytest.warns(UserWarning, match="batches of 1 responses"),
         pytest.raises(torch.OutOfMemoryError, match="no room"),
     ):
-        collect(model, responses, spans, batch_size=2)
+        collect(model, *sample(), batch_size=2)
 
 
 # --- control directions ----------------------------------------------------------------------
@@ -398,47 +371,35 @@ def kept(tiny_llama, collected):
     return span_means(tiny_llama, *collected[1:])
 
 
-def generator(responses, row: int, kind: int) -> np.random.Generator:
-    return np.random.default_rng([3, mark(responses[row].task_id), kind])
-
-
-def rescaled(raw, overall):
-    return (raw * (overall.norm(dim=-1) / raw.norm(dim=-1))[:, None]).float()
-
-
-def test_shuffled_controls_are_the_formula_after_a_permutation_within_responses(
-    collected, kept
-):
+@pytest.mark.parametrize("kind", nulls.MATCHED)
+def test_controls_are_their_formula_over_the_spans_one_by_one(collected, kept, kind):
+    """Shuffled: the directions' formula after a permutation of the labels within responses.
+    Covariance: a signed sum of centred span means."""
     made, responses, _ = collected
     m, owners, labels, overall = kept
-    draws = {row: generator(responses, row, 0) for row in set(owners)}
-    found = nulls.controls("shuffled", made, K)
+    rows = {row: [k for k, owner in enumerate(owners) if owner == row] for row in set(owners)}
+    draws = {
+        row: np.random.default_rng([3, mark(responses[row].task_id), nulls.MATCHED.index(kind)])
+        for row in rows
+    }
+    found = nulls.controls(kind, made, K)
     for i in range(K):
-        permuted = list(labels)
-        for row in sorted(set(owners)):
-            mine = [place for place, owner in enumerate(owners) if owner == row]
-            shuffled = draws[row].permutation([BEHAVIOURS.index(labels[p]) for p in mine])
-            for place, label in zip(mine, shuffled, strict=True):
-                permuted[place] = BEHAVIOURS[label]
-        target = STEERED[i % 4]
-        assert permuted.count(target) == labels.count(target)
-        chosen = torch.tensor([name == target for name in permuted])
-        raw = m[chosen].mean(0) - overall
-        torch.testing.assert_close(found[i], rescaled(raw, overall), atol=1e-4, rtol=1e-3)
-
-
-def test_covariance_controls_are_signed_sums_of_centred_span_means(collected, kept):
-    made, responses, _ = collected
-    m, owners, _, overall = kept
-    draws = {row: generator(responses, row, 1) for row in set(owners)}
-    found = nulls.controls("covariance", made, K)
-    for i in range(K):
-        signs = torch.zeros(len(m), dtype=torch.float64)
-        for row in sorted(set(owners)):
-            mine = [place for place, owner in enumerate(owners) if owner == row]
-            signs[mine] = torch.from_numpy(1.0 - 2 * draws[row].integers(0, 2, len(mine)))
-        raw = sum(e * (x - m.mean(0)) for e, x in zip(signs, m, strict=True))
-        torch.testing.assert_close(found[i], rescaled(raw, overall), atol=1e-4, rtol=1e-3)
+        permuted, signs = list(labels), torch.zeros(len(m), dtype=torch.float64)
+        for row, mine in rows.items():
+            if kind == "covariance":
+                signs[mine] = torch.from_numpy(1.0 - 2 * draws[row].integers(0, 2, len(mine)))
+                continue
+            shuffled = draws[row].permutation([BEHAVIOURS.index(labels[k]) for k in mine])
+            for k, label in zip(mine, shuffled, strict=True):
+                permuted[k] = BEHAVIOURS[label]
+        if kind == "covariance":
+            raw = sum(e * (x - m.mean(0)) for e, x in zip(signs, m, strict=True))
+        else:
+            target = STEERED[i % 4]
+            assert permuted.count(target) == labels.count(target)
+            raw = m[torch.tensor([name == target for name in permuted])].mean(0) - overall
+        want = (raw * (overall.norm(dim=-1) / raw.norm(dim=-1))[:, None]).float()
+        torch.testing.assert_close(found[i], want, atol=1e-4, rtol=1e-3)
 
 
 def test_covariance_directions_vary_as_the_span_means_do(collected, kept):
@@ -463,34 +424,31 @@ def test_covariance_directions_vary_as_the_span_means_do(collected, kept):
 
 
 def test_controls_depend_on_the_seed_and_the_response_alone(tiny_llama, collected):
-    made, responses, spans = collected
-    fewer = collect(
-        tiny_llama, responses[::-1], spans[::-1], controls=3, seed=3, batch_size=5,
-    )  # fmt: skip
-    other = collect(tiny_llama, responses, spans, controls=3)
+    made, *work = collected
+    turned = [given[::-1] for given in work]
+    fewer = collect(tiny_llama, *turned, controls=3, seed=3, batch_size=5)
+    other = collect(tiny_llama, *work, controls=3)
     for kind in nulls.MATCHED:
         few = nulls.controls(kind, fewer, 3)
         torch.testing.assert_close(few, nulls.controls(kind, made, 3), atol=1e-4, rtol=1e-3)
         assert not torch.allclose(few, nulls.controls(kind, other, 3), atol=1e-2)
-    plain = collect(tiny_llama, responses, spans)
+    plain = collect(tiny_llama, *work)
     assert torch.equal(plain.sums, made.sums), "the means do not know of the controls"
-    assert (
-        directions.difference_of_means(plain).config
-        == directions.difference_of_means(made).config
-    )
+    configs = [directions.difference_of_means(one).config for one in (plain, made)]
+    assert configs[0] == configs[1]
 
 
 def test_matched_controls_take_turns_and_survive_a_file(tmp_path, collected):
     made = collected[0]
     found = nulls.control_directions(made, "matched", 5)
-    lengths = made.overall().float().norm(dim=-1)
-    for kind in CONTROLS:
-        drawn = nulls.controls(kind, made, K)
-        torch.testing.assert_close(drawn.norm(dim=-1), lengths.expand(K, -1))
     assert found.names == (
         "shuffled:0", "covariance:0", "shuffled:1", "covariance:1", "shuffled:2",
     )  # fmt: skip
     assert torch.equal(found.directions[3], nulls.controls("covariance", made, 2)[1])
+    lengths = made.overall().float().norm(dim=-1)
+    for kind in CONTROLS:
+        drawn = nulls.controls(kind, made, K)
+        torch.testing.assert_close(drawn.norm(dim=-1), lengths.expand(K, -1))
     assert all(is_control(name) for name in found.names)
     assert not any(map(is_control, ("backtracking", "none", "shuffled", "other:1")))
     path = tmp_path / "controls.safetensors"
@@ -504,18 +462,16 @@ def test_matched_controls_take_turns_and_survive_a_file(tmp_path, collected):
 
 
 def test_what_cannot_be_had_is_refused_by_name(tmp_path, collected):
-    made, _, _ = collected
+    made, path = collected[0], tmp_path / "x.safetensors"
     with pytest.raises(ValueError, match="'random' are not one of shuffled, covariance, iso"):
         nulls.controls("random", made, 1)
     with pytest.raises(ValueError, match=f"9 shuffled controls asked for, {K} were collected"):
         nulls.controls("shuffled", made, 9)
     with pytest.raises(ValueError, match="0 were collected"):
         nulls.controls("covariance", made.half("build"), 1)
-    with pytest.raises(BadFile, match="there is no such file"):
-        nulls.Controls.load(tmp_path / "controls.safetensors")
-    save_tensors(tmp_path / "x.safetensors", {"kl/own": torch.zeros(1)}, {})
+    save_tensors(path, {"kl/own": torch.zeros(1)}, {})
     with pytest.raises(BadFile, match="no control directions, but kl/own"):
-        nulls.Controls.load(tmp_path / "x.safetensors")
+        nulls.Controls.load(path)
 
 
 def test_targets_are_the_steered_behaviours_with_spans_enough(tiny_llama, collected):

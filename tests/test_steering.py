@@ -84,22 +84,25 @@ def grid() -> list[Steered]:
     return chains
 
 
+def tabled(chains: list[Steered]) -> pd.DataFrame:
+    return measures.table(measures.measure(chains, TASKS))
+
+
 @pytest.fixture(scope="module")
-def rows() -> pd.DataFrame:
-    return measures.table(measures.measure(grid(), TASKS))
+def measured() -> pd.DataFrame:
+    return measures.measure(grid(), TASKS)
 
 
-def cell(rows: pd.DataFrame, direction: str, coefficient: float, metric: str, behaviour=""):
-    at = (
-        (rows["direction"] == direction)
-        & (rows["coefficient"] == coefficient)
-        & (rows["metric"] == metric)
-        & (rows["behaviour"] == behaviour)
-        & (rows["layer"] != 4)
-    )
-    (_, found), *rest = rows[at].iterrows()
-    assert not rest
-    return found
+@pytest.fixture(scope="module")
+def rows(measured) -> pd.DataFrame:
+    return measures.table(measured)
+
+
+def cell(rows: pd.DataFrame, coefficient: float = 1.0, behaviour: str = "backtracking"):
+    """The token fraction of a behaviour under the direction of backtracking."""
+    fraction = rows[rows["metric"] == "token fraction"]
+    found = fraction.set_index(["direction", "layer", "coefficient", "behaviour"])
+    return found.loc["backtracking", 3, coefficient, behaviour]
 
 
 def annotation(*spans: tuple[str, int, int], task: str = "t", failed: str | None = None):
@@ -130,7 +133,7 @@ def test_steered_rows_equal_the_same_rows_alone(tiny_llama, asked):
     zero = [steering.Intervention(vector, 1, 0.0)] * len(asked)
     assert steering.generate(tiny_llama, asked, zero, **OPTIONS) == plain
     strong = steering.Intervention(vector, 1, 3.0)
-    edits = [None, strong, [strong]] * 2 + [None]
+    edits = [None, strong, strong, None, None, strong, None]
     mixed = steering.generate(tiny_llama, asked, edits, **OPTIONS)
     alone = steering.generate(tiny_llama, asked[1:2], [strong], **OPTIONS)
     assert mixed[0] == plain[0]
@@ -153,7 +156,7 @@ def steering_vectors(tiny_llama):
     )
 
 
-def test_every_name_what_exists(steering_vectors):
+def test_every_name_what_exists(tiny_llama, steering_vectors):
     layers = {"backtracking": 2, "example-testing": 1}
     every = conditions.conditions(steering_vectors, layers, (-1, 0, 1))
     assert [(a.direction, a.coefficient) for a in every] == [
@@ -161,26 +164,28 @@ def test_every_name_what_exists(steering_vectors):
         ("backtracking", -1.0),
         ("backtracking", 1.0),
     ]
-    with pytest.raises(ValueError, match="no direction for 'dreaming'; there are: deduction"):
+    with pytest.raises(ValueError, match="no direction of 'dreaming'; there are deduction"):
         conditions.conditions(steering_vectors, {"dreaming": 1}, (1,))
-    with pytest.raises(ValueError, match="no layer 9 in the vectors; they have layers 0 to 3"):
+    with pytest.raises(ValueError, match=r"layer 9 is not in 0 \.\. 3"):
         conditions.conditions(steering_vectors, {"backtracking": 9}, (1,))
+    conditions.check(steering_vectors, tiny_llama)
+    parts = {"directions": np.s_[:, :3], "means": np.s_[:, :3], "overall": np.s_[:3]}
+    cut = {name: getattr(steering_vectors, name)[part] for name, part in parts.items()}
+    with pytest.raises(ValueError, match=r"\[3, 32\] are of another model .* \[4, 32\]"):
+        conditions.check(replace(steering_vectors, **cut), tiny_llama)
 
 
 def test_a_sweep_has_its_controls_at_every_layer(steering_vectors):
     controls = Controls(("shuffled:0", "covariance:0"), 2 * steering_vectors.directions)
     every = conditions.sweep_conditions(steering_vectors, (-2, -1, 0, 1), controls)
     bare = conditions.sweep_conditions(steering_vectors, (-2, -1, 0, 1))
-    added = [condition for condition in every if condition.direction in controls.names]
-    keys = [
-        condition.key("t") for condition in every if condition.direction not in controls.names
-    ]
-    assert keys == [condition.key("t") for condition in bare]
-    places = [
-        (condition.direction, condition.layer, condition.coefficient) for condition in added
-    ]
+    added = [one for one in every if one.direction in controls.names]
+    others = [one.key("t") for one in every if one.direction not in controls.names]
+    assert others == [one.key("t") for one in bare]
     layers = range(steering_vectors.n_layers)
-    assert sorted(places) == sorted(itertools.product(controls.names, layers, (-2.0, 1.0)))
+    for names, found in ((controls.names, added), (["backtracking"], bare[1:])):
+        places = sorted((one.direction, one.layer, one.coefficient) for one in found)
+        assert places == sorted(itertools.product(names, layers, (-2.0, 1.0)))
     last = added[-1]
     row = controls.names.index(last.direction)
     assert torch.equal(last.intervention.direction, controls.directions[row, last.layer])
@@ -193,15 +198,10 @@ def test_a_grid_resumes_to_the_same_bytes(
     every = conditions.conditions(steering_vectors, {"backtracking": 2}, (-1, 0, 1))
     controls = Controls(("shuffled:0",), steering_vectors.directions[:1])
     every += conditions.control_conditions(controls, {"backtracking": 2}, (1,))
-    key = STEERED_KEY
-    whole = Rows(tmp_path / "whole.jsonl", key)
+    whole = Rows(tmp_path / "whole.jsonl", STEERED_KEY)
     grid = conditions.grid(tiny_llama, asked[:4], every, store=whole, **OPTIONS)
-    assert [one.key[:2] for one in grid[:4]] == [
-        ("t0", "none"),
-        ("t0", "backtracking"),
-        ("t0", "backtracking"),
-        ("t0", "shuffled:0"),
-    ]
+    names = ["none", "backtracking", "backtracking", "shuffled:0"]
+    assert [one.key[:2] for one in grid[:4]] == [("t0", name) for name in names]
     content = whole.path.read_bytes()
     lines = content.splitlines(keepends=True)
     assert len(lines) == 16
@@ -224,38 +224,7 @@ def test_a_store_takes_no_chains_that_are_steered_somewhere_only(
     assert len(conditions.grid(tiny_llama, asked[:1], every, **OPTIONS)) == len(every)
 
 
-def test_directions_of_another_model_are_refused_with_both_shapes(tiny_llama, steering_vectors):
-    conditions.check(steering_vectors, tiny_llama)
-    fewer = replace(
-        steering_vectors,
-        directions=steering_vectors.directions[:, :3],
-        means=steering_vectors.means[:, :3],
-        overall=steering_vectors.overall[:3],
-    )
-    with pytest.raises(ValueError, match=r"\[3, 32\] are of another model .* \[4, 32\]"):
-        conditions.check(fewer, tiny_llama)
-
-
 # --- fractions ---------------------------------------------------------------------------
-
-
-def test_token_fractions_count_tokens_among_the_four_steered_behaviours_only():
-    one = annotation(
-        ("initializing", 3, 40),
-        ("backtracking", 40, 46),
-        ("deduction", 46, 90),
-        ("adding-knowledge", 90, 92),
-        ("backtracking", 95, 99),
-    )
-    found = measures.token_fractions([one])
-    assert found.shape == (1, 4)
-    # 10 tokens of backtracking, 2 of adding-knowledge: those of the two others do not count.
-    assert dict(zip(STEERED, found[0], strict=True)) == {
-        "backtracking": 10 / 12,
-        "uncertainty-estimation": 0.0,
-        "example-testing": 0.0,
-        "adding-knowledge": 2 / 12,
-    }
 
 
 def test_each_treatment_of_empty_chains():
@@ -275,17 +244,23 @@ def test_each_treatment_of_empty_chains():
         measures.token_fractions([annotation()], empty="zero")
 
 
-def test_segment_counts_and_fractions_are_over_all_six_labels():
+def test_fractions_are_of_tokens_of_four_behaviours_and_of_segments_of_six():
     one = annotation(
-        ("initializing", 1, 2),
-        ("deduction", 2, 9),
-        ("deduction", 9, 10),
-        ("backtracking", 10, 11),
+        ("initializing", 3, 40),
+        ("backtracking", 40, 46),
+        ("deduction", 46, 90),
+        ("adding-knowledge", 90, 92),
+        ("backtracking", 95, 99),
     )
+    # 10 tokens of backtracking, 2 of adding-knowledge: those of the two others do not count.
+    found = measures.token_fractions([one])
+    assert found.tolist() == [
+        [{"backtracking": 10, "adding-knowledge": 2}.get(b, 0) / 12 for b in STEERED]
+    ]
     counts = measures.segment_counts([one, annotation()])
-    assert counts.tolist() == [[1, 2, 0, 0, 0, 1], [0] * 6]
+    assert counts.tolist() == [[1, 1, 1, 0, 0, 2], [0] * 6]
     shares = measures.segment_fractions(counts)
-    assert shares[0].tolist() == [0.25, 0.5, 0, 0, 0, 0.25]
+    assert shares[0].tolist() == [0.2, 0.2, 0.2, 0, 0, 0.4]
     assert np.isnan(shares[1]).all()
     assert measures.segment_fractions(counts, empty="published")[1].tolist() == [0.0] * 6
 
@@ -308,59 +283,54 @@ def test_coherence_is_low_where_a_text_repeats_itself():
 
 
 def test_a_chain_is_measured_by_its_tokens_its_answer_and_its_end():
-    one = chain("t2", tokens=(2, 6), answer="The answer is 2.", finished=False)
-    found = measures.measure([one], TASKS).iloc[0]
-    assert found["token fraction/backtracking"] == 2 / 8
-    assert found["token fraction/example-testing"] == 0
-    assert found["token share/adding-knowledge"] == 6 / 8
-    assert (found["accuracy"], found["tokens"], found["labelled"]) == (1.0, 8.0, 0.75)
-    assert (found["closed"], found["truncated"]) == (1.0, 1.0)
-    assert "well-formed" not in found.index, "only the grammar knows what is well-formed"
-    two = [
+    chains = [
+        chain("t2", tokens=(2, 6), answer="The answer is 2.", finished=False),
         chain("t1", tokens=(3, 1), labels=("deduction", "backtracking")),
         chain("t1", tokens=(0, 0), failed="no reply"),
+        chain("t3", thinking="The answer is 3.", closed=False, finished=False),
     ]
-    found = measures.measure(two, TASKS)
-    assert found.loc[0, "token fraction/backtracking"] == 1.0, "of four behaviours"
-    assert found.loc[0, "token share/backtracking"] == 0.25, "of six"
-    assert found.loc[1, ["token share/backtracking", "labelled"]].isna().all()
-
-
-def test_a_chain_that_never_answered_is_wrong_whatever_it_was_thinking():
-    musing = chain("t3", thinking="The answer is 3.", closed=False, finished=False)
-    right = chain("t3", answer="The answer is 3.")
-    found = measures.measure([musing, right], TASKS)
-    assert found["accuracy"].tolist() == [0.0, 1.0]
-    open_task = [Task("t3", "c", "?")]
-    assert measures.measure([right], open_task)["accuracy"].isna().all()
+    found = measures.measure(chains, TASKS)
+    one = found.iloc[0]
+    assert one["token fraction/backtracking"] == 2 / 8
+    assert one["token fraction/example-testing"] == 0
+    assert one["token share/adding-knowledge"] == 6 / 8
+    assert (one["accuracy"], one["tokens"], one["labelled"]) == (1.0, 8.0, 0.75)
+    assert (one["closed"], one["truncated"]) == (1.0, 1.0)
+    assert "well-formed" not in found, "only the grammar knows what is well-formed"
+    assert found.loc[1, "token fraction/backtracking"] == 1.0, "of four behaviours"
+    assert found.loc[1, "token share/backtracking"] == 0.25, "of six"
+    assert found.loc[2, ["token share/backtracking", "labelled"]].isna().all()
+    assert found.loc[3, "accuracy"] == 0.0, "it never answered, whatever it was thinking"
+    open_task = measures.measure(chains[:1], [Task("t2", "c", "?")])
+    assert open_task["accuracy"].isna().all()
 
 
 def test_well_formed_is_what_the_grammar_could_have_written():
-    good = chain("t0", annotator="grammar")
-    bad = [
-        chain("t0", annotator="grammar", thinking=""),
-        chain("t0", annotator="grammar", thinking="So 1 plus 1 is"),
-        chain("t0", annotator="grammar", answer="Maybe 4."),
-        chain("t0", annotator="grammar", finished=False),
-        chain("t0", annotator="grammar", closed=False),
-    ]
-    found = measures.measure([good, *bad], TASKS)["well-formed"]
-    assert found.tolist() == [1.0] + [0.0] * len(bad)
+    changes = (
+        {},
+        {"thinking": ""},
+        {"thinking": "So 1 plus 1 is"},
+        {"answer": "Maybe 4."},
+        {"finished": False},
+        {"closed": False},
+    )
+    chains = [chain("t0", annotator="grammar", **change) for change in changes]
+    found = measures.measure(chains, TASKS)["well-formed"]
+    assert found.tolist() == [1.0] + [0.0] * 5
 
 
 def test_chains_that_cannot_be_measured_are_refused_by_name():
-    bare = Steered("t0", *PLAIN, "add", chain("t0").response)
-    with pytest.raises(ValueError, match="1 of 2 chains have no annotation"):
-        measures.measure([bare, chain("t1")], TASKS)
-    with pytest.raises(ValueError, match="not asked: t9"):
-        measures.measure([chain("t9")], TASKS)
-    steered = measures.measure([chain("t0", ("backtracking", 3, 1.0))], TASKS)
-    with pytest.raises(ValueError, match="no plain chains"):
-        measures.table(steered)
     condition = ("backtracking", 3, 1.0)
-    two = [chain("t0"), chain("t0", condition), chain("t0", condition, operation="ablate")]
-    with pytest.raises(ValueError, match="each operation apart"):
-        measures.table(measures.measure(two, TASKS))
+    bare = Steered("t0", *PLAIN, "add", chain("t0").response)
+    twice = [chain("t0"), chain("t0", condition), chain("t0", condition, operation="ablate")]
+    for chains, message in (
+        ([bare, chain("t1")], "1 of 2 chains have no annotation"),
+        ([chain("t9")], "not asked: t9"),
+        ([chain("t0", condition)], "no plain chains"),
+        (twice, "each operation apart"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tabled(chains)
 
 
 def test_scores_belong_to_their_chains_and_none_may_lack():
@@ -387,51 +357,38 @@ def test_p_values_are_paired_by_task_and_not_by_row():
     chains = [chain(t, PLAIN, (k, 10 - k)) for t, k in plain.items()]
     for t, k in reversed(plain.items()):
         chains.append(chain(t, ("backtracking", 3, 1.0), (k + 1, 9 - k)))
-    table = measures.table(measures.measure(chains, TASKS))
-    found = cell(table, "backtracking", 1.0, "token fraction", "backtracking")
-    assert found["p"] == 2 / 64
+    assert cell(tabled(chains))["p"] == 2 / 64
 
 
-def test_values_are_means_over_tasks_and_p_values_those_of_the_pairs(rows):
-    own = cell(rows, "backtracking", 1.0, "token fraction", "backtracking")
+def test_a_row_has_the_mean_over_tasks_its_test_and_its_null(rows):
+    own, down = cell(rows), cell(rows, -1.0)
     values = np.array([6 / 8, 7 / 9, 8 / 10] * 2)
     assert own["value"] == pytest.approx(values.mean())
     assert own["n"] == 6
     assert own["ci_low"] < own["value"] < own["ci_high"]
     # All six tasks rose: only this sign pattern and its mirror image are as extreme.
     assert own["p"] == 2 / 2**6
-    knowledge = cell(rows, "backtracking", 1.0, "token fraction", "adding-knowledge")
+    knowledge = cell(rows, behaviour="adding-knowledge")
     assert knowledge["value"] == pytest.approx(1 - values.mean())
-
-
-def test_plain_chains_have_no_p_value_and_only_own_fractions_are_corrected(rows):
-    assert rows.loc[rows["direction"] == "none", "p"].isna().all()
     corrected = rows[rows["p_holm"].notna()]
     assert set(corrected["metric"]) == {"token fraction"}
     assert corrected["behaviour"].tolist() == corrected["direction"].tolist()
     assert sorted(corrected["coefficient"]) == [-1.0, 1.0]
     # Two tests at 2/64 each: Holm doubles the smaller, the other follows.
     assert corrected["p_holm"].tolist() == pytest.approx([4 / 64] * 2)
-
-
-def test_the_null_is_the_range_of_controls_of_the_same_layer_and_coefficient(rows):
-    up = cell(rows, "backtracking", 1.0, "token fraction", "backtracking")
-    assert (up["null_low"], up["null_high"]) == pytest.approx((0.4, 0.7))
-    down = cell(rows, "backtracking", -1.0, "token fraction", "backtracking")
-    assert (down["null_low"], down["null_high"]) == pytest.approx((0.5, 0.5))
     # The control of layer 4 (0.01) is in neither.
-    assert rows.loc[rows["direction"] == "none", "null_low"].isna().all()
+    assert (own["null_low"], own["null_high"]) == pytest.approx((0.4, 0.7))
+    assert (down["null_low"], down["null_high"]) == pytest.approx((0.5, 0.5))
+    assert rows.loc[rows["direction"] == "none", ["p", "null_low"]].isna().all(axis=None)
 
 
-@pytest.mark.parametrize("broken", ["shuffled:0", "shuffled:1"])
-def test_a_control_whose_chains_are_all_empty_does_not_decide_the_null(broken):
+@pytest.mark.parametrize(("broken", "left"), [("shuffled:0", 0.7), ("shuffled:1", 0.4)])
+def test_a_control_whose_chains_are_all_empty_does_not_decide_the_null(broken, left):
     chains = [
         chain(one.task_id, one.key[1:4], (0, 0)) if one.direction == broken else one
         for one in grid()
     ]
-    found = measures.table(measures.measure(chains, TASKS))
-    up = cell(found, "backtracking", 1.0, "token fraction", "backtracking")
-    left = 0.7 if broken == "shuffled:0" else 0.4
+    up = cell(tabled(chains))
     assert (up["null_low"], up["null_high"]) == pytest.approx((left, left))
 
 
@@ -446,10 +403,7 @@ def test_a_null_of_some_tasks_is_compared_on_these_tasks():
     for i, more in enumerate((0, 2)):
         name = (f"shuffled:{i}", 3, 1.0)
         chains += [chain(t, name, (plain[t] + more, 10 - plain[t] - more)) for t in hard]
-    found = cell(
-        measures.table(measures.measure(chains, TASKS)),
-        *("backtracking", 1.0, "token fraction", "backtracking"),
-    )
+    found = cell(tabled(chains))
     middle = (2 * 0.1 + 4 * 0.7) / 6
     assert (found["null_low"], found["null_high"]) == pytest.approx((middle, middle + 0.2))
     assert found["value"] == pytest.approx(middle + 0.1), "inside"
@@ -459,41 +413,31 @@ def test_a_null_of_some_tasks_is_compared_on_these_tasks():
 # --- views of the table ------------------------------------------------------------------
 
 
-def test_bars_are_plain_positive_and_negative_and_missing_where_nothing_was_steered(rows):
-    found = measures.bars(rows).set_index(["behaviour", "mode"])
-    assert found.index.tolist() == list(itertools.product(STEERED, measures.MODES))
-    own = found.loc["backtracking"]
-    assert own["value"].tolist() == pytest.approx([0.5, np.mean([6 / 8, 7 / 9, 8 / 10]), 0.1])
-    assert own["null_n"].tolist() == [0, 6, 6]
-    assert found.loc["adding-knowledge", "value"].tolist() == pytest.approx(
-        [0.5, NAN, NAN], nan_ok=True
-    )
-    assert shown(found)["n"].tolist()[:4] == ["6", "6", "6", "6"]
-    old = measures.bars(rows.drop(columns="null_n"))
-    assert old["null_n"].isna().all(), "a file of an earlier version"
-
-
-def test_differences_are_paired_and_carry_the_p_values_of_the_table(rows):
-    measured = measures.measure(grid(), TASKS)
-    found = measures.differences(measured, rows).set_index("coefficient")
-    assert found.loc[-1.0, "difference"] == pytest.approx(0.1 - 0.5)
-    assert found.loc[-1.0, ["low", "high"]].tolist() == pytest.approx([-0.4, -0.4])
-    assert found.loc[1.0, "p"] == 2 / 64
-    assert found.loc[1.0, "n"] == 6
-
-
-def test_changes_are_of_all_six_shares_against_plain(rows):
-    found = measures.changes(rows)
-    assert found.index.tolist() == ["backtracking"]
-    assert found.columns.tolist() == list(BEHAVIOURS)
+def test_bars_differences_and_changes_are_views_of_the_table(measured, rows):
     up = np.mean([6 / 8, 7 / 9, 8 / 10])
-    assert found.loc["backtracking", "backtracking"] == pytest.approx(up - 0.5)
-    assert found.loc["backtracking", "adding-knowledge"] == pytest.approx(0.5 - up)
-    assert found.loc["backtracking", "deduction"] == 0
-    assert measures.changes(rows, 0.5).shape == (0, 6), "no such coefficient, no rows"
+    bars = measures.bars(rows).set_index(["behaviour", "mode"])
+    assert bars.index.tolist() == list(itertools.product(STEERED, measures.MODES))
+    own = bars.loc["backtracking"]
+    assert own["value"].tolist() == pytest.approx([0.5, up, 0.1])
+    assert own["null_n"].tolist() == [0, 6, 6]
+    others = bars.loc["adding-knowledge", "value"].tolist()
+    assert others == pytest.approx([0.5, NAN, NAN], nan_ok=True), "nothing was steered"
+    assert shown(bars)["n"].tolist()[:4] == ["6", "6", "6", "6"]
+    found = measures.differences(measured, rows).set_index("coefficient")
+    assert found.loc[-1.0, ["difference", "low", "high"]].tolist() == pytest.approx([-0.4] * 3)
+    assert found.loc[1.0, ["p", "n"]].tolist() == [2 / 64, 6]
+    changes = measures.changes(rows)
+    assert changes.index.tolist() == ["backtracking"]
+    assert changes.columns.tolist() == list(BEHAVIOURS)
+    assert changes.loc["backtracking"].tolist() == pytest.approx(
+        [0, 0, 0.5 - up, 0, 0, up - 0.5]
+    )
 
 
 def test_the_showcase_is_the_finished_chain_that_rose_most():
+    def showcase(chains, behaviours=STEERED):
+        return measures.showcase(chains, measures.measure(chains, TASKS), behaviours)
+
     condition = ("backtracking", 3, 1.0)
     chains = [chain(t.id) for t in TASKS[:3]]
     chains += [
@@ -501,31 +445,18 @@ def test_the_showcase_is_the_finished_chain_that_rose_most():
         chain("t1", condition, (8, 2)),
         chain("t2", condition, (6, 4)),
     ]
-    measured = measures.measure(chains, TASKS)
-    plain, positive = measures.showcase(chains, measured, STEERED)
+    plain, positive = showcase(chains)
     assert (plain.key[:4], positive.key[:4]) == (("t1", *PLAIN), ("t1", *condition))
+    assert showcase([*chains[:4], chain("t1", condition, (0, 10))]) is None, "none rose"
     chains.append(chain("t0", ("adding-knowledge", 3, 1.0), (0, 10)))
-    measured = measures.measure(chains, TASKS)
-    _, positive = measures.showcase(chains, measured, STEERED)
+    _, positive = showcase(chains)
     assert positive.key[:2] == ("t0", "adding-knowledge"), "it rose more than backtracking did"
-    assert measures.showcase(chains, measured, ["deduction"]) is None, "nothing was steered"
-    chains = [
-        chain("t0"),
-        chain("t0", condition, (9, 1), finished=False),
-        chain("t1", condition, (0, 10)),
-    ]
-    measured = measures.measure([*chains, chain("t1")], TASKS)
-    assert measures.showcase(chains, measured, STEERED) is None, "no finished chain rose"
+    assert showcase(chains, ["deduction"]) is None, "nothing was steered"
 
 
 # --- dose ----------------------------------------------------------------------------------
 
 OWN = "token fraction"
-
-
-@pytest.fixture(scope="module")
-def measured() -> pd.DataFrame:
-    return measures.measure(grid(), TASKS)
 
 
 def side(direction: str, coefficient: float, **values: float) -> list[dict]:
@@ -536,17 +467,14 @@ def side(direction: str, coefficient: float, **values: float) -> list[dict]:
 
 
 def own(direction: str, coefficient: float, value: float, low=NAN, high=NAN) -> dict:
-    return {
-        "behaviour": "backtracking",
-        "metric": OWN,
-        "direction": direction,
-        "coefficient": coefficient,
-        "value": value,
+    (row,) = side(direction, coefficient, **{OWN: value})
+    edges = {
         "ci_low": value - 0.05,
         "ci_high": value + 0.05,
         "null_low": low,
         "null_high": high,
     }
+    return {**row, **edges, "behaviour": "backtracking"}
 
 
 WHOLE = {"accuracy": 0.8, "closed": 1.0, "loops": 0.0}
@@ -562,35 +490,22 @@ EFFECTS = pd.DataFrame(
 )
 
 
-def test_costs_are_side_effects_by_arm_with_one_row_for_a_kind_of_controls(rows):
+def test_doses_and_side_effects_are_over_coefficients_with_plain_at_zero(rows):
     found = dose.side_effects(rows).set_index(["direction", "coefficient"])
     assert found.loc[("none", 0.0), "accuracy"] == 1.0
     assert found.loc[("backtracking", 1.0), "accuracy"] == pytest.approx(1 / 6)
-    # Output tokens of the control arms at +1: 10, 10 and 100.
+    # Output tokens of the controls at +1: 10, 10 and 100.
     assert found.loc[("shuffled", 1.0), "tokens"] == pytest.approx(40)
     assert "well-formed" not in found.columns
-
-
-def test_doses_go_over_the_coefficients_with_plain_at_zero(rows):
     found = dose.table(rows)
     assert set(found["steered"]) == {"backtracking"}
     own = found[found["metric"] == OWN]
     assert own["coefficient"].tolist() == [-1.0, 0.0, 1.0]
     assert own["value"].tolist() == pytest.approx([0.1, 0.5, np.mean([6 / 8, 7 / 9, 0.8])])
-    nothing = rows[rows["direction"] == "none"]
-    assert dose.table(nothing).empty, "nothing was steered"
+    assert dose.table(rows[rows["direction"] == "none"]).empty, "nothing was steered"
 
 
-def test_the_largest_coefficient_within_the_limits_is_suggested():
-    assert dose.suggested(EFFECTS, "backtracking", 1) == 1.0, "2 repeats itself too much"
-    assert dose.suggested(EFFECTS, "backtracking", -1) == -0.5, "-1 answers wrongly"
-    assert dose.suggested(EFFECTS, "backtracking", 1, {"accuracy": 0.05}) == 0.5
-    assert dose.suggested(EFFECTS, "backtracking", 1, {"closed": 0.001}) == 0.5
-    assert dose.suggested(EFFECTS, "backtracking", 1, {"loops": 0.4}) == 3.0
-    assert dose.suggested(EFFECTS, "deduction", 1) is None
-
-
-def test_coefficients_that_break_the_text_are_named_with_the_loop_score():
+def test_coefficients_that_break_the_text_are_named_and_those_below_are_suggested():
     assert dose.broken(EFFECTS) == {
         ("backtracking", 2.0): {"loops": (0.0, 0.3)},
         ("backtracking", -1.0): {"accuracy": (0.8, 0.1)},
@@ -607,6 +522,15 @@ def test_coefficients_that_break_the_text_are_named_with_the_loop_score():
         dose.broken(EFFECTS, {"loop": 0.1})
     with pytest.raises(ValueError, match=r"limit of accuracy is -0\.1: say how much worse"):
         dose.broken(EFFECTS, {"accuracy": -0.1})
+    for sign, limits, coefficient in (
+        (1, dose.LIMITS, 1.0),  # 2 repeats itself too much
+        (-1, dose.LIMITS, -0.5),  # -1 answers wrongly
+        (1, {"accuracy": 0.05}, 0.5),
+        (1, {"closed": 0.001}, 0.5),
+        (1, {"loops": 0.4}, 3.0),
+    ):
+        assert dose.suggested(EFFECTS, "backtracking", sign, limits) == coefficient
+    assert dose.suggested(EFFECTS, "deduction", 1) is None
 
 
 def test_a_claim_needs_to_be_outside_plain_and_outside_every_control():
@@ -623,7 +547,7 @@ def test_a_claim_needs_to_be_outside_plain_and_outside_every_control():
     assert (down["outside plain"], down["outside controls"]) == ("yes", "yes")
     assert up["accuracy"] == 0.7
     bare = pd.DataFrame([own("none", 0.0, 0.20), own("backtracking", 1.0, 0.22)])
-    found = dose.summary(pd.concat([bare, EFFECTS[EFFECTS["coefficient"].isin([0.0, 1.0])]]))
+    found = dose.summary(pd.concat([bare, effects[effects["coefficient"] >= 0]]))
     assert found["outside plain"].iloc[0] == "no", "0.22 is inside 0.15 to 0.25"
     assert found["outside controls"].iloc[0] == "", "there were none"
     assert np.isnan(found["coefficient"].iloc[1]), "no negative coefficient was tried"
@@ -633,16 +557,11 @@ def test_a_claim_needs_to_be_outside_plain_and_outside_every_control():
 
 
 def test_a_sweep_has_a_row_a_layer_and_coefficient(measured):
-    other = measured.copy()
-    other.loc[other["direction"] == "backtracking", "layer"] = 1
-    both = pd.concat([measured, other[other["direction"] == "backtracking"]])
+    other = measured[measured["direction"] == "backtracking"].assign(layer=1)
+    both = pd.concat([measured, other])
     found = dose.sweep(both[~both["direction"].str.startswith("shuffled")])
-    assert found[["layer", "coefficient"]].to_numpy().tolist() == [
-        [1, -1.0],
-        [3, -1.0],
-        [1, 1.0],
-        [3, 1.0],
-    ]
+    places = found[["layer", "coefficient"]].to_numpy().tolist()
+    assert places == [[1, -1.0], [3, -1.0], [1, 1.0], [3, 1.0]]
     assert set(found["plain"]) == {0.5}
     assert found["null_low"].isna().all(), "none was swept"
     beside = dose.sweep(both).set_index(["layer", "coefficient"])

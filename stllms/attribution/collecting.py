@@ -40,7 +40,6 @@ from stllms.vectors.nulls import Controls
 SAVE_EVERY = 10
 #: Of how many sampled positions one is measured with the control directions too.
 CONTROL_SHARE = 4
-NO_CONTROLS = Controls((), torch.empty(0))
 #: Positions of one response: set (``own``, ``others``, ``controls``) -> behaviour -> positions.
 Sample = dict[str, dict[str, tuple[int, ...]]]
 
@@ -55,7 +54,6 @@ def collect(
     controls: Controls | None = None,
     n_positions: int | None = None,
     seed: int = 0,
-    max_rows: int | None = None,
     path: Path | None = None,
     progress: bool = True,
 ) -> LayerEffects:
@@ -76,7 +74,6 @@ def collect(
             target's own positions; the target's own effects at that part are under ``PAIRED``.
         n_positions: per behaviour and set, of :func:`sample`; ``None`` measures at all.
         seed: of the sample.
-        max_rows: rows of a short pass, as in :func:`layer_effects`.
         path: a cache of this computation, saved after every :data:`SAVE_EVERY` responses. Layer
             effects there that began the same work (model, dtype, directions, controls,
             objectives, ids, spans and positions) are taken up and completed.
@@ -94,10 +91,11 @@ def collect(
         steering_vectors.index(name)
     pairs = measurable(responses, annotations) if names else []
     chosen = sample(pairs, targets, n_positions, seed=seed)
-    max_rows = rows_of(model) if max_rows is None else max_rows
-    work = _Work(model, steering_vectors, controls or NO_CONTROLS, max_rows)
+    work = _Work(
+        model, steering_vectors, controls or Controls((), steering_vectors.directions[:0])
+    )
     marks = [fingerprint(*pair, one) for pair, one in zip(pairs, chosen, strict=True)]
-    result = _resume(path, work.nothing(ledger_of(annotations) | _counted(chosen)), marks)
+    result = _resume(path, work.nothing(_ledger(annotations, chosen)), marks)
     done = len(result.response_ids)
     rows = [work.rows(one) for one in chosen]
     with token_bar(sum(rows), "layer effects", enabled=progress) as bar:
@@ -185,37 +183,27 @@ def measurable(
     for task_id, times in Counter(response.task_id for response in responses).items():
         if times > 1:
             raise ValueError(f"{times} responses have task id {task_id}: give each task once")
-    return [pair for pair in pairs if _usable(pair[1])]
+    return [pair for pair in pairs if any(span.start > 1 for span in pair[1].spans)]
 
 
-def _usable(annotation: Annotation) -> bool:
-    """Whether any span has a position ``t = s - 1`` with a token before it."""
-    return any(span.start > 1 for span in annotation.spans)
-
-
-def ledger_of(annotations: Sequence[Annotation]) -> dict[str, int]:
-    """What can be measured of these annotations, and what cannot. A span at one of the first
-    two tokens has no earlier position with a token before it."""
+def _ledger(annotations: Sequence[Annotation], chosen: Sequence[Sample]) -> dict[str, int]:
+    """What is measured of these annotations, and what cannot be: a span at one of the first
+    two tokens has no earlier position with a token before it. Of each set of the sample, the
+    most positions that any behaviour has."""
     starts = [span.start for annotation in annotations for span in annotation.spans]
-    responses = sum(_usable(annotation) for annotation in annotations)
     late = sum(start > 1 for start in starts)
-    return {
-        "responses": responses,
-        "responses without a usable span": len(annotations) - responses,
+    ledger = {
+        "responses": len(chosen),
+        "responses without a usable span": len(annotations) - len(chosen),
         "spans": late,
         "spans at the first two tokens": len(starts) - late,
     }
-
-
-def _counted(chosen: Sequence[Sample]) -> dict[str, int]:
-    """The most positions that any behaviour has in each set of a sample."""
-    found = {}
     for which in (*SETS, "controls"):
-        sizes = Counter(
-            name for one in chosen for name, mine in one[which].items() for _ in mine
-        )
-        found[f"positions a behaviour, {which}"] = max(sizes.values(), default=0)
-    return found
+        sizes: Counter[str] = Counter()
+        for one in chosen:
+            sizes.update({name: len(mine) for name, mine in one[which].items()})
+        ledger[f"positions a behaviour, {which}"] = max(sizes.values(), default=0)
+    return ledger
 
 
 # --- resuming ----------------------------------------------------------------------------
@@ -267,13 +255,11 @@ class _Work:
     model: Model
     vectors: SteeringVectors
     controls: Controls
-    max_rows: int
 
     @property
     def directions(self) -> Tensor:
-        """Those of the behaviours, then the controls, ``[N + K, L, D]`` float32."""
-        every = [self.vectors.directions]
-        return torch.cat([*every, self.controls.directions] if self.controls else every).float()
+        """Those of the behaviours, then the controls, ``[N + K, L, D]``."""
+        return torch.cat([self.vectors.directions, self.controls.directions])
 
     @property
     def keys(self) -> list[str]:
@@ -308,7 +294,7 @@ class _Work:
                     found.append((row, {f"kl/{which}": row}, mine))
                 elif controls:
                     found.append((row, {PAIRED: row, **controls}, mine))
-        return found
+        return [one for one in found if one[2]]
 
     def rows(self, chosen: Sample) -> int:
         """Rows of short passes that a response takes; the published objective counts as one."""
@@ -324,14 +310,12 @@ class _Work:
         """The new entry of one response: ``[N, L]`` under every key."""
         check(response, annotation.spans)
         ids = torch.tensor([*response.prompt_ids, *response.output_ids])
-        found = {
-            key: torch.full(self.vectors.directions.shape[:2], torch.nan) for key in self.keys
-        }
+        shape = self.vectors.directions.shape[:2]
+        found = {key: torch.full(shape, torch.nan) for key in self.keys}
         starts = sorted({span.start - 1 for span in annotation.spans if span.start > 1})
         effects = layer_effects(
-            self.model, ids, starts, self.vectors.directions, objective="published",
-            max_rows=self.max_rows,
-        )  # fmt: skip
+            self.model, ids, starts, self.vectors.directions, objective="published"
+        )
         _refuse_not_finite(effects, response, "published")
         for row, name in enumerate(self.vectors.behaviours):
             for which in SETS:
@@ -343,10 +327,10 @@ class _Work:
         if pairs := _pairs(means):
             which, where = torch.tensor(list(pairs)).T
             prefix = Prefix(self.model, ids, where, self.directions)
-            effects = exact(prefix, self.directions, which, where, self.max_rows, tick)
+            effects = exact(prefix, self.directions, which, where, rows_of(self.model), tick)
             _refuse_not_finite(effects, response, "kl")
         for row, directions, places in means:
-            for key, direction in directions.items() if places else ():
+            for key, direction in directions.items():
                 found[key][row] = effects[[pairs[direction, t] for t in places]].mean(0)
         return found
 

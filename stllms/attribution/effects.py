@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from stllms.labels import is_control
@@ -72,14 +71,7 @@ class LayerEffects:
         )
 
     def of(self, key: str) -> np.ndarray:
-        """The effects under ``key`` as an array ``[R, N, L]``.
-
-        Raises:
-            KeyError: naming those there are.
-        """
-        if key not in self.effects:
-            there = ", ".join(self.effects) or "none"
-            raise KeyError(f"no effects {key!r} were measured; there are {there}")
+        """The effects under ``key`` as an array ``[R, N, L]``."""
         return self.effects[key].numpy()
 
     @property
@@ -132,7 +124,7 @@ def summary(measured: LayerEffects) -> str:
 # --- curves ------------------------------------------------------------------------------
 
 
-def curve(effects: np.ndarray, *, seed: int = 0) -> pd.DataFrame:
+def curve(effects: np.ndarray) -> pd.DataFrame:
     """Per layer of one behaviour, from ``[R, L]``: mean, bootstrap interval, sd, responses.
 
     Responses are the units. The interval is the default band; ``mean -+ sd`` is the published
@@ -140,7 +132,7 @@ def curve(effects: np.ndarray, *, seed: int = 0) -> pd.DataFrame:
     """
     rows = []
     for layer, values in enumerate(effects.T):
-        interval = bootstrap(values, seed=seed)
+        interval = bootstrap(values)
         known = values[~np.isnan(values)]
         sd = float(known.std(ddof=0)) if len(known) else np.nan
         rows.append((layer, interval.value, interval.low, interval.high, sd, interval.n))
@@ -163,9 +155,7 @@ def _joined(parts: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFra
     return pd.concat(parts, ignore_index=True)[list(columns)]
 
 
-def relative(
-    measured: LayerEffects, names: Sequence[str], *, draws: int = 2000, seed: int = 0
-) -> pd.DataFrame:
+def relative(measured: LayerEffects, names: Sequence[str]) -> pd.DataFrame:
     """Per behaviour and layer the mean exact effect over the mean of the controls' mean
     effects, at the positions where both were measured.
 
@@ -181,7 +171,7 @@ def relative(
         mean, lines = _ratios(own, null)
         low = high = np.full(len(mean), np.nan)
         if len(own):
-            samples = _ratios(own, null, _resampled(len(own), draws, seed))[0]
+            samples = _ratios(own, null, _resampled(len(own)))[0]
             low, high = np.quantile(samples, [0.025, 0.975], axis=0)
         columns = {
             "set": "relative", "behaviour": name, "layer": np.arange(len(mean)), "mean": mean,
@@ -217,9 +207,9 @@ def _with_controls(
     return measured.of(key)[:, place], np.stack(null)
 
 
-def _resampled(n: int, draws: int, seed: int) -> np.ndarray:
+def _resampled(n: int, draws: int = 2000) -> np.ndarray:
     """How often each of ``n`` responses is in each bootstrap sample, ``[draws, n]``."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws)
 
 
 def _ratios(
@@ -271,7 +261,6 @@ def best_layer(
     null: np.ndarray | None = None,
     *,
     draws: int = 2000,
-    seed: int = 0,
 ) -> BestLayer:
     """:class:`BestLayer` from effects ``[R, L]`` of the responses ``response_ids``, and those
     of ``K`` control directions ``null [K, R, L]`` at the same positions.
@@ -295,7 +284,7 @@ def best_layer(
     chooses, confirms = (_ratios(effects[half], flat[:, half]) for half in (build, ~build))
     peak = int(chooses[0].argmax())
     mean, controls = confirms[0], confirms[1][:, peak]
-    peaks = _ratios(effects, flat, _resampled(len(effects), draws, seed))[0].argmax(-1)
+    peaks = _ratios(effects, flat, _resampled(len(effects), draws))[0].argmax(-1)
     low, high = np.quantile(peaks, [0.025, 0.975], method="nearest")
     value, beyond = mean[peak], int((controls >= mean[peak]).sum())
     held = f"{value:.2f} times the mean control on held-out responses"
@@ -367,12 +356,7 @@ def how_many(
 
 
 def agreement(
-    measured: LayerEffects,
-    reference: str,
-    names: Sequence[str],
-    *,
-    draws: int = 1000,
-    seed: int = 0,
+    measured: LayerEffects, reference: str, names: Sequence[str], *, draws: int = 1000
 ) -> pd.DataFrame:
     """Rank correlation over the layers of every set's mean curve with that of ``reference``.
 
@@ -389,27 +373,19 @@ def agreement(
         if np.isnan(base[:, place]).any(1).all():
             continue
         for key in others:
-            pair = np.stack([base[:, place], measured.of(key)[:, place]], axis=1)
-            both = pair[~np.isnan(pair).any((1, 2))]
-            rows.append((name, key, *_correlation(both, draws, seed), len(both)))
+            pair = np.stack([base[:, place], measured.of(key)[:, place]])
+            both = pair[:, ~np.isnan(pair).any((0, 2))]
+            rows.append((name, key, *_correlation(both, draws), both.shape[1]))
     return pd.DataFrame(rows, columns=["behaviour", "set", "value", "low", "high", "n"])
 
 
-def _correlation(both: np.ndarray, draws: int, seed: int) -> tuple[float, float, float]:
-    """Of the mean curves of two sets ``[R, 2, L]``: rank correlation and bootstrap interval."""
-    value = rank_correlation(*both.mean(0)) if len(both) else np.nan
-    if np.isnan(value):
+def _correlation(both: np.ndarray, draws: int) -> tuple[float, float, float]:
+    """Spearman's correlation over the layers of the mean curves of two sets ``[2, R, L]``, and
+    its bootstrap interval; NaN if one is flat or there are none."""
+    n = both.shape[1]
+    if not n:
         return (np.nan,) * 3
-    weights = _resampled(len(both), draws, seed) / len(both)
-    first, second = np.einsum("dr,rsl->sdl", weights, both)
-    low, high = np.nanquantile(rank_correlation(first, second), [0.025, 0.975])
-    return float(value), float(low), float(high)
-
-
-def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Spearman's correlation over the layers of mean curves ``[..., L]``: ``[...]``; NaN if one
-    is flat or unknown."""
-    ranks = [rankdata(lines, axis=-1) for lines in (first, second)]
-    x, y = (rank - rank.mean(-1, keepdims=True) for rank in ranks)
-    with np.errstate(invalid="ignore"):
-        return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    weights = np.vstack([np.ones(n), _resampled(n, draws)]) / n
+    first, second = (pd.DataFrame(weights @ one).rank(axis=1) for one in both)
+    found = first.corrwith(second, axis=1)
+    return found[0], *found[1:].quantile([0.025, 0.975])

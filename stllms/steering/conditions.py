@@ -8,7 +8,8 @@ has its baseline: the unsteered response of the same task and noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 from stllms.generation import decode, prompts
@@ -59,21 +60,12 @@ def conditions(
     A behaviour without a direction gets none. Raises ``ValueError`` for an unknown behaviour
     or layer, naming what exists.
     """
-    found = [plain()]
-    for behaviour, layer in layers.items():
-        if behaviour in vectors.unavailable:
-            continue
-        if behaviour not in vectors.behaviours:
-            have = ", ".join(vectors.behaviours)
-            raise ValueError(f"no direction for {behaviour!r}; there are: {have}")
-        if not 0 <= layer < vectors.n_layers:
-            last = vectors.n_layers - 1
-            raise ValueError(f"no layer {layer} in the vectors; they have layers 0 to {last}")
-        direction = vectors.direction(behaviour, layer)
-        for coefficient in filter(None, coefficients):
-            edit = Intervention(direction, layer, coefficient)
-            found.append(Condition(behaviour, layer, float(coefficient), edit))
-    return found
+    return [plain()] + [
+        Condition(name, layer, float(c), Intervention(vectors.direction(name, layer), layer, c))
+        for name, layer in layers.items()
+        if name not in vectors.unavailable
+        for c in filter(None, coefficients)
+    ]
 
 
 def control_conditions(
@@ -98,13 +90,13 @@ def sweep_conditions(
     coefficient of each sign, to see where a direction acts best.
     """
     ends = sorted({min(coefficients), max(coefficients)} - {0})
-    layers = range(vectors.n_layers)
     names = [name for name in STEERED if name in vectors.behaviours]
     found = [plain()]
-    for layer in layers:
+    for layer in range(vectors.n_layers):
         found += conditions(vectors, dict.fromkeys(names, layer), ends)[1:]
     if controls is not None:
-        found += control_conditions(controls, {str(layer): layer for layer in layers}, ends)
+        layers = {str(layer): layer for layer in range(vectors.n_layers)}
+        found += control_conditions(controls, layers, ends)
     return found
 
 
@@ -116,7 +108,7 @@ def by_condition(every: Iterable[Condition]) -> dict[tuple, Intervention | None]
 def generate(
     model: Model,
     tasks: Sequence[Task],
-    interventions: Sequence[Intervention | Sequence[Intervention] | None],
+    interventions: Sequence[Intervention | None],
     *,
     max_new_tokens: int,
     batch_size: int | None = None,
@@ -126,7 +118,7 @@ def generate(
     progress: bool = True,
     watch: Callable[[list[Response]], Any] | None = None,
 ) -> list[Response]:
-    """One response a task, each with its own intervention, several, or ``None`` for none.
+    """One response a task, each with its own intervention or ``None`` for none.
 
     A task may occur several times with different interventions; its rows share their
     noise. Arguments are those of :func:`stllms.generation.chains.responses`; ``watch`` is
@@ -156,7 +148,7 @@ def generate(
 def _responses(
     model: Model,
     tasks: Sequence[Task],
-    interventions: Sequence[Intervention | Sequence[Intervention] | None],
+    interventions: Sequence[Intervention | None],
     style: str,
     *,
     watch: Callable[[list[Response]], Any] | None = None,
@@ -164,23 +156,18 @@ def _responses(
 ) -> list[Response]:
     """:func:`generate` without its checks; ``options`` are those of ``decode.run``."""
     opened = [prompts.opening(model, task, style) for task in tasks]
-    rows = []
-    for task, (_, ids), edits in zip(tasks, opened, interventions, strict=True):
-        several = (edits,) if isinstance(edits, Intervention) else tuple(edits or ())
-        rows.append(decode.Row(ids, task.id, several))
-
-    def read(written: Sequence[Sequence[int]]) -> list[Response]:
-        return [
-            prompts.response(model, task, start, ids)
-            for task, start, ids in zip(tasks, opened, written, strict=True)
-        ]
-
-    follow = None if watch is None else (lambda written: watch(read(written)))
-    written = decode.run(model, rows, watch=follow, **options)
-    return [
-        replace(response, audit=one.audit)
-        for response, one in zip(read([one.ids for one in written]), written, strict=True)
+    rows = [
+        decode.Row(ids, task.id, () if edit is None else (edit,))
+        for task, (_, ids), edit in zip(tasks, opened, interventions, strict=True)
     ]
+
+    def read(written: Sequence[Sequence[int]], audits: Iterable[Any]) -> list[Response]:
+        cells = zip(tasks, opened, written, audits, strict=False)
+        return [prompts.response(model, *cell) for cell in cells]
+
+    follow = None if watch is None else (lambda ids: watch(read(ids, repeat(None))))
+    written = decode.run(model, rows, watch=follow, **options)
+    return read([one.ids for one in written], [one.audit for one in written])
 
 
 def grid(

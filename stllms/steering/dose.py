@@ -56,7 +56,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def broken(
-    rows: pd.DataFrame, limits: Mapping[str, float] | None = None
+    rows: pd.DataFrame, limits: Mapping[str, float] = LIMITS
 ) -> dict[tuple[str, float], dict[str, tuple[float, float]]]:
     """The conditions whose side effects go beyond ``limits`` (:data:`LIMITS`), and by what.
 
@@ -64,7 +64,6 @@ def broken(
     not looked at. Raises ``ValueError`` for a limit on something that is no side effect, and
     for one below 0.
     """
-    limits = LIMITS if limits is None else limits
     for name, limit in limits.items():
         if name not in SIDE_EFFECTS:
             raise ValueError(f"no side effect {name!r}; there are: {', '.join(SIDE_EFFECTS)}")
@@ -82,7 +81,7 @@ def broken(
     return found
 
 
-def warning(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> str:
+def warning(rows: pd.DataFrame, limits: Mapping[str, float] = LIMITS) -> str:
     """One line for every coefficient that breaks the text, always with the loop score."""
     loops = rows[rows["metric"] == "loops"].set_index(["direction", "coefficient"])["value"]
     lines = []
@@ -94,7 +93,7 @@ def warning(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> st
 
 
 def suggested(
-    rows: pd.DataFrame, behaviour: str, sign: int, limits: Mapping[str, float] | None = None
+    rows: pd.DataFrame, behaviour: str, sign: int, limits: Mapping[str, float] = LIMITS
 ) -> float | None:
     """The largest coefficient of a sign up to which no side effect goes beyond ``limits``.
 
@@ -108,7 +107,7 @@ def suggested(
     return whole[-1] if whole else None
 
 
-def summary(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> pd.DataFrame:
+def summary(rows: pd.DataFrame, limits: Mapping[str, float] = LIMITS) -> pd.DataFrame:
     """Every direction at its suggested coefficients, one row a sign.
 
     ``outside plain``: the own token fraction is beyond the interval of the baseline on the side
@@ -128,20 +127,20 @@ def summary(rows: pd.DataFrame, limits: Mapping[str, float] | None = None) -> pd
         row |= {"plain_high": plain["ci_high"]}
         if at is not None:
             found = own.loc[behaviour, behaviour, at]
-            side_of_sign = "high" if sign > 0 else "low"
+            end = "high" if sign > 0 else "low"
             row |= found[["value", "null_low", "null_high"]].to_dict()
-            for name, edge in (
-                ("outside plain", plain[f"ci_{side_of_sign}"]),
-                ("outside controls", found[f"null_{side_of_sign}"]),
-            ):
-                outside = "yes" if sign * (found["value"] - edge) > 0 else "no"
-                row[name] = "" if np.isnan(edge) else outside
+            row["outside plain"] = _outside(sign * (found["value"] - plain[f"ci_{end}"]))
+            row["outside controls"] = _outside(sign * (found["value"] - found[f"null_{end}"]))
             for name in ("well-formed", "accuracy"):
                 row[name] = side.get((name, behaviour, at), np.nan)
         made.append(row)
     columns = ["behaviour", "sign", "coefficient", "plain", "plain_low", "plain_high", "value"]
     columns += ["null_low", "null_high", "outside plain", "outside controls"]
     return pd.DataFrame(made, columns=[*columns, "well-formed", "accuracy"])
+
+
+def _outside(beyond: float) -> str:
+    return "" if np.isnan(beyond) else "yes" if beyond > 0 else "no"
 
 
 def sweep(measured: pd.DataFrame) -> pd.DataFrame:

@@ -233,12 +233,8 @@ def _conditions(measured: pd.DataFrame) -> tuple[list[str], dict[tuple, pd.DataF
     condition = ["direction", "layer", "coefficient"]
     if not (measured["direction"] == PLAIN[0]).any():
         raise ValueError("there are no plain chains (direction 'none') to compare with")
-    twice = measured[measured.duplicated(["task_id", *condition])]
-    if len(twice):
-        raise ValueError(
-            f"{dict(twice.iloc[0][['task_id', *condition]])} is there more than once: measure "
-            "the chains of each operation apart"
-        )
+    if measured.duplicated(["task_id", *condition]).any():
+        raise ValueError("a condition has a task twice: measure each operation apart")
     groups = measured.groupby(condition, sort=False)
     return names, {place: rows.set_index("task_id")[names] for place, rows in groups}
 
@@ -248,16 +244,14 @@ def _null(by_condition: Mapping[tuple, pd.DataFrame]) -> dict[tuple, pd.DataFram
     a measure.
     """
     plain = by_condition[PLAIN]
-    values: dict[tuple, list[pd.Series]] = defaultdict(list)
-    counts: dict[tuple, list[pd.Series]] = defaultdict(list)
-    for (direction, *place), found in by_condition.items():
+    found: dict[tuple, list[tuple[pd.Series, pd.Series]]] = defaultdict(list)
+    for (direction, *place), rows in by_condition.items():
         if is_control(direction):
-            change = found - plain.reindex(found.index)
-            values[tuple(place)].append(plain.mean() + change.mean())
-            counts[tuple(place)].append(change.count())
+            change = rows - plain.reindex(rows.index)
+            found[tuple(place)].append((plain.mean() + change.mean(), change.count()))
     made = {}
-    for at, means in values.items():
-        every, n = pd.DataFrame(means), pd.DataFrame(counts[at])
+    for at, controls in found.items():
+        every, n = (pd.DataFrame(one) for one in zip(*controls, strict=True))
         fewest = n.where(n > 0).min().fillna(0).astype(int)
         edges = {"null_low": every.min(), "null_high": every.max(), "null_n": fewest}
         made[at] = pd.DataFrame(edges)
@@ -274,7 +268,6 @@ def bars(rows: pd.DataFrame) -> pd.DataFrame:
     found = found.set_index(["behaviour", "direction", "coefficient"])
     keys = [(b, own or b, c) for b in STEERED for own, c in MODES.values()]
     values = ["value", "ci_low", "ci_high", "n", "null_low", "null_high", "null_n"]
-    # reindex, because a file of an earlier version has no null_n
     made = found.reindex(columns=values, index=keys).astype(float)
     made = made.rename(columns={"ci_low": "low", "ci_high": "high"}).reset_index("behaviour")
     made.insert(1, "mode", [*MODES] * len(STEERED))
@@ -299,13 +292,13 @@ def differences(measured: pd.DataFrame, rows: pd.DataFrame, *, seed: int = 0) ->
     return made.rename(columns={"value": "difference"})
 
 
-def changes(rows: pd.DataFrame, coefficient: float = 1.0) -> pd.DataFrame:
+def changes(rows: pd.DataFrame) -> pd.DataFrame:
     """What else moves: change of the token share of all six behaviours (columns) under every
-    behaviour's direction (index ``direction``) against the baseline.
+    behaviour's direction (index ``direction``) at coefficient 1 against the baseline.
     """
     shares = rows[rows["metric"] == SHARE]
     plain = shares[shares["direction"] == PLAIN[0]].set_index("behaviour")["value"]
-    steered = shares[(shares["coefficient"] == coefficient) & shares["direction"].isin(STEERED)]
+    steered = shares[(shares["coefficient"] == 1) & shares["direction"].isin(STEERED)]
     wide = steered.pivot(index="direction", columns="behaviour", values="value")
     order = [b for b in STEERED if b in wide.index]
     return wide.reindex(index=order, columns=BEHAVIOURS) - plain[list(BEHAVIOURS)]

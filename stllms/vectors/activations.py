@@ -15,13 +15,14 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from nnsight import save
 from torch import Tensor
 
 from stllms.annotation.placing import check
@@ -39,17 +40,14 @@ WINDOW = 11
 SAVE_EVERY = 50
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One response: ids up to the end of its last span, windows and labels of its spans, and
-    their weights ``[2 * K, S]`` in the ``K`` shuffled and the ``K`` signed sums."""
+class _Job(NamedTuple):
+    """One response: ids up to the end of its last span, windows and labels of its spans."""
 
     task_id: str
     ids: tuple[int, ...]
     whole: tuple[int, int]
     windows: tuple[tuple[int, int], ...]
     labels: tuple[int, ...]
-    weights: np.ndarray
 
 
 def collect(
@@ -58,7 +56,6 @@ def collect(
     spans_per_response: Sequence[Sequence[Span]],
     *,
     batch_size: int = 8,
-    behaviours: Sequence[str] = BEHAVIOURS,
     keep: Sequence[int] = (),
     controls: int = 0,
     seed: int = 0,
@@ -73,11 +70,11 @@ def collect(
     Args:
         model: whose activations.
         responses: in any order; the result does not depend on it.
-        spans_per_response: the token spans of each response, as its annotation has them.
+        spans_per_response: the token spans of each response, as its annotation has them; those
+            of other labels than :data:`BEHAVIOURS` are counted, not used.
         batch_size: responses in a forward pass; the result does not depend on it. If the
             device runs out of memory, it is halved with a warning, and ``model.fits`` keeps
             what fitted.
-        behaviours: labels to keep apart; spans of other labels are counted, not used.
         keep: layers whose span means are kept one by one (``Means.samples``); memory then
             grows with the number of spans.
         controls: how many control directions of each kind to sum up
@@ -97,18 +94,15 @@ def collect(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size should be at least 1, it is {batch_size}")
-    behaviours, keep = tuple(behaviours), tuple(dict.fromkeys(keep))
+    keep = tuple(dict.fromkeys(keep))
     if not set(keep) <= set(range(model.n_layers)):
         raise ValueError(f"{model.name} has {model.n_layers} layers; asked to keep {keep}")
-    jobs, ledger = _jobs(responses, spans_per_response, behaviours)
+    jobs, ledger = _jobs(responses, spans_per_response)
     config: dict[str, Any] = {"window": WINDOW}
     if controls:
-        targets = _targets(jobs, behaviours)
-        config["controls"] = {"seed": seed, "targets": list(targets)}
-        rows = [behaviours.index(name) for name in targets]
-        jobs = [_weighted(job, controls, rows, seed) for job in jobs]
+        config["controls"] = {"seed": seed, "targets": _targets(jobs)}
     means = Means.zeros(
-        behaviours,
+        BEHAVIOURS,
         model.n_layers,
         model.d_model,
         model=model.name,
@@ -117,20 +111,17 @@ def collect(
         ledger=ledger,
         config=config,
     )
-    jobs.sort(key=lambda job: (-len(job.ids), job.task_id))  # similar lengths, longest first
-    build = [job for job in jobs if is_build(job.task_id)]
-    test = [job for job in jobs if not is_build(job.task_id)]
-    identity = _identity(model, means, [*build, *test])
+    identity = _identity(model, means, jobs)
     means, done = _resume(path, means, identity)
+    n_build = sum(is_build(job.task_id) for job in jobs)
     size = min(batch_size, model.fits)
     with token_bar(len(jobs), "activations", unit="responses", enabled=progress) as bar:
         bar.skip(done)
         while done < len(jobs):
-            held_out = done >= len(build)
-            half = test[done - len(build) :] if held_out else build[done:]
-            batch = half[:size]
+            end = n_build if done < n_build else len(jobs)
+            batch = jobs[done : min(done + size, end)]
             try:
-                means = _add(means, model, batch, held_out and bool(build))
+                means = _add(means, model, batch)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
@@ -153,10 +144,10 @@ def collect(
 def _jobs(
     responses: Sequence[Response],
     spans_per_response: Sequence[Sequence[Span]],
-    behaviours: tuple[str, ...],
 ) -> tuple[list[_Job], dict[str, int]]:
-    """Checked and windowed work, and the ledger of what is used and what is not. A span at
-    token 0 has no token before it and is dropped."""
+    """Checked work in the order of reading: the build half, then the test half, each with
+    similar lengths together, longest first; and the ledger of what is used and what is not. A
+    span at token 0 has no token before it and is dropped."""
     if len(responses) != len(spans_per_response):
         raise ValueError(
             f"{len(responses)} responses but spans of {len(spans_per_response)} of them"
@@ -164,59 +155,41 @@ def _jobs(
     for task_id, n in Counter(response.task_id for response in responses).items():
         if n > 1:
             raise ValueError(f"response {task_id!r} is given {n} times: give each once")
-    every = [span for spans in spans_per_response for span in spans]
-    late = [span for span in every if span.start > 0]
-    used = sum(span.label in behaviours for span in late)
-    ledger = {
-        "responses": sum(map(bool, spans_per_response)),
-        "responses without spans": sum(not spans for spans in spans_per_response),
-        "spans": used,
-        "spans at token 0": len(every) - len(late),
-        "spans of other labels": len(late) - used,
-    }
     jobs = []
     for response, spans in zip(responses, spans_per_response, strict=True):
         check(response, spans)
         if spans:
-            jobs.append(_job(response, spans, behaviours))
-    return jobs, ledger
+            jobs.append(_job(response, spans))
+    jobs.sort(key=lambda job: (not is_build(job.task_id), -len(job.ids), job.task_id))
+    every = [span for spans in spans_per_response for span in spans]
+    late = sum(span.start > 0 for span in every)
+    used = sum(len(job.labels) for job in jobs)
+    return jobs, {
+        "responses": len(jobs),
+        "responses without spans": len(responses) - len(jobs),
+        "spans": used,
+        "spans at token 0": len(every) - late,
+        "spans of other labels": late - used,
+    }
 
 
-def _job(response: Response, spans: Sequence[Span], behaviours: tuple[str, ...]) -> _Job:
-    used = [span for span in spans if span.label in behaviours and span.start > 0]
+def _job(response: Response, spans: Sequence[Span]) -> _Job:
+    used = [span for span in spans if span.label in BEHAVIOURS and span.start > 0]
     whole = (min(span.start for span in spans), max(span.end for span in spans))
     return _Job(
         task_id=response.task_id,
         ids=(*response.prompt_ids, *response.output_ids)[: whole[1]],
         whole=whole,
         windows=tuple((s.start - 1, min(s.end - 1, s.start + WINDOW - 1)) for s in used),
-        labels=tuple(behaviours.index(span.label) for span in used),
-        weights=np.zeros((0, len(used)), dtype=np.float32),
+        labels=tuple(BEHAVIOURS.index(span.label) for span in used),
     )
 
 
-def _targets(jobs: Sequence[_Job], behaviours: tuple[str, ...]) -> tuple[str, ...]:
+def _targets(jobs: Sequence[_Job]) -> list[str]:
     """The behaviours that shuffled controls imitate."""
-    spans = Counter(behaviours[label] for job in jobs for label in job.labels)
-    known = [name for name in behaviours if spans[name] >= MIN_SPANS]
-    return tuple(name for name in STEERED if name in known) or tuple(known)
-
-
-def _weighted(job: _Job, controls: int, targets: Sequence[int], seed: int) -> _Job:
-    """With weights: ones where a permuted label is the control's target, then
-    random signs. Each kind has a generator of its own, so that control ``i`` is the same
-    however many there are."""
-    shuffling, tossing = (
-        np.random.default_rng([seed, mark(job.task_id), kind]) for kind in (0, 1)
-    )
-    labels = np.array(job.labels, dtype=int)
-    weights = np.zeros((2 * controls, len(labels)), dtype=np.float32)
-    for i in range(controls):
-        permuted = shuffling.permutation(labels)
-        if targets:
-            weights[i] = permuted == targets[i % len(targets)]
-        weights[controls + i] = 1 - 2 * tossing.integers(0, 2, len(labels))
-    return replace(job, weights=weights)
+    spans = Counter(BEHAVIOURS[label] for job in jobs for label in job.labels)
+    known = [name for name in BEHAVIOURS if spans[name] >= MIN_SPANS]
+    return [name for name in STEERED if name in known] or known
 
 
 # --- resuming ----------------------------------------------------------------------------
@@ -254,39 +227,96 @@ def _resume(path: Path | None, means: Means, identity: dict[str, Any]) -> tuple[
 # --- one batch ---------------------------------------------------------------------------
 
 
-def _add(means: Means, model: Model, batch: list[_Job], project: bool) -> Means:
-    """One forward pass over a batch, and its sums added to ``means`` in place; returns the
-    record with its lists of spans extended.
+def _add(means: Means, model: Model, batch: list[_Job]) -> Means:
+    """One forward pass over a batch of one half, and its sums added to ``means`` in place;
+    returns the record with its lists of spans extended."""
+    n, k = len(means.behaviours), len(means.signs)
+    groups, weights = _groups(batch, n), _weights(means, batch)
+    read = _read(means, model, batch, groups, weights)
+    if not read["finite"].all():
+        layer, row = (~read["finite"]).nonzero()[0].tolist()
+        task_id = batch[row].task_id
+        raise ValueError(f"activations are not finite: layer {layer}, response {task_id!r}")
+    sums, squares, controls, wholes = (
+        read[name].double().transpose(0, 1)
+        for name in ("sums", "squares", "controls", "wholes")
+    )
+    means.sums.add_(sums.unflatten(0, (PARTS, n)))
+    means.squares.add_(squares.unflatten(0, (PARTS, n)))
+    means.counts.add_(groups.sum(1).long().unflatten(0, (PARTS, n)))
+    means.shuffled.add_(controls[:k])
+    means.signed.add_(controls[k:])
+    means.signs.add_(weights[k:].sum(1).long())
+    parts = torch.tensor([part_of(job.task_id) for job in batch])
+    means.overall_sums.index_add_(0, parts, wholes)
+    means.overall_counts.add_(torch.bincount(parts, minlength=PARTS))
+    labels = torch.tensor([x for job in batch for x in job.labels], dtype=torch.long)
+    new: dict[str, Tensor] = {}
+    if not is_build(batch[0].task_id):
+        projections = read["projections"].transpose(0, 1)
+        new |= {"projections": projections, "projection_labels": labels}
+    if means.sample_layers:
+        owners = torch.tensor([mark(job.task_id) for job in batch for _ in job.labels]).long()
+        samples = read["spans"].transpose(0, 1)
+        new |= {"samples": samples, "sample_labels": labels, "sample_responses": owners}
+    return replace(means, **{k: torch.cat([getattr(means, k), v]) for k, v in new.items()})
+
+
+def _read(
+    means: Means, model: Model, batch: list[_Job], groups: Tensor, weights: Tensor
+) -> dict[str, Tensor]:
+    """What :func:`_of_layer` reads of every layer, stacked ``[L, ...]`` on the CPU; ``spans``
+    of the layers to keep, in their order.
 
     Rows are padded on the right: later tokens cannot reach earlier ones in a causal model, so
     no mask is needed.
     """
     ids, matrix, place = (x.to(model.device) for x in _padded(batch, model.pad_id))
-    groups = _groups(batch, len(means.behaviours)).to(model.device)
-    weights = torch.from_numpy(np.concatenate([job.weights for job in batch], 1))
-    weights = weights.to(model.device)
-    units = _units(means).to(model.device) if project else None
-    read = _empty(means, model, len(batch), len(groups), weights)
+    groups, weights = groups.to(model.device), weights.to(model.device)
+    units = means.units(HALVES["build"]).float().to(model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad(), model.nn_decoder.trace(**inputs, use_cache=False):
+        layers, kept = save([]), save({})
         for layer, envoy in enumerate(model.nn_layers):
-            products, spans, read["sums"][layer], read["squares"][layer], along = _of_layer(
-                envoy.output, matrix, place, groups, None if units is None else units[:, layer]
+            products, spans, found = _of_layer(
+                envoy.output, matrix, place, groups, weights, units[:, layer]
             )
-            if len(weights):
-                read["controls"][layer] = weights.to(spans.device) @ spans
-            read["finite"][layer] = products.isfinite().flatten(1).all(1)
-            read["wholes"][layer] = products[:, 0]
-            if along is not None:
-                read["projections"][:, layer] = along
+            found["wholes"] = products[:, 0].clone()  # a view would keep all products
+            found["finite"] = products.isfinite().flatten(1).all(1)
+            layers.append(found)
             if layer in means.sample_layers:
-                read["samples"][:, means.sample_layers.index(layer)] = spans
-    read = {name: tensor.cpu() for name, tensor in read.items()}
-    if not read["finite"].all():
-        layer, row = (~read["finite"]).nonzero()[0].tolist()
-        task_id = batch[row].task_id
-        raise ValueError(f"activations are not finite: layer {layer}, response {task_id!r}")
-    return _accumulate(means, batch, read, groups.cpu(), weights.cpu(), project)
+                kept[layer] = spans
+    by_name = {name: [found[name] for found in layers] for name in layers[0]}
+    by_name["spans"] = [kept[layer] for layer in means.sample_layers]
+    return {
+        name: torch.stack([x.to(model.device) for x in values]).cpu()
+        for name, values in by_name.items()
+        if values
+    }
+
+
+def _of_layer(
+    h: Tensor, matrix: Tensor, place: Tensor, groups: Tensor, weights: Tensor, units: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What is read of a layer's output ``h [B, T, D]``, on its own device, since a model may
+    lie on several: all products ``A @ h``; the span means ``[S, D]``, those at rows ``place
+    [S]``; their sums and sums of squares by group, sums of controls, and projections on
+    ``units [N, D]``."""
+    matrix, place, groups, weights, units = (
+        x.to(h.device) for x in (matrix, place, groups, weights, units)
+    )
+    products = torch.bmm(matrix, h.float())
+    spans = products.flatten(0, 1).index_select(0, place)
+    return (
+        products,
+        spans,
+        {
+            "sums": groups @ spans,
+            "squares": groups @ spans.square(),
+            "controls": weights @ spans,
+            "projections": spans @ units.T,
+        },
+    )
 
 
 def _padded(batch: list[_Job], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -311,70 +341,21 @@ def _groups(batch: list[_Job], n: int) -> Tensor:
     return rows
 
 
-def _units(means: Means) -> Tensor:
-    """Unit directions of the build half, ``[N, L, D]`` float32."""
-    build = HALVES["build"]
-    return torch.nn.functional.normalize(
-        means.mean(build) - means.overall(build), dim=-1
-    ).float()
-
-
-def _empty(
-    means: Means, model: Model, n: int, n_groups: int, weights: Tensor
-) -> dict[str, Tensor]:
-    """Room for the results of all layers, made at once: small tensors allocated between the
-    layers would keep the heap from reusing what the large activations leave."""
-    layers, width, spans = model.n_layers, model.d_model, weights.shape[1]
-    shapes = {
-        "sums": (layers, n_groups, width),
-        "squares": (layers, n_groups, width),
-        "controls": (layers, len(weights), width),
-        "wholes": (layers, n, width),
-        "projections": (spans, layers, len(means.behaviours)),
-        "samples": (spans, len(means.sample_layers), width),
-    }
-    room = {name: torch.empty(shape, device=model.device) for name, shape in shapes.items()}
-    return {**room, "finite": torch.empty(layers, n, dtype=torch.bool, device=model.device)}
-
-
-def _of_layer(
-    h: Tensor, matrix: Tensor, place: Tensor, groups: Tensor, units: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """What is read of a layer's output ``h [B, T, D]``, on its own device, since a model may
-    lie on several: products ``A @ h``, the span means at rows ``place [S]`` of all these, sums
-    of span means and of their squares by group, and projections on ``units [N, D]``."""
-    matrix, place, groups = (x.to(h.device) for x in (matrix, place, groups))
-    products = torch.bmm(matrix, h.float())
-    spans = products.flatten(0, 1).index_select(0, place)
-    projected = None if units is None else spans @ units.to(h.device).T
-    return products, spans, groups @ spans, groups @ spans.square(), projected
-
-
-def _accumulate(
-    means: Means,
-    batch: list[_Job],
-    read: dict[str, Tensor],
-    groups: Tensor,
-    weights: Tensor,
-    projected: bool,
-) -> Means:
-    n, k = len(means.behaviours), len(means.signs)
-    for name in ("sums", "squares"):
-        by_group = read[name].double().transpose(0, 1)
-        getattr(means, name).add_(by_group.unflatten(0, (PARTS, n)))
-    means.counts.add_(groups.sum(1).long().unflatten(0, (PARTS, n)))
-    controls = read["controls"].double().transpose(0, 1)
-    means.shuffled.add_(controls[:k])
-    means.signed.add_(controls[k:])
-    means.signs.add_(weights[k:].sum(1).long())
-    parts = torch.tensor([part_of(job.task_id) for job in batch])
-    means.overall_sums.index_add_(0, parts, read["wholes"].double().transpose(0, 1))
-    means.overall_counts.add_(torch.bincount(parts, minlength=PARTS))
-    labels = torch.tensor([x for job in batch for x in job.labels], dtype=torch.long)
-    new: dict[str, Tensor] = {}
-    if projected:
-        new |= {"projections": read["projections"], "projection_labels": labels}
-    if means.sample_layers:
-        owners = torch.tensor([mark(job.task_id) for job in batch for _ in job.labels]).long()
-        new |= {"samples": read["samples"], "sample_labels": labels, "sample_responses": owners}
-    return replace(means, **{k: torch.cat([getattr(means, k), v]) for k, v in new.items()})
+def _weights(means: Means, batch: list[_Job]) -> Tensor:
+    """``[2 * K, S]``, the weights of the spans in the sums of controls: in the ``K`` shuffled
+    ones 1 where a permuted label is the control's target, in the ``K`` signed ones random
+    signs. Each kind has a generator of its own for each response, so that control ``i`` is the
+    same however many there are."""
+    k, drawn = len(means.signs), means.config.get("controls", {"seed": 0, "targets": ()})
+    targets = np.resize([means.behaviours.index(name) for name in drawn["targets"]] or [-1], k)
+    made = []
+    for job in batch:
+        shuffling, tossing = (
+            np.random.default_rng([drawn["seed"], mark(job.task_id), kind]) for kind in (0, 1)
+        )
+        shape = (k, len(job.labels))
+        labels = np.array(job.labels, dtype=int)
+        permuted = np.array([shuffling.permutation(labels) for _ in range(k)]).reshape(shape)
+        signs = 1 - 2 * tossing.integers(0, 2, shape)
+        made.append(np.concatenate([permuted == targets[:, None], signs]))
+    return torch.from_numpy(np.concatenate(made, 1)).float()

@@ -5,14 +5,13 @@ Method, section 6, with the mean over spans ``mean[b][l]`` and the mean over res
 
     direction[b][l] = (mean[b][l] - overall[l]) * ||overall[l]|| / ||mean[b][l] - overall[l]||
 
-so that coefficient 1 adds a vector as long as the average residual at that layer. Every
-estimator is rescaled in the same way. A behaviour with fewer than ``MIN_SPANS`` spans has no
-direction: it is in ``.unavailable``, so that no NaN ever reaches a figure.
+so that coefficient 1 adds a vector as long as the average residual at that layer. A behaviour
+with fewer than ``MIN_SPANS`` spans has no direction: it is in ``.unavailable``, so that no NaN
+ever reaches a figure.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,19 +22,20 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from stllms.hashes import file_hash
 from stllms.labels import BEHAVIOURS, STEERED
 from stllms.registry import FIXTURES
 from stllms.runs.files import BadFile, is_plain, load_tensors, load_torch, save_tensors
 from stllms.vectors.means import MIN_SPANS, Means
 
 ESTIMATORS: tuple[str, ...] = ("difference-of-means", "difference-from-others", "probe")
-#: Those that need enough spans of other behaviours, too.
-CONTRASTS: tuple[str, ...] = ("difference-from-others", "probe")
 #: The tensors of a file of directions.
 DTYPES = dict.fromkeys(("directions", "means", "overall"), torch.float32)
 DTYPES["counts"] = torch.int64
 #: Of the probe: the weight of ``||a||^2 / 2`` beside the mean loss.
 PENALTY = 1e-2
+#: Rows of an embedding that are held in float32 at once.
+ROWS = 16384
 
 
 class _Metadata(BaseModel, strict=True, extra="forbid"):
@@ -53,8 +53,8 @@ class SteeringVectors:
     """Directions of ``N`` behaviours at ``L`` layers.
 
     ``directions`` and ``means`` ``[N, L, D]``, ``overall [L, D]``, float32; ``counts [N]``
-    spans; ``unavailable``: behaviours with too few spans, and how many (on the rarer side of a
-    contrast); ``left_out``: labels of a released file that are no behaviours, and their spans.
+    spans; ``unavailable``: behaviours with too few spans, and how many; ``left_out``: labels of
+    a released file that are no behaviours, and their spans.
     """
 
     behaviours: tuple[str, ...]
@@ -68,20 +68,15 @@ class SteeringVectors:
     left_out: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        whole = (len(self.behaviours), *self.overall.shape)
-        wanted = {
-            "directions": whole,
-            "means": whole,
-            "overall": whole[1:],
-            "counts": whole[:1],
-        }
-        for name, shape in wanted.items():
+        size = tuple(self.overall.shape)
+        whole = (len(self.behaviours), *size)
+        shapes = {"directions": whole, "means": whole, "overall": size, "counts": whole[:1]}
+        for name, shape in shapes.items():
             tensor, dtype = getattr(self, name), DTYPES[name]
-            found = tuple(tensor.shape)
-            if found != shape or tensor.dtype != dtype or len(whole) != 3:
+            if tensor.shape != shape or tensor.dtype != dtype or len(size) != 2:
                 raise ValueError(
                     f"{name} should have shape {shape} and {dtype}, with overall [L, D]; "
-                    f"it has {found} and {tensor.dtype}"
+                    f"it has {tuple(tensor.shape)} and {tensor.dtype}"
                 )
         if len(set(self.behaviours)) < len(self.behaviours):
             raise ValueError(f"behaviours are given twice: {', '.join(self.behaviours)}")
@@ -99,23 +94,28 @@ class SteeringVectors:
         """The row of a behaviour.
 
         Raises:
-            KeyError: naming the spans it had, or the behaviours there are.
+            ValueError: naming the spans it had, or the behaviours there are.
         """
         if behaviour in self.behaviours:
             return self.behaviours.index(behaviour)
         if behaviour in self.unavailable:
-            sides = " on either side" if self.config.get("estimator") in CONTRASTS else ""
-            raise KeyError(
+            raise ValueError(
                 f"{behaviour!r} is unavailable: {self.unavailable[behaviour]} spans, "
-                f"at least {self.config.get('min_spans', MIN_SPANS)} are needed{sides}"
+                f"at least {MIN_SPANS} are needed"
             )
-        raise KeyError(f"no direction of {behaviour!r}; there are {', '.join(self.behaviours)}")
+        raise ValueError(
+            f"no direction of {behaviour!r}; there are {', '.join(self.behaviours)}"
+        )
 
     def direction(self, behaviour: str, layer: int) -> Tensor:
-        """The direction of a behaviour at a layer, ``[D]``."""
+        """The direction of a behaviour at a layer, ``[D]``.
+
+        Raises:
+            ValueError: for a behaviour or a layer that is not there, naming those that are.
+        """
         row = self.index(behaviour)
         if not 0 <= layer < self.n_layers:
-            raise IndexError(f"layer {layer} is not in 0 .. {self.n_layers - 1}")
+            raise ValueError(f"layer {layer} is not in 0 .. {self.n_layers - 1}")
         return self.directions[row, layer]
 
     def save(self, path: str | Path) -> None:
@@ -148,51 +148,44 @@ class SteeringVectors:
 # --- estimators --------------------------------------------------------------------------
 
 
-def difference_of_means(means: Means, *, min_spans: int = MIN_SPANS) -> SteeringVectors:
-    """The paper's directions (formula above) from collected means."""
-    return estimate(means, "difference-of-means", min_spans=min_spans)
+def difference_of_means(means: Means) -> SteeringVectors:
+    """The paper's directions (formula above) from collected means.
+
+    Raises:
+        ValueError: no spans at all, or a direction of length zero.
+    """
+    counts, overall = means.counts.sum(0), means.overall()
+    enough = counts >= MIN_SPANS
+    named = list(zip(means.behaviours, counts.tolist(), strict=True))
+    available = tuple(name for name, n in named if n >= MIN_SPANS)
+    raw = differences(means, "difference-of-means", range(means.n_layers))
+    config = {name: value for name, value in means.config.items() if name != "controls"}
+    return SteeringVectors(
+        behaviours=available,
+        directions=rescale(raw[enough], overall, available).float(),
+        means=means.mean()[enough].float(),
+        overall=overall.float(),
+        counts=counts[enough],
+        model=means.model,
+        config={**config, "estimator": "difference-of-means", "min_spans": MIN_SPANS},
+        unavailable={name: n for name, n in named if n < MIN_SPANS},
+    )
 
 
-def estimate(
-    means: Means, estimator: str = "difference-of-means", *, min_spans: int = MIN_SPANS
-) -> SteeringVectors:
-    """Directions by a named estimator, all rescaled to ``||overall[l]||``. The last two need
-    ``min_spans`` spans of other behaviours as well.
+def differences(means: Means, estimator: str, layers: Sequence[int]) -> Tensor:
+    """What is rescaled to a direction, by a named estimator: ``[N, len(layers), D]`` float64;
+    zero where there are no other spans to compare with.
 
     * ``"difference-of-means"``: ``mean[b] - overall`` (the paper, method, section 6).
     * ``"difference-from-others"``: ``mean[b] - mean of the spans of all other behaviours``, as
       in contrastive activation addition (Rimsky et al. 2023, arXiv 2312.06681).
     * ``"probe"``: normal of a logistic regression of "span of b" on the span mean (Alain and
       Bengio 2016, arXiv 1610.01644). It needs the span means themselves:
-      ``activations.collect(..., keep=range(n_layers))``.
+      ``activations.collect(..., keep=layers)``.
 
     Raises:
-        ValueError: unknown estimator, no spans at all, nothing kept for the probe, or a
-            direction of length zero.
+        ValueError: unknown estimator, no spans at all, or nothing kept for the probe.
     """
-    counts = means.counts.sum(0)
-    fewest = torch.minimum(counts, counts.sum() - counts) if estimator in CONTRASTS else counts
-    rows = [b for b in range(len(means.behaviours)) if int(fewest[b]) >= min_spans]
-    overall = means.overall()
-    raw = differences(means, estimator, range(means.n_layers))
-    names = means.behaviours
-    available = tuple(names[b] for b in rows)
-    config = {name: value for name, value in means.config.items() if name != "controls"}
-    return SteeringVectors(
-        behaviours=available,
-        directions=rescale(raw[rows], overall, available).float(),
-        means=means.mean()[rows].float(),
-        overall=overall.float(),
-        counts=counts[rows],
-        model=means.model,
-        config={**config, "estimator": estimator, "min_spans": min_spans},
-        unavailable={names[b]: int(fewest[b]) for b in range(len(names)) if b not in rows},
-    )
-
-
-def differences(means: Means, estimator: str, layers: Sequence[int]) -> Tensor:
-    """What :func:`estimate` rescales, ``[N, len(layers), D]`` float64; zero where there are no
-    other spans to compare with. Its errors, too."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
     layers = list(layers)
@@ -246,7 +239,7 @@ def rescale(raw: Tensor, overall: Tensor, names: Sequence[Any]) -> Tensor:
 # --- what else there is to read ----------------------------------------------------------
 
 
-def load_published(path: str | Path, *, min_spans: int = MIN_SPANS) -> SteeringVectors:
+def load_published(path: str | Path) -> SteeringVectors:
     """Directions from a released ``mean_vectors_*.pt``: label -> ``{"mean": [L, D], "count"}``.
 
     Read with ``weights_only=True``: a file with code in it is refused. Means are used as they
@@ -264,8 +257,8 @@ def load_published(path: str | Path, *, min_spans: int = MIN_SPANS) -> SteeringV
             raise BadFile(f"{expected} at {label!r}")
     if "overall" not in content:
         raise BadFile(f"{path}: there is no 'overall' among {sorted(content)}")
-    found = {label: int(entry["count"]) for label, entry in content.items()}
-    names = tuple(b for b in BEHAVIOURS if found.get(b, 0) >= min_spans)
+    found = {label: entry["count"] for label, entry in content.items()}
+    names = tuple(b for b in BEHAVIOURS if found.get(b, 0) >= MIN_SPANS)
     overall = content["overall"]["mean"].double()
     mean = overall.new_zeros(len(names), *overall.shape)
     for row, label in enumerate(names):
@@ -282,7 +275,7 @@ def load_published(path: str | Path, *, min_spans: int = MIN_SPANS) -> SteeringV
             overall=overall.float(),
             counts=torch.tensor([found[b] for b in names], dtype=torch.int64),
             model=Path(path).stem.removeprefix("mean_vectors_"),
-            config={"source": Path(path).name, "min_spans": min_spans},
+            config={"source": Path(path).name, "min_spans": MIN_SPANS},
             unavailable={b: found.get(b, 0) for b in BEHAVIOURS if b not in names},
             left_out={k: n for k, n in found.items() if k not in (*BEHAVIOURS, "overall")},
         )
@@ -326,8 +319,7 @@ def load_shipped(name: str) -> SteeringVectors:
 
 def weights_of(name: str) -> str:
     """Twelve hex digits of a hash of the weights of an embedded model."""
-    content = (FIXTURES / name / "model.safetensors").read_bytes()
-    return hashlib.sha256(content).hexdigest()[:12]
+    return file_hash(FIXTURES / name / "model.safetensors")[:12]
 
 
 # --- layers and cosines ------------------------------------------------------------------
@@ -345,18 +337,15 @@ def cosines(steering_vectors: SteeringVectors, layers: Mapping[str, int]) -> Ten
     return (units @ units.T).float()
 
 
-def max_cosine(directions: Tensor, matrix: Tensor, *, chunk: int = 16384) -> Tensor:
+def max_cosine(directions: Tensor, matrix: Tensor) -> Tensor:
     """Largest cosine between a direction and any row of an (un)embedding, per layer.
 
-    ``directions [N, L, D]``, ``matrix [V, D]`` -> ``[N, L]``; ``chunk`` rows of the matrix at a
-    time. Rows of zeros (padding of the vocabulary) count as cosine 0.
+    ``directions [N, L, D]``, ``matrix [V, D]`` -> ``[N, L]``. Rows of zeros (padding of the
+    vocabulary) count as cosine 0.
     """
-    mine, other = tuple(directions.shape), tuple(matrix.shape)
-    if mine[-1] != other[-1]:
-        raise ValueError(f"directions {mine} and matrix {other} differ in their last dimension")
     units = normalize(directions.float(), dim=-1)
     best = torch.full(units.shape[:-1], -1.0)
-    for rows in matrix.split(chunk):
+    for rows in matrix.split(ROWS):
         best = torch.maximum(best, (units @ normalize(rows.float(), dim=-1).T).amax(-1))
     return best
 

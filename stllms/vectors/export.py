@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from stllms.runs.files import replacing, save_tensors
 from stllms.vectors.directions import SteeringVectors
 
@@ -43,9 +41,9 @@ def safetensors(
     names = list(behaviours or vectors.behaviours)
     chosen = sorted(set(range(vectors.n_layers) if layers is None else layers))
     tensors = {
-        f"{name}.{layer}": added
+        f"{name}.{layer}": coefficient * vectors.direction(name, layer)
         for name in names
-        for layer, added in _added(vectors, name, chosen, coefficient).items()
+        for layer in chosen
     }
     metadata = {
         "format": "stllms directions 1",
@@ -85,7 +83,10 @@ def gguf(
         ValueError: layer 0, which llama.cpp cannot steer, an unknown behaviour or layer, or
             the package ``gguf`` is missing.
     """
-    added = _added(vectors, behaviour, layers, coefficient)
+    added = {
+        layer: coefficient * vectors.direction(behaviour, layer)
+        for layer in sorted(set(layers))
+    }
     if 0 in added:
         raise ValueError(
             "layer 0: llama.cpp cannot steer its block 0; choose a layer of"
@@ -111,19 +112,3 @@ def gguf(
         writer.write_tensors_to_file()
         writer.close()
     return Path(path)
-
-
-def _added(
-    vectors: SteeringVectors, name: str, layers: Iterable[int], coefficient: float
-) -> dict[int, Tensor]:
-    """Layer -> what is added there, distinct layers in order."""
-    chosen = sorted(set(layers))
-    if not chosen:
-        raise ValueError("layers: none given")
-    try:
-        return {
-            layer: (coefficient * vectors.direction(name, layer)).float().contiguous()
-            for layer in chosen
-        }
-    except (KeyError, IndexError) as error:
-        raise ValueError(error.args[0]) from None

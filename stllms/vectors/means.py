@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 #: Parts that the responses fall into.
 PARTS = 8
@@ -147,6 +148,13 @@ class Means:
         has none (look at ``counts``)."""
         n = self.counts[parts].sum(0).clamp(min=1)
         return self.sums[parts].sum(0) / n[:, None, None]
+
+    def units(self, parts: slice) -> Tensor:
+        """Unit ``mean - overall`` of some parts, ``[N, L, D]`` float64; zero without any
+        response there."""
+        if not int(self.overall_counts[parts].sum()):
+            return torch.zeros_like(self.sums[0])
+        return normalize(self.mean(parts) - self.overall(parts), dim=-1)
 
     def at(self, layer: int) -> Tensor:
         """The span means kept of a layer, ``[S, D]`` float64.

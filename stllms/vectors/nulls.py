@@ -64,14 +64,13 @@ def controls(kind: str, means: Means, n: int, *, seed: int = 0) -> Tensor:
 
 def _spans_of_targets(means: Means, n: int) -> Tensor:
     """Spans of the behaviour that each of ``n`` shuffled controls imitates, ``[n]``."""
-    targets = means.config["controls"]["targets"]
-    if not targets:
+    rows = [means.behaviours.index(name) for name in means.config["controls"]["targets"]]
+    if not rows:
         raise ValueError(
             f"no behaviour has the {MIN_SPANS} spans that a shuffled control needs: label "
             "more responses"
         )
-    counts = dict(zip(means.behaviours, means.counts.sum(0).tolist(), strict=True))
-    return torch.tensor([counts[targets[i % len(targets)]] for i in range(n)])
+    return means.counts.sum(0)[rows][torch.arange(n) % len(rows)]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ What is measured on the *test* half of the responses is made from the *build* ha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,37 +21,33 @@ from stllms.labels import CONTROLS
 from stllms.vectors.directions import ESTIMATORS, differences
 from stllms.vectors.means import HALVES, MIN_SPANS, PARTS, Means
 
-#: What may vary independently of what, for :func:`relative_error`.
-UNITS: tuple[str, ...] = ("span", "part")
 COLUMNS = ("behaviour", "layer", "direction", "quantity", "value", "low", "high")
 
 
 # --- separability ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Separability:
+class Separability(NamedTuple):
     """How well the projection on a direction of the build half tells the spans of a behaviour
     from all others, on the spans of the test half: ``d_prime`` and ``auc``, ``[N, L]``."""
 
     behaviours: tuple[str, ...]
     d_prime: Tensor
     auc: Tensor
-    counts: Tensor
 
 
-def separability(means: Means, *, min_spans: int = MIN_SPANS) -> Separability:
+def separability(means: Means) -> Separability:
     """The d' and AUC of every behaviour and layer, held out.
 
     With projections ``x`` of the behaviour's own spans and ``y`` of all others, both of the
     test half: ``d' = (mean x - mean y) / sqrt((var x + var y) / 2)`` and ``AUC = P(x > y)``
-    (ties count one half). Behaviours with fewer than ``min_spans`` spans in either half, or
-    fewer others to be told from, are left out, never NaN.
+    (ties count one half). Behaviours with fewer than :data:`MIN_SPANS` spans in either half,
+    or fewer others to be told from, are left out, never NaN.
     """
     labels = means.projection_labels.numpy()
-    build, test = (means.counts[HALVES[which]].sum(0) for which in ("build", "test"))
+    build, test = (means.counts[half].sum(0) for half in HALVES.values())
     fewest = torch.stack([build, test, test.sum() - test]).amin(0)
-    chosen = (fewest >= min_spans).nonzero().flatten().tolist()
+    chosen = (fewest >= MIN_SPANS).nonzero().flatten().tolist()
     d_prime = np.zeros((len(chosen), means.n_layers))
     auc = np.zeros_like(d_prime)
     for row, b in enumerate(chosen):
@@ -61,80 +57,61 @@ def separability(means: Means, *, min_spans: int = MIN_SPANS) -> Separability:
         spread = np.sqrt((x.var(0, ddof=1) + y.var(0, ddof=1)) / 2)
         d_prime[row] = (x.mean(0) - y.mean(0)) / np.maximum(spread, 1e-30)
         auc[row] = stats.auc(values, own)
-    return Separability(
-        tuple(means.behaviours[b] for b in chosen),
-        torch.from_numpy(d_prime).float(),
-        torch.from_numpy(auc).float(),
-        test[chosen],
-    )
+    names = tuple(means.behaviours[b] for b in chosen)
+    return Separability(names, torch.from_numpy(d_prime).float(), torch.from_numpy(auc).float())
 
 
 # --- stability and precision -------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Stability:
+class Stability(NamedTuple):
     """Cosines between directions of disjoint responses, ``cosines [F, N, L]``; ``shares [F]``
     of the responses on the smaller side, ``counts [F, N]`` spans there."""
 
-    behaviours: tuple[str, ...]
     shares: tuple[float, ...]
     counts: Tensor
     cosines: Tensor
 
 
-def stability(means: Means, *, min_spans: int = MIN_SPANS) -> Stability:
+def stability(means: Means) -> Stability:
     """Cosine of the direction from a share of the build half with that of the test half.
 
     Shares 1/8, 1/4 and 1/2 of all responses: the last is the split-half cosine, the growth
-    shows whether more responses would help. Behaviours with fewer than ``min_spans`` spans in
-    either half are left out; a share with fewer spans of one has the cosine NaN.
+    shows whether more responses would help. The behaviours are those with a direction; NaN
+    where one has fewer than :data:`MIN_SPANS` spans on either side.
     """
-    fewest = torch.stack([means.counts[part].sum(0) for part in HALVES.values()]).amin(0)
-    rows = (fewest >= min_spans).nonzero().flatten().tolist()
-    held_out = _units(means, HALVES["test"], rows)
+    rows = means.counts.sum(0) >= MIN_SPANS
     sizes = (PARTS // 8, PARTS // 4, PARTS // 2)
     counts = torch.stack([means.counts[:size].sum(0)[rows] for size in sizes])
-    units = torch.stack([_units(means, slice(size), rows) for size in sizes])
-    cosines = (units * held_out).sum(-1)
-    cosines[counts < min_spans] = torch.nan
-    return Stability(
-        tuple(means.behaviours[b] for b in rows),
-        tuple(size / PARTS for size in sizes),
-        counts,
-        cosines.float(),
-    )
+    units = torch.stack([means.units(slice(size))[rows] for size in sizes])
+    cosines = (units * means.units(HALVES["test"])[rows]).sum(-1)
+    held_out = means.counts[HALVES["test"]].sum(0)[rows]
+    cosines[torch.minimum(counts, held_out) < MIN_SPANS] = torch.nan
+    return Stability(tuple(size / PARTS for size in sizes), counts, cosines.float())
 
 
-def _units(means: Means, parts: slice, rows: list[int]) -> Tensor:
-    """Unit differences of means from some parts, ``[rows, L, D]`` float64."""
-    if not int(means.overall_counts[parts].sum()):
-        return torch.zeros(len(rows), means.n_layers, means.width, dtype=torch.float64)
-    return normalize(means.mean(parts)[rows] - means.overall(parts), dim=-1)
+def relative_errors(means: Means) -> dict[str, Tensor]:
+    """Standard error ``e`` of ``mean[b][l] - overall[l]`` relative to its length, ``[N, L]``,
+    by what is taken to vary independently.
 
-
-def relative_error(means: Means, *, by: str = "span") -> Tensor:
-    """Standard error ``e`` of ``mean[b][l] - overall[l]`` relative to its length, ``[N, L]``.
-
-    * ``by="span"``: ``e^2 = sum_d var_d / n / ||mean - overall||^2`` from the second moments,
-      as if spans were independent and ``overall`` known; too small where the spans of one
+    * ``"span"``: ``e^2 = sum_d var_d / n / ||mean - overall||^2`` from the second moments, as
+      if spans were independent and ``overall`` known; too small where the spans of one
       response are alike.
-    * ``by="part"``: ``e^2 = (H - 1) / H * sum_h ||x_h - average x||^2 / ||mean - overall||^2``
+    * ``"part"``: ``e^2 = (H - 1) / H * sum_h ||x_h - average x||^2 / ||mean - overall||^2``
       with ``x_h`` the difference without part ``h``, a jackknife (Tukey 1958): a response is
       wholly in or out, and ``overall`` varies too.
 
     NaN with fewer than two spans, or two parts.
     """
-    squared = {"span": _of_spans, "part": _jackknife}[by](means)
-    squared[means.counts.sum(0) < 2] = torch.nan
-    return (squared.sqrt() / (means.mean() - means.overall()).norm(dim=-1)).float()
-
-
-def _of_spans(means: Means) -> Tensor:
-    """Squared standard error of means of independent spans: ``[N, L]``."""
     n = means.counts.sum(0)[:, None, None].double()
     variance = (means.squares.sum(0) / n - means.mean() ** 2).clamp(min=0) / (n - 1)
-    return variance.sum(-1)
+    squared = {"span": variance.sum(-1), "part": _jackknife(means)}
+    length = (means.mean() - means.overall()).norm(dim=-1)
+    few = (n < 2).squeeze(-1)
+    return {
+        by: (error.sqrt() / length).masked_fill(few, torch.nan).float()
+        for by, error in squared.items()
+    }
 
 
 def _jackknife(means: Means) -> Tensor:
@@ -158,21 +135,19 @@ def expected_cosine(error: Tensor) -> Tensor:
     return (1 - error.square()).clamp(min=0).sqrt()
 
 
-def precision(
-    means: Means, layers: Mapping[str, int], *, min_spans: int = MIN_SPANS
-) -> pd.DataFrame:
+def precision(means: Means, layers: Mapping[str, int]) -> pd.DataFrame:
     """How far directions are from those of unlimited data: ``error by`` each unit (relative)
     and the ``cosine by`` it to expect, one row per behaviour of ``layers`` (behaviour ->
-    layer); those with fewer than ``min_spans`` spans are left out."""
-    errors = {by: relative_error(means, by=by) for by in UNITS}
-    counts = dict(zip(means.behaviours, means.counts.sum(0).tolist(), strict=True))
+    layer); those with fewer than :data:`MIN_SPANS` spans are left out."""
+    errors = relative_errors(means)
     rows = []
     for name, layer in layers.items():
-        if counts.get(name, 0) >= min_spans:
-            found = [errors[by][means.behaviours.index(name), layer] for by in UNITS]
+        b = means.behaviours.index(name)
+        if (n := int(means.counts[:, b].sum())) >= MIN_SPANS:
+            found = [error[b, layer] for error in errors.values()]
             numbers = [float(x) for e in found for x in (e, expected_cosine(e))]
-            rows.append((name, layer, counts[name], *numbers))
-    columns = [f"{what} by {by}" for by in UNITS for what in ("error", "cosine")]
+            rows.append((name, layer, n, *numbers))
+    columns = [f"{what} by {by}" for by in errors for what in ("error", "cosine")]
     return pd.DataFrame(rows, columns=["behaviour", "layer", "spans", *columns])
 
 
@@ -185,10 +160,10 @@ def table(
     *,
     draws: int = 200,
     seed: int = 0,
-    min_spans: int = MIN_SPANS,
 ) -> pd.DataFrame:
     """What every way of making a direction gives, at the layer where a behaviour is steered:
-    one row per behaviour, direction and quantity.
+    one row per behaviour, direction and quantity. Behaviours with fewer than
+    :data:`MIN_SPANS` spans in either half are left out.
 
     An AUC of .9 says little until one knows what a direction gives that means nothing. So all
     estimators and the three kinds of control directions (:mod:`stllms.vectors.nulls`, drawn
@@ -207,20 +182,17 @@ def table(
         draws: control directions of each kind; ``value`` is then their mean, ``low`` and
             ``high`` their central 95 %. Missing elsewhere.
         seed: of all of them.
-        min_spans: behaviours with fewer in either half are left out.
 
     Raises:
         ValueError: the span means of a layer were not kept.
     """
     build, test = means.half("build"), means.half("test")
     fewest = torch.minimum(build.counts.sum(0), test.counts.sum(0)).tolist()
-    spans = dict(zip(means.behaviours, fewest, strict=True))
+    enough = [b for b, n in zip(means.behaviours, fewest, strict=True) if n >= MIN_SPANS]
     generator = torch.Generator().manual_seed(seed)
     rows: list[tuple] = []
-    for layer in dict.fromkeys(layers.values()):
-        names = [b for b, at in layers.items() if at == layer and spans.get(b, 0) >= min_spans]
-        if not names:
-            continue
+    for layer in dict.fromkeys(at for b, at in layers.items() if b in enough):
+        names = [b for b, at in layers.items() if at == layer and b in enough]
         estimated = {e: differences(build, e, [layer])[:, 0] for e in ESTIMATORS}
         for name in names:
             b = means.behaviours.index(name)
