@@ -372,12 +372,12 @@ def _judge_options(given: dict[str, Any]) -> dict[str, Any]:
 @click.option("--vectors", help="directions: a vectors.safetensors, a released .pt")
 @click.option("--operation", default="add", help="add or ablate")
 @click.option("--where", default="all", help="all, generated or thinking tokens")
-@click.option("--no-plain", is_flag=True, help="show the steered chain only")
+@click.option("--no-baseline", is_flag=True, help="show the steered chain only")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object instead of text")
 @config_options("model", "profile", "results", "max_tokens", "temperature", "seed")
 @config_options("judge", "base_url", "max_cost", "device")
-def steer(question: str, no_plain: bool, as_json: bool, **given: Any) -> None:
-    """Answer QUESTION plain, and with a behaviour added or removed."""
+def steer(question: str, no_baseline: bool, as_json: bool, **given: Any) -> None:
+    """Answer QUESTION unsteered (the baseline), and with a behaviour added or removed."""
     of_run = ("model", "profile", "judge", "results", "device")
     config = RunConfig(**{name: given[name] for name in of_run}, **_judge_options(given))
     from stllms.app import bench as benches
@@ -385,7 +385,6 @@ def steer(question: str, no_plain: bool, as_json: bool, **given: Any) -> None:
     of_ask = ("behaviour", "coefficient", "layer", "operation", "where", "temperature", "seed")
     options = {name: given[name] for name in (*of_ask, "max_tokens")}
     ask = benches.Ask(benches.task(question), **options)
-    benches.check(ask)
     with redirect_stdout(sys.stderr):  # what is said while directions are made
         bench = benches.bench(config, given["vectors"])
     pair = benches.write(bench, ask)
@@ -397,7 +396,7 @@ def steer(question: str, no_plain: bool, as_json: bool, **given: Any) -> None:
             f'its grammar, like "{QUESTION}"',
             file=sys.stderr,
         )
-    chains = pair[1:] if no_plain else pair
+    chains = pair[1:] if no_baseline else pair
     if as_json:
         made = _as_json(bench, ask, chains)
         print(plain(json.dumps(made, ensure_ascii=False, allow_nan=False)))
@@ -448,7 +447,7 @@ def _as_json(bench: Bench, ask: Ask, chains: Sequence[Steered]) -> dict[str, Any
         "annotator": bench.annotator.name,
         "chains": [
             {
-                "chain": "plain" if chain.direction == "none" else "steered",
+                "chain": "baseline" if chain.direction == "none" else "steered",
                 "thinking": chain.response.thinking,
                 "answer": chain.response.answer,
                 "finished": chain.response.finished,
