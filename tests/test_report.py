@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import browser
@@ -15,7 +12,7 @@ import pandas as pd
 import pytest
 from reports import Page, code, made, png, prose, run_with, shown, uri
 
-from stllms.app import cli, report, stages
+from stllms.app import cli, report
 from stllms.config import RunConfig
 from stllms.labels import STEERED
 from stllms.runs.artifacts import Folder
@@ -46,16 +43,27 @@ def summary(text: str) -> Page:
 # -- one file with everything ----------------------------------------------------------------
 
 
-def test_every_figure_of_the_run_and_of_the_comparison_is_embedded(reference):
-    pictures = Page(reference.read_text(encoding="utf-8")).all("img", "src")
+def test_every_figure_table_and_version_of_the_run_is_in_the_file(reference):
+    page = Page(reference.read_text(encoding="utf-8"))
     folders = (reference.parent, reference.parent.parent / "comparison")
     figures = [path for folder in folders for path in folder.glob("figures/*.png")]
     first = [reference.parent / "figures" / f"{name}.png" for name in report.FIRST]
     assert len(figures) >= 15
-    assert sorted(pictures) == sorted(uri(path.read_bytes()) for path in [*figures, *first])
+    expected = sorted(uri(path.read_bytes()) for path in [*figures, *first])
+    assert sorted(page.all("img", "src")) == expected
+    for path in reference.parent.glob("*.csv"):
+        assert f"tiny-thinker/{path.name}" in page.text
+    steering = pd.read_csv(reference.parent / "steering.csv")
+    assert [tag for tag, _ in page.elements].count("tr") > len(steering)
+    record = json.loads((reference.parent / "run.json").read_text())
+    said = [f"{name}{version}" for name, version in record["versions"].items()]
+    said += map(str, record["identity"].values())
+    said += [record["commit"], record["recorded"]["sampling_audit_steered"]["line"]]
+    said += pd.read_csv(REFERENCE / "ledger.csv")["claim"].to_list()
+    assert [words for words in said if words not in page.text] == []
 
 
-def test_the_result_comes_before_the_notebooks(reference):
+def test_the_result_and_its_verdicts_come_before_the_notebooks(reference):
     text = reference.read_text(encoding="utf-8")
     page = summary(text)
     for part in (
@@ -68,21 +76,17 @@ def test_the_result_comes_before_the_notebooks(reference):
     ):
         assert part in page.text
     rows = pd.read_csv(reference.parent / "figures" / "steering.csv").set_index("mode")
-    positive, plain = rows.loc["positive"].iloc[0], rows.loc["plain"].iloc[0]
+    positive, baseline = rows.loc["positive"].iloc[0], rows.loc["plain"].iloc[0]
     cells = re.findall(r"<td>(.*?)</td>", text[text.index("<td>backtracking</td>") :])
     effect = "{0.value:.2f} ({0.low:.2f} to {0.high:.2f})"
     null = "{0.null_low:.2f} to {0.null_high:.2f}"
     assert cells[:4] == [
-        "backtracking", effect.format(plain), effect.format(positive), null.format(positive),
+        "backtracking", effect.format(baseline), effect.format(positive), null.format(positive),
     ]  # fmt: skip
     assert all(f"<td>{name}</td>" in text for name in STEERED)
-
-
-def test_only_verdicts_about_the_run_are_in_its_summary(reference):
-    seen = summary(reference.read_text(encoding="utf-8")).text
     ledger = pd.read_csv(REFERENCE / "ledger.csv").groupby("claim")["on"].agg(" ".join)
     own = ledger.str.contains("tiny-thinker")
-    assert {claim: claim in seen for claim in ledger.index} == own.to_dict()
+    assert {claim: claim in page.text for claim in ledger.index} == own.to_dict()
 
 
 def test_a_coefficient_that_breaks_the_text_is_among_the_warnings(reference, tmp_path):
@@ -97,23 +101,6 @@ def test_a_coefficient_that_breaks_the_text_is_among_the_warnings(reference, tmp
     (folder / "run.json").write_text(json.dumps(record))
     text = report.write(folder).read_text(encoding="utf-8")
     assert "backtracking +1 breaks the text: loops 0.90" in summary(text).text
-
-
-def test_tables_ledger_configuration_and_versions_are_there(reference):
-    page = Page(reference.read_text(encoding="utf-8"))
-    record = json.loads((reference.parent / "run.json").read_text())
-    for path in reference.parent.glob("*.csv"):
-        assert f"tiny-thinker/{path.name}" in page.text
-    steering = pd.read_csv(reference.parent / "steering.csv")
-    assert [tag for tag, _ in page.elements].count("tr") > len(steering)
-    for claim in pd.read_csv(REFERENCE / "ledger.csv")["claim"]:
-        assert claim in page.text
-    for name, version in record["versions"].items():
-        assert f"{name}{version}" in page.text
-    for value in record["identity"].values():
-        assert str(value) in page.text
-    assert record["commit"] in page.text
-    assert record["recorded"]["sampling_audit_steered"]["line"] in page.text
 
 
 def test_the_file_asks_for_nothing_else_and_its_contents_lead_somewhere(reference):
@@ -133,11 +120,11 @@ def test_the_file_asks_for_nothing_else_and_its_contents_lead_somewhere(referenc
     assert len(page.ids) == len(set(page.ids))
 
 
-def test_the_same_artefacts_give_the_same_bytes(reference):
+def test_the_command_gives_the_same_bytes_of_the_same_artefacts(reference, capsys):
     before = reference.read_bytes()
-    for path in reference.parent.parent.rglob("*"):
-        os.utime(path)
-    assert report.write(reference.parent).read_bytes() == before
+    assert cli.main(["report", str(reference.parent)]) == 0
+    assert capsys.readouterr().out == f"{reference}\n"
+    assert reference.read_bytes() == before
 
 
 def test_no_path_of_the_machine_is_shared(results):
@@ -146,15 +133,6 @@ def test_no_path_of_the_machine_is_shared(results):
     text = report.write(folder).read_text(encoding="utf-8")
     assert str(results.parent) not in text
     assert 'results = "results"' in Page(text).text, "its name stays"
-
-
-def test_a_run_whose_tasks_are_gone_keeps_its_report(results, tmp_path):
-    tasks = tmp_path / "own.jsonl"
-    tasks.write_text('{"id": "1", "content": "question"}')
-    cells = [prose("# 01"), prose("A reading.", "committed")]
-    folder = run_with("01_generate", *cells, tasks=str(tasks))
-    tasks.unlink()
-    assert "A reading." not in made(folder).text
 
 
 # -- executed notebooks ----------------------------------------------------------------------
@@ -231,11 +209,19 @@ def test_progress_bars_badges_and_pictures_from_elsewhere_are_left_out(results):
         ({"judge": "lexical"}, False),
         ({"objective": "published"}, False),
         ({"model": "tiny-instruct"}, False),
+        ({"tasks": "gone.jsonl"}, False),
     ],
 )
-def test_readings_of_the_committed_figures_are_for_their_run_alone(results, options, kept):
+def test_readings_of_the_committed_figures_are_for_their_run_alone(
+    results, tmp_path, monkeypatch, options, kept
+):
+    monkeypatch.chdir(tmp_path)
+    own = Path("gone.jsonl")
+    own.write_text('{"id": "1", "content": "question"}')
     cells = [prose("# 01"), prose("What holds."), prose("Reading of ours.", "committed")]
-    page = made(run_with("01_generate", *cells, **options))
+    folder = run_with("01_generate", *cells, **options)
+    own.unlink()
+    page = made(folder)
     assert "What holds." in page.text
     assert ("Reading of ours." in page.text) is kept
 
@@ -278,9 +264,7 @@ def test_a_broken_table_of_another_run_is_told_and_one_of_the_run_itself_is_refu
     baseline = "metric,direction,behaviour,coefficient,value\nloops,x,,1,0\n"
     for content in ("a,b\n1,2\n", baseline.replace("metric", "m"), baseline):
         (folder / "steering.csv").write_text(content)
-        with pytest.raises(
-            BadFile, match=r"/steering\.csv: not a table of steering"
-        ):
+        with pytest.raises(BadFile, match=r"/steering\.csv: not a table of steering"):
             report.write(folder)
 
 
@@ -291,61 +275,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, content):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "run.json" in capsys.readouterr().err
     assert not (tmp_path / report.NAME).exists()
-
-
-# -- made by a run, only when something changed ------------------------------------------------
-
-
-@pytest.fixture
-def complete(results) -> RunConfig:
-    """A results folder in which every stage is done and has left nothing."""
-    config = RunConfig()
-    for stage in stages.STAGES:
-        folder = stages.folder_of(stage, config).open()
-        folder.mark(stage, {"key": stages.key_of(stage, config), "files": []})
-    return config
-
-
-def test_nothing_to_do_imports_nothing_slow_and_leaves_the_report(complete, capsys):
-    assert cli.main(["report", str(complete.folder)]) == 0
-    assert cli.main(["run"]) == 0
-    path = complete.folder / "report.html"
-    first, *_, last = capsys.readouterr().out.splitlines()
-    assert (first, last) == (str(path), f"report: {path}")
-    before = path.stat().st_mtime_ns
-    program = (
-        "import sys\nfrom stllms.app import report\n"
-        f"print(report.ensure({str(complete.folder)!r}))\n"
-        "slow = {'torch', 'pandas', 'nbconvert', 'jinja2', 'papermill', 'matplotlib'}\n"
-        "print(sorted(slow & set(sys.modules)))"
-    )
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [str(path), "[]"]
-    assert path.stat().st_mtime_ns == before
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tiny-thinker/run.json",
-        "another-model/run.json",
-        "tiny-thinker/notebooks/04_steer.ipynb",
-        "comparison/notebooks/05_compare.ipynb",
-        "published/heatmap.csv",
-    ],
-)
-def test_a_report_older_than_an_input_is_made_again(complete, name):
-    path = complete.folder / report.NAME
-    path.write_text("mine")
-    assert report.ensure(complete.folder).read_text() == "mine", "current: left alone"
-    later = path.stat().st_mtime_ns + 1_000_000
-    given = complete.results_folder / name
-    given.parent.mkdir(parents=True, exist_ok=True)
-    if not given.exists():
-        given.write_text('{"cells": []}' if given.suffix == ".ipynb" else "")
-    os.utime(given, ns=(later, later))
-    assert not report.is_current(complete.folder)
 
 
 # -- in a browser ------------------------------------------------------------------------------

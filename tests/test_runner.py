@@ -76,7 +76,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("STLLMS_RESULTS", str(results))
     monkeypatch.delenv(stages.INSIDE, raising=False)
     # What these notebooks leave are no tables that a report could show.
-    monkeypatch.setattr("stllms.app.report.ensure", lambda folder: folder)
+    monkeypatch.setattr("stllms.app.report.write", lambda folder: folder)
     return tmp_path
 
 
