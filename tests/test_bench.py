@@ -130,11 +130,13 @@ def test_where_there_are_no_directions_notebooks_01_to_03_come_first(
     assert "from 200 tasks. Quicker: the profile smoke" in capsys.readouterr().out
 
 
-def test_another_judge_profile_and_seed_are_no_reason_to_refuse_a_run(run, model, results):
+def test_a_run_is_taken_as_it_is_and_what_is_asked_for_by_name_goes_before_it(
+    run, model, results
+):
     bench = benches.bench(RunConfig(model, results=results, device="cpu"))
     assert bench.origin == f"results/{Folder(run).path.name}"
     assert bench.layers[BEHAVIOUR] == 1
-    assert bench.annotator.name == "offline"
+    assert bench.annotator.name == "offline", "another judge is no reason to refuse"
     ask = Ask(benches.task("Why?"), BEHAVIOUR)
     expected = {"temperature": 0.0, "max_new_tokens": 8, "seed": 3, "style": "published"}
     assert expected.items() <= benches.decoding(bench, ask).items()
@@ -143,17 +145,14 @@ def test_another_judge_profile_and_seed_are_no_reason_to_refuse_a_run(run, model
     baseline, steered = benches.write(bench, ask)
     assert (steered.layer, steered.coefficient) == (1, 1.0)
     assert len(baseline.response.output_ids) <= 8
-    assert benches.decoding(bench, replace(ask, temperature=0.0, seed=0))["seed"] == 0
-
-
-def test_what_is_asked_for_by_name_goes_before_the_run(run, model, results):
-    config = RunConfig(
-        model, "smoke", "lexical", results, temperature=0.5, max_tokens=6, device="cpu"
-    )
-    bench = benches.bench(config)
+    own = RunConfig(model, "smoke", "lexical", results, temperature=0.5, max_tokens=6)
+    bench = benches.bench(own)
     assert bench.annotator.name == "lexical"
-    found = benches.decoding(bench, Ask(benches.task("Why?"), BEHAVIOUR))
-    assert (found["temperature"], found["max_new_tokens"], found["seed"]) == (0.5, 6, 3)
+    expected |= {"temperature": 0.5, "max_new_tokens": 6}
+    assert expected.items() <= benches.decoding(bench, ask).items()
+    assert benches.decoding(bench, replace(ask, temperature=0.0, seed=0)) == (
+        benches.decoding(bench, ask) | {"temperature": 0.0, "seed": 0}
+    )
 
 
 def test_layers_and_coefficients_are_those_of_the_run(run, model, results):

@@ -134,17 +134,17 @@ def test_a_run_with_steered_chains_orders_the_questions_without_writing(
     ran = replace(bench, config=config, origin=folder.label)
     asked = demo.choices(ran)[:6]
     assert len({task.id for task in demo.choices(ran)}) == demo.LISTED
-    made = benches.write_all(ran, Ask(asked[0], BEHAVIOUR, 1.5), asked)
+    made = benches.write_all(ran, Ask(asked[0], BEHAVIOUR, -1.5), asked)
     folder.steered.write_text(
         "".join(json.dumps(to_row(chain)) + "\n" for pair in made for chain in pair)
     )
     monkeypatch.setattr(conditions, "generate", lambda *_, **__: 1 / 0)
-    listed, said = demo.listing(ran, BEHAVIOUR, 1.5)
-    gain = {task.id: moved(pair) for task, pair in zip(asked, made, strict=True)}
-    rises = sum(value > 0 for value in gain.values())
-    assert f"of 6 questions, +1.5 {BEHAVIOUR} raised its share on {rises} and" in said
-    first = [gain[task.id] for task in listed[:6]]
-    assert first == sorted(gain.values(), reverse=True)
+    listed, said = demo.listing(ran, BEHAVIOUR, -1.5)
+    falls = {task.id: moved(pair, -1) for task, pair in zip(asked, made, strict=True)}
+    n = sum(value > 0 for value in falls.values())
+    assert f"of 6 questions, -1.5 {BEHAVIOUR} lowered its share on {n} and" in said
+    first = [falls[task.id] for task in listed[:6]]
+    assert first == sorted(falls.values(), reverse=True)
     assert len(listed) == demo.LISTED
 
 

@@ -139,7 +139,10 @@ def run_all(window: Any, path: Path) -> list[dict]:
 
     def finished() -> list[dict]:
         window.keyboard.press("Control+s")
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        try:
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        except json.JSONDecodeError:  # it is just being saved
+            return []
         code = [cell for cell in cells if cell["cell_type"] == "code"]
         failed = any(_errors(cell) for cell in code)
         return code if failed or all(cell["execution_count"] for cell in code) else []
