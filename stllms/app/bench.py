@@ -54,6 +54,8 @@ UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Safet
 _ONE = threading.Lock()
 
 Pair = tuple[Steered, Steered]
+#: Direction, layer, coefficient and operation of a chain.
+Way = tuple[str, int, float, str]
 
 
 @dataclass(frozen=True)
@@ -304,8 +306,8 @@ def label(
     return list(zip(labelled[::2], labelled[1::2], strict=True))
 
 
-def conditions_of(bench: Bench, ask: Ask) -> tuple[tuple, tuple]:
-    """Direction, layer, coefficient and operation of the baseline and of the steered chain."""
+def conditions_of(bench: Bench, ask: Ask) -> tuple[Way, Way]:
+    """What is done to the baseline, which is nothing, and to the steered chain."""
     edit = intervention(bench, ask)
     steered = Condition(ask.behaviour, edit.layer, float(ask.coefficient), edit, ask.operation)
     return conditions.plain().key("")[1:], steered.key("")[1:]

@@ -83,7 +83,8 @@ def show(
         coefficient = bench.coefficient_of(behaviour)
     if widgets is None:
         widgets = live()
-    listed, said = [], ""
+    listed: list[Task] = []
+    said = ""
     if widgets or question is None:
         listed, said = listing(bench, behaviour, coefficient)
     first = listed[0] if question is None else benches.task(question)
