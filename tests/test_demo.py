@@ -135,17 +135,24 @@ def test_a_run_with_steered_chains_orders_the_questions_without_writing(
     ran = replace(bench, config=config, origin=folder.label)
     asked = demo.choices(ran)[:6]
     assert len({task.id for task in demo.choices(ran)}) == demo.LISTED
-    made = benches.write_all(ran, Ask(asked[0], BEHAVIOUR, -1.5), asked)
+    made = benches.write_all(ran, Ask(asked[0], "initializing", -1.5), asked)
+    falls = [moved(pair, -1, "initializing") for pair in made]
+    first, broken, *_ = sorted(range(6), key=falls.__getitem__, reverse=True)
+    assert falls[first] > falls[broken] > 0
+    for place, finished in enumerate((True, False)):
+        chains = list(made[broken])
+        response = replace(chains[place].response, finished=finished)
+        chains[place] = replace(chains[place], response=response)
+        made[broken] = tuple(chains)
     folder.steered.write_text(
         "".join(json.dumps(to_row(chain)) + "\n" for pair in made for chain in pair)
     )
     monkeypatch.setattr(conditions, "generate", lambda *_, **__: 1 / 0)
-    listed, said = demo.listing(ran, BEHAVIOUR, -1.5)
-    falls = {task.id: moved(pair, -1) for task, pair in zip(asked, made, strict=True)}
-    n = sum(value > 0 for value in falls.values())
-    assert f"of 6 questions, -1.5 {BEHAVIOUR} lowered its share on {n} and" in said
-    first = [falls[task.id] for task in listed[:6]]
-    assert first == sorted(falls.values(), reverse=True)
+    listed, said = demo.listing(ran, "initializing", -1.5)
+    n = sum(fall > 0 for fall in falls)
+    assert f"of 6 questions, -1.5 initializing lowered its share on {n} and" in said
+    assert listed[0] == asked[first]
+    assert listed[5] == asked[broken], "behind the five that did not break"
     assert len(listed) == demo.LISTED
 
 
