@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
-import zlib
-from html.parser import HTMLParser
 from pathlib import Path
+
+from bs4 import BeautifulSoup
+from PIL import Image
 
 from stllms.app import report
 from stllms.config import RunConfig
 from stllms.runs.artifacts import Folder
 
 
-class Page(HTMLParser):
-    """The elements of a page: names, ids, addresses, and its visible text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
-
-    def all(self, tag: str, name: str) -> list[str]:
-        return [a[name] or "" for t, a in self.elements if t == tag and name in a]
-
-    @property
-    def ids(self) -> list[str]:
-        return [a["id"] or "" for _, a in self.elements if "id" in a]
-
-
 def png(grey: int = 0, width: int = 300) -> bytes:
     """A picture of one colour, one row high."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = zlib.crc32(kind + data).to_bytes(4)
-        return len(data).to_bytes(4) + kind + data + check
-
-    size = width.to_bytes(4) + (1).to_bytes(4) + bytes([8, 0, 0, 0, 0])
-    row = zlib.compress(b"\0" + bytes([grey]) * width)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
-    )
+    content = io.BytesIO()
+    Image.new("L", (width, 1), grey).save(content, "PNG")
+    return content.getvalue()
 
 
 def uri(content: bytes) -> str:
@@ -84,5 +56,10 @@ def run_with(
     return folder.path
 
 
-def made(folder: Path) -> Page:
-    return Page(report.write(folder).read_text(encoding="utf-8"))
+def parsed(page: str) -> BeautifulSoup:
+    return BeautifulSoup(page, "html.parser")
+
+
+def made(folder: Path) -> BeautifulSoup:
+    """The report of a folder."""
+    return parsed(report.write(folder).read_text(encoding="utf-8"))

@@ -1,5 +1,5 @@
-"""A model that is ready to be steered, and one question, plain and steered. A person's own run
-is taken as it is: its directions, layers and ways of writing."""
+"""A model that is ready to be steered, and one question, answered as it is and steered. A
+person's own run is taken as it is: its directions, layers and ways of writing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from stllms.app.bench import Ask, Bench
 from stllms.config import RunConfig
 from stllms.labels import BEHAVIOURS
 from stllms.models.model import ModelError
-from stllms.records import Task
 from stllms.registry import MODELS
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import write_json
@@ -59,38 +58,35 @@ def run(model, results) -> RunConfig:
 
 @pytest.fixture(autouse=True)
 def notebooks(monkeypatch):
-    """What notebooks 01 to 03 would do; by default they must not be run."""
-    jobs = []
-    work = {"do": lambda config: pytest.fail(f"ran the notebooks for {config.model}")}
-
-    def prepare(stage, config):
-        jobs.append(stage)
-        work["do"](config)
-
-    monkeypatch.setattr(stages, "prepare", prepare)
-    return jobs, work
+    """No notebook is run."""
+    monkeypatch.setattr(
+        stages, "prepare", lambda stage, config: pytest.fail(f"ran notebooks for {stage}")
+    )
 
 
-# -- what is refused before anything is run ------------------------------------------------
-
-
-def no_model(*_, **__):
-    raise AssertionError("the model was loaded")
+# -- where the model and its directions come from ------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("gone", "words"),
+    ("options", "error", "words"),
     [
-        ("*.safetensors", "has no weights (*.safetensors, *.bin)"),
-        ("*token*", "has no tokenizer"),
+        ({"model": "gpt-4o"}, ValueError, "reached through an API, where nothing can be added"),
+        ({"model": "someowner/somemodel"}, ModelError, "the hub does not give it"),
+        ({"judge": "openai:gpt-4.1"}, RuntimeError, "OPENAI_API_KEY"),
+        ({"device": "cuda"}, ValueError, "torch finds no CUDA device"),
     ],
 )
-def test_a_folder_that_lacks_a_part_is_refused(tmp_path, results, gone, words):
-    folder = tiny.save_tiny_model(tmp_path / "model", "llama")
-    for path in folder.glob(gone):
-        path.unlink()
-    with pytest.raises(ModelError, match=re.escape(words)):
-        benches.bench(RunConfig(str(folder), results=results, device="cpu"))
+def test_what_is_not_there_is_refused_before_anything_is_run(
+    model, results, monkeypatch, tmp_path, options, error, words
+):
+    if "device" in options and torch.cuda.is_available():
+        pytest.skip("refused only where there is no CUDA")
+    monkeypatch.chdir(tmp_path)
+    for name in ("OPENAI_API_KEY", "STLLMS_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("loaded the model"))
+    with pytest.raises(error, match=words):
+        benches.bench(RunConfig(**{"model": model, "results": results, **options}))
 
 
 def test_weights_that_cannot_be_read_are_one_sentence(tmp_path, results):
@@ -101,29 +97,6 @@ def test_weights_that_cannot_be_read_are_one_sentence(tmp_path, results):
     with pytest.raises(ModelError, match=r"cannot be loaded; expected config\.json") as found:
         benches.bench(config, vectors)
     assert "\n" not in str(found.value)
-
-
-def test_a_model_behind_an_api_a_hub_out_of_reach_and_a_judge_without_a_key(
-    model, results, monkeypatch, tmp_path
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("STLLMS_API_KEY", raising=False)
-    monkeypatch.setattr(models, "load", no_model)
-    with pytest.raises(ValueError, match="reached through an API, where nothing can be added"):
-        benches.bench(RunConfig("gpt-4o", results=results))
-    with pytest.raises(ModelError, match="the hub does not give it"):
-        benches.bench(RunConfig("someowner/somemodel", results=results, device="cpu"))
-    with pytest.raises(RuntimeError, match="OPENAI_API_KEY"):
-        benches.bench(RunConfig(model, judge="openai:gpt-4.1", results=results))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="refused only where there is no CUDA")
-def test_a_quantised_run_without_cuda_is_refused(model, results, monkeypatch):
-    stored(RunConfig(model, results=results, quantization="4bit"))
-    monkeypatch.setattr(models, "load", no_model)
-    with pytest.raises(ValueError, match="quantization: '4bit' needs a CUDA device"):
-        benches.bench(RunConfig(model, results=results))
 
 
 def test_directions_of_other_weights_or_of_nobody_are_refused(run, model, results):
@@ -139,74 +112,47 @@ def test_directions_of_other_weights_or_of_nobody_are_refused(run, model, result
         benches.bench(RunConfig(model, results=results))
 
 
-# -- where there are no directions ---------------------------------------------------------
+def test_where_there_are_no_directions_notebooks_01_to_03_come_first(
+    model, results, monkeypatch, capsys
+):
+    jobs = []
 
+    def prepare(stage, config):
+        jobs.append(stage)
+        stored(config)
 
-def test_notebooks_01_to_03_come_first(model, results, notebooks, capsys):
-    jobs, work = notebooks
-    work["do"] = stored
+    monkeypatch.setattr(stages, "prepare", prepare)
     config = RunConfig(model, results=results, max_tokens=8, device="cpu")
     bench = benches.bench(config)
     assert jobs == ["04_steer"]
     assert bench.layers[BEHAVIOUR] == 1
     assert bench.config == config
-    said = capsys.readouterr().out
-    assert "from 200 tasks. Quicker: the profile smoke" in said
+    assert "from 200 tasks. Quicker: the profile smoke" in capsys.readouterr().out
 
 
-def test_a_failing_notebook_is_its_cell_and_the_last_line_of_its_error(
-    model, results, notebooks
+def test_a_run_is_taken_as_it_is_and_what_is_asked_for_by_name_goes_before_it(
+    run, model, results
 ):
-    said = "01_generate llama failed in cell 4 of 9:\n    x = 1\nwith\n    Traceback\n"
-    said += "    OSError: the disk is full\nas executed: results/x/notebooks/01.failed.ipynb"
-
-    def fail(_):
-        raise stages.StageError(said)
-
-    notebooks[1]["do"] = fail
-    with pytest.raises(ModelError) as found:
-        benches.bench(RunConfig(model, results=results, device="cpu"))
-    assert str(found.value) == (
-        "01_generate llama failed in cell 4 of 9: OSError: the disk is full "
-        "(as executed: results/x/notebooks/01.failed.ipynb)"
-    )
-
-
-# -- a person's own run --------------------------------------------------------------------
-
-
-def test_another_judge_profile_and_seed_are_no_reason_to_refuse_a_run(run, model, results):
     bench = benches.bench(RunConfig(model, results=results, device="cpu"))
     assert bench.origin == f"results/{Folder(run).path.name}"
     assert bench.layers[BEHAVIOUR] == 1
-    assert bench.annotator.name == bench.preview.name == "offline"
+    assert bench.annotator.name == "offline", "another judge is no reason to refuse"
     ask = Ask(benches.task("Why?"), BEHAVIOUR)
     expected = {"temperature": 0.0, "max_new_tokens": 8, "seed": 3, "style": "published"}
     assert expected.items() <= benches.decoding(bench, ask).items()
     assert bench.config.settings.n_build == 12
     assert bench.config.task_set == "checkable"
-    plain, steered = benches.write(bench, ask)
+    baseline, steered = benches.write(bench, ask)
     assert (steered.layer, steered.coefficient) == (1, 1.0)
-    assert len(plain.response.output_ids) <= 8
-
-
-def test_what_is_asked_for_by_name_goes_before_the_run(run, model, results):
-    config = RunConfig(
-        model, "smoke", "lexical", results, temperature=0.5, max_tokens=6, device="cpu"
-    )
-    bench = benches.bench(config)
+    assert len(baseline.response.output_ids) <= 8
+    own = RunConfig(model, "smoke", "lexical", results, temperature=0.5, max_tokens=6)
+    bench = benches.bench(own)
     assert bench.annotator.name == "lexical"
-    found = benches.decoding(bench, Ask(benches.task("Why?"), BEHAVIOUR))
-    assert (found["temperature"], found["max_new_tokens"], found["seed"]) == (0.5, 6, 3)
-
-
-def test_a_run_whose_tasks_have_gone_is_still_steered(model, results, tmp_path):
-    tasks = tmp_path / "tasks.jsonl"
-    tasks.write_text('{"id": "a", "category": "b", "content": "c"}', encoding="utf-8")
-    stored(RunConfig(model, results=results, tasks=str(tasks)))
-    assert benches.bench(RunConfig(model, results=results)).config.task_set == str(tasks)
-    tasks.unlink()
-    assert benches.bench(RunConfig(model, results=results)).config.task_set == "messages"
+    expected |= {"temperature": 0.5, "max_new_tokens": 6}
+    assert expected.items() <= benches.decoding(bench, ask).items()
+    assert benches.decoding(bench, replace(ask, temperature=0.0, seed=0)) == (
+        benches.decoding(bench, ask) | {"temperature": 0.0, "seed": 0}
+    )
 
 
 def test_layers_and_coefficients_are_those_of_the_run(run, model, results):
@@ -241,16 +187,21 @@ def texts(pair) -> list[str]:
 
 
 def test_at_coefficient_0_both_chains_are_the_same_and_a_direction_changes_one(bench, ask):
-    plain, steered = benches.write(bench, replace(ask, coefficient=0.0))
-    assert plain.response == steered.response
-    assert len(plain.response.output_ids) > 8
-    assert (plain.direction, steered.direction) == ("none", KNOWLEDGE)
+    baseline, steered = benches.write(bench, replace(ask, coefficient=0.0))
+    assert baseline.response == steered.response
+    assert len(baseline.response.output_ids) > 8
+    assert (baseline.direction, steered.direction) == ("none", KNOWLEDGE)
+    spans = baseline.annotation.spans
+    sizes = [sum(s.end - s.start for s in spans if s.label == name) for name in BEHAVIOURS]
+    expected = pytest.approx([n / sum(sizes) for n in sizes])
+    assert benches.shares(baseline).tolist() == expected
     pushed = benches.write(bench, replace(ask, coefficient=4.0))
-    assert texts(pushed)[0] == plain.response.text
-    assert texts(pushed)[1] != plain.response.text
-    assert benches.title(pushed[1]) == f"+4 {KNOWLEDGE}, layer {LAYER}"
+    assert texts(pushed)[0] == baseline.response.text
+    assert texts(pushed)[1] != baseline.response.text
+    titles = ["baseline", f"+4 {KNOWLEDGE}, layer {LAYER}"]
+    assert [benches.title(chain) for chain in pushed] == titles
     other = benches.write(bench, replace(ask, seed=11))
-    assert texts(other)[0] != plain.response.text
+    assert texts(other)[0] != baseline.response.text
 
 
 def test_streamed_text_grows_token_by_token_into_the_final_one(bench, ask):
@@ -265,16 +216,12 @@ def test_streamed_text_grows_token_by_token_into_the_final_one(bench, ask):
         assert seen[-1][row] == final
 
 
-def test_what_the_watcher_raises_ends_the_run_and_harms_nothing(bench, ask):
+def test_what_the_watcher_raises_ends_the_run_and_two_threads_may_write(bench, ask):
     def stop(_):
         raise InterruptedError("enough")
 
     with pytest.raises(InterruptedError, match="enough"):
         benches.write(bench, ask, watch=stop)
-    assert texts(benches.write(bench, ask)) == texts(benches.write(bench, ask))
-
-
-def test_two_threads_may_write_at_the_same_time(bench, ask):
     found = {}
 
     def write(seed):
@@ -288,25 +235,16 @@ def test_two_threads_may_write_at_the_same_time(bench, ask):
         assert found[seed] == texts(benches.write(bench, replace(ask, seed=seed)))
 
 
-def test_shares_are_those_of_the_labelled_tokens(bench, ask):
-    plain, _ = benches.write(bench, ask)
-    spans = plain.annotation.spans
-    sizes = [sum(s.end - s.start for s in spans if s.label == name) for name in BEHAVIOURS]
-    assert benches.shares(plain).tolist() == pytest.approx([n / sum(sizes) for n in sizes])
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"task": Task("t", "c", " \n")}, "the question is empty"),
-        ({"task": Task("t", "c", "why? " * 500)}, "exceed the context"),
-        ({"task": Task("t", "c", "caf\udce9?")}, "character 4 is no UTF-8"),
         ({"behaviour": "anger"}, "expected one of initializing"),
-        ({"layer": 6}, "has layers 0 to 5"),
-        ({"layer": -1}, "has layers 0 to 5"),
+        ({"layer": 6}, "layer 6 is not in 0 .. 5"),
+        ({"layer": -1}, "layer -1 is not in 0 .. 5"),
         ({"coefficient": float("nan")}, "coefficient"),
         ({"coefficient": -1001.0}, "from -1000 to 1000"),
         ({"temperature": -0.1}, "temperature"),
+        ({"seed": -1}, "seed"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"operation": "multiply"}, "add, ablate"),
         ({"where": "nowhere"}, "all, generated, thinking"),
@@ -333,15 +271,15 @@ def test_a_behaviour_without_a_direction_is_refused_with_its_spans(bench, ask):
 
 
 def test_steering_that_changes_nothing_or_breaks_the_text_is_remarked(bench, ask):
-    plain, steered = benches.write(bench, replace(ask, coefficient=2.5))
-    assert benches.remark((plain, steered)) == ""
-    same = replace(steered, response=plain.response, annotation=plain.annotation)
-    assert "changed no token: try another seed" in benches.remark((plain, same))
-    assert benches.remark((plain, replace(same, coefficient=0.0))) == ""
-    whole = replace(plain, response=replace(plain.response, finished=True))
+    baseline, steered = benches.write(bench, replace(ask, coefficient=2.5))
+    assert benches.remark((baseline, steered)) == ""
+    same = replace(steered, response=baseline.response, annotation=baseline.annotation)
+    assert "changed no token: try another seed" in benches.remark((baseline, same))
+    assert benches.remark((baseline, replace(same, coefficient=0.0))) == ""
+    whole = replace(baseline, response=replace(baseline.response, finished=True))
     endless = replace(steered, response=replace(steered.response, finished=False))
     assert "broke the text (not finished)" in benches.remark((whole, endless))
-    assert benches.remark((replace(plain, response=endless.response), same)) == ""
+    assert benches.remark((replace(baseline, response=endless.response), same)) == ""
     bare = {**steered.annotation.ledger, "coverage": 0.2}
     noise = replace(steered, annotation=replace(steered.annotation, ledger=bare))
-    assert "broke the text (mostly unlabelled)" in benches.remark((plain, noise))
+    assert "broke the text (mostly unlabelled)" in benches.remark((baseline, noise))

@@ -63,7 +63,7 @@ def test_the_module_shows_help_and_models_without_importing_anything_heavy():
         ([*STEER, "--model", "gpt-4o"], "'gpt-4o' is reached through an API"),
         ([*STEER, "--base-url", "http://x"], "--base-url is for a judge openai:MODEL"),
         (["steer", "what?", "--behavior", "bactracking"], "did you mean backtracking?"),
-        ([*STEER, "--layer", "6"], "layers 0 to 5"),
+        ([*STEER, "--layer", "6"], "layer 6 is not in 0 .. 5"),
         ([*STEER, "--coefficient", "1e39"], "expected a number from -1000 to 1000"),
         (["steer", "caf\udce9", *STEER[2:]], "question: character 4 is no UTF-8"),
         ([*STEER, "--vectors", "nowhere.safetensors"], "nowhere.safetensors"),
@@ -122,8 +122,8 @@ def test_the_first_example_of_the_help_shows_the_behaviour_rise(capsys):
         assert shown in told(capsys, *command, "--help")[1]
     status, out, err = told(capsys, *words, "--json")
     assert status == 0
-    plain, steered = (one["shares"]["backtracking"] for one in json.loads(out)["chains"])
-    assert steered - plain >= 0.2
+    baseline, steered = (one["shares"]["backtracking"] for one in json.loads(out)["chains"])
+    assert steered - baseline >= 0.2
     assert err.startswith("tiny-thinker is a fixture")
     assert err.count("\n") == 1
 
@@ -148,11 +148,11 @@ def test_steer_as_json_at_0_is_the_same_chain_twice(capsys):
     status, out, _ = told(capsys, *STEER, "--coefficient", "0", "--json", "--seed", "5")
     made = json.loads(out)
     assert status == 0
-    assert [chain["chain"] for chain in made["chains"]] == ["plain", "steered"]
-    plain, steered = ({**chain, "chain": None} for chain in made["chains"])
-    assert plain == steered
-    assert plain["thinking"]
-    assert set(plain["shares"]) == set(BEHAVIOURS)
+    assert [chain["chain"] for chain in made["chains"]] == ["baseline", "steered"]
+    baseline, steered = ({**chain, "chain": None} for chain in made["chains"])
+    assert baseline == steered
+    assert baseline["thinking"]
+    assert set(baseline["shares"]) == set(BEHAVIOURS)
     settings = {name: made[name] for name in ("question", "seed", "max_new_tokens")}
     assert settings == {"question": cli.QUESTION, "seed": 5, "max_new_tokens": 24}
 
@@ -160,7 +160,7 @@ def test_steer_as_json_at_0_is_the_same_chain_twice(capsys):
 def test_steer_prints_labels_without_a_terminal_and_colours_with_one(capsys, monkeypatch):
     status, out, _ = told(capsys, *STEER, "--coefficient", "-1")
     assert status == 0
-    assert out.startswith("plain\n")
+    assert out.startswith("baseline\n")
     assert "-1 backtracking, layer " in out
     assert "\x1b" not in out
     assert any(line.startswith("initializing  ") for line in out.splitlines())

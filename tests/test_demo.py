@@ -9,21 +9,19 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import tiny
 
-from stllms import registry
 from stllms.app import bench as benches
-from stllms.app import demo, preflight, stages
+from stllms.app import demo, stages
 from stllms.app.bench import Ask, Bench
 from stllms.config import RunConfig
 from stllms.labels import BEHAVIOURS
-from stllms.models.model import ModelError
 from stllms.records import to_row
 from stllms.registry import MODELS
 from stllms.runs.artifacts import Folder
@@ -32,6 +30,7 @@ from stllms.steering import conditions
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "00_demo.ipynb"
 BEHAVIOUR = "adding-knowledge"
 LAYER = MODELS["tiny-thinker"].steering_layers[BEHAVIOUR]
+RULE = "The list begins with those on which it moved most."
 
 
 @pytest.fixture(scope="module")
@@ -40,106 +39,19 @@ def bench(tmp_path_factory) -> Bench:
     return benches.bench(RunConfig(max_tokens=32, device="cpu", results=results))
 
 
-@pytest.fixture(scope="module")
-def ask(bench) -> Ask:
-    return Ask(demo.choices(bench, 1)[0], BEHAVIOUR, 1.5)
-
-
-@pytest.fixture(scope="module")
-def listing(bench, ask) -> demo.Listing:
-    return demo.listing(bench, ask)
-
-
 # -- without widgets -----------------------------------------------------------------------
 
 
-def test_the_example_is_plain_html_and_says_how_it_was_picked(bench):
+def test_the_example_is_static_html_and_says_how_it_was_picked(bench):
     page = demo.show(bench, None, BEHAVIOUR, 1.0, widgets=False).data
     assert "<script" not in page
-    assert f"Picked: of {demo.LISTED} questions" in page
+    assert "<select" not in page
+    assert RULE in page
     assert f"+1 {BEHAVIOUR}, layer {LAYER}" in page
     own = demo.show(bench, "Is wood a solid, Leo asks?", BEHAVIOUR, 0.01, widgets=False).data
     assert "Is wood a solid, Leo asks?" in own
-    assert "Picked" not in own
+    assert RULE not in own
     assert "changed no token" in own
-    shown = demo.show(bench, None, BEHAVIOUR, 1.0, widgets=True)
-    assert "<select" not in page
-    assert type(shown).__name__ == "VBox"
-
-
-# -- which questions -----------------------------------------------------------------------
-
-
-def test_choices_differ_and_begin_with_every_category(bench):
-    chosen = demo.choices(bench)
-    assert len({task.id for task in chosen}) == len(chosen) == demo.LISTED
-    assert len({task.category for task in chosen[:10]}) == 10
-
-
-def moved(pair, ask) -> float:
-    place = BEHAVIOURS.index(ask.behaviour)
-    plain, steered = (benches.shares(chain)[place] for chain in pair)
-    return (steered - plain) * (1 if ask.coefficient > 0 else -1)
-
-
-@pytest.fixture(scope="module")
-def whole() -> Bench:
-    """The bench of the notebook: chains are as long as they will be."""
-    return benches.bench(RunConfig(device="cpu"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("behaviour", "coefficient", "verb"),
-    [("adding-knowledge", 1.0, "raised"), ("backtracking", -2.0, "lowered")],
-)
-def test_the_list_begins_where_steering_shows(whole, behaviour, coefficient, verb):
-    ask = Ask(demo.choices(whole, 1)[0], behaviour, coefficient)
-    listed = demo.listing(whole, ask)
-    assert {task.id for task in listed.tasks} == {task.id for task in demo.choices(whole)}
-    found = [moved(pair, ask) for pair in benches.write_all(whole, ask, listed.tasks[:4])]
-    assert found == sorted(found, reverse=True)
-    assert min(found) > 0.05, "four questions on which something is to be seen"
-    assert listed.said.startswith("Not every chain changes: of 30 questions")
-    assert f"{verb} its share" in listed.said
-
-
-def test_the_suggested_coefficients_are_those_of_the_reference(bench):
-    place = "results/reference/full/tiny-thinker/steering_suggested.csv"
-    rows = pd.read_csv(NOTEBOOK.parent.parent / place)
-    rows = rows[rows["sign"] == "+"]
-    assert bench.coefficients == dict(zip(rows["behaviour"], rows["coefficient"], strict=True))
-
-
-def test_a_run_with_steered_chains_orders_the_questions_without_writing(
-    bench, ask, tmp_path, monkeypatch
-):
-    config = RunConfig(max_tokens=32, device="cpu", results=str(tmp_path))
-    folder = Folder(config).open()
-    ran = replace(bench, config=config, origin=folder.label)
-    asked = demo.choices(ran, 6)
-    made = benches.write_all(ran, ask, asked)
-    folder.steered.write_text(
-        "".join(json.dumps(to_row(chain)) + "\n" for pair in made for chain in pair)
-    )
-    monkeypatch.setattr(conditions, "generate", lambda *_, **__: 1 / 0)
-    found = demo.listing(ran, ask)
-    gain = {task.id: moved(pair, ask) for task, pair in zip(asked, made, strict=True)}
-    assert found.ordered
-    assert "of 6 questions" in found.said
-    assert found.tasks[0].id == max(gain, key=gain.get)
-    assert len(found.tasks) == demo.LISTED
-
-
-def test_without_steered_chains_the_order_of_the_run_stays_and_says_so(bench, ask, monkeypatch):
-    monkeypatch.setattr(conditions, "generate", lambda *_, **__: 1 / 0)
-    config = replace(bench.config, model="smollm2")  # 60 of 50 messages
-    found = demo.listing(replace(bench, config=config), ask)
-    assert (found.ordered, found.said) == (False, demo.NO_CHAINS)
-    assert list(found.tasks) == demo.choices(replace(bench, config=config))
-
-
-# -- where there are widgets ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -167,7 +79,7 @@ def test_the_committed_notebook_shows_the_example():
     outputs = [o for cell in json.loads(stored)["cells"] for o in cell.get("outputs", ())]
     kinds = {kind for output in outputs for kind in output.get("data", ())}
     assert kinds <= {"text/html", "text/plain"}, "no widget without its state"
-    assert "Picked: of" in stored
+    assert RULE in stored
 
 
 @pytest.mark.long
@@ -176,14 +88,89 @@ def test_nbconvert_shows_the_example(tmp_path):
     where = {"cwd": NOTEBOOK.parent, "env": {**os.environ, "JUPYTER_PLATFORM_DIRS": "1"}}
     subprocess.run([*command, "--output-dir", tmp_path, NOTEBOOK.name], check=True, **where)
     made = (tmp_path / NOTEBOOK.name).read_text(encoding="utf-8")
-    assert f"Picked: of {demo.LISTED} questions" in made
+    assert RULE in made
     assert "widget-view" not in made
     assert "<script" not in made
 
 
+# -- which questions -----------------------------------------------------------------------
+
+
+def moved(pair, sign: int = 1, behaviour: str = BEHAVIOUR) -> float:
+    place = BEHAVIOURS.index(behaviour)
+    baseline, steered = (benches.shares(chain)[place] for chain in pair)
+    return (steered - baseline) * sign
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("behaviour", "coefficient", "verb"),
+    [("adding-knowledge", 1.0, "raised"), ("backtracking", -2.0, "lowered")],
+)
+def test_the_list_begins_where_steering_shows(behaviour, coefficient, verb):
+    whole = benches.bench(RunConfig(device="cpu"))  # chains are as long as they will be
+    listed, said = demo.listing(whole, behaviour, coefficient)
+    assert {task.id for task in listed} == {task.id for task in demo.choices(whole)}
+    ask = Ask(listed[0], behaviour, coefficient)
+    sign = 1 if coefficient > 0 else -1
+    found = [moved(p, sign, behaviour) for p in benches.write_all(whole, ask, listed[:4])]
+    assert found == sorted(found, reverse=True)
+    assert min(found) > 0.05, "four questions on which something is to be seen"
+    assert said.startswith("Not every chain changes: of 30 questions")
+    assert f"{verb} its share" in said
+
+
+def test_the_suggested_coefficients_are_those_of_the_reference(bench):
+    place = "results/reference/full/tiny-thinker/steering_suggested.csv"
+    rows = pd.read_csv(NOTEBOOK.parent.parent / place)
+    rows = rows[rows["sign"] == "+"]
+    assert bench.coefficients == dict(zip(rows["behaviour"], rows["coefficient"], strict=True))
+
+
+def test_a_run_with_steered_chains_orders_the_questions_without_writing(
+    bench, tmp_path, monkeypatch
+):
+    config = RunConfig(max_tokens=32, device="cpu", results=str(tmp_path))
+    folder = Folder(config).open()
+    ran = replace(bench, config=config, origin=folder.label)
+    asked = demo.choices(ran)[:6]
+    assert len({task.id for task in demo.choices(ran)}) == demo.LISTED
+    made = benches.write_all(ran, Ask(asked[0], "initializing", -1.5), asked)
+    falls = [moved(pair, -1, "initializing") for pair in made]
+    first, broken, *_ = sorted(range(6), key=falls.__getitem__, reverse=True)
+    assert falls[first] > falls[broken] > 0
+    for place, finished in enumerate((True, False)):
+        chains = list(made[broken])
+        response = replace(chains[place].response, finished=finished)
+        chains[place] = replace(chains[place], response=response)
+        made[broken] = tuple(chains)
+    folder.steered.write_text(
+        "".join(json.dumps(to_row(chain)) + "\n" for pair in made for chain in pair)
+    )
+    monkeypatch.setattr(conditions, "generate", lambda *_, **__: 1 / 0)
+    listed, said = demo.listing(ran, "initializing", -1.5)
+    n = sum(fall > 0 for fall in falls)
+    assert f"of 6 questions, -1.5 initializing lowered its share on {n} and" in said
+    assert listed[0] == asked[first]
+    assert listed[5] == asked[broken], "behind the five that did not break"
+    assert len(listed) == demo.LISTED
+
+
+def test_without_steered_chains_the_order_of_the_run_stays_and_says_so(bench, monkeypatch):
+    monkeypatch.setattr(conditions, "generate", lambda *_, **__: 1 / 0)
+    config = replace(bench.config, model="smollm2")  # its run asks for 60 of 50 messages
+    unsteered = replace(bench, config=config)
+    expected = demo.choices(unsteered), demo.NO_CHAINS
+    assert demo.listing(unsteered, BEHAVIOUR, 1.0) == expected
+
+
+# -- where there are widgets ---------------------------------------------------------------
+
+
 @pytest.fixture
-def player(bench, ask, listing):
-    made = demo.Demo(bench, ask, listing).request()
+def player(bench):
+    listed = demo.choices(bench)
+    made = demo.Demo(bench, Ask(listed[0], BEHAVIOUR, 1.5), listed).request()
     made.wait()
     assert "tokens in" in made.status.value
     return made
@@ -214,24 +201,50 @@ def test_a_behaviour_brings_layer_and_coefficient_and_another_seed_other_chains(
     assert player.view.value != before
 
 
-def test_question_and_list_follow_each_other(player):
-    second = player.controls["task"].options[1][1]
-    player.controls["task"].value = second
-    assert player.controls["question"].value == second.content
+def test_question_and_list_follow_each_other_and_an_empty_box_is_no_error(player):
+    task, question = player.controls["task"], player.controls["question"]
+    second = task.options[1][1]
+    task.value = second
+    assert question.value == second.content
     assert player.ask().task is second
-    player.controls["question"].value = "Is ice a solid?"
-    assert player.controls["task"].value == demo.OWN
+    question.value = "Is ice a solid?"
+    assert task.value == demo.OWN
     assert player.ask().task == benches.task("Is ice a solid?")
-    player.controls["question"].value = second.content
+    question.value = second.content
     assert player.ask().task is second
+    task.value = demo.OWN
     player.wait()
+    assert question.value == ""
+    assert demo.WAITING in player.status.value
+    assert "error" not in player.status.value
+    assert player.view.value == ""
+    question.value = "Is ice a solid?"
+    player.wait()
+    before, player.view.value = player.view.value, ""
+    player.controls["write"].click()
+    player.wait()
+    assert player.view.value == before != ""
 
 
 @pytest.mark.parametrize(
     ("question", "words"),
-    [("caf\udce9", "no UTF-8"), ("why? " * 500, "exceed the context")],
+    [
+        ("caf\udce9", "no UTF-8"),
+        ("why? " * 500, "exceed the context"),
+        ("gone", "RuntimeError: the device is gone"),
+    ],
 )
-def test_a_question_that_cannot_be_asked_is_one_line_and_can_be_mended(player, question, words):
+def test_an_error_is_one_line_instead_of_chains_and_can_be_mended(
+    player, monkeypatch, question, words
+):
+    write = benches.write
+
+    def fail(bench, ask, **options):
+        if ask.task.content == "gone":
+            raise RuntimeError("the device\nis gone")
+        return write(bench, ask, **options)
+
+    monkeypatch.setattr(benches, "write", fail)
     player.controls["question"].value = question
     player.wait()
     assert "<b>error:</b>" in player.status.value
@@ -243,153 +256,46 @@ def test_a_question_that_cannot_be_asked_is_one_line_and_can_be_mended(player, q
     assert "tokens in" in player.status.value
 
 
-def test_an_error_of_any_kind_is_shown_by_name_in_one_line(player, monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("the device\nis gone")
-
-    monkeypatch.setattr(benches, "write", fail)
-    player.controls["coefficient"].value = 0.5
-    player.wait()
-    assert "RuntimeError: the device is gone" in player.status.value
-
-
-def test_a_change_cancels_the_chain_under_way_and_only_the_newest_is_written(
-    player, monkeypatch
-):
+@pytest.fixture
+def endless(monkeypatch):
+    """The pair with coefficient 0.5 is written until it is cancelled; ``began`` is set when
+    both its chains are shown, and ``asked`` holds every coefficient that was written."""
     began, asked, write = threading.Event(), [], benches.write
 
-    def endless(bench, ask, *, watch):
+    def hang(bench, ask, *, watch):
         asked.append(ask.coefficient)
         if ask.coefficient != 0.5:
             return write(bench, ask, watch=watch)
         made = [chain.response for chain in write(bench, ask)]
-        began.set()
-        while True:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
             watch(made)
+            began.set()
+            time.sleep(0.001)
+        raise AssertionError("never cancelled")
 
-    monkeypatch.setattr(benches, "write", endless)
+    monkeypatch.setattr(benches, "write", hang)
+    return began, asked
+
+
+def test_a_change_cancels_the_chain_under_way_and_only_the_newest_is_written(player, endless):
+    began, asked = endless
     player.controls["coefficient"].value = 0.5
     assert began.wait(60)
-    thread = player._thread
     for coefficient in (0.75, 1.0, -1.0):
         player.controls["coefficient"].value = coefficient
     player.wait()
-    assert not thread.is_alive()
     assert asked[0] == 0.5
     assert asked[-1] == -1.0
     assert f"-1 {BEHAVIOUR}" in player.view.value
     assert "tokens in" in player.status.value
 
 
-def test_stop_leaves_what_is_there(player, monkeypatch):
-    began = threading.Event()
-
-    def endless(bench, ask, *, watch):
-        began.set()
-        while True:
-            watch([])
-
-    monkeypatch.setattr(benches, "write", endless)
-    monkeypatch.setattr(benches, "label", lambda *_: [()])
-    monkeypatch.setattr(demo, "render", lambda pair, **_: "half a chain")
+def test_stop_leaves_what_is_there(player, endless):
     player.controls["coefficient"].value = 0.5
-    assert began.wait(60)
+    assert endless[0].wait(60)
     player.controls["stop"].click()
     player.wait()
     assert "stopped" in player.status.value
-    assert player._thread is None
-
-
-def test_a_behaviour_brings_its_own_order_and_the_question_stays(player):
-    chosen, before = player.controls["task"].value, player.controls["task"].options
-    player.controls["behaviour"].value = "backtracking"
-    player.wait()
-    assert player.controls["coefficient"].value == 2.0
-    assert player.controls["task"].value == chosen
-    assert player.controls["task"].options != before
-    assert "+2 backtracking raised" in player.hint.value
-    found = demo.listing(player.bench, replace(player.ask(), coefficient=2.0))
-    assert player.controls["task"].options[0][1] == found.tasks[0]
-
-
-def test_an_empty_box_is_no_error_and_write_writes(player):
-    player.controls["task"].value = demo.OWN
-    player.wait()
-    assert player.controls["question"].value == ""
-    assert player.controls["question"].placeholder == demo.EMPTY
-    assert demo.WAITING in player.status.value
-    assert "error" not in player.status.value
-    assert player.view.value == ""
-    player.controls["question"].value = "Is ice a solid?"
-    player.wait()
-    before, player.view.value = player.view.value, ""
-    player.controls["write"].click()
-    player.wait()
-    assert player.view.value == before != ""
-
-
-def other(bench, name: str) -> Bench:
-    """A bench that differs in what the controls show: layers, warmth, suggestions."""
-    config = RunConfig(name, max_tokens=16, temperature=2.0, device="cpu")
-    return replace(bench, config=config, layers={"backtracking": 1}, coefficients={})
-
-
-@pytest.fixture
-def two(bench, ask, listing, monkeypatch):
-    """A demo in which tiny-instruct can be chosen."""
-    monkeypatch.setattr(demo, "at_hand", lambda config: ["tiny-thinker", "tiny-instruct"])
-    made = demo.Demo(bench, ask, listing).request()
-    made.wait()
-    return made
-
-
-def test_another_model_brings_its_own_controls_and_chains(two, bench, monkeypatch):
-    monkeypatch.setattr(benches, "bench", lambda config: other(bench, config.model))
-    before = two.view.value
-    two.controls["model"].value = "tiny-instruct"
-    two.wait()
-    assert two.bench.config.model == "tiny-instruct"
-    assert (two.controls["layer"].value, two.controls["temperature"].value) == (1, 2.0)
-    assert two.controls["coefficient"].value == 1.0
-    assert two.controls["task"].index == 0
-    assert f"+1 {BEHAVIOUR}, layer 1" in two.view.value != before
-    two.controls["model"].value = "tiny-thinker"
-    two.wait()
-    assert two.bench is bench
-    assert f"layer {LAYER}" in two.view.value
-
-
-def test_a_model_that_cannot_be_loaded_leaves_no_chain_and_can_be_left(two, monkeypatch):
-    def fail(config):
-        raise ModelError("no weights")
-
-    monkeypatch.setattr(benches, "bench", fail)
-    two.controls["model"].value = "tiny-instruct"
-    two.wait()
-    assert "no weights" in two.status.value
-    assert two.view.value == ""
-    two.controls["model"].value = "tiny-thinker"
-    two.wait()
-    assert "tokens in" in two.status.value
-
-
-def test_models_at_hand_are_shipped_or_of_runs_whose_weights_are_here(tmp_path, monkeypatch):
-    folder = tiny.save_tiny_model(tmp_path / "models" / "llama", "llama")
-    config = RunConfig(results=str(tmp_path / "results"))
-    assert demo.at_hand(config) == ["tiny-thinker"]
-    here, gone = str(folder), "someowner/somemodel"
-    for name, files in {
-        here: ("run.json", "vectors.safetensors"),
-        gone: ("run.json", "vectors.safetensors"),
-        "gpt-4o": ("run.json", "vectors.safetensors"),
-        "tiny-instruct": ("run.json",),
-    }.items():
-        place = config.results_folder / registry.slug(name)
-        place.mkdir(parents=True)
-        for file in files:
-            (place / file).write_text(json.dumps({"configuration": {"model": name}}))
-    assert demo.at_hand(config) == ["tiny-thinker", here]
-    monkeypatch.setattr(preflight, "in_cache", lambda hub_id: hub_id == gone)
-    assert demo.at_hand(RunConfig(gone, results=config.results)) == [
-        gone, "tiny-thinker", here,
-    ]  # fmt: skip
+    assert f"+0.5 {BEHAVIOUR}" in player.view.value
+    assert "tokens ..." in player.view.value

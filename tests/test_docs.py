@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,24 +158,72 @@ def test_the_readme_is_short_and_its_python_runs():
 
 LINK = re.compile(r"\]\(([^)#\s]+)")
 TREE = re.compile(r"^```\n(notebooks/.*?)^```", re.DOTALL | re.MULTILINE)
+DOTTED = re.compile(r"(?<![\w./-])stllms(?:\.\w+)+")
+PATH = re.compile(
+    r"(?<![\w./{}*-])(?:stllms|tests|docs|notebooks|benchmarks|training|messages|"
+    r"results/reference)/\w[\w./*{-]*"
+)
+#: A key of a GGUF file, no name of the package.
+KEYS = {"stllms.coefficient"}
 
 
-def test_every_path_in_the_docs_is_there():
-    """Links, and paths of the repository in code; what a run makes is named after results/."""
-    top = {item.name for item in ROOT.iterdir()}
-    found = []
-    for page in PAGES:
-        links = [
-            link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link
-        ]
-        found += [(page.name, os.path.relpath(page.parent / link, ROOT)) for link in links]
-    for page, code in inline():
-        words = [word.removeprefix("./") for word in re.split(r"[\s=,:]+", code) if "/" in word]
-        found += [(page, word) for word in words if word.split("/")[0] in top]
-    assert len(found) > 40
-    for page, path in found:
-        made = path.startswith("results/") and not path.startswith("results/reference")
-        assert made or (ROOT / path).exists(), f"{page}: {path}"
+def test_every_link_in_the_docs_leads_somewhere():
+    links = [
+        (page, link)
+        for page in PAGES
+        for link in LINK.findall(page.read_text(encoding="utf-8"))
+        if "://" not in link
+    ]
+    assert len(links) > 20
+    assert [
+        (page.name, link) for page, link in links if not (page.parent / link).exists()
+    ] == []
+
+
+def named() -> dict[str, str]:
+    """File -> where names count in it: code, docstrings and prose, of a notebook its cells."""
+    folders = ("stllms", "tests", "docs", "notebooks", "benchmarks", "training", "messages")
+    every = [README, *(path for folder in folders for path in (ROOT / folder).rglob("*.*"))]
+    files = [path for path in every if path.suffix in (".py", ".md", ".ipynb")]
+    found = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files}
+    for name in [name for name in found if name.endswith(".ipynb")]:
+        cells = json.loads(found[name])["cells"]
+        found[name] = "\n".join("".join(cell["source"]) for cell in cells)
+    return found
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or what one holds: an object, or a field of one."""
+    owner, _, field = name.rpartition(".")
+    with suppress(ImportError, AttributeError):
+        pkgutil.resolve_name(name)
+        return True
+    with suppress(ImportError, AttributeError):
+        return field in pkgutil.resolve_name(owner).__annotations__
+    return False
+
+
+def unknown(text: str) -> set[str]:
+    """The names of the package and the paths of the repository in a text that lead nowhere."""
+    names = {name for name in DOTTED.findall(text) if not resolves(name)} - KEYS
+    paths = {path.rstrip(".") for path in PATH.findall(text) if "{" not in path}
+    return names | {path for path in paths if not any(ROOT.glob(path))}
+
+
+def test_every_name_and_path_that_is_mentioned_is_there():
+    texts = named()
+    assert len(texts) > 100
+    every = "\n".join(texts.values())
+    assert min(len(set(pattern.findall(every))) for pattern in (DOTTED, PATH)) > 40
+    lost = {file: unknown(text) for file, text in texts.items()}
+    assert {file: names for file, names in lost.items() if names} == {}
+
+
+def test_a_name_and_a_path_that_are_made_up_are_found():
+    gone = "nowhere"
+    lost = {f"stllms.{gone}.x", f"stllms.app.demo.{gone}", f"tests/{gone}.py", f"docs/{gone}"}
+    there = {"stllms.app.bench.Bench.layers", "stllms.vectors", "docs/method.md", "tests/*.py"}
+    assert unknown(" ".join(lost | there)) == lost
 
 
 def test_the_tree_names_files_that_are_there():
@@ -220,8 +270,8 @@ def test_the_chains_that_a_judge_is_paid_for_are_counted_as_the_page_says(tmp_pa
             judge="openai:gpt-4.1",
             results=str(tmp_path),
         )
-        # 500 to build from, 50 plain and with four behaviours up and down, ten controls up and
-        # down at every layer on ten tasks, or on all fifty.
+        # 500 to build from; 50 unsteered and with four behaviours up and down; ten controls up
+        # and down at every layer on ten tasks, or on all fifty.
         before = 500 + 50 * (1 + 8) + 50 * 20 * layers
         after = 500 + 50 * (1 + 8) + 10 * 20 * layers
         everywhere, here = said(replace(setup, n_control=50)), said(setup)

@@ -139,7 +139,10 @@ def run_all(window: Any, path: Path) -> list[dict]:
 
     def finished() -> list[dict]:
         window.keyboard.press("Control+s")
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        try:
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        except json.JSONDecodeError:  # it is just being saved
+            return []
         code = [cell for cell in cells if cell["cell_type"] == "code"]
         failed = any(_errors(cell) for cell in code)
         return code if failed or all(cell["execution_count"] for cell in code) else []
@@ -183,33 +186,33 @@ def test_the_slider_of_notebook_00_changes_the_steered_chain_only(
     handle = page.locator(f"{SLIDER} .noUi-handle")
     handle.scroll_into_view_if_needed()
     before = wait("the demo writes two chains", lambda: chains(page), STEER)
-    assert before["plain"] != before["steered"]
+    assert before["baseline"] != before["steered"]
     keep(page, pictures, "00_demo-before")
     for _ in range(8):
         handle.press("ArrowLeft")
     after = wait("the steered chain changes", lambda: changed(page, before), STEER)
     keep(page, pictures, "00_demo-after")
     assert after["value"] == before["value"] - 8 * STEP
-    assert after["plain"] == before["plain"], "its twin, which nobody steers, stays"
+    assert after["baseline"] == before["baseline"], "nobody steers it"
 
 
 def chains(window: Any) -> dict[str, Any]:
     """What the demo shows: the slider's value and the two chains; ``{}`` while it writes.
 
     The demo's box ends in two HTML widgets: a status line, and the view, whose second table
-    holds the plain and the steered chain, each below its title.
+    holds the baseline and the steered chain, each below its title.
     """
     status, view = (window.locator(f"{DEMO} > .widget-html").nth(place) for place in (0, 1))
     if "labels:" not in status.inner_text():
         return {}
     panels = view.locator("table").nth(1).locator("td > div:first-child")
-    plain, steered = (panels.nth(place).inner_text() for place in (0, 1))
+    baseline, steered = (panels.nth(place).inner_text() for place in (0, 1))
     readout = window.locator(f"{SLIDER} .widget-readout").inner_text()
     value = float(readout.replace("\N{MINUS SIGN}", "-"))
     if not steered.startswith(f"{value:+g} "):
         return {}  # still those of another coefficient
-    texts = (panel.partition("\n")[2] for panel in (plain, steered))
-    return dict(zip(("plain", "steered"), texts, strict=True), value=value)
+    texts = (panel.partition("\n")[2] for panel in (baseline, steered))
+    return dict(zip(("baseline", "steered"), texts, strict=True), value=value)
 
 
 def changed(window: Any, before: dict[str, Any]) -> dict[str, Any]:

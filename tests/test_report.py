@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import browser
 import pandas as pd
 import pytest
-from reports import Page, code, made, png, prose, run_with, shown, uri
+from bs4 import BeautifulSoup
+from reports import code, made, parsed, png, prose, run_with, shown, uri
 
-from stllms.app import cli, report, stages
+from stllms.app import cli, report
 from stllms.config import RunConfig
 from stllms.labels import STEERED
 from stllms.runs.artifacts import Folder
@@ -39,25 +37,41 @@ def reference(tmp_path_factory) -> Path:
     return report.write(results / "tiny-thinker")
 
 
-def summary(text: str) -> Page:
-    return Page(text.partition("<main>")[2].partition('<h2 class="part"')[0])
+@pytest.fixture(scope="module")
+def page(reference) -> BeautifulSoup:
+    return parsed(reference.read_text(encoding="utf-8"))
+
+
+def summary(page: BeautifulSoup) -> str:
+    """What stands before the first notebook."""
+    return parsed(str(page.main).partition('<h2 class="part"')[0]).get_text()
+
+
+def all_of(page: BeautifulSoup, attribute: str) -> list[str]:
+    return [one[attribute] for one in page.find_all(attrs={attribute: True})]
 
 
 # -- one file with everything ----------------------------------------------------------------
 
 
-def test_every_figure_of_the_run_and_of_the_comparison_is_embedded(reference):
-    pictures = Page(reference.read_text(encoding="utf-8")).all("img", "src")
+def test_every_figure_table_and_version_of_the_run_is_in_the_file(reference, page):
     folders = (reference.parent, reference.parent.parent / "comparison")
     figures = [path for folder in folders for path in folder.glob("figures/*.png")]
     first = [reference.parent / "figures" / f"{name}.png" for name in report.FIRST]
     assert len(figures) >= 15
-    assert sorted(pictures) == sorted(uri(path.read_bytes()) for path in [*figures, *first])
+    assert sorted(all_of(page, "src")) == sorted(uri(p.read_bytes()) for p in figures + first)
+    assert len(page.find_all("tr")) > len(pd.read_csv(reference.parent / "steering.csv"))
+    record = json.loads((reference.parent / "run.json").read_text())
+    said = [f"tiny-thinker/{path.name}" for path in reference.parent.glob("*.csv")]
+    said += [f"{name}{version}" for name, version in record["versions"].items()]
+    said += map(str, record["identity"].values())
+    said += [record["commit"], record["recorded"]["sampling_audit_steered"]["line"]]
+    said += pd.read_csv(REFERENCE / "ledger.csv")["claim"].to_list()
+    assert [words for words in said if words not in page.get_text()] == []
 
 
-def test_the_result_comes_before_the_notebooks(reference):
-    text = reference.read_text(encoding="utf-8")
-    page = summary(text)
+def test_the_result_and_its_verdicts_come_before_the_notebooks(reference, page):
+    seen = summary(page)
     for part in (
         "directions from the responses to 200 tasks, steering tried on 60 others",
         "annotator grammar",
@@ -66,20 +80,16 @@ def test_the_result_comes_before_the_notebooks(reference):
         "04_steer: done, without an executed copy",
         "effects peak in middle layers",
     ):
-        assert part in page.text
+        assert part in seen
     rows = pd.read_csv(reference.parent / "figures" / "steering.csv").set_index("mode")
-    positive, plain = rows.loc["positive"].iloc[0], rows.loc["plain"].iloc[0]
-    cells = re.findall(r"<td>(.*?)</td>", text[text.index("<td>backtracking</td>") :])
+    positive, baseline = rows.loc["positive"].iloc[0], rows.loc["plain"].iloc[0]
+    table = [[c.text for c in row.find_all("td")] for row in page.select(".effects tbody tr")]
     effect = "{0.value:.2f} ({0.low:.2f} to {0.high:.2f})"
     null = "{0.null_low:.2f} to {0.null_high:.2f}"
-    assert cells[:4] == [
-        "backtracking", effect.format(plain), effect.format(positive), null.format(positive),
+    assert table[0][:4] == [
+        "backtracking", effect.format(baseline), effect.format(positive), null.format(positive),
     ]  # fmt: skip
-    assert all(f"<td>{name}</td>" in text for name in STEERED)
-
-
-def test_only_verdicts_about_the_run_are_in_its_summary(reference):
-    seen = summary(reference.read_text(encoding="utf-8")).text
+    assert [name for name, *_ in table] == list(STEERED)
     ledger = pd.read_csv(REFERENCE / "ledger.csv").groupby("claim")["on"].agg(" ".join)
     own = ledger.str.contains("tiny-thinker")
     assert {claim: claim in seen for claim in ledger.index} == own.to_dict()
@@ -95,49 +105,29 @@ def test_a_coefficient_that_breaks_the_text_is_among_the_warnings(reference, tmp
     record = json.loads((folder / "run.json").read_text())
     del record["artefacts"]["steering.csv"]
     (folder / "run.json").write_text(json.dumps(record))
-    text = report.write(folder).read_text(encoding="utf-8")
-    assert "backtracking +1 breaks the text: loops 0.90" in summary(text).text
+    assert "backtracking +1 breaks the text: loops 0.90" in summary(made(folder))
 
 
-def test_tables_ledger_configuration_and_versions_are_there(reference):
-    page = Page(reference.read_text(encoding="utf-8"))
-    record = json.loads((reference.parent / "run.json").read_text())
-    for path in reference.parent.glob("*.csv"):
-        assert f"tiny-thinker/{path.name}" in page.text
-    steering = pd.read_csv(reference.parent / "steering.csv")
-    assert [tag for tag, _ in page.elements].count("tr") > len(steering)
-    for claim in pd.read_csv(REFERENCE / "ledger.csv")["claim"]:
-        assert claim in page.text
-    for name, version in record["versions"].items():
-        assert f"{name}{version}" in page.text
-    for value in record["identity"].values():
-        assert str(value) in page.text
-    assert record["commit"] in page.text
-    assert record["recorded"]["sampling_audit_steered"]["line"] in page.text
-
-
-def test_the_file_asks_for_nothing_else_and_its_contents_lead_somewhere(reference):
+def test_the_file_asks_for_nothing_else_and_its_contents_lead_somewhere(reference, page):
+    assert page.find_all(["script", "link", "iframe", "base"]) == []
+    attributes = {name for one in page.find_all() for name in one.attrs}
+    assert not [name for name in attributes if name.startswith("on") or name == "srcset"]
+    assert all(source.startswith("data:image/") for source in all_of(page, "src"))
     text = reference.read_text(encoding="utf-8")
-    page = Page(text)
-    assert {tag for tag, _ in page.elements}.isdisjoint({"script", "link", "iframe", "base"})
-    for tag, attributes in page.elements:
-        assert not [name for name in attributes if name.startswith("on")], tag
-        assert "srcset" not in attributes
-        if "src" in attributes:
-            assert attributes["src"].startswith("data:image/"), tag
     assert "@import" not in text
     assert not re.search(r"url\(\s*[\"']?(?!data:)", text)
-    inside = [href[1:] for href in page.all("a", "href") if href.startswith("#")]
+    inside = [href[1:] for href in all_of(page, "href") if href.startswith("#")]
+    ids = all_of(page, "id")
     assert len(inside) > 8
-    assert set(inside) <= set(page.ids)
-    assert len(page.ids) == len(set(page.ids))
+    assert set(inside) <= set(ids)
+    assert len(ids) == len(set(ids))
 
 
-def test_the_same_artefacts_give_the_same_bytes(reference):
+def test_the_command_gives_the_same_bytes_of_the_same_artefacts(reference, capsys):
     before = reference.read_bytes()
-    for path in reference.parent.parent.rglob("*"):
-        os.utime(path)
-    assert report.write(reference.parent).read_bytes() == before
+    assert cli.main(["report", str(reference.parent)]) == 0
+    assert capsys.readouterr().out == f"{reference}\n"
+    assert reference.read_bytes() == before
 
 
 def test_no_path_of_the_machine_is_shared(results):
@@ -145,16 +135,7 @@ def test_no_path_of_the_machine_is_shared(results):
     folder = run_with("01_generate", code(f"# Parameters\nresults = {place}\nseed = 0"))
     text = report.write(folder).read_text(encoding="utf-8")
     assert str(results.parent) not in text
-    assert 'results = "results"' in Page(text).text, "its name stays"
-
-
-def test_a_run_whose_tasks_are_gone_keeps_its_report(results, tmp_path):
-    tasks = tmp_path / "own.jsonl"
-    tasks.write_text('{"id": "1", "content": "question"}')
-    cells = [prose("# 01"), prose("A reading.", "committed")]
-    folder = run_with("01_generate", *cells, tasks=str(tasks))
-    tasks.unlink()
-    assert "A reading." not in made(folder).text
+    assert 'results = "results"' in parsed(text).get_text(), "its name stays"
 
 
 # -- executed notebooks ----------------------------------------------------------------------
@@ -180,7 +161,7 @@ def test_code_is_folded_away_and_outputs_are_not(results):
     assert "<table><tbody><tr><td>7</td></tr></tbody></table>" in visible
     assert "instead of it" not in visible
     assert '<pre class="error">Zero: &lt;no&gt;</pre>' in visible
-    assert Page(text).all("img", "src") == [uri(png())]
+    assert all_of(parsed(text), "src") == [uri(png())]
     assert "01 · One" in visible
 
 
@@ -216,10 +197,10 @@ def test_progress_bars_badges_and_pictures_from_elsewhere_are_left_out(results):
         code("go()", bar),
     ]
     page = made(run_with("01_generate", *cells))
-    assert "a bar" not in page.text
-    assert "Open in Colab" not in page.text
-    assert page.all("img", "src") == []
-    assert "a drawing" in page.all("img", "alt")
+    assert "a bar" not in page.get_text()
+    assert "Open in Colab" not in page.get_text()
+    assert all_of(page, "src") == []
+    assert "a drawing" in all_of(page, "alt")
 
 
 @pytest.mark.parametrize(
@@ -231,13 +212,21 @@ def test_progress_bars_badges_and_pictures_from_elsewhere_are_left_out(results):
         ({"judge": "lexical"}, False),
         ({"objective": "published"}, False),
         ({"model": "tiny-instruct"}, False),
+        ({"tasks": "gone.jsonl"}, False),
     ],
 )
-def test_readings_of_the_committed_figures_are_for_their_run_alone(results, options, kept):
+def test_readings_of_the_committed_figures_are_for_their_run_alone(
+    results, tmp_path, monkeypatch, options, kept
+):
+    monkeypatch.chdir(tmp_path)
+    own = Path("gone.jsonl")
+    own.write_text('{"id": "1", "content": "question"}')
     cells = [prose("# 01"), prose("What holds."), prose("Reading of ours.", "committed")]
-    page = made(run_with("01_generate", *cells, **options))
-    assert "What holds." in page.text
-    assert ("Reading of ours." in page.text) is kept
+    folder = run_with("01_generate", *cells, **options)
+    own.unlink()
+    text = made(folder).get_text()
+    assert "What holds." in text
+    assert ("Reading of ours." in text) is kept
 
 
 # -- what is missing -------------------------------------------------------------------------
@@ -248,33 +237,35 @@ def test_each_missing_notebook_is_named(results):
     run_with("02_train_vectors", prose("# 02"), done=False)
     name = "03_attribute_layers"
     run_with(name, prose("# 03"), done=False, name=f"{name}.failed")
-    text = report.write(folder).read_text(encoding="utf-8")
+    seen = summary(made(folder))
     for state in (
         "02_train_vectors: executed, but not finished",
         "03_attribute_layers: failed when it was last run",
         "04_steer: not run",
     ):
-        assert state in summary(text).text
-    assert "01_generate:" not in summary(text).text
+        assert state in seen
+    assert "01_generate:" not in seen
 
 
 def test_the_comparison_is_shown_only_to_models_that_are_in_it(results):
     comparison = Folder.comparison(RunConfig()).open()
     comparison.mark("05_compare", {"files": []})
     folder = run_with("01_generate", prose("# 01"))
-    assert "05_compare" not in made(folder).ids
+    assert "05_compare" not in all_of(made(folder), "id")
     comparison.member("tiny-thinker").open()
-    assert "05_compare" in made(folder).ids
-    alone = made(comparison.path)
-    assert "05_compare" in alone.ids
-    assert "01_generate" not in alone.ids
+    assert {"01_generate", "05_compare"} <= set(all_of(made(folder), "id"))
+    alone = all_of(made(comparison.path), "id")
+    assert "05_compare" in alone
+    assert "01_generate" not in alone
 
 
 def test_a_broken_table_of_another_run_is_told_and_one_of_the_run_itself_is_refused(results):
     folder = run_with("01_generate", prose("# 01"))
     (results / "other").mkdir()
     (results / "other" / "steering.csv").write_text("a,b\n1,2\n")
-    assert "There is no ledger: other/steering.csv: no column behaviour" in made(folder).text
+    assert (
+        "There is no ledger: other/steering.csv: no column behaviour" in made(folder).get_text()
+    )
     baseline = "metric,direction,behaviour,coefficient,value\nloops,x,,1,0\n"
     for content in ("a,b\n1,2\n", baseline.replace("metric", "m"), baseline):
         (folder / "steering.csv").write_text(content)
@@ -289,61 +280,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, content):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "run.json" in capsys.readouterr().err
     assert not (tmp_path / report.NAME).exists()
-
-
-# -- made by a run, only when something changed ------------------------------------------------
-
-
-@pytest.fixture
-def complete(results) -> RunConfig:
-    """A results folder in which every stage is done and has left nothing."""
-    config = RunConfig()
-    for stage in stages.STAGES:
-        folder = stages.folder_of(stage, config).open()
-        folder.mark(stage, {"key": stages.key_of(stage, config), "files": []})
-    return config
-
-
-def test_nothing_to_do_imports_nothing_slow_and_leaves_the_report(complete, capsys):
-    assert cli.main(["report", str(complete.folder)]) == 0
-    assert cli.main(["run"]) == 0
-    path = complete.folder / "report.html"
-    first, *_, last = capsys.readouterr().out.splitlines()
-    assert (first, last) == (str(path), f"report: {path}")
-    before = path.stat().st_mtime_ns
-    program = (
-        "import sys\nfrom stllms.app import report\n"
-        f"print(report.ensure({str(complete.folder)!r}))\n"
-        "slow = {'torch', 'pandas', 'nbconvert', 'jinja2', 'papermill', 'matplotlib'}\n"
-        "print(sorted(slow & set(sys.modules)))"
-    )
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [str(path), "[]"]
-    assert path.stat().st_mtime_ns == before
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tiny-thinker/run.json",
-        "another-model/run.json",
-        "tiny-thinker/notebooks/04_steer.ipynb",
-        "comparison/notebooks/05_compare.ipynb",
-        "published/heatmap.csv",
-    ],
-)
-def test_a_report_older_than_an_input_is_made_again(complete, name):
-    path = complete.folder / report.NAME
-    path.write_text("mine")
-    assert report.ensure(complete.folder).read_text() == "mine", "current: left alone"
-    later = path.stat().st_mtime_ns + 1_000_000
-    given = complete.results_folder / name
-    given.parent.mkdir(parents=True, exist_ok=True)
-    if not given.exists():
-        given.write_text('{"cells": []}' if given.suffix == ".ipynb" else "")
-    os.utime(given, ns=(later, later))
-    assert not report.is_current(complete.folder)
 
 
 # -- in a browser ------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("STLLMS_RESULTS", str(results))
     monkeypatch.delenv(stages.INSIDE, raising=False)
     # What these notebooks leave are no tables that a report could show, and no directions.
-    monkeypatch.setattr("stllms.app.report.ensure", lambda folder: folder)
+    monkeypatch.setattr("stllms.app.report.write", lambda folder: folder)
     monkeypatch.setattr(stages, "has_directions", lambda _: False)
     return tmp_path
 

@@ -2,9 +2,9 @@
 
 A :class:`Bench` is a model with the directions, layers and annotators that steering it takes.
 They come from the package, a file, or the model's run, which is made if need be. :func:`write`
-answers a question twice, plain and steered: both chains are rows of one batch with one key, so
-they share their sampling noise and part where the direction first changes the choice of a
-token. With coefficient 0 they are the same text.
+answers a question twice, as the baseline and steered: both chains are rows of one batch with
+one key, so they share their sampling noise and part where the direction first changes the
+choice of a token. With coefficient 0 they are the same text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import textwrap
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,15 @@ from stllms import config, models, registry
 from stllms.annotation import annotators
 from stllms.annotation.annotators import Annotator
 from stllms.app import preflight, stages
-from stllms.config import PROFILES, RunConfig
+from stllms.config import RunConfig
 from stllms.generation.interventions import OPERATIONS, WHERE, Intervention
 from stllms.labels import BEHAVIOURS
 from stllms.models.model import Model, ModelError
 from stllms.records import Response, Steered, Task
-from stllms.runs.artifacts import ChangedConfiguration, Folder
+from stllms.runs.artifacts import Folder
 from stllms.runs.files import BadFile, load_table, read_json
 from stllms.steering import conditions
+from stllms.steering.conditions import Condition
 from stllms.steering.measures import token_fractions
 from stllms.vectors import directions
 from stllms.vectors.directions import SteeringVectors
@@ -52,6 +53,8 @@ UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Safet
 _ONE = threading.Lock()
 
 Pair = tuple[Steered, Steered]
+#: Direction, layer, coefficient and operation of a chain.
+Way = tuple[str, int, float, str]
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,7 @@ class Bench:
     """A model with all that steering it takes.
 
     ``layers`` is the layer of each behaviour and ``coefficients`` the coefficient that is
-    suggested for adding it, where one is known; ``origin`` says where the directions are from;
-    ``preview`` labels for free while a chain is written, ``annotator`` at the end.
+    suggested for adding it, where one is known; ``origin`` says where the directions are from.
     """
 
     config: RunConfig
@@ -69,8 +71,7 @@ class Bench:
     layers: dict[str, int]
     origin: str
     annotator: Annotator
-    preview: Annotator
-    coefficients: dict[str, float] = field(default_factory=dict)
+    coefficients: dict[str, float]
 
     def layer_of(self, behaviour: str) -> int:
         """The layer a behaviour is steered at: without its own, that of backtracking."""
@@ -86,7 +87,8 @@ class Ask:
     """What is written: a question, an intervention, and how tokens are chosen.
 
     ``None`` is the default of the bench: the behaviour's own layer, the profile's temperature
-    (0 is greedy) and limit of new tokens, the run's seed.
+    (0 is greedy) and limit of new tokens, the run's seed. Raises ``ValueError`` for a wrong
+    value, by the name of its field.
     """
 
     task: Task
@@ -99,6 +101,17 @@ class Ask:
     seed: int | None = None
     max_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        config.one_of("behaviour", self.behaviour, BEHAVIOURS)
+        config.real("coefficient", self.coefficient)
+        if abs(self.coefficient) > MOST:
+            raise ValueError(f"coefficient: expected a number from {-MOST:g} to {MOST:g}")
+        config.one_of("operation", self.operation, tuple(OPERATIONS))
+        config.one_of("where", self.where, WHERE)
+        config.real("temperature", self.temperature, least=0.0)
+        config.whole("seed", self.seed, least=0)
+        config.whole("max_tokens", self.max_tokens, least=1)
+
 
 # -- the bench -----------------------------------------------------------------------------
 
@@ -110,33 +123,41 @@ def bench(setup: RunConfig, vectors_file: str | Path | None = None) -> Bench:
     those that ship with an embedded model, else those of the run in ``results/<slug>/``, which
     notebooks 01 to 03 make first where there is none. **A run that is there is taken as it
     is**, whoever labelled it: what ``setup`` leaves at its default (profile, temperature,
-    limit of new tokens, ...) is the run's. Who labels is ``setup.judge``, ``auto`` being the
-    free preview. The judge's key and the model are looked for before anything is run. Raises
-    ``ValueError`` for a model that cannot be steered here, :class:`ModelError` in a sentence
-    for one that cannot be loaded, and the errors of these steps.
+    limit of new tokens, ...) is the run's. Who labels is ``setup.judge``. The judge's key and
+    the model are looked for before anything is run. Raises ``ValueError`` for a model that
+    cannot be steered here, :class:`ModelError` in a sentence for one that cannot be loaded, and
+    the errors of these steps.
     """
     if setup.entry.source == "api":
         raise ValueError(
             f"model: {setup.model!r} is reached through an API, where nothing can be added to "
             "its activations; expected a model with weights"
         )
-    shipped = vectors_file is None and directions.shipped(setup.model)
-    of_run = vectors_file is None and not shipped
+    of_run = vectors_file is None and not directions.shipped(setup.model)
     there = of_run and Folder(setup).vectors.is_file()
     if there:
         setup = _as_the_run(setup)
     config.hardware(setup.device, setup.quantization)
     labels = preflight.annotator(setup)
-    free = labels if labels.name == setup.preview else annotators.annotator(setup.preview)
     preflight.model(setup)
     if of_run and not there:
         _make(setup)
+    found, origin, layers, coefficients = _directions(setup, vectors_file)
+    model = _model(setup)
+    conditions.check(found, model, origin)
+    return Bench(setup, model, found, layers, origin, labels, coefficients)
+
+
+def _directions(
+    setup: RunConfig, file: str | Path | None
+) -> tuple[SteeringVectors, str, dict[str, int], dict[str, float]]:
+    """The directions, where they are from, and the layers and coefficients known for them."""
     layers, coefficients = setup.entry.steering_layers or {}, {}
-    if vectors_file is not None:
-        path = Path(vectors_file).expanduser()
+    if file is not None:
+        path = Path(file).expanduser()
         read = directions.load_published if path.suffix == ".pt" else SteeringVectors.load
         found, origin = read(path), path.name
-    elif shipped:
+    elif directions.shipped(setup.model):
         found, origin = directions.load_shipped(setup.model), "shipped with the package"
         coefficients = dict(registry.TINY_THINKER_COEFFICIENTS)
     else:
@@ -145,10 +166,8 @@ def bench(setup: RunConfig, vectors_file: str | Path | None = None) -> Bench:
         coefficients = _suggested(folder / "steering_suggested.csv")
         if (folder / "steering_layers.json").is_file():
             layers = read_json(folder / "steering_layers.json")
-    model = _model(setup)
-    conditions.check(found, model, origin)
-    layers = {**directions.steering_layers(None, found.n_layers), **layers}
-    return Bench(setup, model, found, layers, origin, labels, free, coefficients)
+    middle = directions.steering_layers(None, found.n_layers)
+    return found, origin, middle | layers, coefficients
 
 
 def _model(setup: RunConfig) -> Model:
@@ -176,14 +195,9 @@ def _as_the_run(setup: RunConfig) -> RunConfig:
             f"{folder.label} holds directions but no run.json to say whose: name the file "
             f"itself (--vectors {folder.vectors})"
         )
-    default = {one.name: one.default for one in fields(RunConfig)}
-    free = [name for name in OF_THE_RUN if getattr(setup, name) == default[name]]
-    taken = {name: stored[name] for name in free if name in stored}
-    try:
-        replace(setup, tasks=taken.get("tasks"))
-    except ValueError:  # the file has gone; only the demo's list of questions is of it
-        del taken["tasks"]
-    run = replace(setup, **taken)
+    default = RunConfig()
+    free = [name for name in OF_THE_RUN if getattr(setup, name) == getattr(default, name)]
+    run = replace(setup, **{name: stored[name] for name in free if name in stored})
     for name, now in registry.content_of(run.entry).items():
         then = identity.get(name)
         if then != now and (name != "revision" or None not in (then, now)):
@@ -196,30 +210,14 @@ def _as_the_run(setup: RunConfig) -> RunConfig:
 
 
 def _make(setup: RunConfig) -> None:
-    """Runs notebooks 01 to 03 for a model without directions; says so before.
-
-    Raises :class:`ModelError` with the last line of a notebook's error.
-    """
-    few = PROFILES["smoke"].n_build
+    """Runs notebooks 01 to 03 for a model without directions; says so before."""
     print(
         f"{setup.model} has no directions in {Folder(setup).label}: notebooks 01 to 03 make "
-        f"them first, from {setup.settings.n_build} tasks. Quicker: the profile smoke ({few} "
-        "tasks), or a file of directions (stllms steer --vectors FILE)",
+        f"them first, from {setup.settings.n_build} tasks. Quicker: the profile smoke, or a "
+        "file of directions (stllms steer --vectors FILE)",
         flush=True,
     )
-    try:
-        stages.prepare("04_steer", setup)
-    except ChangedConfiguration as error:
-        raise ValueError(
-            f"{error}. It has no directions yet: finish it (stllms run, with its own "
-            "options), or name a file of directions (--vectors)"
-        ) from None
-    except stages.StageError as error:  # which cell, the last line of its error, where it is
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        copies = [line for line in lines[1:] if line.startswith("as executed: ")]
-        cause = [line for line in lines[1:] if line not in copies][-1:]
-        said = " ".join([*lines[:1], *cause, *(f"({line})" for line in copies)])
-        raise ModelError(said) from error
+    stages.prepare("04_steer", setup)
 
 
 def _suggested(table: Path) -> dict[str, float]:
@@ -248,56 +246,27 @@ def task(question: str) -> Task:
     return Task(TYPED, TYPED, question.strip())
 
 
-def check(ask: Ask) -> None:
-    """Refuses, without a bench, what no bench can do; ``ValueError`` names the field."""
-    config.one_of("behaviour", ask.behaviour, BEHAVIOURS)
-    coefficient = config.real("coefficient", ask.coefficient)
-    if coefficient is None or abs(coefficient) > MOST:
-        raise ValueError(
-            f"coefficient: {coefficient!r}, expected a number from {-MOST:g} to {MOST:g}"
-        )
-    config.one_of("operation", ask.operation, tuple(OPERATIONS))
-    config.one_of("where", ask.where, WHERE)
-    _own(ask)
-
-
-def _own(ask: Ask) -> dict[str, Any]:
-    """The values of ``ask`` for decoding that are not left to the bench."""
-    given = {
-        "max_new_tokens": config.whole("max_tokens", ask.max_tokens, least=1),
-        "temperature": config.real("temperature", ask.temperature, least=0.0),
-        "seed": config.whole("seed", ask.seed, least=0),
-    }
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def intervention(bench: Bench, ask: Ask) -> Intervention:
     """What is done to the steered row; ``ValueError`` names what is wrong, and what exists."""
-    check(ask)
     layer = bench.layer_of(ask.behaviour) if ask.layer is None else ask.layer
-    if not 0 <= layer < bench.model.n_layers:
-        last = bench.model.n_layers - 1
-        raise ValueError(f"layer: {layer}, {bench.model.name} has layers 0 to {last}")
-    try:
-        direction = bench.directions.direction(ask.behaviour, layer)
-    except KeyError as error:
-        raise ValueError(error.args[0]) from None
+    direction = bench.directions.direction(ask.behaviour, layer)
     return Intervention(direction, layer, ask.coefficient, ask.operation, ask.where)
 
 
 def decoding(bench: Bench, ask: Ask) -> dict[str, Any]:
     """How tokens are chosen: as in the run, with the values of ``ask`` put in."""
-    return {**bench.config.decoding, **_own(ask)}
+    own = {"max_new_tokens": ask.max_tokens, "temperature": ask.temperature, "seed": ask.seed}
+    return bench.config.decoding | {n: value for n, value in own.items() if value is not None}
 
 
 def write(
     bench: Bench, ask: Ask, *, watch: Callable[[list[Response]], Any] | None = None
 ) -> Pair:
-    """The plain and the steered chain, written together and labelled by the annotator.
+    """The baseline and the steered chain, written together and labelled by the annotator.
 
     ``watch`` is called with both responses so far after every token; what it raises ends the
-    run. Raises ``ValueError`` for an empty question, one that does not fit the context, and
-    any wrong value of ``ask``.
+    run. Raises ``ValueError`` for a question that does not fit the context, and for a layer or
+    a direction that there is not.
     """
     return write_all(bench, ask, [ask.task], watch=watch)[0]
 
@@ -310,8 +279,6 @@ def write_all(
     watch: Callable[[list[Response]], Any] | None = None,
 ) -> list[Pair]:
     """:func:`write` for several tasks instead of that of ``ask``, in one batch."""
-    for one in tasks:
-        task(one.content)
     edit = intervention(bench, ask)
     with _ONE:
         responses = conditions.generate(
@@ -328,16 +295,18 @@ def write_all(
 def label(
     bench: Bench, ask: Ask, responses: Sequence[Response], annotator: Annotator
 ) -> list[Pair]:
-    """Responses, plain and steered in turn, as labelled pairs; whole or being written."""
-    layer = intervention(bench, ask).layer
-    steered = (ask.behaviour, layer, float(ask.coefficient), ask.operation)
-    plain = conditions.plain().key("")[1:]
-    chains = [
-        Steered(one.task_id, *(steered if place % 2 else plain), one)
-        for place, one in enumerate(responses)
-    ]
+    """Responses, baseline and steered in turn, as labelled pairs; whole or being written."""
+    how = conditions_of(bench, ask) * (len(responses) // 2)
+    chains = [Steered(one.task_id, *way, one) for one, way in zip(responses, how, strict=True)]
     labelled = annotators.steered(annotator, chains, model=bench.model)
     return list(zip(labelled[::2], labelled[1::2], strict=True))
+
+
+def conditions_of(bench: Bench, ask: Ask) -> tuple[Way, Way]:
+    """What is done to the baseline, which is nothing, and to the steered chain."""
+    edit = intervention(bench, ask)
+    steered = Condition(ask.behaviour, edit.layer, float(ask.coefficient), edit, ask.operation)
+    return conditions.plain().key("")[1:], steered.key("")[1:]
 
 
 # -- what is said of a pair ----------------------------------------------------------------
@@ -349,41 +318,45 @@ def shares(chain: Steered) -> np.ndarray:
 
 
 def title(chain: Steered) -> str:
-    """``plain``, or what was done to the chain."""
+    """``baseline``, or what was done to the chain."""
     if chain.direction == "none":
-        return "plain"
+        return "baseline"
     how = "" if chain.operation == "add" else f" {chain.operation}"
     return f"{chain.coefficient:+g}{how} {chain.direction}, layer {chain.layer}"
 
 
 def note(chain: Steered) -> str:
-    """Length, how the chain ended, its answer, and how much of it is labelled, in a line."""
+    """Length, answer, whether the chain ended, and how much of it is labelled, in a line."""
     response, label = chain.response, chain.labelled
-    said = f"answer: {' '.join(response.answer.split())}" if response.answer else "no answer"
-    parts = [f"{len(response.output_ids)} tokens", said]
-    if not response.finished:
-        parts.append("not finished")
-    failed = f"no labels ({label.failed})"
-    parts.append(failed if label.failed else f"{label.ledger['coverage']:.0%} labelled")
-    return "; ".join(parts)
+    parts = (
+        f"{len(response.output_ids)} tokens",
+        f"answer: {' '.join(response.answer.split())}" if response.answer else "no answer",
+        "" if response.finished else "not finished",
+        f"no labels ({label.failed})"
+        if label.failed
+        else f"{label.ledger['coverage']:.0%} labelled",
+    )
+    return "; ".join(filter(None, parts))
 
 
 def same(pair: Pair) -> bool:
     """Whether steering changed no token."""
-    plain, steered = (chain.response.output_ids for chain in pair)
-    return plain == steered
+    baseline, steered = (chain.response.output_ids for chain in pair)
+    return baseline == steered
 
 
 def broke(pair: Pair) -> list[str]:
-    """What is wrong with the steered chain and not with the plain one."""
-    plain, steered = map(_wrong, pair)
-    return [what for what in steered if what not in plain]
+    """What is wrong with the steered chain and not with the baseline."""
 
+    def bare(chain: Steered) -> bool:
+        label = chain.labelled
+        return label.failed is None and label.ledger["coverage"] < LABELLED
 
-def _wrong(chain: Steered) -> list[str]:
-    label = chain.labelled
-    bare = label.failed is None and label.ledger["coverage"] < LABELLED
-    wrong = {"not finished": not chain.response.finished, "mostly unlabelled": bare}
+    baseline, steered = pair
+    wrong = {
+        "not finished": baseline.response.finished and not steered.response.finished,
+        "mostly unlabelled": bare(steered) and not bare(baseline),
+    }
     return [what for what, holds in wrong.items() if holds]
 
 

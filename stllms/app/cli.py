@@ -323,7 +323,7 @@ def _judge_options(given: dict[str, Any]) -> dict[str, Any]:
 @config_options("model", "profile", "results", "max_tokens", "temperature", "seed")
 @config_options("judge", "base_url", "max_cost", "device")
 def steer(question: str, as_json: bool, **given: Any) -> None:
-    """Answer QUESTION plain, and with a behaviour added or removed."""
+    """Answer QUESTION unsteered (the baseline), and with a behaviour added or removed."""
     of_run = ("model", "profile", "judge", "results", "device")
     config = RunConfig(**{name: given[name] for name in of_run}, **_judge_options(given))
     from stllms.app import bench as benches
@@ -331,7 +331,6 @@ def steer(question: str, as_json: bool, **given: Any) -> None:
     of_ask = ("behaviour", "coefficient", "layer", "operation", "where", "temperature", "seed")
     options = {name: given[name] for name in (*of_ask, "max_tokens")}
     ask = benches.Ask(benches.task(question), **options)
-    benches.check(ask)
     with redirect_stdout(sys.stderr):  # what is said while directions are made
         bench = benches.bench(config, given["vectors"])
     pair = benches.write(bench, ask)
@@ -389,7 +388,7 @@ def _chain_as_json(chain: Steered) -> dict[str, Any]:
 
     shares = zip(BEHAVIOURS, benches.shares(chain).tolist(), strict=True)
     return {
-        "chain": "plain" if chain.direction == "none" else "steered",
+        "chain": "baseline" if chain.direction == "none" else "steered",
         **{name: getattr(chain.response, name) for name in ("thinking", "answer", "finished")},
         "tokens": len(chain.response.output_ids),
         "shares": {name: None if math.isnan(share) else share for name, share in shares},

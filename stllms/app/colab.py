@@ -13,12 +13,11 @@ import re
 import sys
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import nbformat
+from nbformat import NotebookNode, v4
 
 from stllms.registry import repository
-
-if TYPE_CHECKING:
-    from nbformat import NotebookNode
 
 BRANCH = "main"
 
@@ -37,7 +36,7 @@ from stllms.app import colab
 print(colab.machine())"""
 
 _COLAB = "https://colab.research.google.com"
-_BADGE = re.compile(r"\[!\[Open in Colab\]\([^)\s]+\)\]\([^)\s]+\.ipynb\)")
+_BADGE = re.compile(r"\n*\[!\[Open in Colab\]\([^)\s]+\)\]\([^)\s]+\)\n*")
 
 
 def machine() -> str:
@@ -57,9 +56,8 @@ def address(root: Path) -> str | None:
 
 
 def unbadged(text: str) -> str:
-    """``text`` without the lines that hold nothing but badges, and without gaps for them."""
-    lines = [line for line in text.splitlines() if not line or _BADGE.sub("", line).strip()]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+    """``text`` without its badge, and without a gap for it."""
+    return _BADGE.sub("\n\n", text).strip("\n")
 
 
 def badged(text: str, name: str, published: str | None) -> str:
@@ -81,37 +79,33 @@ def copy_of(book: NotebookNode, published: str | None) -> NotebookNode:
 
     Of the metadata, tags and the language stay: the parameters cell is still one.
     """
-    from nbformat import v4
-
     source = f'"git+{published}@{BRANCH}"' if published else 'glob.glob("stllms-*.whl")[0]'
     install = INSTALL.replace("SOURCE", source)
     cells = [v4.new_code_cell(install, id="colab-install", metadata={"cellView": "form"})]
     for cell in book.cells:
+        code = cell.cell_type == "code"
+        text = cell.source if code else unbadged(cell.source)
         tags = {name: value for name, value in cell.metadata.items() if name == "tags"}
-        if cell.cell_type == "code":
-            cells.append(v4.new_code_cell(cell.source, id=cell.id, metadata=tags))
-        else:
-            text = unbadged(cell.source)
-            cells.append(v4.new_markdown_cell(text, id=cell.id, metadata=tags))
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    metadata = {"colab": {"provenance": []}, "kernelspec": kernel}
-    metadata["language_info"] = {"name": "python"}
+        new = v4.new_code_cell if code else v4.new_markdown_cell
+        cells.append(new(text, id=cell.id, metadata=tags))
+    metadata = {
+        "colab": {"provenance": []},
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
     return v4.new_notebook(cells=cells, metadata=metadata)
 
 
-def write(notebooks: Path, copies: Path, published: str | None = None) -> list[Path]:
-    """Writes the copies of the numbered notebooks of a folder and returns their paths; the
-    notebooks get their badges, or lose them.
-
-    A copy whose notebook is gone is deleted. Raises ``ValueError`` for a folder without
-    notebooks, and for one that cannot be read.
+def write(notebooks: Path, published: str | None = None) -> list[Path]:
+    """Writes the copies of the numbered notebooks of a folder into its ``colab``, in place of
+    those that were there, and returns their paths; the notebooks get their badges, or lose
+    them.
     """
-    import nbformat
-
+    copies = notebooks / "colab"
+    copies.mkdir(exist_ok=True)
+    for old in copies.glob("*.ipynb"):
+        old.unlink()
     sources = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
-    if not sources:
-        raise ValueError(f"no notebooks in {notebooks}, expected 01_generate.ipynb and others")
-    copies.mkdir(parents=True, exist_ok=True)
     for source in sources:
         book = nbformat.read(source, as_version=4)
         title = badged(book.cells[0].source, source.stem, published)
@@ -119,27 +113,17 @@ def write(notebooks: Path, copies: Path, published: str | None = None) -> list[P
             book.cells[0].source = title
             nbformat.write(book, source)
         nbformat.write(copy_of(book, published), copies / source.name)
-    made = [copies / source.name for source in sources]
-    for old in set(copies.glob("*.ipynb")) - set(made):
-        old.unlink()
-    return made
+    return [copies / source.name for source in sources]
 
 
-def main() -> int:
-    """Writes the copies and badges of this checkout; exit status 2 if refused."""
+def main() -> None:
+    """Writes the copies and badges of this checkout."""
     root = repository()
     if root is None:
-        print("stllms.app.colab: copies are made from a checkout, not a wheel", file=sys.stderr)
-        return 2
-    notebooks = root / "notebooks"
-    try:
-        for path in write(notebooks, notebooks / "colab", address(root)):
-            print(path.relative_to(root))
-    except (ValueError, OSError) as error:
-        print(f"stllms.app.colab: {error}", file=sys.stderr)
-        return 2
-    return 0
+        sys.exit("stllms.app.colab: copies are made from a checkout, not a wheel")
+    for path in write(root / "notebooks", address(root)):
+        print(path.relative_to(root))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,19 +16,24 @@ import base64
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import nh3
+import pandas as pd
+from markupsafe import Markup
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode, ValidationError, from_dict, v4
+from pygments.formatters import HtmlFormatter
 
 from stllms.app import stages
 from stllms.app.colab import unbadged
+from stllms.comparison.ledger import display, ledger
 from stllms.config import RunConfig
+from stllms.plotting import text
 from stllms.registry import MODELS
 from stllms.runs.files import BadFile, load_table, read_json, replacing
+from stllms.steering import dose, measures
 from stllms.terminal import plain
-
-if TYPE_CHECKING:
-    import nbformat
-    import pandas as pd
-    from markupsafe import Markup
 
 NAME = "report.html"
 COMPARISON = "comparison"
@@ -73,77 +78,47 @@ LONGEST = 500_000
 _RESULTS = re.compile(r"(?m)^(results = \")[^\"]*?([^/\\\"]+\")$")
 
 
-def ensure(folder: str | Path) -> Path:
-    """The path of a report that is not older than anything it shows; made if need be."""
-    return Path(folder) / NAME if is_current(folder) else write(folder)
-
-
-def is_current(folder: str | Path) -> bool:
-    """Whether the report is there and no input was written after it. Imports nothing slow.
-
-    A stage that ends writes ``run.json``, and the ledger looks at all runs of the results.
-    """
-    folder = Path(folder)
-    if not (folder / NAME).is_file():
-        return False
-    results = folder.parent
-    inputs = [*results.glob("*/run.json"), *results.glob("published/*.csv")]
-    for place in {folder, results / COMPARISON}:
-        inputs += place.glob("notebooks/*.ipynb")
-    made = (folder / NAME).stat().st_mtime_ns
-    return all(path.stat().st_mtime_ns <= made for path in inputs)
-
-
 def write(folder: str | Path) -> Path:
     """Writes the report of a run's folder, or of ``results/comparison``; returns its path.
 
     Raises ``BadFile`` for a folder without ``run.json``, and for a notebook, a table or a
     figure that cannot be read.
     """
-    import nbformat
-    from nbconvert import HTMLExporter
-    from pygments.formatters import HtmlFormatter
-
     folder = Path(folder).resolve()
     record = _record(folder)
     places = _places(folder)
     sections = [section for place in places for section in _sections(place)]
     effects, broken = _steering(folder)
-    figures = [folder / "figures" / f"{name}.png" for name in FIRST]
     page = {
         "title": _title(folder, record),
         "sentence": _sentence(record),
         "effects": effects,
         "warnings": [*_warnings(record, sections), *broken],
-        "figures": _pictures(folder, figures),
+        "figures": _pictures(folder, [f"figures/{name}.png" for name in FIRST]),
         "ledger": _ledger(folder),
         "tables": list(_tables(places)),
         "details": _details(record),
         "light": HtmlFormatter(style="default").get_style_defs(".highlight"),
         "dark": HtmlFormatter(style="monokai").get_style_defs(".highlight"),
     }
-    here = [str(Path(__file__).parent)]
     exporter = HTMLExporter(
-        template_file=NAME, extra_template_paths=here, exclude_anchor_links=True
+        template_file=NAME,
+        extra_template_paths=[str(Path(__file__).parent)],
+        exclude_anchor_links=True,
     )
     exporter.environment.autoescape = True
     exporter.register_filter("clean", clean)
-    book = nbformat.v4.new_notebook(cells=list(_cells(sections, _is_committed(record))))
-    text, _ = exporter.from_notebook_node(book, resources={"page": page})
+    book = v4.new_notebook(cells=list(_cells(sections, _is_committed(record))))
+    html, _ = exporter.from_notebook_node(book, resources={"page": page})
     with replacing(folder / NAME, record=False) as beside:
-        beside.write_text(plain(text), encoding="utf-8")
+        beside.write_text(plain(html), encoding="utf-8")
     return folder / NAME
 
 
-def clean(html: str, classes: str = "") -> Markup:
-    """HTML of which :data:`TAGS` and :data:`ATTRIBUTES` are left.
-
-    ``classes`` are the tags whose classes are ours and stay. Empty where nothing is left to
-    see, or where the text is too long to look at.
+def clean(html: str) -> Markup:
+    """HTML of which :data:`TAGS` and :data:`ATTRIBUTES` are left; empty where nothing is left
+    to see, or where the text is too long to look at.
     """
-    import nh3
-    from markupsafe import Markup
-
     if len(html) > LONGEST:
         return Markup("")
 
@@ -155,7 +130,7 @@ def clean(html: str, classes: str = "") -> Markup:
         plain(html),
         tags=TAGS,
         clean_content_tags=GONE,
-        attributes=ATTRIBUTES | {tag: {"class"} for tag in classes.split()},
+        attributes=ATTRIBUTES,
         attribute_filter=attribute,
         url_schemes={"http", "https", "data"},
         filter_style_properties=STYLES,
@@ -203,7 +178,7 @@ def _sentence(record: Mapping[str, Any]) -> str:
         "temperature {}": identity.get("temperature"),
         "on {}": record.get("recorded", {}).get("device"),
     }
-    words = [text.format(value) for text, value in parts.items() if value is not None]
+    words = [part.format(value) for part, value in parts.items() if value is not None]
     return f"Profile {record['configuration'].get('profile')}: {', '.join(words)}."
 
 
@@ -211,9 +186,6 @@ def _steering(folder: Path) -> tuple[Markup | None, list[str]]:
     """The paper's four effects (own token fraction of the baseline and under +1 and -1), and
     the coefficients that break the text.
     """
-    from stllms.plotting import text
-    from stllms.steering import dose, measures
-
     path = folder / "steering.csv"
     if not path.is_file():
         return None, []
@@ -248,14 +220,14 @@ def _is_committed(record: Mapping[str, Any]) -> bool:
     """Whether the run is the one that the committed notebooks show and their readings are
     about: every option that could change a number is the default.
     """
-    default = RunConfig()
+
+    def decisive(config: RunConfig) -> list[dict[str, Any]]:
+        return [config.identity(), *map(config.stage_options, stages.STAGES)]
+
     try:
-        config = RunConfig.from_dict(record["configuration"])
-        same = config.identity() == default.identity()
+        return decisive(RunConfig.from_dict(record["configuration"])) == decisive(RunConfig())
     except (ValueError, OSError):  # of a model or of tasks that are no longer there
         return False
-    every = stages.STAGES
-    return same and all(config.stage_options(s) == default.stage_options(s) for s in every)
 
 
 def _details(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -282,34 +254,32 @@ def _sections(folder: Path) -> list[dict[str, Any]]:
     found = []
     for stage in stages.STAGES[-1:] if folder.name == COMPARISON else stages.STAGES[:-1]:
         path = folder / "notebooks" / f"{stage}.ipynb"
-        state = "done" if stage in done else "executed, but not finished"
-        if not path.is_file():
-            without = "done, without an executed copy: only its figures and tables"
-            state = without if stage in done else "not run"
+        marker, executed = done.get(stage, {}), path.is_file()
         if path.with_suffix(".failed.ipynb").is_file():
             state = "failed when it was last run"
-        marker = done.get(stage, {})
-        saved = [folder / name for name in marker.get("files", []) if name.endswith(".png")]
+        elif executed:
+            state = "done" if stage in done else "executed, but not finished"
+        elif stage in done:
+            state = "done, without an executed copy: only its figures and tables"
+        else:
+            state = "not run"
+        saved = [name for name in marker.get("files", []) if name.endswith(".png")]
         found.append(
             {
                 "stage": stage,
                 "state": state,
                 "seconds": marker.get("seconds"),
-                "figures": [] if path.is_file() else _pictures(folder, saved),
-                "notebook": str(path) if path.is_file() else None,
+                "figures": [] if executed else _pictures(folder, saved),
+                "notebook": str(path) if executed else None,
             }
         )
     return found
 
 
-def _cells(
-    sections: Sequence[dict[str, Any]], readings: bool
-) -> Iterator[nbformat.NotebookNode]:
+def _cells(sections: Sequence[dict[str, Any]], readings: bool) -> Iterator[NotebookNode]:
     """A heading for every stage, and the cells of its executed notebook. Text with the tag
     :data:`COMMITTED` is left out but with ``readings``.
     """
-    from nbformat import v4
-
     for section in sections:
         # Cells of a notebook are made anew below: none of them can pass for a heading.
         yield v4.new_markdown_cell(metadata={"section": section})
@@ -317,9 +287,7 @@ def _cells(
             yield from _notebook(Path(section["notebook"]), readings)
 
 
-def _notebook(path: Path, readings: bool) -> Iterator[nbformat.NotebookNode]:
-    from nbformat import ValidationError, from_dict, v4
-
+def _notebook(path: Path, readings: bool) -> Iterator[NotebookNode]:
     try:
         for cell in v4.rwbase.rejoin_lines(from_dict(read_json(path))).cells:
             if cell.cell_type == "markdown":
@@ -333,8 +301,9 @@ def _notebook(path: Path, readings: bool) -> Iterator[nbformat.NotebookNode]:
         raise BadFile(f"{path}: not a Jupyter notebook of version 4 ({words})") from None
 
 
-def _pictures(folder: Path, paths: Sequence[Path]) -> list[dict[str, str]]:
+def _pictures(folder: Path, names: Sequence[str]) -> list[dict[str, str]]:
     """The names and the contents, in base64, of those figures that are in the folder itself."""
+    paths = [folder / name for name in names]
     return [
         {"name": path.stem, "content": base64.b64encode(path.read_bytes()).decode()}
         for path in paths
@@ -346,8 +315,6 @@ def _pictures(folder: Path, paths: Sequence[Path]) -> list[dict[str, str]]:
 
 
 def _html(table: pd.DataFrame) -> Markup:
-    from markupsafe import Markup
-
     html = table.to_html(
         index=False, border=0, na_rep="", float_format="{:.5g}".format, max_rows=5000
     )
@@ -366,8 +333,6 @@ def _ledger(folder: Path) -> dict[str, Any]:
     """The claims that this run speaks to and all others, or why there is no ledger: a broken
     file of another run does not keep this one from its report.
     """
-    from stllms.comparison.ledger import display, ledger
-
     results = folder.parent
     try:
         found = ledger(results)

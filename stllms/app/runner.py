@@ -184,7 +184,7 @@ def _report(chosen: Sequence[Job]) -> None:
     own = [job.folder for job in chosen if job.stage != COMPARE]
     for folder in {one.path: one for one in own or [chosen[0].folder]}.values():
         folder.keep([folder / report.NAME])
-        print(f"report: {report.ensure(folder.path)}")
+        print(f"report: {report.write(folder.path)}")
 
 
 def draw_released(published: str, results: str | None) -> None:
