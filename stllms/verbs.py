@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -97,13 +99,13 @@ class Chains(list[Response]):
         columns = ["task_id", "prompt", "thinking", "answer", "tokens", "finished"]
         return pd.DataFrame(rows, columns=columns)
 
-    def plot(self) -> Figure:
+    @draw.styled()
+    def plot(self, ax: Axes | None = None) -> Axes:
         """How long the responses are."""
-        figure = draw.new_figure(5, 2.4)
-        axes = figure.subplots()
-        axes.hist([len(one.output_ids) for one in self], bins=30, color=draw.MODES["plain"])
-        axes.set(xlabel="output tokens", ylabel="responses")
-        return figure
+        ax = _figure(5, 2.4).subplots() if ax is None else ax
+        ax.hist([len(one.output_ids) for one in self], bins=30, color=draw.MODES["plain"])
+        ax.set(xlabel="output tokens", ylabel="responses")
+        return ax
 
 
 class Labelled(list[Annotation]):
@@ -140,11 +142,12 @@ class Labelled(list[Annotation]):
         """A row for each segment: ``task_id, label, start, end, text``."""
         return annotators.table(self)
 
-    def plot(self, number: int = 0) -> Figure:
+    @draw.styled()
+    def plot(self, number: int = 0) -> Axes:
         """One chain, its segments coloured."""
         one = self.chains[number]
         shown = [(f"task {one.task_id}", one.thinking, self[number].segments)]
-        return draw.chains(draw.new_figure(5, 3), shown, labels=self.labels)
+        return draw.chains(_figure(5, 3), shown, labels=self.labels).axes[0]
 
 
 @dataclass(frozen=True, repr=False)
@@ -178,12 +181,17 @@ class Comparison:
         """``table``."""
         return self.table
 
-    def plot(self) -> Figure:
+    @draw.styled()
+    def plot(self) -> list[Axes]:
         """Counts and fractions, with intervals over tasks."""
-        figure = draw.new_figure(groups.width(self.members), 4.5)
-        return draw.comparison(
-            figure, self.table, "both", palette=groups.colours(self.members)
-        )
+        figure = _figure(groups.width(self.members), 4.5)
+        palette = groups.colours(self.members)
+        return draw.comparison(figure, self.table, "both", palette=palette).axes
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A new figure of pyplot, as pandas makes one: a notebook shows it below its cell."""
+    return plt.figure(figsize=(width, height))
 
 
 def _more(n: int) -> str:
@@ -548,7 +556,7 @@ def _direction(given: Any, layer: int) -> Tensor:
         names = " or ".join(f"[{name!r}]" for name in given.behaviours)
         raise ValueError(f"several directions: choose one, vectors{names}")
     if isinstance(given, directions.SteeringVector):
-        return given.direction(layer)
+        return given.at(layer)
     try:
         return torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError):
@@ -671,16 +679,8 @@ def _directions(
     vectors = directions.estimate(means, estimator, min_spans=min_spans)
     if few:
         warnings.warn(f"no direction of some labels ({said}) {need}", stacklevel=3)
-    rows = [row for row, name in enumerate(vectors.behaviours) if name in names]
-    return replace(
-        vectors,
-        behaviours=tuple(vectors.behaviours[row] for row in rows),
-        directions=vectors.directions[rows],
-        means=vectors.means[rows],
-        counts=vectors.counts[rows],
-        unavailable=few,
-        collected=means,
-    )
+    vectors = vectors.only([name for name in names if name not in few])
+    return replace(vectors, unavailable=few, collected=means)
 
 
 # --- comparison --------------------------------------------------------------------------
