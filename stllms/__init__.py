@@ -31,6 +31,47 @@ null intervals of steering     ``steering/measures.py``: ``_null``
 who writes an artefact         the notebooks; its name is in ``runs/files.py``
 what makes one stale           ``runs/files.py``: ``Record``; ``app/stages.py``
 =============================  ====================================================
+
+The verbs (``stllms.load``, ``generate``, ``annotate``, ``train``, ``contrast``,
+``layer_effects``, ``steer``, ``compare``) are those of :mod:`stllms.verbs`, imported on first
+use: ``import stllms`` brings nothing heavy.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stllms.verbs import (
+        annotate,
+        compare,
+        contrast,
+        generate,
+        layer_effects,
+        load,
+        steer,
+        train,
+    )
+
 __version__ = "0.1.0"
+__all__ = [
+    "annotate",
+    "compare",
+    "contrast",
+    "generate",
+    "layer_effects",
+    "load",
+    "steer",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.verbs"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -296,6 +296,9 @@ def models() -> None:
     for entry in registry.MODELS.values():
         where = entry.hub_id or (f"api: {entry.api_id}" if entry.api_id else entry.source)
         print(f"{entry.name:32}{entry.kind:12}{where:52}{entry.pair or '-'}")
+    registry.load_entry_points()
+    for name in registry.model:
+        print(f"{name:32}{'unknown':12}{'registered':52}-")
     print(f"or {registry.OTHERS}")
 
 
