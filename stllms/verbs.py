@@ -612,18 +612,8 @@ def _labelled(
         own = iter(given)
         by = annotators.OfFunction(lambda _: next(own), labels=known, called="spans")
         found = [_with_rest(*pair) for pair in zip(by.annotate(responses), responses, strict=True)]
-    placed = [_offsets(model, response) for response in responses]
-    for one, (response, _) in zip(found, placed, strict=True):
-        if one.task_id != response.task_id:
-            raise ValueError(
-                f"the annotation of {one.task_id} stands at the chain of {response.task_id}: "
-                "give both in one order"
-            )
-    spans = [
-        placing.with_spans(one, offsets, response.thinking)
-        for one, (response, offsets) in zip(found, placed, strict=True)
-    ]
-    return [response for response, _ in placed], spans, known
+    pairs = [_in_tokens(model, *pair) for pair in zip(responses, found, strict=True)]
+    return [response for response, _ in pairs], [one for _, one in pairs], known
 
 
 def _occurring(given: Sequence[Any]) -> LabelSet:
@@ -650,11 +640,23 @@ def _with_rest(one: Annotation, response: Response) -> Annotation:
     return replace(one, segments=tuple(sorted([*one.segments, *rest], key=lambda s: s.start)))
 
 
-def _offsets(model: Model, response: Response) -> tuple[Response, np.ndarray]:
-    """A chain with ids, and the characters of its thinking that each token covers, ``[T, 2]``.
-    A text gets its ids here, without a prompt."""
+def _in_tokens(
+    model: Model, response: Response, one: Annotation
+) -> tuple[Response, Annotation]:
+    """A chain with ids and its annotation with token spans.
+
+    A text gets its ids here, without a prompt. Models attend to the first token of a sequence
+    where there is nothing to attend to, so spans begin behind it and the token that their
+    window has before them (:mod:`stllms.vectors.contrast` leaves it out as well).
+    """
+    if one.task_id != response.task_id:
+        raise ValueError(
+            f"the annotation of {one.task_id} stands at the chain of {response.task_id}: give "
+            "both in one order"
+        )
     if response.output_ids:
-        return response, model.offsets_of(response)
+        offsets = model.offsets_of(response)
+        return response, placing.with_spans(one, offsets, response.thinking)
     found = model.tokenizer(response.text, return_offsets_mapping=True)
     ids = tuple(found["input_ids"])
     if len(ids) > model.max_context:
@@ -663,7 +665,9 @@ def _offsets(model: Model, response: Response) -> tuple[Response, np.ndarray]:
             f"{model.max_context}: cut it"
         )
     offsets = np.array(found["offset_mapping"]).reshape(-1, 2) - response.thinking_start
-    return replace(response, output_ids=ids), offsets
+    placed = placing.with_spans(one, offsets, response.thinking)
+    spans = [replace(span, start=max(span.start, 2)) for span in placed.spans if span.end > 2]
+    return replace(response, output_ids=ids), replace(placed, spans=tuple(spans))
 
 
 def _directions(

@@ -111,7 +111,9 @@ class LayerEffects:
         if key not in self._sets():
             raise ValueError(f"no effects {key!r}; there are {', '.join(self._sets())}")
         rows = self.to_frame()
-        rows = rows[rows["set"] == key].dropna(axis="columns", how="all")
+        rows = rows[rows["set"] == key]
+        if not rows.get("null_low", rows["mean"]).notna().any():
+            rows = rows.drop(columns=[*NULLS], errors="ignore")
         exact = key.startswith("kl/")
         look = {"label": "KL, nats" if exact else "surrogate gradient", "labels": labels}
         with axes.styled():
