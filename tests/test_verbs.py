@@ -267,6 +267,7 @@ def test_results_say_what_they_are(chains, labelled, vectors):
     assert "vowel" in repr(vectors)
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_results_have_tables_pages_and_pictures(chains, labelled, vectors, model):
     effects = stllms.layer_effects(
         model, chains, labelled, vectors, targets=["vowel"], n_positions=2, **QUIET
