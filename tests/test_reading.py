@@ -89,7 +89,7 @@ def test_the_page_escapes_tokens_and_tells_value_and_surprise(model, vectors):
 def test_a_text_must_fit(model, vectors):
     with pytest.raises(ValueError, match="0 tokens; a text has 1 to 512"):
         reading.read(model, "", vectors, "a", 0)
-    with pytest.raises(KeyError, match="no direction of 'c'"):
+    with pytest.raises(ValueError, match="no direction of 'c'"):
         reading.read(model, TEXT, vectors, "c", 0)
 
 

@@ -6,6 +6,8 @@ direction per behaviour and layer, and the control directions to compare it with
 * :mod:`.activations` reads span means off the model; :mod:`.means` is what is kept of them
 * :mod:`.directions` makes directions of them, reads released ones, compares them
 * :mod:`.nulls` makes directions that mean nothing
+* :mod:`.contrast` takes pairs of texts in place of labelled spans
+* :mod:`.reading` reads a direction along a text
 * :mod:`.quality` says how good directions are
 * :mod:`.export` writes them for other engines (safetensors, GGUF)
 """
