@@ -109,6 +109,7 @@ def _from_api(
         max_new_tokens=decoding["max_new_tokens"],
         temperature=decoding["temperature"],
         style=decoding["style"],
+        system=decoding["system"],
         base_url=config.base_url,
         max_cost=config.max_cost,
         folder=folder.path / "api",
