@@ -27,7 +27,7 @@ from stllms.comparison import released
 from stllms.config import PROFILES, RunConfig
 from stllms.labels import PAPER
 from stllms.registry import MODELS
-from stllms.runs.files import Record, load_table, save_table
+from stllms.runs.files import BadFile, Record, load_table, save_table
 from stllms.steering import measures
 from stllms.terminal import plain
 
@@ -145,9 +145,14 @@ def _number(found: Sequence[float], *, scale: float = 100, digits: int = 1) -> s
     return "n/a" if value == "nan" else f"{value} ({low}–{high})"
 
 
-def _table(path: Path) -> pd.DataFrame:
-    """A table of a run or of the released files, without rows if it was not written."""
-    return load_table(path) if path.is_file() else pd.DataFrame()
+def _table(path: Path, *columns: str) -> pd.DataFrame:
+    """A table of a run or of the released files, without rows if it was not written (a model
+    without any direction has none either); ``BadFile`` where it lacks a column."""
+    found = load_table(path) if path.is_file() else pd.DataFrame()
+    lacking = [name for name in columns if name not in found.columns]
+    if lacking and not found.empty:
+        raise BadFile(f"{path}: no column {', '.join(lacking)}")
+    return found
 
 
 def _of_runs(results: Path, name: str) -> list[Path]:
@@ -273,7 +278,8 @@ def _steering(results: Path) -> Iterator[Cells]:
         if results / slug / "steering.csv" not in paths:
             yield _effect_of_steering(slug) | _not_run(slug)
     for path in paths:
-        table = _table(path)
+        columns = ("metric", "direction", "coefficient", "value", "null_low", "null_high")
+        table = _table(path, "behaviour", *columns)
         if not table.empty:
             yield _steered(Run.of(path.parent), table)
 
