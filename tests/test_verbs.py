@@ -220,9 +220,7 @@ def test_layer_effects_are_those_of_the_stage(model, chains, labelled, vectors):
     spans = stllms.annotation.annotators.annotations(
         stllms.annotation.annotator(halves, labels=TWO), chains, model=model
     )
-    expected = attribution.collect(
-        model, chains, spans, vectors, n_positions=2, progress=False
-    )
+    expected = attribution.collect(model, chains, spans, vectors, n_positions=2, progress=False)
     for key, values in expected.effects.items():
         np.testing.assert_array_equal(found.of(key), values.numpy())
     own = [halves(one.thinking) for one in chains]
@@ -241,7 +239,12 @@ def test_compare_pairs_the_tasks():
     second = [annotated("2", "vowel", "rest"), annotated("1", "rest")]
     found = stllms.compare({"A": first, "B": second}, labels=TWO)
     rows = found.differences.set_index("behaviour")
-    assert rows.loc["vowel", ["first", "second", "difference", "n"]].tolist() == ["A", "B", 0.5, 2]
+    assert rows.loc["vowel", ["first", "second", "difference", "n"]].tolist() == [
+        "A",
+        "B",
+        0.5,
+        2,
+    ]
     table = found.to_frame().set_index(["metric", "behaviour", "model"])["value"]
     assert table["segment fraction", "vowel", "A"] == 0.75
     assert table["segment count", "rest", "B"] == 1.0
@@ -453,7 +456,10 @@ FAULTS = {
         "chain 1: 600 tokens, tiny-random-llama takes 512: cut it",
     ),
     "another name": (lambda m, v: stllms.steer(m, ["a"], v["vovel"], layer=1), "no direction"),
-    "no layer": (lambda m, v: stllms.steer(m, ["a"], v["vowel"], layer=9), "9 is not in 0 .. 3"),
+    "no layer": (
+        lambda m, v: stllms.steer(m, ["a"], v["vowel"], layer=9),
+        "9 is not in 0 .. 3",
+    ),
     "another width": (
         lambda m, v: stllms.steer(m, ["a"], torch.ones(5), layer=1, max_new_tokens=2),
         "width 5.*has 32: it belongs to another model",
@@ -475,9 +481,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_bad_input_is_one_line_and_writes_nothing(
-    model, vectors, fault, tmp_path, monkeypatch
-):
+def test_bad_input_is_one_line_and_writes_nothing(model, vectors, fault, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call, said = FAULTS[fault]
     with pytest.raises(ValueError, match=said) as refused:
