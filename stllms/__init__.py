@@ -18,12 +18,16 @@ Dimension letters, used in every docstring:
 
 Tensors are float32 on the CPU unless a docstring says otherwise.
 
+The verbs (``stllms.load``, ``generate``, ``annotate``, ``train``, ``contrast``,
+``layer_effects``, ``steer``, ``compare``) are those of :mod:`stllms.verbs`, imported on first
+use: ``import stllms`` brings nothing heavy.
+
 Where to change what:
 
 =============================  ====================================================
 the sampling noise             ``generation/sampling.py``: ``gumbel``, ``choose``
 a model family's layers        ``models/model.py``: ``LAYER_PATHS``
-an annotator of one's own      ``annotation/annotators.py``: ``annotator``
+parts of one's own             ``registry.py``; docs/extend.md
 tokens that a span averages    ``vectors/activations.py``: ``_job``
 exact and published effects    ``attribution/patching.py``
 the choice of the layer        ``attribution/effects.py``: ``best_layer``
@@ -31,10 +35,6 @@ null intervals of steering     ``steering/measures.py``: ``_null``
 who writes an artefact         the notebooks; its name is in ``runs/files.py``
 what makes one stale           ``runs/files.py``: ``Record``; ``app/stages.py``
 =============================  ====================================================
-
-The verbs (``stllms.load``, ``generate``, ``annotate``, ``train``, ``contrast``,
-``layer_effects``, ``steer``, ``compare``) are those of :mod:`stllms.verbs`, imported on first
-use: ``import stllms`` brings nothing heavy.
 """
 
 from __future__ import annotations

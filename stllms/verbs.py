@@ -42,7 +42,8 @@ from stllms.plotting import text
 from stllms.records import Annotation, PlacedSegment, Response, Task
 from stllms.registry import MODELS, ModelEntry
 from stllms.steering import conditions
-from stllms.vectors import activations, contrast as pairing, directions
+from stllms.vectors import activations, directions
+from stllms.vectors import contrast as pairing
 from stllms.vectors.directions import SteeringVectors
 from stllms.vectors.means import MIN_SPANS, Means
 from stllms.vectors.nulls import Controls
@@ -65,7 +66,6 @@ UNLABELLED = "unlabelled"
 SHOWN = 5
 #: Estimators that need no span means one by one.
 OF_SUMS = ("difference-of-means", "difference-from-others")
-
 
 
 # --- what comes back ---------------------------------------------------------------------
@@ -93,7 +93,14 @@ class Chains(list[Response]):
     def to_frame(self) -> pd.DataFrame:
         """A row for each response."""
         rows = [
-            (one.task_id, one.prompt_text, one.thinking, one.answer, len(one.output_ids), one.finished)
+            (
+                one.task_id,
+                one.prompt_text,
+                one.thinking,
+                one.answer,
+                len(one.output_ids),
+                one.finished,
+            )
             for one in self
         ]
         columns = ["task_id", "prompt", "thinking", "answer", "tokens", "finished"]
@@ -251,9 +258,7 @@ def generate(
         system: a system message.
     """
     options = _decoding(max_new_tokens, temperature, seed, prompts, system, batch_size)
-    return Chains(
-        writing.responses(load(model), _tasks(tasks), progress=progress, **options)
-    )
+    return Chains(writing.responses(load(model), _tasks(tasks), progress=progress, **options))
 
 
 def annotate(
@@ -458,9 +463,7 @@ def compare(
                 f"{', '.join(known.names)} in all: annotate them with one set"
             )
     members = [
-        groups.member(
-            MODELS.get(name, ModelEntry(name, None, name)), list(one), labels=known
-        )
+        groups.member(MODELS.get(name, ModelEntry(name, None, name)), list(one), labels=known)
         for name, one in labelled.items()
     ]
     differences = _differences(members, empty, seed)
@@ -593,7 +596,9 @@ def _labelled(
     """Chains with ids, their annotations with token spans, and the set of labels."""
     responses, given = _chains(chains), list(labelled)
     if len(responses) != len(given):
-        raise ValueError(f"{len(responses)} chains, but labels of {len(given)}: give one list each")
+        raise ValueError(
+            f"{len(responses)} chains, but labels of {len(given)}: give one list each"
+        )
     done = [isinstance(one, Annotation) for one in given]
     if any(done) and not all(done):
         raise ValueError("give annotations of all chains, or spans of all")
@@ -611,19 +616,11 @@ def _labelled(
     else:
         own = iter(given)
         by = annotators.OfFunction(lambda _: next(own), labels=known, called="spans")
-        found = [_with_rest(*pair) for pair in zip(by.annotate(responses), responses, strict=True)]
-    placed = [_offsets(model, response) for response in responses]
-    for one, (response, _) in zip(found, placed, strict=True):
-        if one.task_id != response.task_id:
-            raise ValueError(
-                f"the annotation of {one.task_id} stands at the chain of {response.task_id}: "
-                "give both in one order"
-            )
-    spans = [
-        placing.with_spans(one, offsets, response.thinking)
-        for one, (response, offsets) in zip(found, placed, strict=True)
-    ]
-    return [response for response, _ in placed], spans, known
+        found = [
+            _with_rest(*pair) for pair in zip(by.annotate(responses), responses, strict=True)
+        ]
+    pairs = [_in_tokens(model, *pair) for pair in zip(responses, found, strict=True)]
+    return [response for response, _ in pairs], [one for _, one in pairs], known
 
 
 def _occurring(given: Sequence[Any]) -> LabelSet:
@@ -650,11 +647,23 @@ def _with_rest(one: Annotation, response: Response) -> Annotation:
     return replace(one, segments=tuple(sorted([*one.segments, *rest], key=lambda s: s.start)))
 
 
-def _offsets(model: Model, response: Response) -> tuple[Response, np.ndarray]:
-    """A chain with ids, and the characters of its thinking that each token covers, ``[T, 2]``.
-    A text gets its ids here, without a prompt."""
+def _in_tokens(
+    model: Model, response: Response, one: Annotation
+) -> tuple[Response, Annotation]:
+    """A chain with ids and its annotation with token spans.
+
+    A text gets its ids here, without a prompt. Models attend to the first token of a sequence
+    where there is nothing to attend to, so spans begin behind it and the token that their
+    window has before them (:mod:`stllms.vectors.contrast` leaves it out as well).
+    """
+    if one.task_id != response.task_id:
+        raise ValueError(
+            f"the annotation of {one.task_id} stands at the chain of {response.task_id}: give "
+            "both in one order"
+        )
     if response.output_ids:
-        return response, model.offsets_of(response)
+        offsets = model.offsets_of(response)
+        return response, placing.with_spans(one, offsets, response.thinking)
     found = model.tokenizer(response.text, return_offsets_mapping=True)
     ids = tuple(found["input_ids"])
     if len(ids) > model.max_context:
@@ -663,7 +672,9 @@ def _offsets(model: Model, response: Response) -> tuple[Response, np.ndarray]:
             f"{model.max_context}: cut it"
         )
     offsets = np.array(found["offset_mapping"]).reshape(-1, 2) - response.thinking_start
-    return replace(response, output_ids=ids), offsets
+    placed = placing.with_spans(one, offsets, response.thinking)
+    spans = [replace(span, start=max(span.start, 2)) for span in placed.spans if span.end > 2]
+    return replace(response, output_ids=ids), replace(placed, spans=tuple(spans))
 
 
 def _directions(
@@ -686,9 +697,7 @@ def _directions(
 # --- comparison --------------------------------------------------------------------------
 
 
-def _differences(
-    members: Sequence[groups.Member], empty: str, seed: int
-) -> pd.DataFrame:
+def _differences(members: Sequence[groups.Member], empty: str, seed: int) -> pd.DataFrame:
     """The first less each other one; :func:`stllms.comparison.groups.pairs` of both."""
     first, *others = members
     tables = [

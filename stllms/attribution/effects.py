@@ -111,7 +111,9 @@ class LayerEffects:
         if key not in self._sets():
             raise ValueError(f"no effects {key!r}; there are {', '.join(self._sets())}")
         rows = self.to_frame()
-        rows = rows[rows["set"] == key].dropna(axis="columns", how="all")
+        rows = rows[rows["set"] == key]
+        if not rows.get("null_low", rows["mean"]).notna().any():
+            rows = rows.drop(columns=[*NULLS], errors="ignore")
         exact = key.startswith("kl/")
         look = {"label": "KL, nats" if exact else "surrogate gradient", "labels": labels}
         with axes.styled():
@@ -365,11 +367,15 @@ def best_layers(measured: LayerEffects, key: str, names: Sequence[str]) -> pd.Da
     return pd.DataFrame(rows, columns=list(BestLayer._fields))
 
 
-def chosen_layers(best: pd.DataFrame, known: Mapping[str, int] | None) -> dict[str, int]:
-    """The steering layers: those of the registry where the model has them, else the chosen."""
-    return dict(
-        known or zip(best["behaviour"], best["layer"].astype(int).tolist(), strict=True)
-    )
+def chosen_layers(
+    best: pd.DataFrame, known: Mapping[str, int] | None, *, labels: LabelSet = PAPER
+) -> dict[str, int]:
+    """The steering layers: those of the registry for targets that the model has them for, else
+    the chosen."""
+    chosen = dict(zip(best["behaviour"], best["layer"].astype(int).tolist(), strict=True))
+    own = {name: layer for name, layer in (known or {}).items() if name in labels.targets}
+    both = chosen | own
+    return {name: both[name] for name in labels.targets if name in both} if own else chosen
 
 
 def reasons(best: pd.DataFrame) -> str:
