@@ -5,7 +5,7 @@
 On SmolLM2-135M-Instruct and the pairs of ``formal.jsonl`` and ``french.jsonl``: how good the
 direction is on held-out pairs, and how often chains steered with it use the words of a list.
 Every chain goes to ``<name>_chains.csv``, every number to ``<name>.csv``, and the tables into
-``docs/contrast_pairs.md``. About 20 minutes on one core.
+``docs/contrast_pairs.md``. About a quarter of an hour on a free core.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ import pandas as pd
 import torch
 
 from stllms import models, stats
+from stllms.generation.interventions import Intervention
 from stllms.models.model import Model
 from stllms.records import Task
 from stllms.steering import conditions, measures
 from stllms.vectors import contrast, difference_of_means, nulls, quality
+from stllms.vectors.means import Means
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "contrast_pairs.md"
 MODEL, LAYER, POSITION = "smollm2", 12, "mean"
 COEFFICIENTS = (-0.6, -0.3, -0.15, 0.0, 0.15, 0.3, 0.6)
-CONTROLS = 10
+CONTROLS = 6
 NEW_TOKENS = 48
 
 PROMPTS = (
@@ -69,34 +71,39 @@ def words(text: str) -> list[str]:
 
 def examine(model: Model, name: str) -> None:
     """Direction, controls, chains and numbers of one file of pairs."""
-    pairs = contrast.read_pairs(HERE / f"{name}.jsonl")
-    means = contrast.collect(model, pairs, name=name, position=POSITION, controls=CONTROLS)
-    vectors, layers = difference_of_means(means), {name: LAYER}
+    means = contrast.collect(
+        model, contrast.read_pairs(HERE / f"{name}.jsonl"), name=name, position=POSITION
+    )
+    write(model, name, means)
+    numbers(name, means)
+
+
+def write(model: Model, name: str, means: Means) -> None:
+    """All prompts under all conditions, to ``<name>_chains.csv``."""
+    direction = difference_of_means(means).direction(name, LAYER)
     controls = nulls.control_directions(means, "matched", CONTROLS)
+    every = [conditions.plain()]
+    for c in filter(None, COEFFICIENTS):
+        push = Intervention(direction, LAYER, c)
+        every.append(conditions.Condition(name, LAYER, c, push))
+    every += conditions.control_conditions(controls, {name: LAYER}, COEFFICIENTS)
     tasks = [Task(f"{i:02}", "everyday", prompt) for i, prompt in enumerate(PROMPTS)]
-    every = conditions.conditions(vectors, layers, COEFFICIENTS)
-    every += conditions.control_conditions(controls, layers, COEFFICIENTS)
     steered = conditions.grid(model, tasks, every, max_new_tokens=NEW_TOKENS, style="bare")
-    columns = ["direction", "coefficient", "prompt", "text"]
     chains = pd.DataFrame(
         [
             (one.direction, one.coefficient, PROMPTS[int(one.task_id)], one.response.text)
             for one in steered
         ],
-        columns=columns,
+        columns=["direction", "coefficient", "prompt", "text"],
     )
     chains.to_csv(HERE / f"{name}_chains.csv", index=False)
-    alike = torch.cosine_similarity(
-        controls.directions[:, LAYER], vectors.direction(name, LAYER)[None]
-    )
-    rows = [*of_pairs(quality.table(means, layers)), *of_chains(chains, name)]
-    rows.append(
-        {
-            "quantity": "cosine of the controls",
-            "null_low": float(alike.min()),
-            "null_high": float(alike.max()),
-        }
-    )
+
+
+def numbers(name: str, means: Means) -> None:
+    """``<name>.csv`` from the pairs and the chains of ``<name>_chains.csv``."""
+    chains = pd.read_csv(HERE / f"{name}_chains.csv", keep_default_na=False)
+    found = quality.table(means, {name: LAYER})
+    rows = of_pairs(found) + of_chains(chains, name) + of_controls(chains, name, means)
     pd.DataFrame(rows).round(4).to_csv(HERE / f"{name}.csv", index=False)
 
 
@@ -143,6 +150,24 @@ def of_chains(chains: pd.DataFrame, name: str) -> list[dict]:
     return rows
 
 
+def of_controls(chains: pd.DataFrame, name: str, means: Means) -> list[dict]:
+    """The cosine ``k`` of every control with the direction, and the rank correlation, over
+    controls and coefficients ``c``, of ``k c`` with what is counted: a control that is partly
+    the direction does a part of what it does."""
+    controls = nulls.control_directions(means, "matched", CONTROLS)
+    direction = difference_of_means(means).direction(name, LAYER)
+    cosines = torch.cosine_similarity(controls.directions[:, LAYER], direction[None])
+    of = dict(zip(controls.names, cosines.tolist(), strict=True))
+    some = chains[chains["direction"].isin(of)]
+    counted = [measure(text, SETS[name])["per 100 words"] for text in some["text"]]
+    share = some["direction"].map(of) * some["coefficient"]
+    points = some.assign(counted=counted, share=share)
+    points = points.groupby(["direction", "coefficient"])[["share", "counted"]].mean()
+    rank = points["share"].corr(points["counted"], method="spearman")
+    rows = [{"quantity": f"cosine of {control}", "value": k} for control, k in of.items()]
+    return [*rows, {"quantity": "rank correlation of the controls", "value": rank}]
+
+
 def measure(text: str, counted: re.Pattern[str]) -> dict[str, float]:
     """Counted words in every 100, how many different ones, and the share of word 4-grams that
     occurred before; NaN for a text without words."""
@@ -179,16 +204,22 @@ def table(name: str) -> str:
 
 
 def fill(page: str) -> str:
-    """The text of a page with the tables of all sets between their marks."""
+    """The text of a page with the tables of all sets between their marks.
+
+    Raises:
+        ValueError: a mark that is not there.
+    """
     for name in SETS:
-        start, end = f"<!-- {name} -->\n", f"\n<!-- {name} ends -->"
-        before, _, rest = page.partition(start)
-        page = before + start + table(name) + end + rest.partition(end)[2]
+        start, end = f"<!-- {name} -->\n", f"<!-- {name} ends -->"
+        if start not in page or end not in page:
+            raise ValueError(f"{PAGE.name} lacks the marks of {name}: {start.strip()}, {end}")
+        before, rest = page.split(start)
+        page = before + start + table(name) + "\n" + end + rest.split(end)[1]
     return page
 
 
 def main() -> None:
-    """Both sets."""
+    """All sets, one after the other."""
     model = models.load(MODEL)
     for name in SETS:
         examine(model, name)
