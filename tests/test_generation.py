@@ -339,7 +339,7 @@ def test_rows_that_do_not_fit_are_refused(tiny_llama, monkeypatch, row, message)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"operation": "push"}, "unknown operation 'push': add, ablate"),
+        ({"operation": "push"}, "no operator 'push'; there are add, ablate"),
         ({"where": "later"}, "unknown place 'later'"),
         ({"direction": torch.tensor([1.0, float("nan")])}, "finite vector"),
         ({"direction": torch.ones(2, 2)}, "finite vector"),

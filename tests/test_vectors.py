@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from stllms import registry
 from stllms.labels import BEHAVIOURS, CONTROLS, HEATMAP, STEERED
 from stllms.runs.files import BadFile, save_tensors
-from stllms.vectors import directions, quality
+from stllms.vectors import directions, estimators, quality
 from stllms.vectors.directions import SteeringVectors
 from stllms.vectors.means import HALVES, PARTS, Means
 
@@ -70,10 +70,10 @@ def test_directions_follow_the_formula():
     torch.testing.assert_close(found, torch.tensor([[1.0, cosine], [cosine, 1.0]]))
 
 
-@pytest.mark.parametrize("estimator", directions.ESTIMATORS)
+@pytest.mark.parametrize("estimator", quality.ESTIMATORS)
 def test_every_estimator_finds_what_was_put_in(estimator):
     made, truth = some_means()
-    found = directions.differences(made, estimator, range(L))
+    found = estimators.differences(made, estimator, range(L))
     contrast = normalize(truth - truth.mean(0), dim=-1)
     assert ((normalize(found, dim=-1) * contrast).sum(-1) > 0.85).all()
     if estimator == "difference-from-others":
@@ -87,7 +87,7 @@ def test_the_probe_is_at_the_minimum_of_its_loss():
     made, _ = some_means(spans=4, signal=1.0)
     x, y = made.samples[:, 1].double(), (made.sample_labels == 1).double()
     standard = (x - x.mean(0)) / x.std(0)
-    weights = directions.differences(made, "probe", [1])[1, 0] * x.std(0)
+    weights = estimators.differences(made, "probe", [1])[1, 0] * x.std(0)
     weights, bias = weights.requires_grad_(True), torch.zeros(1, dtype=torch.float64)
     balance = torch.where(y > 0, 0.5 / y.sum(), 0.5 / (1 - y).sum())
 
@@ -106,8 +106,8 @@ def test_the_probe_is_at_the_minimum_of_its_loss():
 
 def test_bad_requests_are_refused_by_name():
     made, _ = some_means()
-    with pytest.raises(ValueError, match="estimator 'mean' is not one of"):
-        directions.differences(made, "mean", [0])
+    with pytest.raises(ValueError, match="no estimator 'mean'"):
+        estimators.differences(made, "mean", [0])
     bare = replace(made, sample_layers=(0,), samples=made.samples[:, :1])
     with pytest.raises(ValueError, match=r"layer 1 are needed.*keep=\[1\].*at layers \[0\]"):
         quality.table(bare, LAYERS)
@@ -225,7 +225,10 @@ def test_max_cosine_equals_the_loop(monkeypatch):
 
 
 def test_steering_layers_are_the_models_own_or_the_middle_one():
-    assert directions.steering_layers({"backtracking": 17}, 28) == {"backtracking": 17}
+    assert directions.steering_layers({"backtracking": 17}, 28) == {
+        **dict.fromkeys(STEERED, 14),
+        "backtracking": 17,
+    }
     assert directions.steering_layers(None, 28) == dict.fromkeys(STEERED, 14)
 
 
@@ -402,7 +405,7 @@ def test_no_error_is_known_from_one_span_or_one_part():
 def test_real_directions_stand_out_and_noise_does_not(signal):
     table = quality.table(some_means(signal=signal)[0], LAYERS, draws=50)
     assert tuple(table.columns) == quality.COLUMNS
-    assert len(table) == len(NAMES) * (2 * len({*directions.ESTIMATORS, *CONTROLS}) + 2)
+    assert len(table) == len(NAMES) * (2 * len({*quality.ESTIMATORS, *CONTROLS}) + 2)
     drawn = table["direction"].isin(CONTROLS)
     assert table.loc[drawn, ["low", "high"]].notna().all(axis=None)
     assert table.loc[~drawn, ["low", "high"]].isna().all(axis=None)
@@ -410,7 +413,7 @@ def test_real_directions_stand_out_and_noise_does_not(signal):
     rows = table[table["quantity"] == "AUC"]
     auc = rows.pivot(index="behaviour", columns="direction", values="value")
     assert (auc[list(CONTROLS)] - 0.5).abs().max(axis=None) < 0.2
-    own = auc[list(directions.ESTIMATORS)]
+    own = auc[list(quality.ESTIMATORS)]
     if signal:
         assert (own > 0.95).all(axis=None)
         return

@@ -24,7 +24,7 @@ from stllms.annotation import annotators
 from stllms.annotation.annotators import Annotator
 from stllms.app import preflight, stages
 from stllms.config import RunConfig
-from stllms.generation.interventions import OPERATIONS, WHERE, Intervention
+from stllms.generation.interventions import WHERE, Intervention
 from stllms.labels import BEHAVIOURS
 from stllms.models.model import Model, ModelError
 from stllms.records import Response, Steered, Task
@@ -106,7 +106,7 @@ class Ask:
         config.real("coefficient", self.coefficient)
         if abs(self.coefficient) > MOST:
             raise ValueError(f"coefficient: expected a number from {-MOST:g} to {MOST:g}")
-        config.one_of("operation", self.operation, tuple(OPERATIONS))
+        config.one_of("operation", self.operation, tuple(registry.operator))
         config.one_of("where", self.where, WHERE)
         config.real("temperature", self.temperature, least=0.0)
         config.whole("seed", self.seed, least=0)

@@ -18,13 +18,20 @@ from torch import Tensor, nn
 from stllms.generation.prompts import CLOSE
 from stllms.hashes import digest
 from stllms.models.model import Model, ModelError, find_layers
+from stllms.registry import operator
+
+# An operator is ``(hidden [B, T, D], vector [B, 1, D], coefficient [B, 1 or T, 1])`` -> what is
+# added to ``hidden``, of its shape. Where the coefficient is 0 nothing is added, whatever it
+# gives: so rows and positions are left alone, and coefficient 0 is the plain model.
 
 
+@operator("add")
 def add(hidden: Tensor, vector: Tensor, coefficient: Tensor) -> Tensor:
     """``c * v``, the paper's operation (method, section 8). All ``[B, T or 1, D or 1]``."""
     return (coefficient * vector).expand_as(hidden)
 
 
+@operator("ablate")
 def ablate(hidden: Tensor, vector: Tensor, coefficient: Tensor) -> Tensor:
     """``-c * <h, u> u`` with ``u = v / ||v||``: projects the direction out at ``c = 1``.
 
@@ -34,11 +41,6 @@ def ablate(hidden: Tensor, vector: Tensor, coefficient: Tensor) -> Tensor:
     return -coefficient * (hidden.to(unit.dtype) * unit).sum(-1, keepdim=True) * unit
 
 
-#: name -> ``(hidden [B, T, D], vector [B, 1, D], coefficient [B, 1, 1]) -> delta [B, T, D]``.
-OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "add": add,
-    "ablate": ablate,
-}
 WHERE = ("all", "generated", "thinking")
 
 
@@ -47,7 +49,7 @@ class Intervention:
     """What is done to the residual stream of one row.
 
     ``direction [D]`` acts at the output of ``layer`` (0-based) with ``coefficient``;
-    ``operation`` is a name of :data:`OPERATIONS`; ``where`` is ``"all"`` positions, prompt
+    ``operation`` is the name of a registered operator; ``where`` is ``"all"`` positions, prompt
     included (the paper's), ``"generated"`` tokens only, or ``"thinking"``: generated tokens
     before ``</think>``. Raises ``ValueError`` naming what exists.
     """
@@ -59,8 +61,7 @@ class Intervention:
     where: str = "all"
 
     def __post_init__(self) -> None:
-        if self.operation not in OPERATIONS:
-            raise ValueError(f"unknown operation {self.operation!r}: {', '.join(OPERATIONS)}")
+        operator.find(self.operation)
         if self.where not in WHERE:
             raise ValueError(f"unknown place {self.where!r}: {', '.join(WHERE)}")
         if self.direction.ndim != 1 or not torch.isfinite(self.direction).all():
@@ -129,8 +130,23 @@ def intervene(model: Model, placed: Sequence[tuple[Edit, Tensor]]) -> None:
     """Inside a trace: each edit at its layer, with coefficients ``[B, 1 or T, 1]``."""
     for edit, coefficient in placed:
         hidden = model.nn_layers[edit.layer].output
-        delta = OPERATIONS[edit.operation](hidden, edit.vector, coefficient)
-        model.nn_layers[edit.layer].output = hidden + delta.to(hidden.dtype)
+        changed = _changed(edit.operation, hidden, edit.vector, coefficient)
+        model.nn_layers[edit.layer].output = changed
+
+
+def _changed(operation: str, hidden: Tensor, vector: Tensor, coefficient: Tensor) -> Tensor:
+    """``hidden [B, T, D]`` with what an operator adds to it, in its own dtype.
+
+    Raises:
+        ValueError: the operator gives another shape.
+    """
+    delta = operator.find(operation)(hidden, vector, coefficient)
+    if delta.shape != hidden.shape:
+        raise ValueError(
+            f"operator {operation!r} gave {tuple(delta.shape)} for {tuple(hidden.shape)}: it "
+            "should give what is added to every position"
+        )
+    return hidden + torch.where(coefficient == 0, 0, delta).to(hidden.dtype)
 
 
 @contextmanager
@@ -189,8 +205,7 @@ def _hook(edit: Edit, n: int) -> Callable[[nn.Module, Any, Any], Tensor]:
             x.to(hidden.device).repeat_interleave(len(hidden) // n, 0)
             for x in (edit.vector, edit.coefficient)
         )
-        delta = OPERATIONS[edit.operation](hidden, vector, coefficient)
-        return hidden + delta.to(hidden.dtype)
+        return _changed(edit.operation, hidden, vector, coefficient)
 
     return hook
 

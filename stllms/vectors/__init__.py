@@ -4,7 +4,9 @@ Takes responses with the token spans of their annotations, gives :class:`Steerin
 direction per behaviour and layer, and the control directions to compare it with.
 
 * :mod:`.activations` reads span means off the model; :mod:`.means` is what is kept of them
-* :mod:`.directions` makes directions of them, reads released ones, compares them
+* :mod:`.estimators` are the ways to make directions of them, by name
+* :mod:`.directions` gives directions their length, reads released ones, compares them
+* :mod:`.contrast` makes them of pairs of texts; :mod:`.reading` reads one along a text
 * :mod:`.nulls` makes directions that mean nothing
 * :mod:`.contrast` takes pairs of texts in place of labelled spans
 * :mod:`.reading` reads a direction along a text

@@ -26,7 +26,7 @@ from nnsight import save
 from torch import Tensor
 
 from stllms.annotation.placing import check
-from stllms.labels import BEHAVIOURS, STEERED
+from stllms.labels import PAPER, LabelSet
 from stllms.models.model import Model
 from stllms.records import Response, Span
 from stllms.runs.files import BadFile, load_tensors, remove, save_tensors
@@ -60,6 +60,7 @@ def collect(
     controls: int = 0,
     seed: int = 0,
     path: Path | None = None,
+    labels: LabelSet = PAPER,
     progress: bool = True,
 ) -> Means:
     """Means of all spans of some responses.
@@ -71,7 +72,7 @@ def collect(
         model: whose activations.
         responses: in any order; the result does not depend on it.
         spans_per_response: the token spans of each response, as its annotation has them; those
-            of other labels than :data:`BEHAVIOURS` are counted, not used.
+            of other labels than those of ``labels`` are counted, not used.
         batch_size: responses in a forward pass; the result does not depend on it. If the
             device runs out of memory, it is halved with a warning, and ``model.fits`` keeps
             what fitted.
@@ -79,11 +80,12 @@ def collect(
             grows with the number of spans.
         controls: how many control directions of each kind to sum up
             (:mod:`stllms.vectors.nulls`). Each is a function of the seed and the responses
-            alone. Shuffled ones imitate the steered behaviours with enough spans, in turn.
+            alone. Shuffled ones imitate the targets with enough spans, in turn.
         seed: of their permutations and signs.
         path: where to save what was read so far, about every :data:`SAVE_EVERY` responses. A
             file that a stopped collection left there is completed, bit for bit as if it had
             not been stopped (at the same ``batch_size``), and removed at the end.
+        labels: whose names are the behaviours, whose targets are imitated.
         progress: whether to show a bar.
 
     Raises:
@@ -97,12 +99,12 @@ def collect(
     keep = tuple(dict.fromkeys(keep))
     if not set(keep) <= set(range(model.n_layers)):
         raise ValueError(f"{model.name} has {model.n_layers} layers; asked to keep {keep}")
-    jobs, ledger = _jobs(responses, spans_per_response)
+    jobs, ledger = _jobs(responses, spans_per_response, labels.names)
     config: dict[str, Any] = {"window": WINDOW}
     if controls:
-        config["controls"] = {"seed": seed, "targets": _targets(jobs)}
+        config["controls"] = {"seed": seed, "targets": _targets(jobs, labels)}
     means = Means.zeros(
-        BEHAVIOURS,
+        labels.names,
         model.n_layers,
         model.d_model,
         model=model.name,
@@ -144,6 +146,7 @@ def collect(
 def _jobs(
     responses: Sequence[Response],
     spans_per_response: Sequence[Sequence[Span]],
+    names: Sequence[str],
 ) -> tuple[list[_Job], dict[str, int]]:
     """Checked work in the order of reading: the build half, then the test half, each with
     similar lengths together, longest first; and the ledger of what is used and what is not. A
@@ -159,7 +162,7 @@ def _jobs(
     for response, spans in zip(responses, spans_per_response, strict=True):
         check(response, spans)
         if spans:
-            jobs.append(_job(response, spans))
+            jobs.append(_job(response, spans, names))
     jobs.sort(key=lambda job: (not is_build(job.task_id), -len(job.ids), job.task_id))
     every = [span for spans in spans_per_response for span in spans]
     late = sum(span.start > 0 for span in every)
@@ -173,23 +176,23 @@ def _jobs(
     }
 
 
-def _job(response: Response, spans: Sequence[Span]) -> _Job:
-    used = [span for span in spans if span.label in BEHAVIOURS and span.start > 0]
+def _job(response: Response, spans: Sequence[Span], names: Sequence[str]) -> _Job:
+    used = [span for span in spans if span.label in names and span.start > 0]
     whole = (min(span.start for span in spans), max(span.end for span in spans))
     return _Job(
         task_id=response.task_id,
         ids=(*response.prompt_ids, *response.output_ids)[: whole[1]],
         whole=whole,
         windows=tuple((s.start - 1, min(s.end - 1, s.start + WINDOW - 1)) for s in used),
-        labels=tuple(BEHAVIOURS.index(span.label) for span in used),
+        labels=tuple(names.index(span.label) for span in used),
     )
 
 
-def _targets(jobs: Sequence[_Job]) -> list[str]:
+def _targets(jobs: Sequence[_Job], labels: LabelSet) -> list[str]:
     """The behaviours that shuffled controls imitate."""
-    spans = Counter(BEHAVIOURS[label] for job in jobs for label in job.labels)
-    known = [name for name in BEHAVIOURS if spans[name] >= MIN_SPANS]
-    return [name for name in STEERED if name in known] or known
+    spans = Counter(labels.names[label] for job in jobs for label in job.labels)
+    known = [name for name in labels.names if spans[name] >= MIN_SPANS]
+    return [name for name in labels.targets if name in known] or known
 
 
 # --- resuming ----------------------------------------------------------------------------

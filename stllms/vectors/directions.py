@@ -1,4 +1,4 @@
-"""Directions of behaviours: difference of means, two other estimators, cosines and files.
+"""Directions of behaviours: made by an estimator, with a length, cosines and files.
 
 Method, section 6, with the mean over spans ``mean[b][l]`` and the mean over responses
 ``overall[l]``::
@@ -6,34 +6,45 @@ Method, section 6, with the mean over spans ``mean[b][l]`` and the mean over res
     direction[b][l] = (mean[b][l] - overall[l]) * ||overall[l]|| / ||mean[b][l] - overall[l]||
 
 so that coefficient 1 adds a vector as long as the average residual at that layer. A behaviour
-with fewer than ``MIN_SPANS`` spans has no direction: it is in ``.unavailable``, so that no NaN
+with fewer than ``min_spans`` spans has no direction: it is in ``.unavailable``, so that no NaN
 ever reaches a figure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
 import torch
 from pydantic import BaseModel, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from stllms.generation import interventions
+from stllms.generation.interventions import Intervention
 from stllms.hashes import file_hash
-from stllms.labels import BEHAVIOURS, STEERED
+from stllms.labels import PAPER, LabelSet
+from stllms.models.model import Model
+from stllms.records import Response
 from stllms.registry import FIXTURES
 from stllms.runs.files import BadFile, is_plain, load_tensors, load_torch, save_tensors
+from stllms.vectors import reading
+from stllms.vectors.estimators import differences
 from stllms.vectors.means import MIN_SPANS, Means
+from stllms.vectors.reading import Reading
 
-ESTIMATORS: tuple[str, ...] = ("difference-of-means", "difference-from-others", "probe")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 #: The tensors of a file of directions.
 DTYPES = dict.fromkeys(("directions", "means", "overall"), torch.float32)
 DTYPES["counts"] = torch.int64
-#: Of the probe: the weight of ``||a||^2 / 2`` beside the mean loss.
-PENALTY = 1e-2
 #: Rows of an embedding that are held in float32 at once.
 ROWS = 16384
 
@@ -48,7 +59,58 @@ class _Metadata(BaseModel, strict=True, extra="forbid"):
     left_out: dict[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
+class SteeringVector:
+    """The direction of one behaviour: ``directions`` and ``overall`` are ``[L, D]`` float32,
+    ``model`` the name of the model that they were made from."""
+
+    name: str
+    directions: Tensor
+    overall: Tensor
+    model: str = ""
+
+    def __repr__(self) -> str:
+        n_layers, width = self.directions.shape
+        return f"SteeringVector({self.name!r}, {n_layers} layers of {width}, {self.model!r})"
+
+    def at(self, layer: int) -> Tensor:
+        """The direction at a layer, ``[D]``; ``ValueError`` for a layer that is not there."""
+        if not 0 <= layer < len(self.directions):
+            raise ValueError(f"layer {layer} is not in 0 .. {len(self.directions) - 1}")
+        return self.directions[layer]
+
+    def applied(
+        self,
+        hf: nn.Module,
+        *,
+        layer: int,
+        coefficient: float | Sequence[float] = 1.0,
+        operation: str = "add",
+    ) -> AbstractContextManager[nn.Module]:
+        """A bare ``transformers`` model, steered inside a ``with`` block at every position.
+
+        One ``coefficient`` for every row, or one for each row of the batches to come. Several
+        directions, and errors: :func:`stllms.generation.interventions.applied`.
+        """
+        direction = self.at(layer)
+        each = np.atleast_1d(np.asarray(coefficient, dtype=float)).tolist()
+        if not each:
+            raise ValueError("no coefficient: give a number, or one for each row")
+        rows = [Intervention(direction, layer, one, operation) for one in each]
+        return interventions.applied(hf, rows)
+
+    def read(self, model: Model, text: str | Response, layer: int) -> Reading:
+        """Read along a text or a response: :func:`stllms.vectors.reading.read_direction`."""
+        return reading.read_direction(
+            model, text, self.at(layer), self.overall[layer], self.name, layer
+        )
+
+    def words(self, model: Model, layer: int, k: int = 10) -> pd.DataFrame:
+        """The tokens it raises and lowers most: :func:`stllms.vectors.reading.words`."""
+        return reading.words(model, self.at(layer), k)
+
+
+@dataclass(frozen=True, repr=False)
 class SteeringVectors:
     """Directions of ``N`` behaviours at ``L`` layers.
 
@@ -99,9 +161,10 @@ class SteeringVectors:
         if behaviour in self.behaviours:
             return self.behaviours.index(behaviour)
         if behaviour in self.unavailable:
+            least = self.config.get("min_spans", MIN_SPANS)
             raise ValueError(
                 f"{behaviour!r} is unavailable: {self.unavailable[behaviour]} spans, "
-                f"at least {MIN_SPANS} are needed"
+                f"at least {least} are needed"
             )
         raise ValueError(
             f"no direction of {behaviour!r}; there are {', '.join(self.behaviours)}"
@@ -117,6 +180,71 @@ class SteeringVectors:
         if not 0 <= layer < self.n_layers:
             raise ValueError(f"layer {layer} is not in 0 .. {self.n_layers - 1}")
         return self.directions[row, layer]
+
+    def __getitem__(self, behaviour: str) -> SteeringVector:
+        """The directions of one behaviour; ``ValueError`` as :meth:`index`."""
+        row = self.index(behaviour)
+        return SteeringVector(behaviour, self.directions[row], self.overall, self.model)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.behaviours)
+
+    def only(self, names: Sequence[str]) -> SteeringVectors:
+        """Those of some behaviours alone, in this order; ``ValueError`` as :meth:`index`."""
+        if isinstance(names, str):
+            raise ValueError(f"only({names!r}): give a list of names, as in only([{names!r}])")
+        rows = [self.index(name) for name in names]
+        return replace(
+            self,
+            behaviours=tuple(names),
+            directions=self.directions[rows],
+            means=self.means[rows],
+            counts=self.counts[rows],
+            unavailable={},
+            left_out={},
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each behaviour and layer: ``length``, ``||mean - overall|| / ||overall||``
+        before rescaling, and ``spans``."""
+        lengths = (self.means - self.overall).double().norm(dim=-1)
+        lengths = lengths / self.overall.double().norm(dim=-1)
+        rows = [
+            (name, layer, float(lengths[row, layer]), int(self.counts[row]))
+            for row, name in enumerate(self.behaviours)
+            for layer in range(self.n_layers)
+        ]
+        return pd.DataFrame(rows, columns=["behaviour", "layer", "length", "spans"])
+
+    def plot(self, layer: int | None = None, ax: Axes | None = None) -> Axes:
+        """Cosines between the directions at a layer, the middle one unless said."""
+        from matplotlib import pyplot  # these take seconds to import
+
+        from stllms.plotting import axes
+
+        layer = default_layer(self.n_layers) if layer is None else layer
+        ax = pyplot.subplots()[1] if ax is None else ax
+        values = cosines(self, dict.fromkeys(self.behaviours, layer)).numpy()
+        axes.heatmap(ax, values, self.behaviours).set_title(f"layer {layer}")
+        return ax
+
+    def __repr__(self) -> str:
+        size = f"{self.n_layers} layers of {self.overall.shape[1]}"
+        return f"SteeringVectors({self._named()}; {size}, {self.model!r}{self._lacking()})"
+
+    def _repr_html_(self) -> str:
+        counted = zip(self.behaviours, self.counts.tolist(), strict=True)
+        table = pd.DataFrame(counted, columns=["behaviour", "spans"])
+        for name, n in self.unavailable.items():
+            table.loc[len(table)] = [f"{name} (unavailable)", n]
+        return f"<code>{escape(repr(self))}</code>{table.to_html(index=False)}"
+
+    def _named(self) -> str:
+        return ", ".join(self.behaviours) or "no direction"
+
+    def _lacking(self) -> str:
+        few = ", ".join(f"{name} ({n} spans)" for name, n in self.unavailable.items())
+        return f"; unavailable: {few}" if few else ""
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors, everything that is no tensor in its metadata."""
@@ -148,17 +276,31 @@ class SteeringVectors:
 # --- estimators --------------------------------------------------------------------------
 
 
-def difference_of_means(means: Means) -> SteeringVectors:
-    """The paper's directions (formula above) from collected means.
+def difference_of_means(means: Means, *, min_spans: int = MIN_SPANS) -> SteeringVectors:
+    """The paper's directions (formula above) from collected means; see :func:`estimate`."""
+    return estimate(means, min_spans=min_spans)
+
+
+def estimate(
+    means: Means, estimator: str = "difference-of-means", *, min_spans: int = MIN_SPANS
+) -> SteeringVectors:
+    """Directions by a registered estimator (:mod:`stllms.vectors.estimators`), rescaled.
+
+    Args:
+        min_spans: a behaviour with fewer spans (of contrast pairs: fewer pairs) has no
+            direction; it is in ``unavailable``.
 
     Raises:
-        ValueError: no spans at all, or a direction of length zero.
+        ValueError: what :func:`~stllms.vectors.estimators.differences` raises, a direction of
+            length zero, or ``min_spans`` below 1.
     """
+    if min_spans < 1:
+        raise ValueError(f"min_spans should be at least 1, it is {min_spans}")
     counts, overall = means.counts.sum(0), means.overall()
-    enough = counts >= MIN_SPANS
+    enough = counts >= min_spans
     named = list(zip(means.behaviours, counts.tolist(), strict=True))
-    available = tuple(name for name, n in named if n >= MIN_SPANS)
-    raw = differences(means, "difference-of-means", range(means.n_layers))
+    available = tuple(name for name, n in named if n >= min_spans)
+    raw = differences(means, estimator, range(means.n_layers))
     config = {name: value for name, value in means.config.items() if name != "controls"}
     return SteeringVectors(
         behaviours=available,
@@ -167,61 +309,9 @@ def difference_of_means(means: Means) -> SteeringVectors:
         overall=overall.float(),
         counts=counts[enough],
         model=means.model,
-        config={**config, "estimator": "difference-of-means", "min_spans": MIN_SPANS},
-        unavailable={name: n for name, n in named if n < MIN_SPANS},
+        config={**config, "estimator": estimator, "min_spans": min_spans},
+        unavailable={name: n for name, n in named if n < min_spans},
     )
-
-
-def differences(means: Means, estimator: str, layers: Sequence[int]) -> Tensor:
-    """What is rescaled to a direction, by a named estimator: ``[N, len(layers), D]`` float64;
-    zero where there are no other spans to compare with.
-
-    * ``"difference-of-means"``: ``mean[b] - overall`` (the paper, method, section 6).
-    * ``"difference-from-others"``: ``mean[b] - mean of the spans of all other behaviours``, as
-      in contrastive activation addition (Rimsky et al. 2023, arXiv 2312.06681).
-    * ``"probe"``: normal of a logistic regression of "span of b" on the span mean (Alain and
-      Bengio 2016, arXiv 1610.01644). It needs the span means themselves:
-      ``activations.collect(..., keep=layers)``.
-
-    Raises:
-        ValueError: unknown estimator, no spans at all, or nothing kept for the probe.
-    """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
-    layers = list(layers)
-    if estimator == "probe":
-        return torch.stack([_normals(means, layer) for layer in layers], dim=1)
-    mean = means.mean()[:, layers]
-    if estimator == "difference-of-means":
-        return mean - means.overall()[layers]
-    counts = means.counts.sum(0)
-    others = (counts.sum() - counts)[:, None, None]
-    sums = means.sums[:, :, layers]
-    rest = (sums.sum((0, 1)) - sums.sum(0)) / others.clamp(min=1)
-    return torch.where(others > 0, mean - rest, 0.0)
-
-
-def _normals(means: Means, layer: int) -> Tensor:
-    """Gradients of the logits of a linear probe for each behaviour, ``[N, D]``; zero for one
-    without spans or without others.
-
-    Span means are standardised per coordinate; the two classes have equal weight, the weights
-    of spans sum to 1, and the intercept is not penalised.
-    """
-    from sklearn.linear_model import LogisticRegression  # a second to import
-
-    x = means.at(layer)
-    scale = x.std(0).clamp(min=1e-12)
-    standard = ((x - x.mean(0)) / scale).numpy()
-    normals = torch.zeros(len(means.behaviours), means.width, dtype=torch.float64)
-    for b in range(len(normals)):
-        own = means.sample_labels == b
-        if 0 < int(own.sum()) < len(own):
-            weights = torch.where(own, 0.5 / own.sum(), 0.5 / (~own).sum()).double()
-            probe = LogisticRegression(C=1 / PENALTY, tol=1e-8, max_iter=500)
-            probe.fit(standard, own.numpy(), sample_weight=weights.numpy())
-            normals[b] = torch.from_numpy(probe.coef_[0]) / scale
-    return normals
 
 
 def rescale(raw: Tensor, overall: Tensor, names: Sequence[Any]) -> Tensor:
@@ -243,7 +333,7 @@ def load_published(path: str | Path) -> SteeringVectors:
     """Directions from a released ``mean_vectors_*.pt``: label -> ``{"mean": [L, D], "count"}``.
 
     Read with ``weights_only=True``: a file with code in it is refused. Means are used as they
-    are; labels that are no behaviour are reported in ``.left_out``.
+    are; labels that are none of the paper's are reported in ``.left_out``.
 
     Raises:
         BadFile: missing, unsafe, of another structure, not finite or of length zero.
@@ -258,7 +348,7 @@ def load_published(path: str | Path) -> SteeringVectors:
     if "overall" not in content:
         raise BadFile(f"{path}: there is no 'overall' among {sorted(content)}")
     found = {label: entry["count"] for label, entry in content.items()}
-    names = tuple(b for b in BEHAVIOURS if found.get(b, 0) >= MIN_SPANS)
+    names = tuple(b for b in PAPER.names if found.get(b, 0) >= MIN_SPANS)
     overall = content["overall"]["mean"].double()
     mean = overall.new_zeros(len(names), *overall.shape)
     for row, label in enumerate(names):
@@ -276,8 +366,8 @@ def load_published(path: str | Path) -> SteeringVectors:
             counts=torch.tensor([found[b] for b in names], dtype=torch.int64),
             model=Path(path).stem.removeprefix("mean_vectors_"),
             config={"source": Path(path).name, "min_spans": MIN_SPANS},
-            unavailable={b: found.get(b, 0) for b in BEHAVIOURS if b not in names},
-            left_out={k: n for k, n in found.items() if k not in (*BEHAVIOURS, "overall")},
+            unavailable={b: found.get(b, 0) for b in PAPER.names if b not in names},
+            left_out={k: n for k, n in found.items() if k not in (*PAPER.names, "overall")},
         )
     except ValueError as error:  # of length zero, or not finite
         raise BadFile(f"{path}: {error}") from None
@@ -355,10 +445,13 @@ def default_layer(n_layers: int) -> int:
     return n_layers // 2
 
 
-def steering_layers(published: Mapping[str, int] | None, n_layers: int) -> dict[str, int]:
-    """The layer each behaviour is steered at: the model's own (method, section 8), else the
-    middle layer for all, until layer effects choose one."""
-    return dict(published) if published else dict.fromkeys(STEERED, default_layer(n_layers))
+def steering_layers(
+    published: Mapping[str, int] | None, n_layers: int, labels: LabelSet = PAPER
+) -> dict[str, int]:
+    """The layer each target is steered at: the model's own (method, section 8), else the middle
+    layer, until layer effects choose one."""
+    known = published or {}
+    return {name: known.get(name, default_layer(n_layers)) for name in labels.targets}
 
 
 def heatmap_layers(
@@ -366,8 +459,11 @@ def heatmap_layers(
     steering_layers: Mapping[str, int],
     labels: Sequence[str],
 ) -> dict[str, int]:
-    """The layer of each label for :func:`cosines`: its steering layer, that of backtracking
-    for a label without one (method, section 10); unavailable labels are left out."""
-    default = steering_layers["backtracking"]
+    """The layer of each label for :func:`cosines`: its steering layer, that of the first target
+    for a label without one (method, section 10); unavailable labels are left out.
+
+    ``steering_layers`` are in the order of the targets."""
+    middle = default_layer(steering_vectors.n_layers)
+    default = next(iter(steering_layers.values()), middle)
     available = [b for b in labels if b in steering_vectors.behaviours]
     return {b: steering_layers.get(b, default) for b in available}

@@ -7,7 +7,7 @@ What is measured on the *test* half of the responses is made from the *build* ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +18,11 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from stllms import stats
 from stllms.labels import CONTROLS
-from stllms.vectors.directions import ESTIMATORS, differences
+from stllms.vectors.estimators import differences
 from stllms.vectors.means import HALVES, MIN_SPANS, PARTS, Means
 
+#: Estimators beside each other in :func:`table`, unless others are asked for.
+ESTIMATORS: tuple[str, ...] = ("difference-of-means", "difference-from-others", "probe")
 COLUMNS = ("behaviour", "layer", "direction", "quantity", "value", "low", "high")
 
 
@@ -158,6 +160,7 @@ def table(
     means: Means,
     layers: Mapping[str, int],
     *,
+    estimators: Sequence[str] = ESTIMATORS,
     draws: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -165,8 +168,8 @@ def table(
     one row per behaviour, direction and quantity. Behaviours with fewer than
     :data:`MIN_SPANS` spans in either half are left out.
 
-    An AUC of .9 says little until one knows what a direction gives that means nothing. So all
-    estimators and the three kinds of control directions (:mod:`stllms.vectors.nulls`, drawn
+    An AUC of .9 says little until one knows what a direction gives that means nothing. So
+    ``estimators`` and the three kinds of control directions (:mod:`stllms.vectors.nulls`, drawn
     here from the span means) are made from the build half and measured on the test half:
 
     * ``AUC`` of the projection: a span of the behaviour lies further along it than another;
@@ -179,12 +182,13 @@ def table(
         means: collected with ``keep=`` the layers asked for.
         layers: behaviour -> layer. Directions that have no other spans to compare with are
             left out.
+        estimators: names of registered ones (:mod:`stllms.vectors.estimators`).
         draws: control directions of each kind; ``value`` is then their mean, ``low`` and
             ``high`` their central 95 %. Missing elsewhere.
         seed: of all of them.
 
     Raises:
-        ValueError: the span means of a layer were not kept.
+        ValueError: an unknown estimator, or the span means of a layer were not kept.
     """
     build, test = means.half("build"), means.half("test")
     fewest = torch.minimum(build.counts.sum(0), test.counts.sum(0)).tolist()
@@ -193,7 +197,7 @@ def table(
     rows: list[tuple] = []
     for layer in dict.fromkeys(at for b, at in layers.items() if b in enough):
         names = [b for b, at in layers.items() if at == layer and b in enough]
-        estimated = {e: differences(build, e, [layer])[:, 0] for e in ESTIMATORS}
+        estimated = {e: differences(build, e, [layer])[:, 0] for e in estimators}
         for name in names:
             b = means.behaviours.index(name)
             candidates = {e: raw[b, None] for e, raw in estimated.items() if raw[b].any()}

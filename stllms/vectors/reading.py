@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -25,12 +25,30 @@ from stllms.models.model import Model, ModelError
 from stllms.plotting import text as shown
 from stllms.records import Response, Span
 from stllms.terminal import token_bar
-from stllms.vectors.directions import SteeringVectors
 
 #: Logits at once: 2**24 values are 64 MB in float32.
 LOGITS = 2**24
 #: Where a family of transformers has the norm between its layers and its output head.
 NORMS = ("norm", "ln_f", "final_layer_norm", "norm_f", "final_layernorm")
+
+
+class Directions(Protocol):
+    """What is read of :class:`~stllms.vectors.directions.SteeringVectors`, whose module reads
+    through this one."""
+
+    @property
+    def behaviours(self) -> tuple[str, ...]:
+        """``[N]`` names."""
+        ...
+
+    @property
+    def overall(self) -> Tensor:
+        """``[L, D]``."""
+        ...
+
+    def direction(self, behaviour: str, layer: int) -> Tensor:
+        """``[D]``; an error for what is not there."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -63,27 +81,49 @@ class Reading:
 
 
 def read(
-    model: Model, text: str | Response, vectors: SteeringVectors, behaviour: str, layer: int
+    model: Model, text: str | Response, vectors: Directions, behaviour: str, layer: int
 ) -> Reading:
     """The direction of a behaviour at a layer along a text, or along prompt and output of a
-    response. Errors are those of :meth:`SteeringVectors.direction`; ``ValueError`` for a text
-    without tokens or longer than the context."""
+    response. Errors are those of ``vectors.direction`` and of :func:`read_direction`."""
+    direction = vectors.direction(behaviour, layer)
+    return read_direction(model, text, direction, vectors.overall[layer], behaviour, layer)
+
+
+def read_direction(
+    model: Model,
+    text: str | Response,
+    direction: Tensor,
+    overall: Tensor,
+    name: str,
+    layer: int,
+) -> Reading:
+    """:func:`read` of any ``direction [D]`` beside ``overall [D]``, the mean residual there.
+
+    Raises:
+        ValueError: a text without tokens or longer than the context, or directions of another
+            width than the model's.
+    """
     if isinstance(text, Response):
         ids = [*text.prompt_ids, *text.output_ids]
     else:
         ids = model.tokenizer(text)["input_ids"]
     if not 0 < len(ids) <= model.max_context:
         raise ValueError(f"{len(ids)} tokens; a text has 1 to {model.max_context} here")
-    values, hidden = _along(model, ids, vectors, {behaviour: layer})
+    if len(direction) != model.d_model:
+        raise ValueError(
+            f"the direction has width {len(direction)}, {model.name} has {model.d_model}: it "
+            "belongs to another model"
+        )
+    values, hidden = _along(model, ids, [(layer, direction, overall)])
     tokens = tuple(model.decode_all([i]) for i in ids)
-    return Reading(behaviour, layer, tokens, values[:, 0], _surprise(model, hidden, ids))
+    return Reading(name, layer, tokens, values[:, 0], _surprise(model, hidden, ids))
 
 
 def onset(
     model: Model,
     responses: Sequence[Response],
     spans_per_response: Sequence[Sequence[Span]],
-    vectors: SteeringVectors,
+    vectors: Directions,
     layers: Mapping[str, int],
     *,
     before: int = 8,
@@ -102,12 +142,14 @@ def onset(
     directions of the build half and responses of the test half.
     """
     names = [name for name in layers if name in vectors.behaviours]
+    chosen = [
+        (layers[n], vectors.direction(n, layers[n]), vectors.overall[layers[n]]) for n in names
+    ]
     sums: dict[tuple, list[float]] = {}
     with token_bar(len(responses), "reading", unit="responses", enabled=progress) as bar:
         for response, spans in zip(responses, spans_per_response, strict=True):
             ids = [*response.prompt_ids, *response.output_ids]
-            chosen = {name: layers[name] for name in names}
-            values, _ = _along(model, ids, vectors, chosen) if spans and names else (None, None)
+            values, _ = _along(model, ids, chosen) if spans and names else (None, None)
             found: dict[tuple, list[float]] = {}
             for span in spans:
                 for offset in range(-before, min(after, span.end - span.start)):
@@ -158,20 +200,20 @@ def words(model: Model, direction: Tensor, k: int = 10) -> pd.DataFrame:
 
 @torch.no_grad()
 def _along(
-    model: Model, ids: Sequence[int], vectors: SteeringVectors, layers: Mapping[str, int]
+    model: Model, ids: Sequence[int], directions: Sequence[tuple[int, Tensor, Tensor]]
 ) -> tuple[np.ndarray, Tensor]:
-    """Readings ``[T, N]`` of behaviours at their layers, and decoder outputs ``[T, D]``."""
+    """Readings ``[T, N]`` of (layer, direction ``[D]``, overall ``[D]``), and decoder outputs
+    ``[T, D]``."""
     inputs: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=model.device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     kept: dict[int, Tensor] = {}
     with model.nn_decoder.trace(**inputs, use_cache=False):
-        for layer in sorted(set(layers.values())):
+        for layer in sorted({layer for layer, _, _ in directions}):
             kept[layer] = save(model.nn_layers[layer].output)
         last = save(model.nn_decoder.output.last_hidden_state)
     columns = []
-    for behaviour, layer in layers.items():
-        unit = normalize(vectors.direction(behaviour, layer).double(), dim=0)
-        mean = vectors.overall[layer].double()
+    for layer, direction, overall in directions:
+        unit, mean = normalize(direction.double(), dim=0), overall.double()
         hidden = kept[layer][0].cpu().double()
         columns.append(((hidden - mean) @ unit / mean.norm()).numpy())
     return np.stack(columns, axis=1), last[0]
