@@ -211,8 +211,8 @@ def _steering(folder: Path, rows: pd.DataFrame, labels: LabelSet) -> tuple[Marku
     the coefficients that break the text.
     """
     try:
-        own: dict[str, Any] = {} if labels is PAPER else {"labels": labels}
-        bars, lines = measures.bars(rows, **own), dose.warning(rows, **own).splitlines()
+        bars = measures.bars(rows, labels=labels)
+        lines = dose.warning(rows, labels=labels).splitlines()
     except KeyError as error:
         path, what = folder / STEERING, error.args[0]
         raise BadFile(f"{path}: not a table of steering, it has no {what}") from None
