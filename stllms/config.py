@@ -19,8 +19,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from stllms import labels, registry
+from stllms import registry
 from stllms.hashes import digest, file_hash, remembered_hash
+from stllms.labels import CONTROLS, PAPER, LabelSet
 from stllms.registry import ModelEntry, did_you_mean, resolve, slug
 
 
@@ -73,10 +74,16 @@ CHOICES: dict[str, tuple[str, str]] = {
     "empty_chains": ("apart", "published"),
 }
 
-#: What a judge may be; the last two take a model, and a folder of stored replies.
+#: What a judge may be, besides what is registered (:data:`stllms.registry.annotator`); the
+#: last two take a model, and a folder of stored replies.
 ANNOTATORS = ("auto", "grammar", "lexical", "offline", "openai:MODEL", "replay:FOLDER")
 #: Begins a judge that is a folder of stored replies.
 REPLAY = "replay:"
+
+#: Styles of prompts by name (:func:`stllms.generation.prompts.opening`); a text with
+#: :data:`QUESTION` in it is one, too.
+STYLES = ("sound", "published", "bare", "raw")
+QUESTION = "{question}"
 
 #: Sets of tasks that have a name; anything else is a file. ``checkable`` is ``messages``, but
 #: evaluated on tasks that have exact answers.
@@ -97,7 +104,7 @@ PARAMETERS = (
 #: Field -> its values.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "profile": tuple(PROFILES),
-    "controls": ("matched", *labels.CONTROLS),  # matched: shuffled and covariance in turn
+    "controls": ("matched", *CONTROLS),  # matched: shuffled and covariance in turn
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization": (None, "8bit", "4bit"),
     **CHOICES,
@@ -112,10 +119,13 @@ class RunConfig:
     normalised to its entry's name. ``n_samples`` is the number of tasks the directions are
     built from. ``tasks`` is ``None`` (the grammar for an embedded model, else ``messages``), a
     name of :data:`TASK_SETS`, ``gym:NAME`` for a dataset of reasoning-gym, or the path of a
-    JSONL file. ``compare`` names the other models of notebook 05, ``folders`` the folders of
-    finished runs whose chains it takes. ``max_cost`` bounds each folder of replies: what a
-    model's judge costs, and what an API model costs. Raises ``ValueError`` that names the
-    field, its value and what is expected; :class:`~stllms.registry.UnknownModel` for a model.
+    JSONL file. ``labels`` is a YAML file of labels of one's own (``None``: the paper's;
+    :attr:`label_set` has them). ``prompts`` is a style of :data:`STYLES` or a template with
+    ``{question}`` in it, ``system`` a system message before it. ``compare`` names the other
+    models of notebook 05, ``folders`` the folders of finished runs whose chains it takes.
+    ``max_cost`` bounds each folder of replies: what a model's judge costs, and what an API
+    model costs. Raises ``ValueError`` that names the field, its value and what is expected;
+    :class:`~stllms.registry.UnknownModel` for a model.
     """
 
     model: str = "tiny-thinker"
@@ -140,6 +150,7 @@ class RunConfig:
     dtype: str = "auto"
     quantization: str | None = None
     tasks: str | None = None
+    labels: str | None = None
     base_url: str | None = None
     max_cost: float | None = None
     published: str | None = None
@@ -148,6 +159,7 @@ class RunConfig:
     folders: tuple[str, ...] = ()
     reader: str = "tolerant"
     prompts: str = "sound"
+    system: str | None = None
     objective: str = "kl"
     positions: str = "own"
     retokenise: str = "generated"
@@ -158,12 +170,34 @@ class RunConfig:
             object.__setattr__(self, name, check(name, getattr(self, name)))
         others = tuple(name for name in self.compare if name != self.model)
         object.__setattr__(self, "compare", others)
+        if self.system is not None and self.prompts == "raw":
+            raise refusal(
+                "system", self.system, "none: prompts='raw' has no place for a system message"
+            )
+        self._check_labels()
         if self.judge == "grammar" and not self.embedded:
             raise refusal(
                 "judge",
                 self.judge,
                 "lexical, offline, openai:MODEL or replay:FOLDER: the grammar knows the chains "
                 f"of the embedded models only, not those of {self.model}",
+            )
+
+    def _check_labels(self) -> None:
+        """Refuses annotators that do not know the labels, and ``lexical`` without cue words."""
+        if not self.own_labels:
+            return
+        if self.annotator in ("grammar", "offline"):
+            raise refusal(
+                "judge",
+                self.judge,
+                f"lexical, openai:MODEL or replay:FOLDER: {self.annotator} knows the labels of "
+                f"the paper only, not those of {self.labels}",
+            )
+        if self.annotator == "lexical" and not any(one.cues for one in self.label_set.labels):
+            raise ValueError(
+                f"labels: {self.labels} has no cues, by which the annotator lexical knows a "
+                "label: add them, or name another judge (openai:MODEL)"
             )
 
     @cached_property
@@ -176,10 +210,22 @@ class RunConfig:
         """Whether the model is one of the package's own fixtures."""
         return self.entry.source == "embedded"
 
+    @cached_property
+    def label_set(self) -> LabelSet:
+        """What the chains are labelled with: those of the file ``labels``, else the paper's."""
+        return PAPER if self.labels is None else LabelSet.load(self.labels)
+
+    @property
+    def own_labels(self) -> bool:
+        """Whether the labels are others than the paper's."""
+        return self.label_set != PAPER
+
     @property
     def preview(self) -> str:
-        """The annotator that costs nothing: ``grammar`` for embedded models, else
-        ``offline``."""
+        """The annotator that costs nothing: ``lexical`` for labels of one's own, ``grammar``
+        for embedded models, else ``offline``."""
+        if self.own_labels:
+            return "lexical"
         return "grammar" if self.embedded else "offline"
 
     @property
@@ -250,21 +296,21 @@ class RunConfig:
     def decoding(self) -> dict[str, Any]:
         """Options of :func:`stllms.generation.chains.responses` and
         :func:`stllms.steering.conditions.grid`."""
-        own = self._values("batch_size", "temperature", "seed")
+        own = self._values("system", "batch_size", "temperature", "seed")
         return {"max_new_tokens": self.settings.max_tokens, "style": self.prompts, **own}
 
     @property
     def annotating(self) -> dict[str, Any]:
         """Options of ``annotator(config.annotator, ...)``. A judge stores its replies in
         ``results/<slug>/judge``, where ``replay:`` finds them."""
+        own: dict[str, Any] = {"labels": self.label_set} if self.own_labels else {}
         if self.annotator.startswith("openai:"):
-            return {
+            own |= {
                 "base_url": self.base_url,
                 "max_cost": self.max_cost,
                 "folder": self.folder / "judge",
-                "reader": self.reader,
             }
-        return {"reader": self.reader} if self.judged else {}
+        return own | ({"reader": self.reader} if self.judged else {})
 
     def tasks_of(self, part: str) -> dict[str, Any]:
         """Options of :func:`stllms.tasks.select` for a ``part`` of the run: ``build``,
@@ -312,6 +358,9 @@ class RunConfig:
         (:meth:`stage_options`), so that they can be added to later.
         """
         content = registry.content_of(self.entry)
+        own = {"system": self.system} if self.system is not None else {}
+        if self.own_labels:
+            own["labels"] = f"{self.label_set.name}:{digest(self.label_set.to_dict())[:12]}"
         return {
             **content,
             **self._values("model", "quantization", "seed", "prompts", "reader", "retokenise"),
@@ -319,6 +368,7 @@ class RunConfig:
             "revision": self.revision or content["revision"],
             "tasks": _task_identity(self.task_set),
             "annotator": _judge_identity(self.annotator),
+            **own,
         }
 
     def comparison_identity(self) -> dict[str, Any]:
@@ -407,8 +457,9 @@ class RunConfig:
             "results": str(self.results_folder),
             "folders": [_absolute(one) for one in self.folders],
         }
-        if self.published is not None:
-            values["published"] = _absolute(self.published)
+        for name in ("published", "labels"):
+            if values[name] is not None:
+                values[name] = _absolute(values[name])
         if not has_name(self.task_set):
             values["tasks"] = _absolute(self.task_set)
         if self.judge.startswith(REPLAY):
@@ -502,9 +553,21 @@ def _tasks(name: str, value: Any) -> str | None:
     return task_set
 
 
+def check_style(style: str) -> str:
+    """``style``, if it is one of :data:`STYLES` or a template; ``ValueError`` otherwise."""
+    if style not in STYLES and not (isinstance(style, str) and QUESTION in style):
+        raise ValueError(
+            f"prompts: {style!r}, expected one of {', '.join(STYLES)} or a template with "
+            f"{QUESTION} in it{did_you_mean(style, STYLES)}"
+        )
+    return style
+
+
 def _judge(name: str, value: Any) -> str:
-    paid_or_stored = re.fullmatch(r"(openai|replay):.+", str(value))
-    return value if paid_or_stored else one_of(name, value, ANNOTATORS)
+    if re.fullmatch(r"(openai|replay):.+", str(value)) or value in ANNOTATORS:
+        return value
+    registry.load_entry_points()
+    return one_of(name, value, tuple(dict.fromkeys([*ANNOTATORS, *registry.annotator])))
 
 
 def _device(name: str, value: Any) -> str:
@@ -554,7 +617,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "tasks": _tasks,
     "compare": _compare,
     "folders": _folders,
-    **dict.fromkeys(("results", "base_url", "published", "revision"), _text),
+    **dict.fromkeys(("results", "labels", "base_url", "published", "revision"), _text),
     **dict.fromkeys(("random_directions", "n_sweep"), partial(whole, least=0)),
     **dict.fromkeys(
         (
@@ -565,6 +628,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     ),
     **dict.fromkeys(("temperature", "max_cost"), partial(real, least=0.0)),
     **{name: partial(one_of, allowed=values) for name, values in _ALLOWED.items()},
+    "prompts": lambda _, value: check_style(value),
+    "system": _text,
 }  # fmt: skip
 
 

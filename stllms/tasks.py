@@ -29,6 +29,8 @@ from stllms.registry import FIXTURES, PACKAGE, did_you_mean
 PARTS = ("train", "evaluate", "checkable")
 #: The parts of a run.
 PARTS_OF_RUN = ("build", "evaluate", "compare")
+#: Who speaks in a chat.
+ROLES = ("system", "user", "assistant")
 #: Indices of one seed of a dataset; ids have six digits.
 INDICES = 10**6
 #: Items a dataset object is made with. Some of them depend on this number, so it is fixed.
@@ -106,7 +108,9 @@ def load(part: str, *, n: int | None = None) -> list[Task]:
 
 def from_file(path: str | Path) -> list[Task]:
     """The tasks of a JSONL file: one object a line with ``id``, ``content`` and, if wanted,
-    ``category`` (default ``"own"``) and ``answer``, all of them strings.
+    ``category`` (default ``"own"``) and ``answer``, all of them strings. In place of
+    ``content`` there may be ``messages``, a chat that is sent as it is: a list of
+    ``{"role", "content"}`` that ends with the user; ``content`` is then that last message.
 
     Blank lines and unknown fields are ignored. Everything else that is wrong raises
     ``ValueError`` with the file, the line number and the field: not JSON, not an object,
@@ -130,11 +134,13 @@ def from_file(path: str | Path) -> list[Task]:
             raise ValueError(f"{where}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
+        messages = _messages(row, where) if "messages" in row else ()
         task = Task(
             id=_field(row, "id", where),
             category=_field(row, "category", where) if "category" in row else "own",
-            content=_field(row, "content", where),
+            content=messages[-1]["content"] if messages else _field(row, "content", where),
             answer=_field(row, "answer", where) if row.get("answer") is not None else None,
+            messages=messages,
         )
         if task.id in lines:
             other = lines[task.id]
@@ -195,6 +201,27 @@ def _field(row: dict[str, object], key: str, where: str) -> str:
         return value
     problem = "empty" if isinstance(value, str) else f"expected a string, got {value!r:.40}"
     raise ValueError(f"{where}, field {key!r}: {problem if key in row else 'missing'}")
+
+
+def _messages(row: dict[str, object], where: str) -> tuple[dict[str, str], ...]:
+    """The chat ``row["messages"]``: roles of :data:`ROLES`, texts, and the user last."""
+    if "content" in row:
+        raise ValueError(f"{where}: both 'content' and 'messages', expected one of them")
+    given = row["messages"]
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{where}, field 'messages': expected a list of {{role, content}}")
+    chat = []
+    for number, one in enumerate(given, start=1):
+        place = f"{where}, message {number}"
+        if not isinstance(one, dict):
+            raise ValueError(f"{place}: expected {{role, content}}, got {one!r:.40}")
+        role = _field(one, "role", place)
+        if role not in ROLES:
+            raise ValueError(f"{place}, field 'role': {role!r}, expected {', '.join(ROLES)}")
+        chat.append({"role": role, "content": _field(one, "content", place)})
+    if chat[-1]["role"] != "user":
+        raise ValueError(f"{where}, field 'messages': the last one must be the user's")
+    return tuple(chat)
 
 
 # -- reasoning-gym -------------------------------------------------------------------------

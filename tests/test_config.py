@@ -9,10 +9,11 @@ import pathlib
 import re
 
 import pytest
+import yaml
 
 from stllms import config, registry, tasks
 from stllms.config import CHOICES, PROFILES, RunConfig
-from stllms.labels import STEERED
+from stllms.labels import PAPER
 from stllms.registry import MODELS, UnknownModel, resolve, slug
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "results" / "reference" / "tiny-thinker"
@@ -57,7 +58,7 @@ def test_published_steering_layers():
     for name, entry in MODELS.items():
         layers = entry.steering_layers
         if entry.source != "embedded":
-            assert (layers and [layers[label] for label in STEERED]) == rows.get(name)
+            assert (layers and [layers[label] for label in PAPER.targets]) == rows.get(name)
 
 
 def test_any_hub_id_has_defaults():
@@ -226,6 +227,11 @@ def test_where_results_go(monkeypatch, tmp_path):
         ({"tasks": "gym:"}, "gym:NAME"),
         ({"tasks": "mesages"}, "did you mean messages?"),
         ({"results": " "}, "' ', expected"),
+        ({"labels": "no/such.yaml"}, "cannot read no/such.yaml (No such file or directory)"),
+        ({"prompts": "Q: {quesion}"}, "or a template with {question} in it"),
+        ({"prompts": 3}, "3, expected one of sound"),
+        ({"system": ""}, "'', expected a text"),
+        ({"system": "Hi", "prompts": "raw"}, "no place for a system message"),
         ({"compare": "smollm2"}, "a list of models"),
         ({"folders": "results/x"}, "a list of folders"),
         ({"folders": ["results"]}, "results has no run.json"),
@@ -278,16 +284,23 @@ def test_json_and_parameters_bring_everything_back(made):
 
 def test_paths_reach_a_kernel_with_another_working_folder(monkeypatch, tmp_path):
     (tmp_path / "mine.jsonl").write_text("")
+    (tmp_path / "mine.yaml").write_text(LABELS)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").symlink_to(REFERENCE)
     made = RunConfig(
-        tasks="mine.jsonl", judge="replay:stored", published="p", results="r", folders=["run"]
+        tasks="mine.jsonl",
+        labels="mine.yaml",
+        judge="replay:stored",
+        published="p",
+        results="r",
+        folders=["run"],
     )
     cell = made.parameters()
     assert cell["results"] == str(tmp_path / "r")
     assert cell["judge"] == f"replay:{tmp_path / 'stored'}"
     assert cell["options"] == {
         "tasks": str(tmp_path / "mine.jsonl"),
+        "labels": str(tmp_path / "mine.yaml"),
         "published": str(tmp_path / "p"),
         "folders": [str(REFERENCE)],
     }
@@ -303,9 +316,12 @@ def test_options_of_the_stages():
     }  # fmt: skip
     assert made.decoding == {
         "max_new_tokens": 96, "batch_size": 2, "temperature": 0.65, "seed": 3, "style": "sound",
+        "system": None,
     }  # fmt: skip
     assert made.tasks_of("compare") == {"source": "messages", "n": 8, "skip": 0, "seed": 3}
     assert (made.annotating, made.n_control_tasks) == ({}, None)
+    asked = RunConfig(prompts="Q: {question}", system="Be brief.").decoding
+    assert (asked["style"], asked["system"]) == ("Q: {question}", "Be brief.")
 
 
 def test_options_of_a_judge(tmp_path):
@@ -350,6 +366,68 @@ def test_a_dataset_is_only_checked_by_its_form_and_counts_with_its_version(monke
         made.identity()
 
 
+# -- labels of one's own --------------------------------------------------------------------
+
+LABELS = """
+labels:
+  planning: {definition: says what it will do, cues: [first, next]}
+  doing: does it
+targets: [planning]
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(LABELS)
+    return str(path)
+
+
+def test_labels_are_those_of_the_paper_or_of_a_file(own):
+    assert RunConfig().label_set is PAPER
+    assert not RunConfig().own_labels
+    made = RunConfig(labels=own)
+    assert (made.label_set.names, made.label_set.targets) == (
+        ("planning", "doing"), ("planning",),
+    )  # fmt: skip
+    assert made.annotating == {"labels": made.label_set}
+    paid = RunConfig(labels=own, judge="openai:gpt-4.1").annotating
+    assert (paid["labels"], paid["reader"]) == (made.label_set, "tolerant")
+
+
+def test_labels_count_by_their_content_and_not_by_their_file(own, tmp_path):
+    first = RunConfig(labels=own).identity()
+    assert "labels" not in RunConfig().identity()
+    assert {"labels"} == {*first} - {*RunConfig().identity()}
+    assert first["labels"].startswith("mine:")
+    (tmp_path / "mine.yaml").write_text(f"# a remark\n{LABELS}")
+    assert RunConfig(labels=own).identity() == first
+    (tmp_path / "mine.yaml").write_text(LABELS.replace("does it", "does that"))
+    assert RunConfig(labels=own).identity() != first
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(PAPER.to_dict(), sort_keys=False))
+    assert RunConfig(labels=str(tmp_path / "paper.yaml")).identity() == RunConfig().identity()
+
+
+@pytest.mark.parametrize("model", ["tiny-thinker", "smollm2"])
+def test_who_labels_labels_of_ones_own(own, tmp_path, model):
+    assert RunConfig(model, labels=own).annotator == RunConfig(model, labels=own).preview
+    assert RunConfig(model, labels=own).annotator == "lexical"
+    with pytest.raises(ValueError, match=r"judge: 'offline', expected lexical, openai"):
+        RunConfig(model, labels=own, judge="offline")
+    (tmp_path / "mine.yaml").write_text("labels: {planning: says what it will do}")
+    with pytest.raises(ValueError, match=r"mine\.yaml has no cues, by which .* lexical"):
+        RunConfig(model, labels=own)
+    assert RunConfig(model, labels=own, judge="openai:gpt-4.1").label_set.rest == ()
+
+
+def test_a_registered_annotator_is_a_judge(monkeypatch):
+    monkeypatch.setattr(registry, "annotator", registry.Registry("annotator"))
+    registry.annotator("shouting")(object())
+    assert RunConfig(judge="shouting").annotator == "shouting"
+    with pytest.raises(ValueError, match=r"'shoutin', expected .*did you mean shouting"):
+        RunConfig(judge="shoutin")
+
+
 # -- identity ----------------------------------------------------------------------------
 
 SAME = {
@@ -373,7 +451,8 @@ OTHER = {
     "max_tokens": 9,
     "temperature": 0.0,
     "judge": "lexical",
-    "prompts": "published",
+    "prompts": "{question} Why?",
+    "system": "Be brief.",
     "revision": "v2",
     "reader": "published",
     "tasks": "messages",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import tiny
 
-from stllms.generation import prompts
+from stllms.generation import chains, prompts, remote
 from stllms.records import Task
+from stllms.registry import MODELS
+from stllms.steering import conditions
 
 TASK = Task("t", "own", "Why {really}?")
 SUFFIX = "\n\nThink step by step first, then give the final answer."
@@ -70,3 +74,37 @@ def test_a_template_without_the_question_is_refused(thinker, style):
     with pytest.raises(ValueError, match=r"or a template with \{question\} in it") as refused:
         prompts.opening(thinker, TASK, style)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("style", "system", "sent"),
+    [
+        ("sound", None, [("user", "Why {really}?" + SUFFIX)]),
+        ("raw", None, [("user", "Why {really}?")]),
+        ("{question} Go.", "Rhyme.", [("system", "Rhyme."), ("user", "Why {really}? Go.")]),
+    ],
+)
+def test_an_api_is_sent_the_same_messages(style, system, sent):
+    entry = dataclasses.replace(MODELS["gpt-4o"], kind="instruct")
+    own = Task("o", "own", "Pie.", messages=({"role": "user", "content": "Pie."},))
+    asked = remote.requests(
+        entry, [TASK, own], max_new_tokens=9, temperature=0, style=style, system=system
+    )
+    found = [[(m["role"], m["content"]) for m in one.messages] for one in asked]
+    assert found == [sent, [("user", "Pie.")]]
+    assert remote.prompt_text(asked[0]) == "\n".join(text for _, text in sent)
+
+
+def test_style_and_system_message_reach_responses_and_steering(instruct):
+    options = {"max_new_tokens": 2, "style": "Q: {question}", "system": "Be brief."}
+    wanted = "[system]Be brief.[user]Q: Why {really}?[assistant]"
+    plain = [conditions.plain()]
+    made = [
+        *chains.responses(instruct, [TASK], progress=False, **options),
+        *conditions.generate(instruct, [TASK], [None], progress=False, **options),
+        *(
+            s.response
+            for s in conditions.grid(instruct, [TASK], plain, progress=False, **options)
+        ),
+    ]
+    assert [one.prompt_text for one in made] == [wanted] * 3

@@ -3,6 +3,7 @@ rather than guessed; tasks of reasoning-gym on a stand-in, and on the package wh
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -111,6 +112,13 @@ def test_a_file_is_read_with_and_without_the_optional_fields(tmp_path):
     ]
 
 
+def test_a_chat_stands_in_place_of_a_text(tmp_path):
+    path, said = tmp_path / "mine.jsonl", [("system", "Rhyme."), ("user", "Why?")]
+    chat = tuple({"role": role, "content": text} for role, text in said)
+    path.write_text(json.dumps({"id": "a", "messages": chat, "answer": "4"}), encoding="utf-8")
+    assert tasks.from_file(path) == [Task("a", "own", "Why?", "4", messages=chat)]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -124,6 +132,18 @@ def test_a_file_is_read_with_and_without_the_optional_fields(tmp_path):
         ('{"id": "x", "content": "y", "category": null}', "'category': expected a string"),
         ('{"id": "x", "content": " "}', "line 2, field 'content': empty"),
         ('{"id": "first", "content": "y"}', "line 2, field 'id': 'first' is on line 1 too"),
+        ('{"id": "x", "content": "y", "messages": []}', "line 2: both 'content' and"),
+        ('{"id": "x", "messages": []}', "line 2, field 'messages': expected a list"),
+        ('{"id": "x", "messages": ["y"]}', "line 2, message 1: expected {role, content}"),
+        ('{"id": "x", "messages": [{"role": "user"}]}', "message 1, field 'content': missing"),
+        (
+            '{"id": "x", "messages": [{"role": "me", "content": "y"}]}',
+            "message 1, field 'role': 'me', expected system, user, assistant",
+        ),
+        (
+            '{"id": "x", "messages": [{"role": "system", "content": "y"}]}',
+            "line 2, field 'messages': the last one must be the user's",
+        ),
     ],
 )
 def test_a_bad_line_is_named_with_file_line_and_field(tmp_path, line, message):

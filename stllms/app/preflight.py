@@ -396,13 +396,14 @@ def _from_api(folder: Folder, limit: int) -> tuple[api.Estimate, list[Response]]
         max_new_tokens=limit,
         temperature=config.settings.temperature,
         style=config.prompts,
+        system=config.system,
     )
     client = api.Client(str(entry.api_id), folder=folder / "api", base_url=config.base_url)
     store, chains = api.Store(client.folder).load(), []
     for task, request in zip(asked, requests, strict=True):
         answers = store.answers(request.key(client.model))
         if answers and not remote.unusable(reply := api.Reply(answers[-1])):
-            prompt = request.messages[0]["content"]
+            prompt = remote.prompt_text(request)
             chains.append(remote.to_response(task, prompt, reply, entry.kind))
     kept = [one for one in chains if not remote.withheld(one, entry.kind)]
     return client.estimate(requests, remote.unusable), kept

@@ -31,6 +31,7 @@ def responses(
     temperature: float = 0.0,
     seed: int = 0,
     style: str = "sound",
+    system: str | None = None,
     store: Rows | None = None,
     progress: bool = True,
 ) -> list[Response]:
@@ -41,7 +42,7 @@ def responses(
         batch_size: rows at a time; ``None`` suits the device.
         temperature: 0 is greedy.
         seed: of the sampling noise, with the task's id (:mod:`stllms.generation.sampling`).
-        style: of the prompts, ``"sound"`` or ``"published"`` (:data:`prompts.STYLES`).
+        style, system: of the prompts (:func:`stllms.generation.prompts.opening`).
         store: rows by ``task_id``; what it holds is not made again, what is made is added
             chunk by chunk.
 
@@ -54,7 +55,7 @@ def responses(
     twice = [name for name, count in Counter(task.id for task in tasks).items() if count > 1]
     if twice:
         raise ValueError(f"task ids must differ; more than once: {', '.join(sorted(twice))}")
-    opened = [prompts.opening(model, task, style) for task in tasks]
+    opened = [prompts.opening(model, task, style, system) for task in tasks]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     if store is not None:
         store.bind({**model.identity, **options})

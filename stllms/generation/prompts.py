@@ -16,16 +16,14 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stllms.config import QUESTION, STYLES, check_style
 from stllms.records import Response, Task, kind, loads
-from stllms.registry import MODELS, did_you_mean
+from stllms.registry import MODELS
 from stllms.runs.files import BadFile, StaleArtefact
 
 if TYPE_CHECKING:  # torch
     from stllms.models.model import Model
 
-#: Styles of prompts by name (:func:`opening`); a text with ``{question}`` in it is one, too.
-STYLES = ("sound", "published", "bare", "raw")
-QUESTION = "{question}"
 STEP_BY_STEP = f"{QUESTION}\n\nThink step by step first, then give the final answer."
 OPEN, CLOSE = "<think>", "</think>"
 _LEADING = re.compile(rf"\s*{re.escape(OPEN)}")
@@ -40,20 +38,10 @@ FIELDS: dict[str, bool] = {
 }
 
 
-def check_style(style: str) -> str:
-    """``style``, if it is one of :data:`STYLES` or a template; ``ValueError`` otherwise."""
-    if style not in STYLES and QUESTION not in style:
-        raise ValueError(
-            f"prompts: {style!r}, expected one of {', '.join(STYLES)} or a template with "
-            f"{QUESTION} in it{did_you_mean(style, STYLES)}"
-        )
-    return style
-
-
 def prompt(question: str, kind: str, style: str = "sound") -> str:
     """The user message for ``question`` to a model of ``kind`` ("thinking", "instruct", ...).
 
-    Raises ``ValueError`` as :func:`check_style`.
+    Raises ``ValueError`` as :func:`stllms.config.check_style`.
     """
     if check_style(style) not in STYLES:
         return style.replace(QUESTION, question)
@@ -84,15 +72,22 @@ def opening(
     ``system`` is put before it as a system message. A task with ``messages`` of its own is
     asked with these, whatever the style.
     """
-    if task.messages:
-        return model.prompt_ids([dict(one) for one in task.messages])
-    content = prompt(task.content, kind_of(model), style)
-    if style == "raw":
+    if style == "raw" and not task.messages:
         if system is not None:
             raise ValueError("prompts='raw' has no place for a system message")
-        return content, tuple(model.tokenizer(content)["input_ids"])
+        return task.content, tuple(model.tokenizer(task.content)["input_ids"])
+    return model.prompt_ids(chat(task, kind_of(model), style, system))
+
+
+def chat(
+    task: Task, kind: str, style: str = "sound", system: str | None = None
+) -> list[dict[str, str]]:
+    """The messages (``{"role", "content"}``) that a model of ``kind`` is sent for ``task``, in
+    the sense of :func:`opening`; what is raw is the user's message as it is."""
+    if task.messages:
+        return [dict(one) for one in task.messages]
     before = [] if system is None else [{"role": "system", "content": system}]
-    return model.prompt_ids([*before, {"role": "user", "content": content}])
+    return [*before, {"role": "user", "content": prompt(task.content, kind, style)}]
 
 
 def split(text: str, *, opened: bool) -> tuple[str, int, str, bool]:

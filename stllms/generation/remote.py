@@ -30,15 +30,16 @@ def responses(
     folder: str | os.PathLike[str],
     temperature: float = 0.0,
     style: str = "sound",
+    system: str | None = None,
     **options: Any,
 ) -> tuple[list[Response], dict[str, str]]:
     """What an API model writes for each task, in the order of the tasks; and task id -> reason
     of those that failed.
 
-    ``entry`` says how the model is called, which kind it is (``style`` and kind choose the
-    prompt as in :func:`stllms.generation.prompts.prompt`) and what is sent beside the run's
-    own fields. ``options`` are those of :class:`stllms.models.api.Client` (``base_url``,
-    ``max_cost``, ...).
+    ``entry`` says how the model is called, which kind it is (``style``, ``system`` and kind
+    choose the messages as in :func:`stllms.generation.prompts.chat`) and what is sent beside
+    the run's own fields. ``options`` are those of :class:`stllms.models.api.Client`
+    (``base_url``, ``max_cost``, ...).
 
     A task that failed is named in a printed line and asked again on the next run. Another line
     counts the chains of a thinking model that came without reasoning (:func:`withheld`).
@@ -48,7 +49,12 @@ def responses(
     check_limit(entry, max_new_tokens)
     name = str(entry.api_id)
     asked = requests(
-        entry, tasks, max_new_tokens=max_new_tokens, temperature=temperature, style=style
+        entry,
+        tasks,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        style=style,
+        system=system,
     )
     replies = api.Client(name, folder=folder, **options).replies(asked, unusable)
     made, failed = [], {}
@@ -56,7 +62,7 @@ def responses(
         if reply.failed:
             failed[task.id] = reply.failed
         else:
-            made.append(to_response(task, request.messages[0]["content"], reply, entry.kind))
+            made.append(to_response(task, prompt_text(request), reply, entry.kind))
     if failed:
         first = [f"{task_id}: {reason}" for task_id, reason in islice(failed.items(), 5)]
         print(
@@ -80,21 +86,27 @@ def requests(
     max_new_tokens: int,
     temperature: float,
     style: str = "sound",
+    system: str | None = None,
 ) -> list[api.Request]:
     """What a model is asked, one request per task; arguments as of :func:`responses`."""
     sent = {"temperature": temperature, **entry.extra}
-    texts = [api.clean(prompts.prompt(task.content, entry.kind, style)) for task in tasks]
+    chats = [prompts.chat(task, entry.kind, style, system) for task in tasks]
     return [
         api.Request(
             name=task.id,
-            messages=({"role": "user", "content": text},),
+            messages=tuple(one | {"content": api.clean(one["content"])} for one in chat),
             identity={"protocol": PROTOCOL, "max_tokens": max_new_tokens, **sent},
             max_tokens=max_new_tokens,
             expected_tokens=max_new_tokens,
             extra=sent,
         )
-        for task, text in zip(tasks, texts, strict=True)
+        for task, chat in zip(tasks, chats, strict=True)
     ]
+
+
+def prompt_text(request: api.Request) -> str:
+    """What a model was asked, as one text."""
+    return "\n".join(message["content"] for message in request.messages)
 
 
 def check_limit(entry: registry.ModelEntry, max_new_tokens: int) -> None:

@@ -123,6 +123,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     style: str = "sound",
+    system: str | None = None,
     progress: bool = True,
     watch: Callable[[list[Response]], Any] | None = None,
 ) -> list[Response]:
@@ -142,6 +143,7 @@ def generate(
             tasks,
             interventions,
             style,
+            system,
             watch=watch,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
@@ -158,12 +160,13 @@ def _responses(
     tasks: Sequence[Task],
     interventions: Sequence[Intervention | None],
     style: str,
+    system: str | None,
     *,
     watch: Callable[[list[Response]], Any] | None = None,
     **options: Any,
 ) -> list[Response]:
     """:func:`generate` without its checks; ``options`` are those of ``decode.run``."""
-    opened = [prompts.opening(model, task, style) for task in tasks]
+    opened = [prompts.opening(model, task, style, system) for task in tasks]
     rows = [
         decode.Row(ids, task.id, () if edit is None else (edit,))
         for task, (_, ids), edit in zip(tasks, opened, interventions, strict=True)
@@ -188,6 +191,7 @@ def grid(
     temperature: float = 0.0,
     seed: int = 0,
     style: str = "sound",
+    system: str | None = None,
     store: Rows | None = None,
     progress: bool = True,
 ) -> list[Steered]:
@@ -209,7 +213,7 @@ def grid(
         if any(one.intervention and one.intervention.where != "all" for one in every):
             raise ValueError("a store keeps responses steered at all positions: call without")
         store.bind({**model.identity, **options, **fingerprints(by_condition(every))})
-        ids = {task.id: prompts.opening(model, task, style)[1] for task in tasks}
+        ids = {task.id: prompts.opening(model, task, style, system)[1] for task in tasks}
         stored = from_rows(store.load(), steered_from_row, store.path)
         prompts.same(store.path, (one.response for one in stored), ids)
 
@@ -220,6 +224,7 @@ def grid(
             [task for _, task in part],
             [condition.intervention for condition, _ in part],
             style,
+            system,
             batch_size=batch_size,
             progress=bar.tick,
             **options,
