@@ -116,7 +116,9 @@ def test_the_caption_names_chains_fixtures_and_who_was_measured_otherwise():
     text = groups.caption(own)
     assert text == (
         "tiny-thinker (1 chains), tiny-instruct (1 chains). "
-        "tiny-thinker and tiny-instruct: fixtures, built to differ."
+        "tiny-thinker and tiny-instruct: fixtures, built to differ. "
+        "In no chain: initializing, adding-knowledge, example-testing, uncertainty-estimation, "
+        "backtracking."
     )
     real = groups.member(MODELS["smollm2"], alike, tasks="messages", annotator="offline")
     text = groups.caption([*own, real])

@@ -96,6 +96,7 @@ def of_model(config: RunConfig, folder: Folder) -> Member:
         [*annotations, *lacking],
         tasks=config.task_set,
         annotator=config.annotator,
+        labels=config.label_set,
     )
 
 
@@ -134,5 +135,10 @@ def of_run(path: Path) -> Member:
     if not labelled:
         raise ValueError(f"{path}: no annotations by {own.annotator}, the run's annotator")
     return groups.member(
-        own.entry, labelled, source="folder", tasks=own.task_set, annotator=own.annotator
+        own.entry,
+        labelled,
+        source="folder",
+        tasks=own.task_set,
+        annotator=own.annotator,
+        labels=own.label_set,
     )
