@@ -180,9 +180,11 @@ class Comparison:
     def _repr_html_(self) -> str:
         rows = self.table[self.table["metric"] == "segment fraction"]
         fractions = text.intervals(rows, ["behaviour"], "model").to_html()
+        page = text.html_line("Segment fractions, with 95 % intervals over tasks:") + fractions
         if self.differences.empty:
-            return fractions + text.html_line(repr(self))
-        return fractions + text.shown(self.differences).to_html(index=False)
+            return page + text.html_line(repr(self))
+        less = text.html_line("The first less each other one, paired by task:")
+        return page + less + text.shown(self.differences).to_html(index=False)
 
     def to_frame(self) -> pd.DataFrame:
         """``table``."""
