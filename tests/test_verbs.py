@@ -148,6 +148,19 @@ def test_a_persons_spans_of_a_text_by_hand(model):
     assert found.unavailable == {}
 
 
+def test_a_chain_of_a_file_is_read_with_its_tags(model, tmp_path):
+    """``<think>`` is a token, so character 3 of the thinking is token 4 of the text."""
+    path = tmp_path / "chains.jsonl"
+    text = "<think>abcdefghij</think>k"
+    path.write_text(json.dumps({"task_id": "a", "text": text}))
+    found = stllms.train(model, path, [[("x", 3, 7)]], min_spans=1, **QUIET)
+    h = states(model, model.tokenizer(text)["input_ids"])
+    overall = h[:, 2:11].mean(1)
+    raw = h[:, 3:7].mean(1) - overall
+    expected = raw * (overall.norm(dim=-1) / raw.norm(dim=-1))[:, None]
+    torch.testing.assert_close(found.directions[0], expected, rtol=1e-3, atol=1e-4)
+
+
 def test_spans_of_a_chain_are_in_characters_of_its_thinking(model, chains, labelled):
     """The same places, once as annotations and once as a person's own list."""
     own = [halves(one.thinking) for one in chains]
