@@ -221,6 +221,14 @@ class RunConfig:
         return self.label_set != PAPER
 
     @property
+    def label_identity(self) -> str | None:
+        """The name of labels of one's own and a hash of their content; ``None`` for the
+        paper's."""
+        if not self.own_labels:
+            return None
+        return f"{self.label_set.name}:{digest(self.label_set.to_dict())[:12]}"
+
+    @property
     def preview(self) -> str:
         """The annotator that costs nothing: ``lexical`` for labels of one's own, ``grammar``
         for embedded models, else ``offline``."""
@@ -358,9 +366,7 @@ class RunConfig:
         (:meth:`stage_options`), so that they can be added to later.
         """
         content = registry.content_of(self.entry)
-        own = {"system": self.system} if self.system is not None else {}
-        if self.own_labels:
-            own["labels"] = f"{self.label_set.name}:{digest(self.label_set.to_dict())[:12]}"
+        own = {"system": self.system, "labels": self.label_identity}
         return {
             **content,
             **self._values("model", "quantization", "seed", "prompts", "reader", "retokenise"),
@@ -368,7 +374,7 @@ class RunConfig:
             "revision": self.revision or content["revision"],
             "tasks": _task_identity(self.task_set),
             "annotator": _judge_identity(self.annotator),
-            **own,
+            **{name: value for name, value in own.items() if value is not None},
         }
 
     def comparison_identity(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ from stllms.records import loads
 
 T = TypeVar("T")
 Kind = Literal["thinking", "instruct", "unknown"]
-Source = Literal["hub", "embedded", "gguf", "api", "folder"]
+Source = Literal["hub", "embedded", "gguf", "api", "folder", "registered"]
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -185,7 +185,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 
 
 def resolve(name: str) -> ModelEntry:
-    """The entry of a registry name, ``api:ID``, a hub id or a local folder (in this order).
+    """The entry of a registry name, a name of :data:`model`, ``api:ID``, a local folder or a
+    hub id (in this order).
 
     Registry names and the registry's hub ids match without regard to case; ``api:ID``:
     :func:`api_entry`. A folder needs a ``config.json``. Any other ``owner/name`` is taken for
@@ -196,6 +197,8 @@ def resolve(name: str) -> ModelEntry:
     for entry in _ENTRIES:
         if text.lower() in (entry.name, (entry.hub_id or entry.name).lower()):
             return entry
+    if text in model:
+        return ModelEntry(text, None, text, source="registered")
     if text.lower().startswith(API):
         return api_entry(text[len(API) :].strip())
     folder = Path(text).expanduser().resolve()
@@ -208,7 +211,10 @@ def resolve(name: str) -> ModelEntry:
         return ModelEntry(str(folder), None, folder.name, source="folder")
     if _HUB_ID.fullmatch(text):
         return ModelEntry(text, text, text.partition("/")[2])
-    known = [*MODELS, *(entry.hub_id for entry in _ENTRIES if entry.hub_id)]
+    load_entry_points()
+    if text in model:
+        return resolve(text)
+    known = [*MODELS, *model, *(entry.hub_id for entry in _ENTRIES if entry.hub_id)]
     raise UnknownModel(
         f"unknown model {str(name)!r}{did_you_mean(name, known)}; expected a registry name "
         f"(stllms models), {OTHERS}"
@@ -303,7 +309,7 @@ def content_of(entry: ModelEntry) -> dict[str, str | None]:
         made["revision"] = _cached_commit(str(entry.hub_id))
     elif entry.source == "gguf":
         made["weights"] = _hash_of(gguf_files())
-    elif entry.source != "api":
+    elif entry.source not in ("api", "registered"):
         folder = FIXTURES / entry.name if entry.source == "embedded" else Path(entry.name)
         made["weights"] = _hash_of(_files(folder, WEIGHTS))
         made["tokenizer"] = _hash_of(_files(folder, TOKENIZER))
@@ -358,11 +364,11 @@ class Registry(Mapping[str, Any]):
 
     ``@registry.estimator("mine")`` registers what follows. A package of one's own declares a
     module in the group :data:`ENTRY_POINTS` of its entry points; it is imported when a name is
-    looked for that nobody has registered yet.
+    looked for that nobody has registered yet. ``taken`` are names that nobody may register.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, taken: Collection[str] = ()) -> None:
+        self.kind, self._taken = kind, taken
         self._known: dict[str, Any] = {}
 
     def __call__(self, name: str) -> Callable[[T], T]:
@@ -372,7 +378,7 @@ class Registry(Mapping[str, Any]):
 
         def register(thing: T) -> T:
             old = self._known.get(name)
-            if old is not None and _origin(old) != _origin(thing):
+            if name in self._taken or (old is not None and _origin(old) != _origin(thing)):
                 raise ValueError(f"there is already {self.kind} {name!r}: choose another name")
             self._known[name] = thing
             return thing
@@ -416,5 +422,5 @@ def load_entry_points() -> None:
 annotator = Registry("annotator")
 estimator = Registry("estimator")
 metric = Registry("metric")
-model = Registry("model")
+model = Registry("model", taken=MODELS)
 operator = Registry("operator")

@@ -134,13 +134,15 @@ def from_file(path: str | Path) -> list[Task]:
             raise ValueError(f"{where}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
-        messages = _messages(row, where) if "messages" in row else ()
+        if "content" in row and "messages" in row:
+            raise ValueError(f"{where}: both 'content' and 'messages', expected one of them")
+        chat = messages(row["messages"], where) if "messages" in row else ()
         task = Task(
             id=_field(row, "id", where),
             category=_field(row, "category", where) if "category" in row else "own",
-            content=messages[-1]["content"] if messages else _field(row, "content", where),
+            content=chat[-1]["content"] if chat else _field(row, "content", where),
             answer=_field(row, "answer", where) if row.get("answer") is not None else None,
-            messages=messages,
+            messages=chat,
         )
         if task.id in lines:
             other = lines[task.id]
@@ -203,12 +205,10 @@ def _field(row: dict[str, object], key: str, where: str) -> str:
     raise ValueError(f"{where}, field {key!r}: {problem if key in row else 'missing'}")
 
 
-def _messages(row: dict[str, object], where: str) -> tuple[dict[str, str], ...]:
-    """The chat ``row["messages"]``: roles of :data:`ROLES`, texts, and the user last."""
-    if "content" in row:
-        raise ValueError(f"{where}: both 'content' and 'messages', expected one of them")
-    given = row["messages"]
-    if not isinstance(given, list) or not given:
+def messages(given: object, where: str) -> tuple[dict[str, str], ...]:
+    """A chat, checked: roles of :data:`ROLES`, texts, and the user last. ``ValueError`` that
+    begins with ``where`` for anything else."""
+    if not isinstance(given, list | tuple) or not given:
         raise ValueError(f"{where}, field 'messages': expected a list of {{role, content}}")
     chat = []
     for number, one in enumerate(given, start=1):

@@ -16,7 +16,7 @@ from stllms.app import bench as benches
 from stllms.app import stages
 from stllms.app.bench import Ask, Bench
 from stllms.config import RunConfig
-from stllms.labels import BEHAVIOURS
+from stllms.labels import PAPER
 from stllms.models.model import ModelError
 from stllms.registry import MODELS
 from stllms.runs.artifacts import Folder
@@ -192,7 +192,7 @@ def test_at_coefficient_0_both_chains_are_the_same_and_a_direction_changes_one(b
     assert len(baseline.response.output_ids) > 8
     assert (baseline.direction, steered.direction) == ("none", KNOWLEDGE)
     spans = baseline.annotation.spans
-    sizes = [sum(s.end - s.start for s in spans if s.label == name) for name in BEHAVIOURS]
+    sizes = [sum(s.end - s.start for s in spans if s.label == name) for name in PAPER.names]
     expected = pytest.approx([n / sum(sizes) for n in sizes])
     assert benches.shares(baseline).tolist() == expected
     pushed = benches.write(bench, replace(ask, coefficient=4.0))
@@ -238,7 +238,7 @@ def test_what_the_watcher_raises_ends_the_run_and_two_threads_may_write(bench, a
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"behaviour": "anger"}, "expected one of initializing"),
+        ({"behaviour": "anger"}, "no direction of 'anger'; there are"),
         ({"layer": 6}, "layer 6 is not in 0 .. 5"),
         ({"layer": -1}, "layer -1 is not in 0 .. 5"),
         ({"coefficient": float("nan")}, "coefficient"),

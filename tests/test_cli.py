@@ -16,7 +16,7 @@ from stllms.annotation import annotators, placing
 from stllms.app import cli, runner
 from stllms.config import PROFILES
 from stllms.generation import prompts
-from stllms.labels import BEHAVIOURS, STEERED
+from stllms.labels import PAPER
 
 CHAIN = "Okay, I need to find 2+2. Wait, maybe I should check. So 2+2 is 4."
 STEER = ["steer", cli.QUESTION, "--behaviour", "backtracking", "--max-tokens", "24"]
@@ -94,7 +94,7 @@ def test_the_help_names_commands_profiles_behaviours_and_what_option_takes(capsy
     assert all(name in below for name in cli.OTHER_FIELDS)
     assert "n_samples" not in below, "it has an option of its own"
     assert max(map(len, out.splitlines())) < 100
-    assert all(name in told(capsys, "steer", "--help")[1] for name in STEERED)
+    assert all(name in told(capsys, "steer", "--help")[1] for name in PAPER.targets)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_steer_as_json_at_0_is_the_same_chain_twice(capsys):
     baseline, steered = ({**chain, "chain": None} for chain in made["chains"])
     assert baseline == steered
     assert baseline["thinking"]
-    assert set(baseline["shares"]) == set(BEHAVIOURS)
+    assert set(baseline["shares"]) == set(PAPER.names)
     settings = {name: made[name] for name in ("question", "seed", "max_new_tokens")}
     assert settings == {"question": cli.QUESTION, "seed": 5, "max_new_tokens": 24}
 

@@ -21,7 +21,7 @@ from stllms.app import bench as benches
 from stllms.app import demo, stages
 from stllms.app.bench import Ask, Bench
 from stllms.config import RunConfig
-from stllms.labels import BEHAVIOURS
+from stllms.labels import PAPER
 from stllms.records import to_row
 from stllms.registry import MODELS
 from stllms.runs.artifacts import Folder
@@ -97,7 +97,7 @@ def test_nbconvert_shows_the_example(tmp_path):
 
 
 def moved(pair, sign: int = 1, behaviour: str = BEHAVIOUR) -> float:
-    place = BEHAVIOURS.index(behaviour)
+    place = PAPER.names.index(behaviour)
     baseline, steered = (benches.shares(chain)[place] for chain in pair)
     return (steered - baseline) * sign
 

@@ -24,7 +24,7 @@ from stllms.config import RunConfig
 from stllms.generation import remote
 from stllms.generation.chains import read as read_responses
 from stllms.generation.chains import responses as generate
-from stllms.labels import STEERED
+from stllms.labels import PAPER
 from stllms.models import api
 from stllms.records import STEERED_KEY, Annotation, Response, to_row
 from stllms.runs.artifacts import Folder
@@ -302,14 +302,14 @@ def some_vectors(model) -> SteeringVectors:
     """Directions of three behaviours; the fourth had too few spans."""
     torch.manual_seed(0)
     directions = torch.randn(3, model.n_layers, model.d_model)
-    names = STEERED[:3]
+    names = PAPER.targets[:3]
     return SteeringVectors(
         names,
         directions,
         directions,
         directions.mean(0),
         torch.full((3,), 30),
-        unavailable={STEERED[3]: 2},
+        unavailable={PAPER.targets[3]: 2},
     )
 
 
@@ -320,7 +320,7 @@ def test_steered_chains_and_the_sweep_are_as_many_as_estimated(config, tiny_llam
     n = 4 * (1 + 12 + 36) + 2 * (1 + 56)
     assert (before.chains, before.tokens, before.at_most) == (n, 12 * n, True)
     folder, vectors = Folder(config).open(), some_vectors(tiny_llama)
-    layers = dict(zip(STEERED, (1, 2, 1, 2), strict=True))
+    layers = dict(zip(PAPER.targets, (1, 2, 1, 2), strict=True))
     vectors.save(folder.vectors)
     names = ("shuffled:0", "covariance:0", "shuffled:1")
     controls = Controls(names, torch.randn(3, *vectors.overall.shape))

@@ -25,7 +25,7 @@ from stllms.annotation.annotators import Annotator
 from stllms.app import preflight, stages
 from stllms.config import RunConfig
 from stllms.generation.interventions import WHERE, Intervention
-from stllms.labels import BEHAVIOURS
+from stllms.labels import PAPER, LabelSet
 from stllms.models.model import Model, ModelError
 from stllms.records import Response, Steered, Task
 from stllms.runs.artifacts import Folder
@@ -39,7 +39,7 @@ from stllms.vectors.directions import SteeringVectors
 #: Fields of a run that its directions, or how it writes chains, depend on.
 OF_THE_RUN = (
     "profile", "seed", "n_samples", "n_evaluate", "max_tokens", "temperature", "prompts",
-    "quantization", "revision", "tasks",
+    "system", "quantization", "revision", "tasks", "labels",
 )  # fmt: skip
 #: The task id of a question that somebody typed, and so the key of its noise.
 TYPED = "question"
@@ -50,7 +50,7 @@ LABELLED = 0.5
 #: What transformers may make of the files of others.
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
 #: A cell may write while the demo's thread does: nnsight traces one at a time.
-_ONE = threading.Lock()
+ONE = threading.Lock()
 
 Pair = tuple[Steered, Steered]
 #: Direction, layer, coefficient and operation of a chain.
@@ -73,9 +73,31 @@ class Bench:
     annotator: Annotator
     coefficients: dict[str, float]
 
+    @property
+    def labels(self) -> LabelSet:
+        """What the chains are labelled with: the labels of the run."""
+        return self.config.label_set
+
+    @property
+    def behaviours(self) -> tuple[str, ...]:
+        """What can be steered: the labels in their order, then directions of other names (of a
+        person's file)."""
+        others = (name for name in self.directions.behaviours if name not in self.labels.names)
+        return (*self.labels.names, *others)
+
+    @property
+    def first(self) -> str:
+        """What is steered where nobody chooses: the first target that has a direction, else
+        the first direction."""
+        known = self.directions.behaviours
+        return next((name for name in self.labels.targets if name in known), known[0])
+
     def layer_of(self, behaviour: str) -> int:
-        """The layer a behaviour is steered at: without its own, that of backtracking."""
-        return self.layers.get(behaviour, self.layers["backtracking"])
+        """The layer a behaviour is steered at: without its own, that of the first target with
+        a layer, else the middle."""
+        known = (behaviour, *self.labels.targets)
+        middle = directions.default_layer(self.directions.n_layers)
+        return next((self.layers[name] for name in known if name in self.layers), middle)
 
     def coefficient_of(self, behaviour: str) -> float:
         """The coefficient suggested for adding a behaviour; 1 where none is known."""
@@ -102,11 +124,10 @@ class Ask:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        config.one_of("behaviour", self.behaviour, BEHAVIOURS)
         config.real("coefficient", self.coefficient)
         if abs(self.coefficient) > MOST:
             raise ValueError(f"coefficient: expected a number from {-MOST:g} to {MOST:g}")
-        config.one_of("operation", self.operation, tuple(registry.operator))
+        registry.operator.find(self.operation)
         config.one_of("where", self.where, WHERE)
         config.real("temperature", self.temperature, least=0.0)
         config.whole("seed", self.seed, least=0)
@@ -116,16 +137,19 @@ class Ask:
 # -- the bench -----------------------------------------------------------------------------
 
 
-def bench(setup: RunConfig, vectors_file: str | Path | None = None) -> Bench:
+def bench(
+    setup: RunConfig, vectors_file: str | Path | None = None, behaviour: str | None = None
+) -> Bench:
     """Loads a model and its directions.
 
     The directions are those of ``vectors_file`` (of notebook 02, or a released ``.pt``), else
-    those that ship with an embedded model, else those of the run in ``results/<slug>/``, which
-    notebooks 01 to 03 make first where there is none. **A run that is there is taken as it
-    is**, whoever labelled it: what ``setup`` leaves at its default (profile, temperature,
-    limit of new tokens, ...) is the run's. Who labels is ``setup.judge``. The judge's key and
-    the model are looked for before anything is run. Raises ``ValueError`` for a model that
-    cannot be steered here, :class:`ModelError` in a sentence for one that cannot be loaded, and
+    those that ship with an embedded model (of the paper's labels), else those of the run in
+    ``results/<slug>/``, which notebooks 01 to 03 make first where there is none. **A run that
+    is there is taken as it is**, whoever labelled it: what ``setup`` leaves at its default
+    (profile, temperature, limit of new tokens, labels, ...) is the run's. Who labels is
+    ``setup.judge``. The judge's key, the model and the direction of ``behaviour`` are looked
+    for before anything is run or loaded. Raises ``ValueError`` for a model that cannot be
+    steered here, :class:`ModelError` in a sentence for one that cannot be loaded, and
     the errors of these steps.
     """
     if setup.entry.source == "api":
@@ -133,31 +157,38 @@ def bench(setup: RunConfig, vectors_file: str | Path | None = None) -> Bench:
             f"model: {setup.model!r} is reached through an API, where nothing can be added to "
             "its activations; expected a model with weights"
         )
-    of_run = vectors_file is None and not directions.shipped(setup.model)
+    shipped = directions.shipped(setup.model) and not setup.own_labels
+    of_run = vectors_file is None and not shipped
     there = of_run and Folder(setup).vectors.is_file()
     if there:
         setup = _as_the_run(setup)
     config.hardware(setup.device, setup.quantization)
-    labels = preflight.annotator(setup)
+    annotator = preflight.annotator(setup)
     preflight.model(setup)
     if of_run and not there:
+        if behaviour is not None:
+            config.one_of("behaviour", behaviour, setup.label_set.names)
         _make(setup)
     found, origin, layers, coefficients = _directions(setup, vectors_file)
+    if behaviour is not None:
+        config.one_of("behaviour", behaviour, (*found.behaviours, *found.unavailable))
+        found.index(behaviour)
     model = _model(setup)
     conditions.check(found, model, origin)
-    return Bench(setup, model, found, layers, origin, labels, coefficients)
+    return Bench(setup, model, found, layers, origin, annotator, coefficients)
 
 
 def _directions(
     setup: RunConfig, file: str | Path | None
 ) -> tuple[SteeringVectors, str, dict[str, int], dict[str, float]]:
     """The directions, where they are from, and the layers and coefficients known for them."""
-    layers, coefficients = setup.entry.steering_layers or {}, {}
+    names, coefficients = setup.label_set.names, {}
+    layers = {b: n for b, n in (setup.entry.steering_layers or {}).items() if b in names}
     if file is not None:
         path = Path(file).expanduser()
         read = directions.load_published if path.suffix == ".pt" else SteeringVectors.load
         found, origin = read(path), path.name
-    elif directions.shipped(setup.model):
+    elif directions.shipped(setup.model) and not setup.own_labels:
         found, origin = directions.load_shipped(setup.model), "shipped with the package"
         coefficients = dict(registry.TINY_THINKER_COEFFICIENTS)
     else:
@@ -166,7 +197,7 @@ def _directions(
         coefficients = _suggested(folder / "steering_suggested.csv")
         if (folder / "steering_layers.json").is_file():
             layers = read_json(folder / "steering_layers.json")
-    middle = directions.steering_layers(None, found.n_layers)
+    middle = dict.fromkeys(setup.label_set.targets, directions.default_layer(found.n_layers))
     return found, origin, middle | layers, coefficients
 
 
@@ -185,7 +216,8 @@ def _model(setup: RunConfig) -> Model:
 def _as_the_run(setup: RunConfig) -> RunConfig:
     """``setup`` with the values of the run in its folder where it sets none of its own.
 
-    Raises ``ValueError`` for directions that other weights of the model gave.
+    Raises ``ValueError`` for directions that other weights of the model, or other labels,
+    gave.
     """
     folder = Folder(setup)
     record = folder.record()
@@ -198,6 +230,12 @@ def _as_the_run(setup: RunConfig) -> RunConfig:
     default = RunConfig()
     free = [name for name in OF_THE_RUN if getattr(setup, name) == getattr(default, name)]
     run = replace(setup, **{name: stored[name] for name in free if name in stored})
+    if (then := identity.get("labels")) != (now := run.label_identity):
+        raise ValueError(
+            f"{folder.label}: its directions are of the labels {then or PAPER.name}, not of "
+            f"{now or PAPER.name}: name another --results, or make them again (stllms run "
+            "--fresh)"
+        )
     for name, now in registry.content_of(run.entry).items():
         then = identity.get(name)
         if then != now and (name != "revision" or None not in (then, now)):
@@ -280,7 +318,7 @@ def write_all(
 ) -> list[Pair]:
     """:func:`write` for several tasks instead of that of ``ask``, in one batch."""
     edit = intervention(bench, ask)
-    with _ONE:
+    with ONE:
         responses = conditions.generate(
             bench.model,
             [one for one in tasks for _ in range(2)],
@@ -312,9 +350,9 @@ def conditions_of(bench: Bench, ask: Ask) -> tuple[Way, Way]:
 # -- what is said of a pair ----------------------------------------------------------------
 
 
-def shares(chain: Steered) -> np.ndarray:
-    """Share of each of the six behaviours among the labelled tokens, ``[6]``; NaN without."""
-    return token_fractions([chain.labelled], BEHAVIOURS)[0]
+def shares(chain: Steered, *, labels: LabelSet = PAPER) -> np.ndarray:
+    """Share of each label among the labelled tokens, ``[N]``; NaN without."""
+    return token_fractions([chain.labelled], labels.names)[0]
 
 
 def title(chain: Steered) -> str:

@@ -22,7 +22,7 @@ from click.core import ParameterSource
 
 from stllms import __version__, registry
 from stllms.config import CHOICES, PROFILES, RunConfig
-from stllms.labels import BEHAVIOURS, STEERED
+from stllms.labels import PAPER, LabelSet
 from stllms.terminal import plain
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ NAMED = 5
 #: less (notebook 04).
 QUESTION = "Ben has 4 coins and gets 3 more. How many coins does Ben have?"
 #: The command that asks it; the help shows it first.
-EXAMPLE = f'stllms steer "{QUESTION}" \\\n      --behaviour backtracking --seed 31'
+EXAMPLE = f'stllms steer "{QUESTION}" \\\n      --behaviour {PAPER.targets[0]} --seed 31'
 
 #: What each profile is for, and how long the run of tiny-thinker takes on two cores.
 PURPOSES = {
@@ -60,8 +60,9 @@ HELP = {
     "temperature": "0 is greedy (default: the profile's)",
     "seed": "seed of all sampling",
     "batch_size": "chains written at once (default: what fits)",
+    "labels": "YAML file of labels of your own (default: the six of the paper)",
     "judge": "grammar, lexical, offline, openai:MODEL (an API) or replay:FOLDER; auto is "
-    "grammar for the embedded models, else offline",
+    "grammar for the embedded models, else offline; lexical for labels of your own",
     "base_url": "OpenAI-compatible server of a judge or an API model",
     "max_cost": "bound on what each judge and each API model may cost",
     "device": "auto, cpu, mps, cuda, cuda:N",
@@ -108,15 +109,21 @@ Examples:
   stllms run --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \\
       --profile paper --judge openai:gpt-4.1   the paper's run
   stllms run --published DIR                  the paper's own files, no model
-  stllms run --option reader=published --option coefficients=-1,-0.5,0,0.5,1"""
+  stllms run --option reader=published --option coefficients=-1,-0.5,0,0.5,1
+  stllms run --model smollm2 --labels mine.yaml --results mine   labels of your own
+  stllms run --tasks mine.jsonl --option prompts="Q: {{question}}" --option system="Be brief."
 
-STEER = f"""Behaviours:
-  {", ".join(STEERED)}
+mine.yaml: labels: {{planning: {{definition: says what it will do, cues: [first, then]}}, ...}},
+targets: [planning]. A style of prompts is sound (step by step for a model that does not think
+by itself), published, bare (the question alone), raw (no chat), or a template of your own."""
+
+STEER = f"""Behaviours of the paper, unless the directions are of other labels:
+  {", ".join(PAPER.targets)}
 
 Examples:
   {EXAMPLE}
   {EXAMPLE} --json
-  stllms steer "What is 17 * 23?" --behaviour backtracking --coefficient -1 \\
+  stllms steer "What is 17 * 23?" --behaviour {PAPER.targets[0]} --coefficient -1 \\
       --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --vectors mean_vectors.pt
 
 tiny-thinker knows only the questions of its grammar; its directions ship with the package.
@@ -129,6 +136,7 @@ ANNOTATE = """Examples:
   stllms annotate responses.jsonl > segments.jsonl       rows of notebook 01
   stllms annotate reasoning_comparison_MODEL.json        a released file
   stllms annotate responses.jsonl --judge openai:gpt-4.1 --max-cost 2
+  stllms annotate chain.txt --judge lexical --labels mine.yaml
 
 One JSON object a segment (task_id, annotator, label, text, start, end: characters of the
 thinking), then a line on stderr about what was labelled. Status 1 if a chain has no labels:
@@ -296,6 +304,9 @@ def models() -> None:
     for entry in registry.MODELS.values():
         where = entry.hub_id or (f"api: {entry.api_id}" if entry.api_id else entry.source)
         print(f"{entry.name:32}{entry.kind:12}{where:52}{entry.pair or '-'}")
+    registry.load_entry_points()
+    for name in registry.model:
+        print(f"{name:32}{'unknown':12}{'registered':52}-")
     print(f"or {registry.OTHERS}")
 
 
@@ -321,10 +332,10 @@ def _judge_options(given: dict[str, Any]) -> dict[str, Any]:
 @click.option("--where", default="all", help="all, generated or thinking tokens")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object instead of text")
 @config_options("model", "profile", "results", "max_tokens", "temperature", "seed")
-@config_options("judge", "base_url", "max_cost", "device")
+@config_options("labels", "judge", "base_url", "max_cost", "device")
 def steer(question: str, as_json: bool, **given: Any) -> None:
     """Answer QUESTION unsteered (the baseline), and with a behaviour added or removed."""
-    of_run = ("model", "profile", "judge", "results", "device")
+    of_run = ("model", "profile", "labels", "judge", "results", "device")
     config = RunConfig(**{name: given[name] for name in of_run}, **_judge_options(given))
     from stllms.app import bench as benches
 
@@ -332,7 +343,7 @@ def steer(question: str, as_json: bool, **given: Any) -> None:
     options = {name: given[name] for name in (*of_ask, "max_tokens")}
     ask = benches.Ask(benches.task(question), **options)
     with redirect_stdout(sys.stderr):  # what is said while directions are made
-        bench = benches.bench(config, given["vectors"])
+        bench = benches.bench(config, given["vectors"], given["behaviour"])
     pair = benches.write(bench, ask)
     if remark := benches.remark(pair):
         print(f"stllms: {plain(remark)}", file=sys.stderr)
@@ -347,22 +358,23 @@ def steer(question: str, as_json: bool, **given: Any) -> None:
         print(plain(json.dumps(made, ensure_ascii=False, allow_nan=False)))
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print(_as_text(pair, colour=colour))
+        print(_as_text(pair, bench.labels, colour=colour))
 
 
-def _as_text(chains: Sequence[Steered], *, colour: bool) -> str:
+def _as_text(chains: Sequence[Steered], labels: LabelSet, *, colour: bool) -> str:
     from stllms.app import bench
     from stllms.plotting import text
 
+    how: dict[str, Any] = {"colour": colour, "labels": labels}
     titles = [plain(bench.title(chain)) for chain in chains]
     parts = [
         f"{title}\n"
-        f"{text.terminal(one.response.thinking, one.labelled.segments, colour=colour)}\n"
+        f"{text.terminal(one.response.thinking, one.labelled.segments, **how)}\n"
         f"({plain(bench.note(one))})"
         for title, one in zip(titles, chains, strict=True)
     ]
-    shares = [bench.shares(chain).tolist() for chain in chains]
-    return "\n\n".join([*parts, text.terminal_shares(titles, shares, colour=colour)])
+    shares = [bench.shares(chain, labels=labels).tolist() for chain in chains]
+    return "\n\n".join([*parts, text.terminal_shares(titles, shares, **how)])
 
 
 def _as_json(bench: Bench, ask: Ask, chains: Sequence[Steered]) -> dict[str, Any]:
@@ -378,15 +390,15 @@ def _as_json(bench: Bench, ask: Ask, chains: Sequence[Steered]) -> dict[str, Any
         **{name: getattr(ask, name) for name in ("operation", "where")},
         **{name: options[name] for name in ("temperature", "seed", "max_new_tokens")},
         "annotator": bench.annotator.name,
-        "chains": [_chain_as_json(chain) for chain in chains],
+        "chains": [_chain_as_json(chain, bench.labels) for chain in chains],
     }
 
 
-def _chain_as_json(chain: Steered) -> dict[str, Any]:
+def _chain_as_json(chain: Steered, labels: LabelSet) -> dict[str, Any]:
     from stllms.app import bench as benches
     from stllms.records import to_row
 
-    shares = zip(BEHAVIOURS, benches.shares(chain).tolist(), strict=True)
+    shares = zip(labels.names, benches.shares(chain, labels=labels).tolist(), strict=True)
     return {
         "chain": "baseline" if chain.direction == "none" else "steered",
         **{name: getattr(chain.response, name) for name in ("thinking", "answer", "finished")},
@@ -402,7 +414,7 @@ def _chain_as_json(chain: Steered) -> dict[str, Any]:
 
 @cli.command(epilog=_as_it_is(ANNOTATE))
 @click.argument("file")
-@config_options("judge", "base_url", "max_cost", judge="offline")
+@config_options("labels", "judge", "base_url", "max_cost", judge="offline")
 def annotate(file: str, **given: Any) -> int:
     """Label the behaviours in the chains of FILE (text, JSONL, JSON; - is standard input)."""
     options = _judge_options(given)
@@ -410,6 +422,8 @@ def annotate(file: str, **given: Any) -> int:
     from stllms.generation import prompts
     from stllms.records import to_row
 
+    if given["labels"] is not None:
+        options["labels"] = LabelSet.load(given["labels"])
     annotator = annotators.annotator(given["judge"], **options)
     made = annotator.annotate(prompts.read(file))
     for one in made:

@@ -28,11 +28,12 @@ from stllms.app import bench as benches
 from stllms.app import stages
 from stllms.app.bench import Ask, Bench, Pair
 from stllms.config import RunConfig
-from stllms.labels import BEHAVIOURS
+from stllms.labels import PAPER, LabelSet
 from stllms.plotting import text
 from stllms.records import STEERED_KEY, Response, Task, steered_from_row
 from stllms.runs.artifacts import Folder
 from stllms.runs.store import Rows
+from stllms.vectors import reading
 
 #: Questions in the list.
 LISTED = 30
@@ -46,11 +47,15 @@ NO_CHAINS = (
     "The questions are in the order of the run: without steered chains of it (notebook 04) "
     "nobody knows on which a push shows. Not every chain changes."
 )
+#: What the box is called that colours the tokens by the direction.
+BY_DIRECTION = "colour by the direction"
+#: The reading of a token, in coefficients, that has the full colour.
+FULL = 1.0
 #: The controls that an :class:`~stllms.app.bench.Ask` is made of, and the rows of the box.
 FIELDS = ("question", "behaviour", "coefficient", "layer", "temperature", "seed")
 ROWS = (
     ("task",), ("question", "write"), ("behaviour", "coefficient"), ("layer", "temperature"),
-    ("seed", "another", "stop"),
+    ("seed", "another", "stop"), ("reading",),
 )  # fmt: skip
 
 
@@ -59,15 +64,16 @@ def load(
     profile: str = "default",
     judge: str = "auto",
     results: str | None = None,
+    labels: str | None = None,
 ) -> Bench:
     """The bench of a notebook's parameters: :func:`stllms.app.bench.bench`."""
-    return benches.bench(RunConfig.from_parameters(model, profile, judge, results))
+    return benches.bench(RunConfig(model, profile, judge, results, labels=labels))
 
 
 def show(
     bench: Bench,
     question: str | None = None,
-    behaviour: str = "backtracking",
+    behaviour: str | None = None,
     coefficient: float | None = None,
     *,
     widgets: bool | None = None,
@@ -76,9 +82,12 @@ def show(
 
     Args:
         question: to begin with. ``None``: that on which steering shows most.
+        behaviour: to begin with. ``None``: the first target that has a direction.
         coefficient: to begin with. ``None``: the one suggested for the behaviour.
         widgets: ``None`` asks :func:`live`.
     """
+    if behaviour is None:
+        behaviour = bench.first
     if coefficient is None:
         coefficient = bench.coefficient_of(behaviour)
     if widgets is None:
@@ -93,7 +102,11 @@ def show(
         return Demo(bench, ask, listed, said).request().box
     pair = benches.write(bench, ask)
     lines = [text.html_line(line) for line in (benches.remark(pair), said) if line]
-    return HTML(text.html(first.content, (), "question") + render(pair) + "<br>".join(lines))
+    return HTML(
+        text.html(first.content, (), "question")
+        + render(pair, labels=bench.labels)
+        + "<br>".join(lines)
+    )
 
 
 def live() -> bool:
@@ -108,19 +121,46 @@ def live() -> bool:
     return "google.colab" in sys.modules or "cellId" in shell.get_parent().get("metadata", {})
 
 
-def render(pair: Pair, *, whole: bool = True) -> str:
+def render(pair: Pair, *, labels: LabelSet = PAPER, whole: bool = True) -> str:
     """Shares and chains of a pair as HTML; ``whole=False`` while it is being written."""
     panels = [
         text.Panel(
             benches.title(chain),
             chain.response.thinking.rstrip("\ufffd"),  # half of a character, for now
             chain.labelled.segments,
-            list(benches.shares(chain)),
+            list(benches.shares(chain, labels=labels)),
             benches.note(chain) if whole else f"{len(chain.response.output_ids)} tokens ...",
         )
         for chain in pair
     ]
-    return text.html_panels(panels)
+    return text.html_panels(panels, labels=labels)
+
+
+def render_readings(bench: Bench, pair: Pair) -> str:
+    """The tokens of both chains, coloured by the direction that the steered one got, as HTML;
+    value and surprise on hovering.
+
+    Both are read in the unsteered model, at the layer that was steered: it is the text that
+    lights up, not what was added.
+    """
+    behaviour, layer = pair[1].direction, pair[1].layer
+    cells = []
+    for chain in pair:
+        response = chain.response
+        with benches.ONE:
+            found = reading.read(bench.model, response, bench.directions, behaviour, layer)
+        own = slice(len(response.prompt_ids), None)
+        values, surprise = found.values[own].tolist(), found.surprise[own].tolist()
+        title = (
+            f"{benches.title(chain)}: mean {np.mean(values):+.2f}" if values else "no tokens"
+        )
+        cells.append(
+            text.html_tokens(found.tokens[own], values, surprise, title=title, most=FULL)
+        )
+    return text.html_line(
+        f"The same tokens by the direction {behaviour} at layer {layer}, read in the unsteered "
+        f"model: orange along it, blue against it, in coefficients (full colour at {FULL:g})."
+    ) + text.html_beside(cells)
 
 
 # -- which questions -----------------------------------------------------------------------
@@ -142,11 +182,15 @@ def listing(bench: Bench, behaviour: str, coefficient: float) -> tuple[list[Task
     """
     listed = choices(bench)
     ask = Ask(listed[0], behaviour, coefficient)
-    pairs = _pairs(bench, ask, listed) if coefficient else {}
+    known = behaviour in bench.labels.names and coefficient != 0
+    pairs = _pairs(bench, ask, listed) if known else {}
     if not pairs:
         return listed, NO_CHAINS
-    place = BEHAVIOURS.index(behaviour)
-    shares = {n: [benches.shares(one)[place] for one in pair] for n, pair in pairs.items()}
+    place = bench.labels.names.index(behaviour)
+    shares = {
+        n: [benches.shares(one, labels=bench.labels)[place] for one in pair]
+        for n, pair in pairs.items()
+    }
     share = pd.DataFrame.from_dict(shares, orient="index", columns=["baseline", "steered"])
     moved = (share["steered"] - share["baseline"]) * np.sign(coefficient)
     whole = [not benches.broke(pair) for pair in pairs.values()]
@@ -188,7 +232,8 @@ def _pairs(bench: Bench, ask: Ask, listed: Sequence[Task]) -> dict[str, Pair]:
 class Demo:
     """The widgets: ``box`` is shown, ``view`` holds the chains, ``status`` one line.
 
-    ``controls`` are the list of questions, those of :data:`FIELDS`, and three buttons. Chains
+    ``controls`` are the list of questions, those of :data:`FIELDS`, three buttons, and a box
+    (``reading``) that colours the tokens by the direction without writing them again. Chains
     are written on a thread of their own, so that sliders stay alive, one pair at a time. **A
     change cancels the chain under way** within one token and starts again with the newest
     settings: nothing queues.
@@ -201,7 +246,8 @@ class Demo:
         rows = [ipywidgets.HBox([controls[name] for name in row]) for row in ROWS]
         hint = ipywidgets.HBox([ipywidgets.HTML(text.html_line(said))])
         self.box = ipywidgets.VBox([*rows, hint, self.status, self.view])
-        self._preview = annotators.annotator(bench.config.preview)  # while chains grow: free
+        self._preview = _preview(bench)
+        self._shown: tuple[Ask, Pair, str] | None = None  # the last that was written whole
         self._listed = {one.content: one for one in listed}
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._lock = threading.Lock()
@@ -212,6 +258,7 @@ class Demo:
             controls[name].observe(follower, "value")
         for name in FIELDS:
             controls[name].observe(self.request, "value")
+        controls["reading"].observe(self._colour, "value")
         controls["write"].on_click(self.request)
         controls["another"].on_click(self._another)
         controls["stop"].on_click(self.stop)
@@ -226,6 +273,13 @@ class Demo:
         """Cancels what is being written and writes what the controls say; returns itself."""
         self._last = self._writer.submit(self._write, self._supersede())
         return self
+
+    def _colour(self, _: Any) -> None:
+        """Shows the last pair again, its tokens by the direction or not."""
+        if self._last is not None and not self._last.done():
+            return  # what is being written is shown so at its end
+        if self._shown is not None and self._shown[0] == self.ask():
+            self._last = self._writer.submit(self._again, self._supersede())
 
     def stop(self, _: Any = None) -> None:
         """Cancels what is being written; what is there stays."""
@@ -289,6 +343,17 @@ class Demo:
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             self._tell(number, f"{kind}{error}", "", wrong=True)
 
+    def _again(self, number: int) -> None:
+        assert self._shown is not None
+        _, pair, said = self._shown
+        self._tell(number, said, self._view(pair))
+
+    def _view(self, pair: Pair) -> str:
+        """A whole pair as HTML."""
+        by_label = render(pair, labels=self.bench.labels)
+        by_direction = self.controls["reading"].value
+        return by_label + (render_readings(self.bench, pair) if by_direction else "")
+
     def _written(self, number: int, ask: Ask) -> tuple[str, str]:
         """The line and the chains of a pair, which is shown while it grows."""
         began = next_look = time.monotonic()
@@ -299,14 +364,24 @@ class Demo:
                 raise CancelledError
             if time.monotonic() >= next_look:
                 (pair,) = benches.label(self.bench, ask, responses, self._preview)
-                self._tell(number, "writing ...", render(pair, whole=False))
+                growing = render(pair, labels=self.bench.labels, whole=False)
+                self._tell(number, "writing ...", growing)
                 next_look = time.monotonic() + PAUSE
 
         pair = benches.write(self.bench, ask, watch=watch)
         seconds = time.monotonic() - began
         tokens = sum(len(chain.response.output_ids) for chain in pair)
         said = f"{tokens} tokens in {seconds:.1f} s; labels: {self.bench.annotator.name}"
-        return "; ".join(filter(None, (said, benches.remark(pair)))), render(pair)
+        said = "; ".join(filter(None, (said, benches.remark(pair))))
+        self._shown = ask, pair, said
+        return said, self._view(pair)
+
+
+def _preview(bench: Bench) -> annotators.Annotator:
+    """The annotator of chains that grow, which costs nothing."""
+    config = bench.config
+    own = {"labels": bench.labels} if config.own_labels else {}
+    return annotators.annotator(config.preview, **own)
 
 
 def _controls(bench: Bench, ask: Ask, listed: Sequence[Task]) -> dict[str, ipywidgets.Widget]:
@@ -327,7 +402,7 @@ def _controls(bench: Bench, ask: Ask, listed: Sequence[Task]) -> dict[str, ipywi
         "question": ipywidgets.Textarea(
             ask.task.content, rows=3, placeholder=EMPTY, **late, **wide
         ),
-        "behaviour": ipywidgets.Dropdown(options=BEHAVIOURS, value=ask.behaviour, **half),
+        "behaviour": ipywidgets.Dropdown(options=bench.behaviours, value=ask.behaviour, **half),
         "coefficient": ipywidgets.FloatSlider(
             ask.coefficient, min=-most, max=most, step=0.25, **late, **half
         ),
@@ -342,6 +417,9 @@ def _controls(bench: Bench, ask: Ask, listed: Sequence[Task]) -> dict[str, ipywi
     for name, control in controls.items():
         control.description = name
         control.style.description_width = "84px"
+    controls["reading"] = ipywidgets.Checkbox(
+        False, description=BY_DIRECTION, indent=False, **small
+    )
     buttons = {"write": "pencil", "another": "refresh", "stop": "stop"}
     return controls | {
         name: ipywidgets.Button(

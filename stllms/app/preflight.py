@@ -26,7 +26,6 @@ from stllms.annotation.judge import Judge
 from stllms.app import stages
 from stllms.config import RunConfig, hardware
 from stllms.generation import remote
-from stllms.labels import STEERED
 from stllms.models import api
 from stllms.models.loading import source_of
 from stllms.models.model import ModelError
@@ -267,17 +266,18 @@ def _directions(config: RunConfig) -> tuple[SteeringVectors, dict[str, int], Con
             read_json(folder / "steering_layers.json"),
             Controls.load(folder / "controls.safetensors").first(n),
         )
-    layers = config.entry.steering_layers or {b: i for i, b in enumerate(STEERED)}
+    names, known = config.label_set.targets, config.entry.steering_layers or {}
+    layers = {name: known.get(name, place) for place, name in enumerate(names)}
     n_layers = max(layers.values()) + 1
     if config.settings.n_sweep:  # at every layer of a model that is not loaded
         source, options = source_of(config.entry)
         revision = {"revision": config.revision} if config.revision else {}
         found = transformers.AutoConfig.from_pretrained(source, **options, **revision)
         n_layers = found.get_text_config().num_hidden_layers
-    zeros = torch.zeros(len(STEERED), n_layers, 1)
-    counts = torch.zeros(len(STEERED), dtype=torch.long)
+    zeros = torch.zeros(len(names), n_layers, 1)
+    counts = torch.zeros(len(names), dtype=torch.long)
     controls = Controls(tuple(f"control:{i}" for i in range(n)), torch.zeros(n, n_layers, 1))
-    return SteeringVectors(STEERED, zeros, zeros, zeros[0], counts), layers, controls
+    return SteeringVectors(names, zeros, zeros, zeros[0], counts), layers, controls
 
 
 # -- what is left to do --------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,9 @@ from stllms.stats import bootstrap
 from stllms.vectors.directions import default_layer
 from stllms.vectors.means import is_build
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 #: Whose spans the positions come from: the behaviour's (the text) or all others (published).
 SETS: tuple[str, ...] = ("own", "others")
 #: The exact effects of a behaviour at the positions where control directions are measured.
@@ -35,9 +38,11 @@ PAIRED = "kl/own/paired"
 LEAST = 2
 #: Of a table of curves.
 COLUMNS = ("set", "behaviour", "layer", "mean", "low", "high", "sd", "n")
+#: Of the range of the controls in such a table.
+NULLS = ("null_low", "null_high")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerEffects:
     """Per-response effects: ``effects["<objective>/<own or others>"]`` is ``[R, N, L]``.
 
@@ -78,6 +83,44 @@ class LayerEffects:
     def controls(self) -> list[str]:
         """The keys of the control directions that were measured."""
         return [key for key in self.effects if is_control(key.rpartition("/")[2])]
+
+    def __repr__(self) -> str:
+        names, sets = ", ".join(self.behaviours), ", ".join(self._sets())
+        return f"LayerEffects({names}; {sets}; {summary(self)})"
+
+    def _sets(self) -> list[str]:
+        """The keys of behaviours' own directions: objective and position set."""
+        return [key for key in self.effects if key.count("/") == 1]
+
+    def to_frame(self) -> pd.DataFrame:
+        """:func:`table` of every objective and position set; where control directions were
+        measured, their range stands beside the exact effects at own spans."""
+        found = table({key: self.of(key) for key in self._sets()}, self.behaviours)
+        if self.controls:
+            own = found["set"] == "kl/own"
+            found = _joined([beside_nulls(found[own], self), found[~own]], [*COLUMNS, *NULLS])
+        return found
+
+    def plot(self, key: str = "kl/own", labels: LabelSet = PAPER) -> list[Axes]:
+        """A panel a behaviour: the mean effect at every layer and its interval; of ``kl/own``
+        also the range of the controls where they were measured."""
+        from matplotlib import pyplot  # these take seconds to import
+
+        from stllms.plotting import axes
+
+        if key not in self._sets():
+            raise ValueError(f"no effects {key!r}; there are {', '.join(self._sets())}")
+        rows = self.to_frame()
+        rows = rows[rows["set"] == key]
+        if not rows.get("null_low", rows["mean"]).notna().any():
+            rows = rows.drop(columns=[*NULLS], errors="ignore")
+        unit = "KL, nats" if key.startswith("kl/") else "surrogate gradient"
+        with axes.styled():
+            panels = axes.panels(pyplot.figure(figsize=(7, 2.3)), self.behaviours, sharey=True)
+            axes.effect_panels(
+                panels, rows, self.behaviours, label=unit, absent="not measured", labels=labels
+            )
+        return panels
 
     def save(self, path: Path) -> None:
         """Safetensors; the other fields are metadata."""
@@ -179,7 +222,7 @@ def relative(measured: LayerEffects, names: Sequence[str]) -> pd.DataFrame:
             "null_low": lines.min(0), "null_high": lines.max(0),
         }  # fmt: skip
         parts.append(pd.DataFrame(columns))
-    return _joined(parts, (*COLUMNS, "null_low", "null_high"))
+    return _joined(parts, (*COLUMNS, *NULLS))
 
 
 def beside_nulls(rows: pd.DataFrame, measured: LayerEffects) -> pd.DataFrame:
@@ -191,9 +234,9 @@ def beside_nulls(rows: pd.DataFrame, measured: LayerEffects) -> pd.DataFrame:
     (a ratio estimate): both sides are then of the same positions.
     """
     null = relative(measured, measured.behaviours).set_index(["behaviour", "layer"])
-    null = null[["mean", "null_low", "null_high"]].rename(columns={"mean": "times"})
+    null = null[["mean", *NULLS]].rename(columns={"mean": "times"})
     joined = rows.join(null.astype(float), on=["behaviour", "layer"])
-    for name in ("null_low", "null_high"):
+    for name in NULLS:
         joined[name] *= joined["mean"] / joined["times"]
     return joined.drop(columns="times")
 

@@ -125,7 +125,7 @@ def _check(model: Model, row: Row, max_new_tokens: int) -> None:
     if len(row.prompt_ids) + max_new_tokens > model.max_context:
         raise ValueError(
             f"{row.key}: {len(row.prompt_ids)} prompt tokens and {max_new_tokens} new ones "
-            f"exceed the context of {model.name}, {model.max_context} tokens"
+            f"exceed the context of {model.name}, {model.max_context} tokens: ask for fewer"
         )
     for item in row.interventions:
         check(item, model.n_layers, model.d_model, model.name)

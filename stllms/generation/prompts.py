@@ -202,7 +202,7 @@ def read(source: str) -> list[Response]:
         raise BadFile(f"{name}: empty, expected the text of a chain, JSONL or JSON")
     rows = _rows(text, name, Path(source).suffix.lower())
     if rows is None:
-        return [_chain("1", text, whole=False)]
+        return [chain("1", text, whole=False)]
     chains: list[Response] = []
     places: dict[str, str] = {}
     for number, (place, row) in enumerate(rows, 1):
@@ -271,12 +271,12 @@ def _from_row(row: Any, number: int, place: str) -> Response:
         raise BadFile(f"{place}: task_id: {kind(task_id)}, expected a text or a number")
     for key, whole in FIELDS.items():
         if isinstance(row.get(key), str):
-            return _chain(str(task_id), row[key], whole=whole)
+            return chain(str(task_id), row[key], whole=whole)
     found = ", ".join(f"{name!r} ({kind(value)})" for name, value in row.items())
     raise BadFile(f"{place}: expected one of {', '.join(FIELDS)} as text; it has {found:.300}")
 
 
-def _chain(task_id: str, text: str, *, whole: bool) -> Response:
+def chain(task_id: str, text: str, *, whole: bool) -> Response:
     """A response with a text and no ids; ``whole`` says that the text is the thinking. Half
     surrogate pairs (from a cut emoji) become U+FFFD, for nothing can store or show them."""
     task_id, text = (re.sub("[\ud800-\udfff]", "\ufffd", part) for part in (task_id, text))

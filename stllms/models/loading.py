@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from stllms import config, registry
@@ -32,7 +33,8 @@ def load(
     """Load a model by hub id, local folder or registry name, and check it.
 
     Args:
-        name: ``"tiny-thinker"``, ``"smollm2"``, a hub id, or the folder of a saved model.
+        name: ``"tiny-thinker"``, ``"smollm2"``, a hub id, the folder of a saved model, or a
+            name of :data:`stllms.registry.model`.
         device: ``"auto"`` is CUDA, else Apple's MPS, else the CPU.
         dtype: ``"auto"`` is what a CUDA card computes in (:func:`pick_dtype`), float32
             elsewhere; or a torch type or its name.
@@ -46,6 +48,10 @@ def load(
     place = pick_device(device)
     precision = pick_dtype(dtype, place)
     entry = registry.resolve(str(name))
+    if entry.source == "registered":
+        if quantization is not None or revision is not None:
+            raise ModelError(f"{entry.name}: its own loader sets quantization and revision")
+        return _registered(entry.name, place, None if dtype == "auto" else precision)
     source, options = source_of(entry)
     options["trust_remote_code"] = False
     if revision is not None:
@@ -68,7 +74,30 @@ def load(
             f"{entry.name}: the files lack {len(drawn)} of the weights of "
             f"{type(hf).__name__}, which would be random numbers: {drawn[0]}, ..."
         )
-    model = wrap(hf if weights else hf.to(place), tokenizer, name=entry.name)
+    return checked(hf if weights else hf.to(place), tokenizer, entry.name)
+
+
+def _registered(name: str, place: torch.device, precision: torch.dtype | None) -> Model:
+    """What the loader of a registered model gives, in its own precision unless one is given."""
+    made = registry.model.find(name)()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise ModelError(
+            f"{name}: its loader should return a transformers model and its tokenizer, not "
+            f"{type(made).__name__}"
+        )
+    hf, tokenizer = made
+    if not getattr(hf, "hf_device_map", None):
+        hf = hf.to(place) if precision is None else hf.to(place, precision)
+    return checked(hf, tokenizer, name)
+
+
+def checked(hf: nn.Module, tokenizer: Any, name: str) -> Model:
+    """:func:`~stllms.models.model.wrap`, and the check of what the package relies on.
+
+    Raises:
+        ModelError: for a model that the package cannot work with, saying what is wrong.
+    """
+    model = wrap(hf, tokenizer, name=name)
     selfcheck.check(model)
     return model
 

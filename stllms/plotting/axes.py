@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -85,6 +86,15 @@ def style() -> None:
             "axes.spines.right": False,
         }
     )
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """:func:`style` for what is drawn inside, or by the function that this decorates, and as it
+    was before behind it."""
+    with mpl.rc_context():
+        style()
+        yield
 
 
 def caption(figure: Figure, text: str) -> None:

@@ -116,7 +116,8 @@ class SteeringVectors:
 
     ``directions`` and ``means`` ``[N, L, D]``, ``overall [L, D]``, float32; ``counts [N]``
     spans; ``unavailable``: behaviours with too few spans, and how many; ``left_out``: labels of
-    a released file that are no behaviours, and their spans.
+    a released file that are no behaviours, and their spans. ``collected``: what they were made
+    from, where :mod:`stllms.verbs` made them; a file does not have it.
     """
 
     behaviours: tuple[str, ...]
@@ -128,6 +129,7 @@ class SteeringVectors:
     config: dict[str, Any] = field(default_factory=dict)
     unavailable: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    collected: Means | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         size = tuple(self.overall.shape)
@@ -223,9 +225,10 @@ class SteeringVectors:
         from stllms.plotting import axes
 
         layer = default_layer(self.n_layers) if layer is None else layer
-        ax = pyplot.subplots()[1] if ax is None else ax
         values = cosines(self, dict.fromkeys(self.behaviours, layer)).numpy()
-        axes.heatmap(ax, values, self.behaviours).set_title(f"layer {layer}")
+        with axes.styled():
+            ax = pyplot.subplots(figsize=(5, 4.2))[1] if ax is None else ax
+            axes.heatmap(ax, values, self.behaviours).set_title(f"layer {layer}")
         return ax
 
     def __repr__(self) -> str:
