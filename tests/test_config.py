@@ -412,7 +412,7 @@ def test_labels_count_by_their_content_and_not_by_their_file(own, tmp_path):
 def test_who_labels_labels_of_ones_own(own, tmp_path, model):
     assert RunConfig(model, labels=own).annotator == RunConfig(model, labels=own).preview
     assert RunConfig(model, labels=own).annotator == "lexical"
-    with pytest.raises(ValueError, match=r"judge: 'offline', expected lexical, openai"):
+    with pytest.raises(ValueError, match=r"judge: 'offline', expected lexical, offline:"):
         RunConfig(model, labels=own, judge="offline")
     (tmp_path / "mine.yaml").write_text("labels: {planning: says what it will do}")
     with pytest.raises(ValueError, match=r"mine\.yaml has no cues, by which .* lexical"):
@@ -420,10 +420,27 @@ def test_who_labels_labels_of_ones_own(own, tmp_path, model):
     assert RunConfig(model, labels=own, judge="openai:gpt-4.1").label_set.rest == ()
 
 
+def test_what_is_of_other_labels_is_refused(own, tmp_path):
+    with pytest.raises(ValueError, match=r"published: 'x', expected nothing with labels of"):
+        RunConfig(labels=own, published="x")
+    words = r"tiny-thinker is a run with the labels paper, not mine:\w+: leave it out"
+    with pytest.raises(ValueError, match=words):
+        RunConfig(labels=own, folders=[str(REFERENCE)])
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "annotations.jsonl").write_text("")
+    identity = RunConfig(labels=own).identity()
+    (folder / "run.json").write_text(json.dumps({"identity": identity}))
+    assert RunConfig(labels=own, folders=[str(folder)]).folders == (str(folder),)
+    with pytest.raises(ValueError, match=r"with the labels mine:\w+, not paper"):
+        RunConfig(folders=[str(folder)])
+
+
 def test_a_registered_annotator_is_a_judge(monkeypatch):
     monkeypatch.setattr(registry, "annotator", registry.Registry("annotator"))
     registry.annotator("shouting")(object())
     assert RunConfig(judge="shouting").annotator == "shouting"
+    assert RunConfig(judge="shouting:loud").annotator == "shouting:loud"
     with pytest.raises(ValueError, match=r"'shoutin', expected .*did you mean shouting"):
         RunConfig(judge="shoutin")
 
@@ -481,6 +498,19 @@ def test_the_comparison_has_an_identity_of_its_own():
     assert RunConfig(n_samples=3, n_evaluate=3).comparison_identity() == base
     assert RunConfig(n_compare=3).comparison_identity() != base
     assert RunConfig().for_model("tiny-instruct").comparison_identity() != base
+
+
+def test_a_classifier_of_ones_own_counts_by_its_content(own, tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "weights.safetensors").write_text("1")
+    monkeypatch.chdir(tmp_path)
+    made = RunConfig(labels=own, judge="offline:mine")
+    before = made.identity()["annotator"]
+    assert before.startswith("offline:mine:")
+    assert made.parameters()["judge"] == f"offline:{folder}"
+    (folder / "weights.safetensors").write_text("2")
+    assert made.identity()["annotator"] != before
 
 
 def test_stored_replies_and_released_files_count_by_their_content(tmp_path):

@@ -342,6 +342,14 @@ def test_steered_chains_and_the_sweep_are_as_many_as_estimated(config, tiny_llam
     assert written == left.chains == 4 * (1 + 9 + 18) + 2 * (1 + 6 * 4 * 2)
 
 
+def test_labels_of_ones_own_have_as_many_directions_as_targets(config, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("labels: {a: {cues: [x]}, b: {cues: [y]}, c: {cues: [z]}}\ntargets: [a, c]")
+    before = work("04_steer", RunConfig.from_dict({**config.to_dict(), "labels": str(path)}))
+    # 4 tasks x (plain + 2 behaviours x 3 + 3 controls x 2 layers x 3)
+    assert before.chains == 4 * (1 + 6 + 18)
+
+
 # -- judges and APIs ---------------------------------------------------------------------------
 
 
