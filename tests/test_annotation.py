@@ -18,7 +18,7 @@ from stllms import annotation
 from stllms.annotation import agreement, annotators, markup, offline, placing, sentences
 from stllms.annotation.annotators import annotator
 from stllms.generation import prompts
-from stllms.labels import BEHAVIOURS
+from stllms.labels import PAPER
 from stllms.records import (
     STEERED_KEY,
     Annotation,
@@ -108,7 +108,7 @@ def test_no_text_raises_only_known_labels_pass_and_every_word_is_kept(text):
         reading = markup.read(text, reader=reader)
         assert all(isinstance(s.text, str) for s in reading.segments)
         if reader != "published":
-            assert {s.label for s in reading.segments} <= set(BEHAVIOURS)
+            assert {s.label for s in reading.segments} <= set(PAPER.names)
     assert annotation.parse(text) == list(markup.read(text).segments)
     read = sum(solid(s.text) for s, _ in markup.read(text).pieces)
     tags = sum(solid(text[m.start : m.end]) for m in markup._marks(text))
@@ -116,7 +116,7 @@ def test_no_text_raises_only_known_labels_pass_and_every_word_is_kept(text):
 
 
 PARTS = st.lists(
-    st.tuples(st.sampled_from(BEHAVIOURS), st.text("abc .,()=0", min_size=1).map(str.strip)),
+    st.tuples(st.sampled_from(PAPER.names), st.text("abc .,()=0", min_size=1).map(str.strip)),
     max_size=8,
 ).map(lambda parts: [(label, text) for label, text in parts if text])
 
@@ -314,7 +314,7 @@ def test_the_released_chains_are_counted_as_stored_and_covered(published):
         total = labelled = returned = as_published = 0
         for row in json.loads(file.read_text(encoding="utf-8")):
             text, reply = row["thinking_process"], row["annotated_response"]
-            counts = dict.fromkeys(BEHAVIOURS, 0)
+            counts = dict.fromkeys(PAPER.names, 0)
             for segment in markup.read(reply, reader="published-counts").segments:
                 counts[segment.label] += 1
             assert counts == row["label_counts"]
@@ -408,12 +408,25 @@ def test_one_annotation_per_response_in_the_same_order_with_all_text_labelled(na
     for one, text in zip(found, texts, strict=True):
         assert one.spans == ()
         assert all(text[s.start : s.end] == s.text for s in one.segments)
-        assert {s.label for s in one.segments} <= set(BEHAVIOURS)
+        assert {s.label for s in one.segments} <= set(PAPER.names)
 
 
-@pytest.mark.parametrize("name", ["", "gpt-4", "openai:", "replay", "offline:x", "Lexical"])
-def test_an_unknown_annotator_is_named_with_the_choices(name):
-    with pytest.raises(ValueError, match=r"no annotator .*grammar, lexical, offline, openai:"):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", r"no annotator ''; there are grammar, lexical, offline, openai, replay"),
+        ("gpt-4:x", "no annotator 'gpt-4'; there are grammar"),
+        ("Lexical", r"no annotator 'Lexical' \(did you mean lexical\?\)"),
+        ("openai:", "MODEL is missing; expected openai:MODEL"),
+        ("openai", "MODEL is missing; expected openai:MODEL"),
+        ("replay", "FOLDER is missing; expected replay:FOLDER"),
+        ("offline:", "WEIGHTS is missing; expected offline:WEIGHTS"),
+        ("offline:x", "no weights at x"),
+        ("lexical:x", "lexical takes nothing behind a colon"),
+    ],
+)
+def test_an_annotator_that_is_none_is_named_with_what_is_wrong(name, said):
+    with pytest.raises(ValueError, match=said):
         annotator(name)
 
 
@@ -486,7 +499,7 @@ def test_the_shipped_weights_are_small_and_hold_no_text():
 
 
 def test_missing_or_foreign_weights_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no weights at .*none\.npz"):
+    with pytest.raises(ValueError, match=r"no weights at .*none\.npz"):
         annotator("offline", weights=tmp_path / "none.npz")
     other = tmp_path / "other.npz"
     np.savez(other, words=np.zeros((4, 6)))
@@ -654,20 +667,24 @@ def test_agreement_is_over_characters_that_are_not_white_space():
     parts = [("deduction", "One two. Wait, three."), ("backtracking", "Four.")]
     compared = agreed([one], [labelled(SAID, parts, "b")], [response(SAID)])
     by_chance = (7 / 23) * (18 / 23) + (16 / 23) * (5 / 23)
-    values = dict.fromkeys((f"{label}, difference" for label in BEHAVIOURS), 0.0)
+    kinds = ("difference", "kappa")
+    values = dict.fromkeys((f"{x}, {kind}" for kind in kinds for x in PAPER.names), math.nan)
     values |= {"deduction, difference": 11 / 23, "backtracking, difference": -11 / 23}
     values |= {"accuracy": 12 / 23, "compared": 1}
     values["kappa"] = (12 / 23 - by_chance) / (1 - by_chance)
+    values |= {"deduction, kappa": values["kappa"], "backtracking, kappa": values["kappa"]}
     report = agreement.report([compared])
     assert set(report["annotator"]) == {"b"}
-    assert dict(zip(report["quantity"], report["value"], strict=True)) == pytest.approx(values)
+    assert dict(zip(report["quantity"], report["value"], strict=True)) == pytest.approx(
+        values, nan_ok=True
+    ), "of two labels, each has the kappa of both"
     assert agreement.report([]).empty
     table = agreement.confusions([compared])
-    assert list(table.columns) == ["annotator", "label", *BEHAVIOURS]
-    assert table["label"].tolist() == list(BEHAVIOURS)
+    assert list(table.columns) == ["annotator", "label", *PAPER.names]
+    assert table["label"].tolist() == list(PAPER.names)
     given = table.set_index("label").loc["backtracking"]
     assert given[["deduction", "backtracking"]].tolist() == pytest.approx([11 / 16, 5 / 16])
-    never = table.loc[~table["label"].isin(["deduction", "backtracking"]), list(BEHAVIOURS)]
+    never = table.loc[~table["label"].isin(["deduction", "backtracking"]), list(PAPER.names)]
     assert never.isna().to_numpy().all(), "labels that were never given"
 
 
@@ -691,7 +708,7 @@ def test_unrelated_annotators_have_a_kappa_around_zero_inside_its_interval():
     drawn = [
         [
             labelled(
-                text, [(BEHAVIOURS[rng.integers(3)], p) for p in text.split()], who, str(i)
+                text, [(PAPER.names[rng.integers(3)], p) for p in text.split()], who, str(i)
             )
             for i in range(30)
         ]

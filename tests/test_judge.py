@@ -16,7 +16,7 @@ from tiny import response
 
 from stllms.annotation import judge, markup
 from stllms.annotation.annotators import Annotator, annotator
-from stllms.labels import BEHAVIOURS
+from stllms.labels import PAPER
 from stllms.models.api import FILE, Reply, digest
 from stllms.records import Response, to_row
 
@@ -104,7 +104,7 @@ def test_what_is_asked_is_what_stored_replies_were_asked(protocol):
         "prompt": PROMPTS[protocol],
     }
     assert request.key("gpt-4.1")[:16] == KEYS[protocol]
-    assert all(f"- {name}:" in one.system for name in BEHAVIOURS)
+    assert all(f"- {name}:" in one.system for name in PAPER.names)
     assert all(part.max_tokens <= 16_000 for part in one.requests(response(LONG)))
 
 
@@ -297,7 +297,7 @@ MARKUP = st.lists(
     max_size=12,
 ).map("".join)  # fmt: skip
 JSON = st.recursive(
-    st.none() | st.integers() | st.text(max_size=5) | st.sampled_from(BEHAVIOURS),
+    st.none() | st.integers() | st.text(max_size=5) | st.sampled_from(PAPER.names),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=8), inner),
 ).map(json.dumps)
 

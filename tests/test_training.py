@@ -21,7 +21,7 @@ from stllms.annotation.agreement import kappa
 from stllms.annotation.annotators import annotator
 from stllms.fixtures import grammar
 from stllms.generation import prompts
-from stllms.labels import BEHAVIOURS
+from stllms.labels import PAPER
 from stllms.models.loading import load
 from stllms.models.model import wrap
 from stllms.records import PlacedSegment, Task, to_row
@@ -291,7 +291,7 @@ def released_file(path, seed):
     """A comparison file in the released format, every sentence with its cue."""
     rng, rows = np.random.default_rng(seed), []
     for _ in range(10):
-        labels = ["initializing", *rng.choice(BEHAVIOURS[1:], size=9)]
+        labels = ["initializing", *rng.choice(PAPER.names[1:], size=9)]
         parts = [CUE[label].format(f"x{rng.integers(99)}") for label in labels]
         marked = [f'["{a}"]{b}["end-section"]' for a, b in zip(labels, parts, strict=True)]
         rows.append(
@@ -360,7 +360,7 @@ def test_a_sentence_has_the_label_of_most_of_its_characters():
     ]
     one = placing.annotation(placing.place(parts, text), "t", "x")
     found = offline_script.sentence_labels(one, text, [(0, 10), (11, 16)])
-    assert found.tolist() == [BEHAVIOURS.index("backtracking"), -1]
+    assert found.tolist() == [PAPER.names.index("backtracking"), -1]
 
 
 def write_run(folder, responses, annotations, *more):
@@ -378,7 +378,7 @@ def test_our_own_annotations_can_be_trained_on(tmp_path):
     records.append(placing.failed("x", "c", "lexical", "timed out"))
     found = offline_script.read_chains(write_run(tmp_path, chains, records))
     assert [chain.question for chain in found] == ["a", "b"]
-    assert [BEHAVIOURS[i] for i in found[0].truth] == ["initializing", "backtracking"]
+    assert [PAPER.names[i] for i in found[0].truth] == ["initializing", "backtracking"]
 
 
 @pytest.mark.parametrize("line", ["null", "{}", '{"a":' * 2_500])

@@ -1,9 +1,13 @@
 """Train the offline annotator on annotated chains, measure it, write its card.
 
-``python training/offline.py --data FILE... [--out FILE]``. A FILE is either a released
-comparison file (a JSON list with ``thinking_process`` and ``annotated_response``) or an
-``annotations.jsonl`` of ours, with its ``responses.jsonl`` beside it. One file should hold the
-chains of one model.
+``python training/offline.py --data FILE... [--labels FILE] [--out FILE or FOLDER]``. A FILE is
+
+* a released comparison file, a JSON list with ``thinking_process`` and ``annotated_response``;
+* an ``annotations.jsonl`` of ours, with its ``responses.jsonl`` beside it;
+* or any JSONL of labelled chains: ``{"question": ..., "segments": [{"label", "text"}, ...]}``.
+
+One file should hold the chains of one model. ``--labels`` is a person's own set of labels, in
+YAML; the weights, for ``--judge offline:FOLDER``, know these labels only.
 
 The truth of a sentence is the label of most of its characters. Nothing is measured on what it
 was trained on: a chain is labelled by a classifier that has seen neither its **model** (file)
@@ -31,12 +35,18 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from stllms.annotation import annotators, markup, offline, placing, sentences
 from stllms.annotation.agreement import kappa, label_indices
-from stllms.labels import BEHAVIOURS
-from stllms.records import Annotation, annotation_from_row, from_rows, response_from_row
-from stllms.runs.files import read_json
+from stllms.labels import PAPER, LabelSet
+from stllms.records import (
+    Annotation,
+    PlacedSegment,
+    annotation_from_row,
+    from_rows,
+    loads,
+    response_from_row,
+)
+from stllms.runs.files import BadFile, read_json
 from stllms.runs.store import Rows
 
-N = len(BEHAVIOURS)
 #: Inverse strength of the penalty on the squared weights.
 PENALTY = 0.02
 #: Features of fewer training sentences are left out: no loss, and three times as fast.
@@ -63,7 +73,8 @@ class Chain:
 class Data:
     """One row per sentence: its features ``matrix [n, 2 ** BITS + AROUND]``, its true label (-1
     for none), the numbers of its source, question and chain, and how much it counts ``[n]``.
-    Rows of a chain are in order; a chain has one source and one question."""
+    Rows of a chain are in order; a chain has one source and one question. Labels are numbers of
+    ``names``."""
 
     matrix: Any
     truth: np.ndarray
@@ -71,29 +82,38 @@ class Data:
     question: np.ndarray
     chain: np.ndarray
     weight: np.ndarray
+    names: tuple[str, ...] = PAPER.names
 
     def __getitem__(self, rows: np.ndarray) -> Data:
-        return Data(*(values[rows] for values in vars(self).values()))
+        *columns, names = vars(self).values()
+        return Data(*(values[rows] for values in columns), names)
 
 
-def read_chains(path: str | Path) -> list[Chain]:
+def read_chains(path: str | Path, labels: LabelSet = PAPER) -> list[Chain]:
     """The annotated chains of one file. Raises ``ValueError`` by name on any other file."""
     path = Path(path)
-    own = path.suffix == ".jsonl"
-    pairs = _own(path) if own else _released(path)
-    source = path.parent.name if own else path.stem
+    source = path.stem
+    if path.suffix != ".jsonl":
+        pairs = _released(path, labels)
+    elif path.name == "annotations.jsonl":
+        pairs, source = _own(path), path.parent.name
+    else:
+        pairs = _written(path, labels)
     return [
-        Chain(source, one.task_id, text, places, sentence_labels(one, text, places))
+        Chain(source, one.task_id, text, places, sentence_labels(one, text, places, labels))
         for text, one in pairs
         for places in [sentences.split(text)]
     ]
 
 
 def sentence_labels(
-    annotation: Annotation, text: str, places: Sequence[tuple[int, int]]
+    annotation: Annotation,
+    text: str,
+    places: Sequence[tuple[int, int]],
+    labels: LabelSet = PAPER,
 ) -> np.ndarray:
     """The label of most characters of every sentence, -1 where less than half have one."""
-    marks, solid = label_indices(annotation, len(text)), placing.solid(text)
+    marks, solid = label_indices(annotation, len(text), labels), placing.solid(text)
     found = np.full(len(places), -1)
     for i, (start, end) in enumerate(places):
         mine = marks[start:end][solid[start:end]]
@@ -113,12 +133,38 @@ def _own(path: Path) -> list[tuple[str, Annotation]]:
     return [(texts[one.task_id], one) for one in records if one.failed is None]
 
 
-def _released(path: Path) -> list[tuple[str, Annotation]]:
+def _written(path: Path, labels: LabelSet) -> list[tuple[str, Annotation]]:
+    """Chains as somebody labelled them; their segments, joined by a space, are the text."""
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        where = f"{path}: line {number}"
+        try:
+            row = loads(line)
+            parts = [(str(one["label"]), str(one["text"]).strip()) for one in row["segments"]]
+            question = str(row.get("question") or row["task_id"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BadFile(
+                f"{where}: expected a chain with question (or task_id) and segments, each with "
+                "label and text"
+            ) from None
+        placed, text = [], ""
+        for label, part in parts:
+            if label not in labels.names:
+                known = ", ".join(labels.names)
+                raise BadFile(f"{where}: label {label!r} of {part!r:.60} is not among {known}")
+            start = len(text) + bool(text)
+            text = f"{text} {part}" if text else part
+            placed.append(PlacedSegment(label, part, start, len(text)))
+        pairs.append((text, placing.annotation(placing.place(placed, text), question, "own")))
+    return pairs
+
+
+def _released(path: Path, labels: LabelSet) -> list[tuple[str, Annotation]]:
     pairs = []
     try:
         for i, row in enumerate(read_json(path)):
             text = row["thinking_process"]
-            placed = placing.align(markup.parse(row["annotated_response"]), text)
+            placed = placing.align(markup.parse(row["annotated_response"], labels), text)
             pairs.append((text, placing.annotation(placed, str(i), "released")))
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -154,12 +200,12 @@ def as_features(matrix: csr_matrix) -> offline.Features:
 def fit(data: Data, metadata: dict[str, Any] | None = None) -> offline.Classifier:
     """Both models on the labelled rows, and the label transitions; no correction chosen yet."""
     truth, known = data.truth, data.truth >= 0
-    counts = np.bincount(truth[known], minlength=N)
+    counts = np.bincount(truth[known], minlength=len(data.names))
     if not counts.all():
-        missing = [name for name, count in zip(BEHAVIOURS, counts, strict=True) if not count]
+        missing = [name for name, count in zip(data.names, counts, strict=True) if not count]
         raise ValueError(f"no sentence of {', '.join(missing)} to train on: give more chains")
     pairs = (data.chain[1:] == data.chain[:-1]) & known[1:] & known[:-1]
-    steps = 1 + confusion(truth[:-1][pairs], truth[1:][pairs])
+    steps = 1 + confusion(truth[:-1][pairs], truth[1:][pairs], len(data.names))
     arrays = {
         "log_prior": np.log(counts / counts.sum()),
         "log_transitions": np.log(steps / steps.sum(axis=1, keepdims=True)),
@@ -167,7 +213,7 @@ def fit(data: Data, metadata: dict[str, Any] | None = None) -> offline.Classifie
     rows = data[known]
     arrays |= fit_linear(rows.matrix, rows.truth, rows.weight)
     arrays |= fit_network(as_features(rows.matrix), rows.truth, rows.weight)
-    return offline.Classifier(BEHAVIOURS, arrays, 0.0, metadata or {})
+    return offline.Classifier(data.names, arrays, 0.0, metadata or {})
 
 
 def fit_linear(rows, truth: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
@@ -175,10 +221,14 @@ def fit_linear(rows, truth: np.ndarray, weight: np.ndarray) -> dict[str, np.ndar
     used = np.flatnonzero(np.bincount(rows.indices, minlength=rows.shape[1]) >= LEAST)
     model = LogisticRegression(C=PENALTY, max_iter=60, tol=1e-3)
     model.fit(rows[:, used], truth, weight)
-    weights = np.zeros((rows.shape[1], N), dtype=np.float32)
-    weights[used] = model.coef_.T
+    coefficients, bias = model.coef_, model.intercept_
+    if len(coefficients) == 1:  # of two labels scikit-learn keeps the log odds of the second
+        coefficients = np.vstack([-coefficients, coefficients]) / 2
+        bias = np.concatenate([-bias, bias]) / 2
+    weights = np.zeros((rows.shape[1], len(coefficients)), dtype=np.float32)
+    weights[used] = coefficients.T
     words, around = np.split(weights, [1 << offline.BITS])
-    return {"words": words, "around": around, "bias": model.intercept_}
+    return {"words": words, "around": around, "bias": bias}
 
 
 def fit_network(
@@ -196,7 +246,7 @@ def fit_network(
     torch.nn.init.normal_(words.weight, std=0.1)
     bias = torch.nn.Parameter(torch.zeros(HIDDEN))
     near = torch.nn.Linear(around.shape[1], HIDDEN // 2)
-    out = torch.nn.Linear(HIDDEN + HIDDEN // 2, N)
+    out = torch.nn.Linear(HIDDEN + HIDDEN // 2, int(truth.max()) + 1)
     dense = torch.optim.AdamW([bias, *near.parameters(), *out.parameters()], lr=3e-3)
     optimisers = [torch.optim.SparseAdam(words.parameters(), lr=3e-3), dense]
     for _ in range(EPOCHS):
@@ -245,7 +295,7 @@ def cross_predict(data: Data) -> np.ndarray:
     with a single source, from rows of other questions."""
     fold = data.question % FOLDS
     sources = np.unique(data.source)
-    found = np.full((len(data.truth), N), np.nan)
+    found = np.full((len(data.truth), len(data.names)), np.nan)
     for left_out in sources:
         for part in np.unique(fold):
             test = (data.source == left_out) & (fold == part)
@@ -258,17 +308,17 @@ def cross_predict(data: Data) -> np.ndarray:
     return found
 
 
-def log_prior(truth: np.ndarray) -> np.ndarray:
-    """Logarithms of the shares of the labels ``[N]``."""
-    return np.log(np.bincount(truth[truth >= 0], minlength=N) / (truth >= 0).sum())
+def log_prior(truth: np.ndarray, n: int) -> np.ndarray:
+    """Logarithms of the shares of the ``n`` labels ``[N]``."""
+    return np.log(np.bincount(truth[truth >= 0], minlength=n) / (truth >= 0).sum())
 
 
 def best_correction(probabilities: np.ndarray, truth: np.ndarray) -> float:
     """The share of the prior to take out that gives the largest kappa."""
-    known = truth >= 0
-    logs, prior = np.log(probabilities[known]), log_prior(truth)
+    known, n = truth >= 0, probabilities.shape[1]
+    logs, prior = np.log(probabilities[known]), log_prior(truth, n)
     choices = [(logs - correction * prior).argmax(axis=1) for correction in CORRECTIONS]
-    kappas = [kappa(confusion(truth[known], chosen)) for chosen in choices]
+    kappas = [kappa(confusion(truth[known], chosen, n)) for chosen in choices]
     return float(CORRECTIONS[int(np.argmax(kappas))])
 
 
@@ -279,7 +329,7 @@ def cross_decide(probabilities: np.ndarray, data: Data) -> np.ndarray:
         here = data.source == one
         other = here if here.all() else ~here
         correction = best_correction(probabilities[other], data.truth[other])
-        prior = log_prior(data.truth[other])
+        prior = log_prior(data.truth[other], len(data.names))
         chosen[here] = (np.log(probabilities[here]) - correction * prior).argmax(axis=1)
     return chosen
 
@@ -287,9 +337,10 @@ def cross_decide(probabilities: np.ndarray, data: Data) -> np.ndarray:
 # --- the numbers of the card -------------------------------------------------------------
 
 
-def confusion(first: np.ndarray, second: np.ndarray, weight: Any = None) -> np.ndarray:
-    """Counts ``[N, N]`` of label pairs, rows the first; ``weight`` counts instead of 1."""
-    return np.bincount(first * N + second, weight, N * N).reshape(N, N)
+def confusion(first: np.ndarray, second: np.ndarray, n: int, weight: Any = None) -> np.ndarray:
+    """Counts ``[N, N]`` of pairs of ``n`` labels, rows the first; ``weight`` counts instead of
+    1."""
+    return np.bincount(first * n + second, weight, n * n).reshape(n, n)
 
 
 def measure(
@@ -302,41 +353,47 @@ def measure(
     """All numbers of the card.
 
     ``probabilities [n, N]`` and ``chosen [n]`` are held-out predictions for the sentences of
-    ``chains``, in order; sentences without a true label are left out.
+    ``chains``, in order; sentences without a true label are left out. The cue words of
+    ``lexical`` stand beside for the paper's labels, which they know.
     """
-    known = data.truth >= 0
+    known, n = data.truth >= 0, len(data.names)
     said = [chain.text[slice(*place)] for chain in chains for place in chain.places]
     index = [i for chain in chains for i in range(len(chain.places))]
-    rules = [sentences.label(text, i) for text, i in zip(said, index, strict=True)]
-    by_rules = np.array([BEHAVIOURS.index(label) for label in rules])[known]
+    by_rules = None
+    if data.names == PAPER.names:
+        heard = [sentences.label(text, i) for text, i in zip(said, index, strict=True)]
+        by_rules = np.array([data.names.index(label) for label in heard])[known]
     without, data, chosen = int((~known).sum()), data[known], chosen[known]
     probabilities, said = probabilities[known], [said[i] for i in np.flatnonzero(known)]
-    truth, table = data.truth, confusion(data.truth, chosen)
-    tables = np.zeros((len(chains), N, N))
+    truth, table = data.truth, confusion(data.truth, chosen, n)
+    tables = np.zeros((len(chains), n, n))
     np.add.at(tables, (data.chain, truth, chosen), 1)
     size = np.array([len(text) for text in said])
+    rules = None
+    if by_rules is not None:
+        rules = {
+            "kappa": kappa(confusion(truth, by_rules, n)),
+            "accuracy": float((truth == by_rules).mean()),
+        }
     given = {"judge": truth, "labels": chosen, "rules": by_rules}
-    ways = {way: np.eye(N)[labels] for way, labels in given.items()}
+    ways = {way: np.eye(n)[labels] for way, labels in given.items() if labels is not None}
     ways = {"judge": ways["judge"], "expected": probabilities, **ways}
     return {
         "chains": len(chains),
         "sentences": len(truth),
         "without_label": without,
-        "labels": list(BEHAVIOURS),
+        "labels": list(data.names),
         "kappa": kappa(table),
         "kappa_interval": _kappa_interval(tables),
-        "kappa_by_length": kappa(confusion(truth, chosen, size)),
+        "kappa_by_length": kappa(confusion(truth, chosen, n, size)),
         "accuracy": float((truth == chosen).mean()),
         "log_loss": float(-np.log(probabilities[np.arange(len(truth)), truth]).mean()),
-        "rules": {
-            "kappa": kappa(confusion(truth, by_rules)),
-            "accuracy": float((truth == by_rules).mean()),
-        },
-        "judge_with_itself": _repeats(said, truth),
+        "rules": rules,
+        "judge_with_itself": _repeats(said, truth, n),
         "confusion": table.tolist(),
-        "per_label": _per_label(truth, chosen),
+        "per_label": _per_label(truth, chosen, data.names),
         "fractions": _fractions(data.source, ways, names),
-        "shrinkage": _shrinkage(data.chain, ways),
+        "shrinkage": _shrinkage(data.chain, ways, data.names),
         "calibration": _calibration(truth, probabilities),
     }
 
@@ -348,7 +405,7 @@ def _kappa_interval(tables: np.ndarray) -> list[float]:
     return np.percentile(kappas, [2.5, 97.5]).tolist()
 
 
-def _repeats(said: Sequence[str], truth: np.ndarray) -> dict[str, float]:
+def _repeats(said: Sequence[str], truth: np.ndarray, n: int) -> dict[str, float]:
     """Agreement of the judge with itself on sentences that occur word for word again."""
     seen = defaultdict(list)
     for text, label in zip(said, truth, strict=True):
@@ -356,17 +413,19 @@ def _repeats(said: Sequence[str], truth: np.ndarray) -> dict[str, float]:
     pairs = np.array([pair for labels in seen.values() for pair in pairwise(labels)])
     if not len(pairs):
         return {"pairs": 0, "kappa": float("nan")}
-    return {"pairs": len(pairs), "kappa": kappa(confusion(*pairs.T))}
+    return {"pairs": len(pairs), "kappa": kappa(confusion(*pairs.T, n))}
 
 
-def _per_label(truth: np.ndarray, chosen: np.ndarray) -> dict[str, dict[str, float]]:
+def _per_label(
+    truth: np.ndarray, chosen: np.ndarray, names: Sequence[str]
+) -> dict[str, dict[str, float]]:
     scores = precision_recall_fscore_support(
-        truth, chosen, labels=range(N), zero_division=np.nan
+        truth, chosen, labels=range(len(names)), zero_division=np.nan
     )
     keys = ("precision", "recall", "f1", "sentences")
     return {
         name: dict(zip(keys, (score.item() for score in row), strict=True))
-        for name, row in zip(BEHAVIOURS, zip(*scores, strict=True), strict=True)
+        for name, row in zip(names, zip(*scores, strict=True), strict=True)
     }
 
 
@@ -393,7 +452,9 @@ def _fractions(
     return {"sources": found, "mean_error": means, "errors": errors}
 
 
-def _shrinkage(chain: np.ndarray, ways: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+def _shrinkage(
+    chain: np.ndarray, ways: dict[str, np.ndarray], names: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Slope of a chain's fraction on the judge's: 1 where differences keep their size."""
     judge = _means(ways["judge"], chain)
     true = judge - judge.mean(axis=0)
@@ -404,14 +465,14 @@ def _shrinkage(chain: np.ndarray, ways: dict[str, np.ndarray]) -> dict[str, dict
     }
     return {
         name: {way: float(slope[i]) for way, slope in slopes.items()}
-        for i, name in enumerate(BEHAVIOURS)
+        for i, name in enumerate(names)
     }
 
 
 def _calibration(truth: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
     """All label probabilities in ten bins: mean probability against share of hits."""
     flat = probabilities.ravel()
-    every = pd.DataFrame({"said": flat, "true": np.eye(N)[truth].ravel()})
+    every = pd.DataFrame({"said": flat, "true": np.eye(probabilities.shape[1])[truth].ravel()})
     every["bin"] = np.minimum((flat * 10).astype(int), 9)
     bins = every.groupby("bin").agg(
         count=("said", "size"), said=("said", "mean"), true=("true", "mean")
@@ -426,8 +487,7 @@ _PAGE = """\
 # The offline annotator: what it is worth
 
 Written by `python training/offline.py`; do not edit. Every prediction below is for a
-chain whose model **and** question the classifier had not seen: each of the
-{files} files left out in turn, crossed with five folds of questions.
+{unseen}
 The truth is the judge's label of most of a sentence's characters. Trained on {chains}
 chains, {sentences:,} labelled sentences; the weights take {megabytes:.2f} MB.
 
@@ -471,12 +531,21 @@ Expected calibration error {calibration[expected_error]:.3f}; log loss {log_loss
 """
 
 
+_UNSEEN = """\
+chain whose model **and** question the classifier had not seen: each of the
+{} files left out in turn, crossed with five folds of questions."""
+_UNSEEN_QUESTIONS = """\
+chain whose question the classifier had not seen, in five folds of questions. All chains
+come from one file: on those of another model expect less."""
+
+
 def page(n: dict[str, Any]) -> str:
     """The card as Markdown."""
+    files = len(n["fractions"]["sources"])
     errors, slopes = n["fractions"]["errors"]["expected"], n["shrinkage"].values()
     return _PAGE.format(
         **n,
-        files=len(n["fractions"]["sources"]),
+        unseen=_UNSEEN.format(files) if files > 1 else _UNSEEN_QUESTIONS,
         megabytes=n["weights_bytes"] / 1e6,
         summary=_summary(n),
         error=100 * n["fractions"]["mean_error"]["expected"],
@@ -532,12 +601,15 @@ def _summary(n: dict[str, Any]) -> str:
     low, high = n["kappa_interval"]
     kappas = f"{n['kappa']:.3f} ({low:.3f} to {high:.3f})"
     rules, itself = n["rules"], n["judge_with_itself"]["kappa"]
-    cues = f"{rules['kappa']:.3f}", f"{rules['accuracy']:.3f}", errors["rules"]
+    cues = []
+    if rules:
+        numbers = f"{rules['kappa']:.3f}", f"{rules['accuracy']:.3f}", errors["rules"]
+        cues = [["cue words (`lexical`)", *numbers]]
     return _table(
         ["", "kappa", "accuracy", "error of a model's fractions, points"],
         [
             ["this annotator", kappas, f"{n['accuracy']:.3f}", own],
-            ["cue words (`lexical`)", *cues],
+            *cues,
             ["the judge, on repeated sentences", f"{itself:.3f}", "", ""],
         ],
     )
@@ -565,7 +637,7 @@ def save(model: offline.Classifier, path: Path) -> None:
     np.savez_compressed(path, metadata=np.array(json.dumps(metadata)), **stored)
 
 
-def prepare(chains: Sequence[Chain], names: Sequence[str]) -> Data:
+def prepare(chains: Sequence[Chain], names: Sequence[str], labels: LabelSet = PAPER) -> Data:
     """The sentences of all chains; ``names`` are the sources."""
     asked = list(dict.fromkeys(chain.question for chain in chains))
     sizes = [len(chain.places) for chain in chains]
@@ -576,15 +648,30 @@ def prepare(chains: Sequence[Chain], names: Sequence[str]) -> Data:
         question=np.repeat([asked.index(chain.question) for chain in chains], sizes),
         chain=np.repeat(np.arange(len(chains)), sizes),
         weight=row_weights(chains),
+        names=labels.names,
     )
 
 
-def train(paths: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
-    """Train on ``paths``, write ``out``, ``<out>_card.md`` and ``<out>_card.json``."""
+def train(
+    paths: Sequence[str | Path], out: str | Path, labels: LabelSet = PAPER
+) -> dict[str, Any]:
+    """Train on ``paths``, write ``out``, ``<out>_card.md`` and ``<out>_card.json``; where
+    ``out`` is no ``.npz``, into a folder, under the names of the shipped ones.
+
+    Raises:
+        ValueError: files without chains, fewer than two labels, or a label that a fold of the
+            cross-validation has no sentence of.
+
+    """
     out = Path(out)
-    chains = [chain for path in paths for chain in read_chains(path)]
+    out = out if out.suffix == ".npz" else out / offline.WEIGHTS.name
+    if len(labels.names) < 2:
+        raise ValueError(f"labels {labels.name!r}: give at least two labels to tell apart")
+    chains = [chain for path in paths for chain in read_chains(path, labels)]
     names = sorted({chain.source for chain in chains})
-    data = prepare(chains, names)
+    if not chains:
+        raise ValueError(f"{', '.join(map(str, paths))}: no labelled chain to train on")
+    data = prepare(chains, names, labels)
     probabilities = cross_predict(data)
     chosen = cross_decide(probabilities, data)
     digests = {Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths}
@@ -605,10 +692,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--out", default="offline.npz", metavar="FILE")
+    parser.add_argument("--labels", metavar="FILE", help="your own labels, as YAML")
+    parser.add_argument("--out", default="offline.npz", metavar="FILE", help="or a folder")
     options = parser.parse_args(arguments)
-    numbers = train(options.data, options.out)
-    print(f"kappa {numbers['kappa']:.3f} on unseen models and questions; wrote {options.out}")
+    labels = LabelSet.load(options.labels) if options.labels else PAPER
+    numbers = train(options.data, options.out, labels)
+    unseen = "models and questions" if len(options.data) > 1 else "questions"
+    print(f"kappa {numbers['kappa']:.3f} on unseen {unseen}; wrote {options.out}")
 
 
 if __name__ == "__main__":

@@ -13,27 +13,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from stllms.annotation import placing
-from stllms.labels import BEHAVIOURS
+from stllms.labels import PAPER, LabelSet
 from stllms.records import Segment
 
 #: Why a piece of a reply is not a segment.
 UNKNOWN, EMPTY, OUTSIDE = "unknown label", "empty section", "outside any section"
 
 _QUOTE = r"""\\?["'`*“”„‘’«»]"""
-# Every repetition is bounded, so that reading is linear in the length of the reply.
-_TAG = re.compile(
-    rf"""\[\s{{0,3}}(?P<quote>(?:{_QUOTE}){{0,3}})\s{{0,3}}
-    (?:(?P<number>\d{{1,2}})\s{{0,2}}[.):]?\s{{0,3}})?(?P<inner>(?:{_QUOTE}){{0,3}})
-    (?P<slash>/?)(?P<name>[^\W\d_][^\W\d]{{0,24}}(?:[ _‐‑–-]{{1,3}}[^\W\d_]{{1,24}}){{0,3}})
-    \s{{0,3}}(?:{_QUOTE}){{0,3}}\s{{0,3}}\]""",
-    re.VERBOSE,
-)
-_PUBLISHED = re.compile(r'\["([\w-]+)"\](.*?)\["end-section"\]', re.DOTALL)
-_COUNTED = re.compile(r'\["?([a-z-]+)"?\]')
-
+# What any label may look like. Every repetition is bounded: reading is linear in the reply.
+_NAME = r"[^\W\d_][^\W\d]{0,24}(?:[ _‐‑–-]{1,3}[^\W\d_]{1,24}){0,3}"
+_CLOSING = ("endsection", "endofsection", "sectionend")
 
 #: A piece of a reply, and why it is no segment (``None``: it is one).
 Piece = tuple[Segment, str | None]
@@ -43,13 +36,41 @@ def _letters(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 
 
-_LABELS = {_letters(label): label for label in BEHAVIOURS}
-_CLOSING = {"endsection", "endofsection", "sectionend"} | {f"end{name}" for name in _LABELS}
+def own_names(labels: LabelSet, usual: str) -> str:
+    """Alternatives of a regular expression, each with ``|`` behind it: the names of ``labels``
+    that the expression ``usual`` does not match, in any case and with any hyphens.
+    """
+    other = [name for name in labels.names if not re.fullmatch(usual, name)]
+    words = (re.findall(r"[^\W_]+", name) for name in sorted(other, key=len, reverse=True))
+    return "".join("(?i:" + r"[ _/‐‑–-]{0,3}".join(each) + r")(?![\w/-])|" for each in words)
 
 
-def label_of(name: str) -> str | None:
+class _Grammar(NamedTuple):
+    """How the labels of a set are written: their letters, closing tags, any tag."""
+
+    names: dict[str, str]
+    closing: frozenset[str]
+    tag: re.Pattern[str]
+
+
+@cache
+def _grammar(labels: LabelSet) -> _Grammar:
+    names = {_letters(name): name for name in labels.names}
+    closing = {*_CLOSING, *(f"end{name}" for name in names)} - names.keys()
+    own = own_names(labels, _NAME)
+    tag = re.compile(
+        rf"""\[\s{{0,3}}(?P<quote>(?:{_QUOTE}){{0,3}})\s{{0,3}}
+        (?:(?!{own}(?!))(?P<number>\d{{1,2}})\s{{0,2}}[.):]?\s{{0,3}})?
+        (?P<inner>(?:{_QUOTE}){{0,3}})(?P<slash>/?)(?P<name>{own}{_NAME})
+        \s{{0,3}}(?:{_QUOTE}){{0,3}}\s{{0,3}}\]""",
+        re.VERBOSE,
+    )
+    return _Grammar(names, frozenset(closing), tag)
+
+
+def label_of(name: str, labels: LabelSet = PAPER) -> str | None:
     """The label that a judge means by ``name``, whatever its case and hyphens."""
-    return _LABELS.get(_letters(name))
+    return _grammar(labels).names.get(_letters(name))
 
 
 @dataclass(frozen=True)
@@ -64,28 +85,30 @@ class Reading:
         return tuple(segment for segment, reason in self.pieces if reason is None)
 
 
-def read(markup: str, *, reader: str = "tolerant") -> Reading:
+def read(markup: str, *, reader: str = "tolerant", labels: LabelSet = PAPER) -> Reading:
     """Segments of ``markup``, and the pieces that are none. Never raises, whatever the text.
 
     ``reader`` is one of :data:`READERS`.
     """
     if reader not in READERS:
         raise ValueError(f"no reader {reader!r}: choose one of {', '.join(READERS)}")
-    return Reading(tuple(READERS[reader](markup)))
+    return Reading(tuple(READERS[reader](markup, labels)))
 
 
-def parse(markup: str) -> list[Segment]:
+def parse(markup: str, labels: LabelSet = PAPER) -> list[Segment]:
     """The segments that the tolerant reader finds; :func:`read` also tells what it rejected."""
-    return list(read(markup).segments)
+    return list(read(markup, labels=labels).segments)
 
 
-def align(markup: str, text: str, *, reader: str = "tolerant") -> placing.Alignment:
+def align(
+    markup: str, text: str, *, reader: str = "tolerant", labels: LabelSet = PAPER
+) -> placing.Alignment:
     """A judge's reply, placed in the ``text`` of the chain that it is about.
 
     ``reader="published"`` also aligns as published (first exact occurrence). The characters
     of pieces that the reader rejected are counted under the reader's reason.
     """
-    pieces = read(markup, reader=reader).pieces
+    pieces = read(markup, reader=reader, labels=labels).pieces
     return placing.align(
         [segment for segment, _ in pieces],
         text,
@@ -94,43 +117,46 @@ def align(markup: str, text: str, *, reader: str = "tolerant") -> placing.Alignm
     )
 
 
-def _published(markup: str) -> Iterator[Piece]:
-    for match in _PUBLISHED.finditer(markup):
+def _published(markup: str, labels: LabelSet) -> Iterator[Piece]:
+    spaced = "".join(f"{name}|" for name in labels.names if not re.fullmatch(r"[\w-]+", name))
+    for match in re.finditer(
+        rf'\["({spaced}[\w-]+)"\](.*?)\["end-section"\]', markup, re.DOTALL
+    ):
         yield Segment(match[1], match[2].strip()), None
 
 
-def _counted(markup: str) -> Iterator[Piece]:
-    marks = [m for m in _COUNTED.finditer(markup) if m[1] in BEHAVIOURS]
+def _counted(markup: str, labels: LabelSet) -> Iterator[Piece]:
+    marks = list(re.finditer(rf'\["?({"|".join(labels.names)})"?\]', markup))
     for mark, end in zip(marks, [*(m.start() for m in marks[1:]), len(markup)], strict=False):
         text = re.sub(r'\["?end-section"?\]', "", markup[mark.end() : end]).strip()
         yield Segment(mark[1], text), None
 
 
-def _tolerant(markup: str) -> Iterator[Piece]:
+def _tolerant(markup: str, labels: LabelSet) -> Iterator[Piece]:
     current: str | None = None
     outer: list[str] = []  # sections that another one interrupted, innermost last
     position = 0
-    for mark in [*_marks(markup), _Mark("end", "", len(markup), len(markup))]:
+    for mark in [*_marks(markup, labels), _Mark("end", "", len(markup), len(markup))]:
         text = markup[position : mark.start].strip()
         if current is not None:
-            yield _section(current, text)
+            yield _section(current, text, labels)
             if mark.kind != "close":
                 outer.append(current)
         elif mark.kind == "close" and outer and text:
-            yield _section(outer.pop(), text)
+            yield _section(outer.pop(), text, labels)
         elif text:
             yield Segment("", text), OUTSIDE
         current = mark.label if mark.kind in ("open", "unknown") else None
         position = mark.end
 
 
-def _section(label: str, text: str) -> Piece:
-    if label not in BEHAVIOURS:
+def _section(label: str, text: str, labels: LabelSet) -> Piece:
+    if label not in labels.names:
         return Segment(label, text), UNKNOWN
     return Segment(label, text), None if text else EMPTY
 
 
-#: Readers by name: reply -> pieces.
+#: Readers by name: reply, labels -> pieces.
 READERS = {"tolerant": _tolerant, "published": _published, "published-counts": _counted}
 
 
@@ -141,9 +167,11 @@ class _Mark(NamedTuple):
     end: int
 
 
-def _marks(markup: str) -> list[_Mark]:
+def _marks(markup: str, labels: LabelSet = PAPER) -> list[_Mark]:
     """The tags of ``markup``, in order; brackets that are no tags are left out."""
-    marks = [mark for match in _TAG.finditer(markup) if (mark := _mark(match)) is not None]
+    grammar = _grammar(labels)
+    found = (_mark(match, grammar) for match in grammar.tag.finditer(markup))
+    marks = [mark for mark in found if mark is not None]
     kept: list[_Mark] = []
     for i, mark in enumerate(marks):
         after = marks[i + 1].kind if i + 1 < len(marks) else "end"
@@ -152,15 +180,21 @@ def _marks(markup: str) -> list[_Mark]:
     return kept
 
 
-def _mark(match: re.Match[str]) -> _Mark | None:
+def _mark(match: re.Match[str], grammar: _Grammar) -> _Mark | None:
     name = _letters(match["name"])
-    if name in _CLOSING or (match["slash"] and (name in _LABELS or name == "section")):
+    known, marked = name in grammar.names, match["quote"] or match["inner"] or match["number"]
+    if name in grammar.closing or (match["slash"] and (known or name == "section")):
         return _Mark("close", "", *match.span())
-    if name in _LABELS:
-        return _Mark("open", _LABELS[name], *match.span())
-    if (match["quote"] or match["inner"] or match["number"]) and len(name) > 2:
+    if known and (marked or _is_word(name)):
+        return _Mark("open", grammar.names[name], *match.span())
+    if marked and len(name) > 2:
         return _Mark("unknown", match["name"].lower(), *match.span())
     return None
+
+
+def _is_word(name: str) -> bool:
+    """Not so where ``a[i]`` or ``[12]`` would be tags of labels that are called so."""
+    return not name.isdigit() and (len(name) > 2 or not name.isascii())
 
 
 def _stands_as_tag(markup: str, mark: _Mark, before: list[_Mark], after: str) -> bool:

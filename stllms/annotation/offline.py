@@ -29,6 +29,7 @@ from scipy.special import log_softmax
 
 from stllms.annotation import placing, sentences
 from stllms.hashes import file_hash
+from stllms.labels import PAPER, LabelSet
 from stllms.records import Annotation, Response
 
 WEIGHTS = Path(__file__).with_name("offline.npz")
@@ -92,10 +93,10 @@ class Classifier:
 
     @classmethod
     def load(cls, path: str | Path) -> Classifier:
-        """Read what ``training/offline.py`` wrote."""
+        """Read what ``training/offline.py`` wrote; ``ValueError`` for anything else."""
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"no weights at {path}: training/offline.py makes them")
+            raise ValueError(f"no weights at {path}: training/offline.py makes them")
         with np.load(path, allow_pickle=False) as file:
             stored = dict(file)
         found = tuple(len(stored.get(name, ())) for name in ("words", "around"))
@@ -109,19 +110,31 @@ class Classifier:
 
 
 class Offline:
-    """The trained annotator; ``weights`` names another file than the shipped one.
+    """The trained annotator; ``weights`` names another file than the shipped one, or a folder
+    with an :data:`WEIGHTS` of its own. Then its ``name`` is ``offline:WEIGHTS``.
+
+    Weights know the labels that they were trained on, the shipped ones the paper's;
+    ``ValueError`` that says what to do for a set of other ``labels``.
 
     Every annotation's ledger holds ``probability``, the mean probability of each segment's
     label, and ``expected``, the share of the characters each label has in expectation, which
     estimates fractions better than counting labels does.
     """
 
-    name = "offline"
-
-    def __init__(self, weights: str | Path | None = None) -> None:
-        path = WEIGHTS if weights is None else Path(weights)
-        self.classifier = Classifier.load(path)
+    def __init__(self, weights: str | Path | None = None, *, labels: LabelSet = PAPER) -> None:
+        path = WEIGHTS if weights is None else Path(weights).expanduser()
+        path = path / WEIGHTS.name if path.is_dir() else path
+        self.name = "offline" if weights is None else f"offline:{weights}"
+        self.labels, self.classifier = labels, Classifier.load(path)
         self.fingerprint = file_hash(path)[:16]
+        if set(self.classifier.labels) != set(labels.names):
+            which = "the shipped weights" if weights is None else str(path)
+            raise ValueError(
+                f"offline: {which} know {', '.join(self.classifier.labels)}, not the labels "
+                f"{labels.name!r} ({', '.join(labels.names)}): train your own with python "
+                "training/offline.py --labels FILE --data CHAINS.jsonl --out FOLDER, and take "
+                "offline:FOLDER"
+            )
 
     def annotate(self, responses: Sequence[Response]) -> list[Annotation]:
         """One annotation per response, in order."""

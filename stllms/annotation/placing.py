@@ -34,9 +34,10 @@ _SLACK = 6
 #: this many.
 _LEAST, _ENOUGH = 0.5, 30
 
-_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+#: Scripts that write no spaces between words, as a range of characters.
+CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 # Long words are cut, so that endless digits and scripts without spaces still align in part.
-_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]{{1,16}}|[^\w\s]")
+_WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]{{1,16}}|[^\w\s]")
 _SAME = str.maketrans("“”„«»‘’`´–—‑−", '"""""\'\'\'\'----')
 
 

@@ -4,14 +4,17 @@
 a line always cuts, since chains put list items and equations on lines of their own.
 :func:`label` names a behaviour from cue words and a few plain rules. The rules are ours,
 written from the definitions of method, section 4; they are the floor that a trained annotator
-has to beat, and an instrument whose mistakes do not come from any judge.
+has to beat, and an instrument whose mistakes do not come from any judge. They know the
+paper's labels; others bring cue words of their own (:func:`heard`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from stllms.annotation.placing import CJK
+from stllms.labels import PAPER, LabelSet
 from stllms.records import PlacedSegment
 
 _ABBREVIATIONS = frozenset(
@@ -150,19 +153,61 @@ def label(sentence: str, index: int) -> str:
     return "deduction"
 
 
+def heard(labels: LabelSet) -> Callable[[str, int], str | None]:
+    """The rule by which cue words name sentence number ``index`` of a chain.
+
+    For the paper's labels that is :func:`label`, unless they bring cues of their own. Else it
+    is the first label in the order of the set of which the sentence has a cue: as whole words,
+    in any case. Without any cue it is the first label that has none, or ``None``.
+
+    Raises:
+        ValueError: no label of the set has a cue.
+
+    """
+    cues = {one.name: [cue for cue in one.cues if cue.strip()] for one in labels.labels}
+    if not any(cues.values()):
+        if set(labels.names) == set(PAPER.names):
+            return label
+        raise ValueError(
+            f"lexical: no label of {labels.name!r} has cues: add them to the file of labels "
+            f"(labels: {{{labels.names[0]}: {{cues: [word, two words]}}}})"
+        )
+    patterns = {name: _cue(words) for name, words in cues.items() if words}
+    rest = next((name for name, words in cues.items() if not words), None)
+
+    def rule(sentence: str, _index: int) -> str | None:
+        plain = sentence.replace("’", "'")
+        return next((name for name, cue in patterns.items() if cue.search(plain)), rest)
+
+    return rule
+
+
+def _cue(words: Sequence[str]) -> re.Pattern[str]:
+    """Any of the cues, each as whole words; scripts without spaces have none."""
+    letter, patterns = re.compile(rf"[^\W{CJK}]"), []
+    for cue in (" ".join(word.replace("’", "'").split()) for word in words):
+        before = f"(?<!{letter.pattern})" if letter.match(cue[0]) else ""
+        after = f"(?!{letter.pattern})" if letter.match(cue[-1]) else ""
+        patterns.append(before + r"\s+".join(map(re.escape, cue.split())) + after)
+    return _rule(*patterns)
+
+
 def segments(
-    text: str, places: Sequence[tuple[int, int]], labels: Sequence[str]
+    text: str, places: Sequence[tuple[int, int]], labels: Sequence[str | None]
 ) -> list[PlacedSegment]:
-    """Sentences as segments: neighbours of one label on one line become one.
+    """Sentences as segments: neighbours of one label on one line become one; those whose label
+    is ``None`` are left out.
 
     So cut, the sentences of the released chains, with the judge's own labels, give 94 % to
     110 % as many segments as the judge wrote (88 % for one model of five), single sentences
     up to 173 %: segment counts stay comparable.
     """
     placed: list[PlacedSegment] = []
+    before = None
     for (start, end), name in zip(places, labels, strict=True):
-        last = placed[-1] if placed else None
-        if last and last.label == name and "\n" not in text[last.end : start]:
-            start = placed.pop().start
-        placed.append(PlacedSegment(name, text[start:end], start, end))
+        if name is not None:
+            if name == before and "\n" not in text[placed[-1].end : start]:
+                start = placed.pop().start
+            placed.append(PlacedSegment(name, text[start:end], start, end))
+        before = name
     return placed

@@ -1,12 +1,14 @@
 """Data -> axes. A function here draws on what it is given and returns it.
 
-None reads a file, saves or shows. Colours are one per behaviour everywhere (Okabe and Ito's
-palette, told apart by colour-blind readers); a value that is missing is written as ``n/a``,
-never drawn as zero. Letters are sized for figures 7 inches wide, printed as they are.
+None reads a file, saves or shows. ``labels`` is the set of labels that is drawn: it names the
+panels and gives each behaviour one colour everywhere. A value that is missing is written as
+``n/a``, never drawn as zero. Letters are sized for figures 7 inches wide, printed as they are;
+where a set has more or longer names than fit the size given, the figure is made larger.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -24,12 +26,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
 
-from stllms.labels import BEHAVIOURS, COLOURS, OTHER, STEERED
+from stllms.labels import OTHER, PAPER, LabelSet
 from stllms.records import PlacedSegment, Steered
 
 #: The baseline, positive and negative steering.
 MODES: dict[str, str] = {"plain": "#777777", "positive": "#1B9E77", "negative": "#7570B3"}
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 #: The null interval: the range of control directions.
 NULL: dict[str, Any] = {
     "label": "null interval",
@@ -55,6 +57,14 @@ UNITS = {"tokens": "tokens", "kl": "nats a token", "log perplexity": "nats a tok
 LINE, MOST_LINES = 55, 40
 #: Inches of a line of a chain, and for all around the lines.
 LINE_HEIGHT, HEAD_AND_FOOT = 0.16, 0.9
+#: Panels in a row, and characters of a line of a name, and of one with more than two of these.
+ACROSS, NAME, LONG = 4, 14, 24
+#: Inches of a letter of a name, of a row of a legend, and of all that a legend has beside a name.
+LETTER, ROW, BESIDE = 0.063, 0.15, 0.5
+#: Inches that a cell of a matrix needs at least, and one of a square matrix.
+CELL, SQUARE = 0.27, 0.5
+#: Inches of a colour bar, and of what is above and below a matrix.
+COLOUR_BAR, AROUND = 1.0, 1.0
 
 
 def style() -> None:
@@ -98,14 +108,90 @@ def legend(panels: Sequence[Axes], handles: Sequence[Artist] = (), columns: int 
 
 def side_legend(figure: Figure, axes: Axes) -> None:
     """The lines of ``axes`` named to the right of the figure, where they hide nothing."""
-    handles, labels = axes.get_legend_handles_labels()
+    handles, names = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside right upper", frameon=False)
+        names = [short(name, LONG) for name in names]
+        _at_least(figure, height=ROW * sum(name.count("\n") + 1 for name in names) + 0.6)
+        figure.legend(handles, names, loc="outside right upper", frameon=False)
 
 
-def short(behaviour: str) -> str:
-    """A behaviour on two lines, for axes."""
-    return behaviour.replace("-", "-\n", 1)
+def short(name: str, width: int = NAME) -> str:
+    """A name on lines of at most ``width`` characters, broken behind hyphens, spaces, slashes
+    and underscores; a longer word is cut.
+    """
+    line = rf".{{1,{width}}}(?:(?<=[-/_ ])|\Z)|.{{1,{width}}}"
+    return "\n".join(part.strip() for part in re.findall(line, name))
+
+
+def _compact(name: str) -> str:
+    """:func:`short` on two lines, which are longer if they must be."""
+    return short(name, LONG if short(name).count("\n") > 1 else NAME)
+
+
+def panels(
+    figure: Figure, names: Sequence[str], *, columns: int = ACROSS, **shared: bool
+) -> list[Axes]:
+    """A panel for each name, at most ``columns`` in a row, with the axes that ``shared`` names
+    (``sharex``, ``sharey``). ``figure`` has the size of one row: it is made as high as all need.
+    """
+    rows = math.ceil(len(names) / columns)
+    columns = math.ceil(len(names) / rows)
+    figure.set_figheight(rows * figure.get_figheight())
+    grid = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+    for axes in grid[len(names) :]:
+        axes.remove()
+    return list(grid[: len(names)])
+
+
+def _outer(drawn: Sequence[Axes]) -> None:
+    """Axes named only where no other panel is between them and the edge of the figure."""
+    places = {axes: axes.get_subplotspec() for axes in drawn}
+    taken = {(at.rowspan.start, at.colspan.start) for at in places.values() if at}
+    for axes, at in places.items():
+        name = axes.get_xlabel()
+        axes.label_outer()
+        if at and (at.rowspan.stop, at.colspan.start) not in taken:
+            axes.set_xlabel(name)
+            axes.tick_params(axis="x", which="both", labelbottom=True)
+
+
+def _title(axes: Axes, name: str) -> None:
+    """A name over its panel, on as many lines as its width needs."""
+    axes.set_title(short(name, max(NAME, int(_width(axes) / LETTER))))
+
+
+def _name_rows(drawn: Sequence[Axes], label: str) -> None:
+    """What is upwards, beside the first panel of every row."""
+    for axes in drawn:
+        at = axes.get_subplotspec()
+        if at is None or at.is_first_col():
+            axes.set_ylabel(label)
+
+
+def _width(axes: Axes) -> float:
+    """Inches of the figure that axes have to themselves."""
+    return axes.figure.get_figwidth() / _across(axes)
+
+
+def _across(axes: Axes) -> int:
+    """How many axes are beside each other, these among them."""
+    at = axes.get_subplotspec()
+    return at.get_gridspec().ncols if at else 1
+
+
+def _at_least(figure: Figure, width: float = 0.0, height: float = 0.0) -> None:
+    """Make the figure so large, if it is smaller (inches)."""
+    now = figure.get_size_inches()
+    figure.set_size_inches(max(now[0], width), max(now[1], height))
+
+
+def _columns(names: Sequence[str], most: int, inches: float) -> int:
+    """The columns of a legend that fits the width, at most ``most``."""
+    for columns in range(min(most, len(names)), 1, -1):
+        parts = np.array_split([len(name) for name in names], columns)
+        if sum(LETTER * part.max() + BESIDE for part in parts) <= inches:
+            return columns
+    return 1
 
 
 def missing(axes: Axes, text: str) -> Axes:
@@ -153,11 +239,30 @@ def bars(
         null = placed.dropna(subset="null_low")
         height = null["null_high"] - null["null_low"]
         axes.bar(null["place"], height, width * 0.92, bottom=null["null_low"], **NULL)
-    axes.set_xticks(np.arange(len(groups)), [short(group) for group in groups])
+    names, turn = _along(groups, 0.85 * _width(axes))
+    axes.set_xticks(np.arange(len(groups)), names)
+    axes.tick_params(axis="x", rotation=turn)
+    if turn:
+        down = len({at.get_position().y0 for at in axes.figure.axes})
+        _at_least(axes.figure, height=2.2 * down + _longest(names))
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
     axes.grid(axis="x", visible=False)
     return axes
+
+
+def _along(names: Sequence[str], inches: float) -> tuple[list[str], int]:
+    """Names along so much of a horizontal axis, and the degrees by which they are turned: they
+    stand upright where they would meet."""
+    flat = [short(name) for name in names]
+    if _longest(flat) <= inches / len(names):
+        return flat, 0
+    return [_compact(name) for name in names], 90
+
+
+def _longest(names: Sequence[str]) -> float:
+    """Inches of the longest line of the names."""
+    return LETTER * max(len(line) for name in names for line in name.split("\n"))
 
 
 def steering_bars(axes: Axes, table: pd.DataFrame) -> Axes:
@@ -231,7 +336,7 @@ def _hatched(hatch: str) -> dict[str, Any]:
 
 def _measured(rows: pd.DataFrame) -> dict[str, tuple[str, str]]:
     """Model -> hatch, and how it was measured in words; no words if all were measured alike."""
-    names = ["tasks", "annotator", "reader"]
+    names = [c for c in ("tasks", "annotator", "reader", "labels") if c in rows]
     known = rows.drop_duplicates("model").set_index("model")[names].fillna("")
     codes, ways = pd.factorize(known.apply(tuple, axis=1))
     words = [
@@ -264,6 +369,12 @@ def matrix(
     if not table.size:
         return missing(axes, "unavailable: nothing was steered")
     limit = limit or float(np.nanmax(np.abs(table), initial=1e-9))
+    cell = max(CELL, LETTER * max(len(format(value, fmt)) for value in table.ravel()))
+    beside = _longest(rows) + (COLOUR_BAR if label else 0)
+    _at_least(axes.figure, beside + cell * len(columns) * _across(axes))
+    names, turn = _along(columns, _width(axes) - beside)
+    above = AROUND + (_longest(names) if turn else 0)
+    _at_least(axes.figure, height=CELL * len(rows) + above)
     sns.heatmap(
         table,
         ax=axes,
@@ -273,7 +384,7 @@ def matrix(
         annot=True,
         fmt=fmt,
         annot_kws={"fontsize": 7},
-        xticklabels=[short(name) for name in columns],
+        xticklabels=names,
         yticklabels=list(rows),
         cbar=bool(label),
         cbar_kws={"label": label} if label else None,
@@ -281,17 +392,20 @@ def matrix(
     for row, column in np.argwhere(np.isnan(table)):
         axes.text(column + 0.5, row + 0.5, "n/a", ha="center", va="center", fontsize=7)
     axes.tick_params(rotation=0)
+    axes.tick_params(axis="x", rotation=turn)
     return axes
 
 
-def heatmap(axes: Axes, values: np.ndarray, labels: Sequence[str]) -> Axes:
+def heatmap(axes: Axes, values: np.ndarray, names: Sequence[str]) -> Axes:
     """Cosine similarities ``[N, N]`` with their values written in the cells."""
-    if not len(labels):
+    if not len(names):
         return missing(axes, "unavailable: too few spans")
-    names = [short(label) for label in labels]
-    matrix(axes, values, names, labels, label="cosine similarity", fmt=".2f", limit=1)
+    rows, side = [short(name) for name in names], SQUARE * len(names) + AROUND
+    _at_least(axes.figure, side + COLOUR_BAR, side)
+    matrix(axes, values, rows, names, label="cosine similarity", fmt=".2f", limit=1)
     axes.set_aspect("equal")
-    axes.tick_params(axis="x", rotation=40)
+    if max(name.count("\n") for name in rows) < 2:
+        axes.tick_params(axis="x", rotation=40)
     return axes
 
 
@@ -338,13 +452,14 @@ def curves(
     label: str,
     bands: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     mark: Mapping[str, int] | None = None,
+    labels: LabelSet = PAPER,
 ) -> Axes:
     """One line a behaviour over the layers, with bands and marked layers where given."""
     if not values:
         return missing(axes, "unavailable: too few spans")
     for rank, (name, line) in enumerate(values.items()):
         layers = np.arange(len(line))
-        colour = COLOURS.get(name, f"C{rank}")
+        colour = labels.colour(name) if name in labels.names else f"C{rank}"
         axes.plot(layers, line, color=colour, marker=MARKERS[rank % len(MARKERS)], label=name)
         if bands and name in bands:
             axes.fill_between(layers, *bands[name], color=colour, alpha=0.2, linewidth=0)
@@ -355,13 +470,13 @@ def curves(
     return axes
 
 
-def growth(axes: Axes, table: pd.DataFrame) -> Axes:
+def growth(axes: Axes, table: pd.DataFrame, *, labels: LabelSet = PAPER) -> Axes:
     """Split-half cosine of each direction against the spans it was built from."""
     if table.empty:
         return missing(axes, "unavailable: too few spans")
     for rank, (name, rows) in enumerate(table.groupby("behaviour", sort=False)):
-        marker = MARKERS[rank % len(MARKERS)]
-        axes.plot(rows["spans"], rows["cosine"], color=COLOURS[name], marker=marker, label=name)
+        look = {"color": labels.colour(name), "marker": MARKERS[rank % len(MARKERS)]}
+        axes.plot(rows["spans"], rows["cosine"], label=name, **look)
     axes.set(xscale="log", xlabel="spans in the smaller half")
     axes.set_ylabel("cosine of disjoint halves")
     axes.set_ylim(top=1.02)
@@ -371,16 +486,22 @@ def growth(axes: Axes, table: pd.DataFrame) -> Axes:
     return axes
 
 
-def onset(panels: Sequence[Axes], table: pd.DataFrame, names: Sequence[str]) -> None:
-    """A panel for each behaviour: its direction read around the starts of its own spans, and in
-    grey of all others (:func:`stllms.vectors.reading.onset`)."""
-    for axes, name in zip(panels, names, strict=True):
-        axes.set_title(short(name))
+def onset(
+    panels: Sequence[Axes],
+    table: pd.DataFrame,
+    names: Sequence[str] | None = None,
+    *,
+    labels: LabelSet = PAPER,
+) -> None:
+    """A panel for each of ``names`` (the targets): its direction read around the starts of its
+    own spans, and in grey of all others (:func:`stllms.vectors.reading.onset`)."""
+    for axes, name in zip(panels, names or labels.targets, strict=True):
+        axes.set_title(_compact(name))
         rows = table[table["behaviour"] == name]
         if rows.empty:
             missing(axes, "unavailable")
             continue
-        for of, colour in (("others", OTHER), ("own", COLOURS[name])):
+        for of, colour in (("others", OTHER), ("own", labels.colour(name))):
             line = rows[rows["of"] == of]
             axes.plot(line["offset"], line["value"], color=colour, label=f"{of} spans")
             axes.fill_between(
@@ -388,7 +509,7 @@ def onset(panels: Sequence[Axes], table: pd.DataFrame, names: Sequence[str]) -> 
             )
         axes.axvline(0, color=OTHER, linestyle=":", linewidth=0.8)
         axes.set_xlabel("token")
-    panels[0].set_ylabel("reading (coefficients)")
+    _name_rows(panels, "reading (coefficients)")
     if drawn := [axes for axes in panels if axes.get_legend_handles_labels()[0]]:
         drawn[0].legend(fontsize="small")
 
@@ -396,15 +517,16 @@ def onset(panels: Sequence[Axes], table: pd.DataFrame, names: Sequence[str]) -> 
 def effect_panels(
     panels: Sequence[Axes],
     table: pd.DataFrame,
-    names: Sequence[str] = STEERED,
+    names: Sequence[str] | None = None,
     *,
     label: str,
     band: str = "interval",
     mark: Mapping[str, int] | None = None,
     log: bool = False,
     absent: str = "unavailable:\ntoo few spans",
+    labels: LabelSet = PAPER,
 ) -> Sequence[Axes]:
-    """A panel a behaviour from :func:`stllms.attribution.effects.table`: the mean, its band,
+    """A panel for each of ``names`` (the targets) from :func:`stllms.attribution.effects.table`: the mean, its band,
     and a legend above the figure.
 
     ``band`` is ``"interval"`` (bootstrap) or ``"sd"`` (one standard deviation, as published);
@@ -412,23 +534,24 @@ def effect_panels(
     the table has it. ``log`` draws values on a logarithmic axis, where one layer that has far
     more than the others does not hide them. ``absent`` is written where there is no value.
     """
-    panels = list(panels)
+    panels, names = list(panels), names or labels.targets
     for axes, name in zip(panels, names, strict=True):
         rows = table[(table["behaviour"] == name) & table["mean"].notna()]
-        axes.set_title(name)
+        _title(axes, name)
         if rows.empty:
             missing(axes, absent).set(xlabel="layer", ylabel=label)
             continue
         edges = rows["low"], rows["high"]
         if band == "sd":
             edges = rows["mean"] - rows["sd"], rows["mean"] + rows["sd"]
-        curves(axes, {name: rows["mean"]}, label=label, bands={name: edges}, mark=mark)
+        bands = {name: edges}
+        curves(axes, {name: rows["mean"]}, label=label, bands=bands, mark=mark, labels=labels)
         if "null_low" in rows:
             axes.fill_between(rows["layer"], rows["null_low"], rows["null_high"], **NULL)
     if log:
         _logarithmic(panels, table[table["behaviour"].isin(names)])
+    _outer(panels)
     for axes in panels:
-        axes.label_outer()
         axes.grid(axis="x", visible=not mark)  # dotted lines would be lost
     words = "95% interval" if band == "interval" else "one standard deviation"
     handles = [
@@ -454,39 +577,54 @@ def _logarithmic(panels: Sequence[Axes], table: pd.DataFrame) -> None:
             axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def doses(figure: Figure, table: pd.DataFrame) -> Figure:
+def doses(figure: Figure, table: pd.DataFrame, *, labels: LabelSet = PAPER) -> Figure:
     """The dose-response page, from :func:`stllms.steering.dose.table`.
 
     First the own token fraction of each direction with its interval, then a panel a side effect
     with a line a direction. Shares have the same axis from 0 to 1 everywhere. The null interval
     is the range of the control directions at the same coefficient, over all steering layers.
+    ``figure`` has room for one row of targets: more make it higher.
     """
     effects = [name for name in table["metric"].unique() if name != "token fraction"]
     shares = [name for name in effects if name not in UNITS]
     others = [name for name in UNITS if name in effects]
-    rows = [names[i : i + 4] for names in (shares, others) for i in range(0, len(names), 4)]
-    rows = [list(STEERED), *sorted(rows, key=len)]  # a full row has the ticks of all columns
-    grid = figure.subplots(len(rows), 4, sharex=True, squeeze=False)
-    for line, names in zip(grid, rows, strict=True):
+    rows = sorted((row for names in (shares, others) for row in _rows(names)), key=len)
+    first = _rows(labels.targets)
+    names = [name for name in labels.targets if name in set(table["steered"])]
+    lines = [Line2D([], [], color=labels.colour(n), marker=MARKERS[0], label=n) for n in names]
+    handles = [*lines, Patch(facecolor="#333333", alpha=0.2, label="95% interval")]
+    columns = _columns([*names, "95% interval", "null interval"], 3, figure.get_figwidth())
+    height = figure.get_figheight() * (len(first) + len(rows)) / (1 + len(rows))
+    figure.set_figheight(height + ROW * max(0, math.ceil((len(names) + 2) / columns) - 2))
+    rows = [*first, *rows]  # a full row last: it has the ticks of all columns
+    grid = figure.subplots(len(rows), ACROSS, sharex=True, squeeze=False)
+    own = table[table["metric"] == "token fraction"]
+    for place, (line, names) in enumerate(zip(grid, rows, strict=True)):
         for axes, name in zip_longest(line, names):
             if name is None:
                 axes.set_axis_off()
-                continue
-            own = (table["steered"] == name) & (table["metric"] == "token fraction")
-            _dose(axes, table[own | (table["metric"] == name)], name)
-    grid[0, 0].set_ylabel("own token fraction")
+            elif place < len(first):
+                _dose(axes, own[own["steered"] == name], name, labels, alone=True)
+            else:
+                _dose(axes, table[table["metric"] == name], name, labels)
+    for line in grid[: len(first)]:
+        line[0].set_ylabel("own token fraction")
     for axes in grid[-1]:
         axes.set_xlabel("coefficient")
-    names = [name for name in STEERED if name in set(table["steered"])]
-    lines = [Line2D([], [], color=COLOURS[n], marker=MARKERS[0], label=n) for n in names]
-    band = Patch(facecolor="#333333", alpha=0.2, label="95% interval")
-    legend(figure.axes, [*lines, band, Patch(**NULL)], columns=3)
+    legend(figure.axes, [*handles, Patch(**NULL)], columns=columns)
     return figure
 
 
-def _dose(axes: Axes, rows: pd.DataFrame, title: str) -> None:
+def _rows(names: Sequence[str]) -> list[Sequence[str]]:
+    """The names in rows of :data:`ACROSS`."""
+    return [names[i : i + ACROSS] for i in range(0, len(names), ACROSS)]
+
+
+def _dose(
+    axes: Axes, rows: pd.DataFrame, title: str, labels: LabelSet, *, alone: bool = False
+) -> None:
     """One panel: a line a direction over the coefficients; intervals where it is one alone."""
-    axes.set_title(title)
+    _title(axes, title)
     if rows.empty:
         missing(axes, "unavailable")
         return
@@ -498,13 +636,13 @@ def _dose(axes: Axes, rows: pd.DataFrame, title: str) -> None:
     if len(null) > 1:
         axes.fill_between(null.index, null["low"], null["high"], **NULL)
     for name, line in rows[rows["value"].notna()].groupby("steered", sort=False):
-        at, colour = line["coefficient"], COLOURS[name]
+        at, colour = line["coefficient"], labels.colour(name)
         axes.plot(at, line["value"], color=colour, marker=MARKERS[0])
-        if title in STEERED:
+        if alone:
             edges = line["ci_low"], line["ci_high"]
             axes.fill_between(at, *edges, color=colour, alpha=0.2, linewidth=0)
     axes.set_xticks(sorted(rows["coefficient"].unique()))
-    if title in UNITS:
+    if title in UNITS and not alone:
         axes.set_ylim(bottom=0)
         axes.set_ylabel(UNITS[title])
     else:
@@ -512,15 +650,19 @@ def _dose(axes: Axes, rows: pd.DataFrame, title: str) -> None:
 
 
 def sweep(
-    panels: Sequence[Axes], table: pd.DataFrame, marks: Mapping[str, int]
+    panels: Sequence[Axes],
+    table: pd.DataFrame,
+    marks: Mapping[str, int],
+    *,
+    labels: LabelSet = PAPER,
 ) -> Sequence[Axes]:
     """A panel a direction from :func:`stllms.steering.dose.sweep`: own token fraction by layer,
     a line and a null interval a coefficient, the baseline dashed, the steering layer of
     ``marks`` dotted; and a legend above the figure.
     """
-    for axes, name in zip(panels, STEERED, strict=True):
+    for axes, name in zip(panels, labels.targets, strict=True):
         found = table[table["behaviour"] == name]
-        axes.set_title(name)
+        _title(axes, name)
         if found.empty:
             missing(axes, "not run" if table.empty else "unavailable")
             continue
@@ -537,8 +679,9 @@ def sweep(
         if name in marks:
             axes.axvline(marks[name], color="#555555", linestyle=":", label="steering layer")
         axes.set_xlabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         _shares(axes)
-    panels[0].set_ylabel("own token fraction")
+    _name_rows(panels, "own token fraction")
     legend(panels)
     return panels
 
@@ -552,7 +695,12 @@ def _shares(axes: Axes) -> None:
 # --- chains ------------------------------------------------------------------------------
 
 
-def chains(figure: Figure, shown: Sequence[tuple[str, str, Sequence[PlacedSegment]]]) -> Figure:
+def chains(
+    figure: Figure,
+    shown: Sequence[tuple[str, str, Sequence[PlacedSegment]]],
+    *,
+    labels: LabelSet = PAPER,
+) -> Figure:
     """Chains side by side, each given as title, text and segments, below a legend; the
     background of every segment has the colour of its behaviour.
 
@@ -561,21 +709,24 @@ def chains(figure: Figure, shown: Sequence[tuple[str, str, Sequence[PlacedSegmen
     """
     rows = max(1, *(len(wrapped(text)) for _, text, _ in shown))
     rows = min(MOST_LINES, rows)
-    figure.set_figheight(LINE_HEIGHT * rows + HEAD_AND_FOOT)
+    columns = _columns(labels.names, 3, figure.get_figwidth())
+    named = max(0, math.ceil(len(labels.names) / columns) - 2)
+    figure.set_figheight(LINE_HEIGHT * rows + HEAD_AND_FOOT + ROW * named)
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, (title, text, segments) in zip(panels, shown, strict=True):
-        _chain(axes, text, segments, rows)
+        colours = np.full(len(text), "", dtype=object)
+        for segment in segments:
+            colours[segment.start : segment.end] = labels.colour(segment.label)
+        _chain(axes, text, colours, rows)
         axes.set_title(textwrap.fill(title, LINE), loc="left", fontsize=8)
-    patches = [Patch(facecolor=COLOURS[name], alpha=0.5, label=name) for name in BEHAVIOURS]
-    legend(panels, patches, columns=3)
+    patches = [Patch(facecolor=one.colour, alpha=0.5, label=one.name) for one in labels.labels]
+    legend(panels, patches, columns=columns)
     return figure
 
 
-def _chain(axes: Axes, text: str, segments: Sequence[PlacedSegment], rows: int) -> None:
-    """A chain letter by letter on axes with room for so many lines."""
-    labels = np.full(len(text), "", dtype=object)
-    for segment in segments:
-        labels[segment.start : segment.end] = segment.label
+def _chain(axes: Axes, text: str, colours: np.ndarray, rows: int) -> None:
+    """A chain letter by letter, each on its colour (if it has one), on axes with room for so
+    many lines."""
     axes.set_axis_off()
     axes.set(xlim=(0, LINE), ylim=(rows - 0.5, -0.5))
     lines = wrapped(text)
@@ -583,9 +734,9 @@ def _chain(axes: Axes, text: str, segments: Sequence[PlacedSegment], rows: int) 
     letter = {"family": "monospace", "fontsize": 7, "ha": "center", "va": "center"}
     for row, (start, stop) in enumerate(drawn):
         for column, place in enumerate(range(start, stop)):
-            if label := labels[place]:
+            if colour := colours[place]:
                 box = Rectangle((column, row - 0.45), 1, 0.9, alpha=0.35, linewidth=0)
-                box.set_facecolor(COLOURS.get(label, OTHER))
+                box.set_facecolor(colour)
                 axes.add_patch(box)
             axes.text(column + 0.5, row, text[place], letter, parse_math=False)
     if len(drawn) < len(lines):
@@ -599,7 +750,9 @@ def wrapped(text: str, width: int = LINE) -> list[tuple[int, int]]:
     return [match.span(1) for match in re.finditer(line, text)]
 
 
-def pair(figure: Figure, shown: tuple[Steered, Steered] | None) -> Figure:
+def pair(
+    figure: Figure, shown: tuple[Steered, Steered] | None, *, labels: LabelSet = PAPER
+) -> Figure:
     """:func:`chains` of a baseline and a steered response, or a line that there are none."""
     if shown is None:
         missing(figure.subplots(), "nothing to show: nothing was steered, or no chain rose")
@@ -610,4 +763,4 @@ def pair(figure: Figure, shown: tuple[Steered, Steered] | None) -> Figure:
         (title, one.response.thinking, one.annotation.segments if one.annotation else ())
         for title, one in ((f"baseline, task {baseline.task_id}", baseline), (added, steered))
     ]
-    return chains(figure, texts)
+    return chains(figure, texts, labels=labels)

@@ -6,6 +6,8 @@ viewer drops the styles.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,21 +16,18 @@ from html import escape
 import numpy as np
 import pandas as pd
 
-from stllms.labels import BEHAVIOURS, COLOURS, OTHER
+from stllms.labels import PAPER, Label, LabelSet
 from stllms.records import Annotation, PlacedSegment, Response, Steered
 from stllms.terminal import plain
 
 #: Columns of tables that hold p-values.
 P_VALUES = ("p", "p_holm")
-#: :data:`~stllms.labels.COLOURS` of a terminal of 256, light enough for black letters.
-TERMINAL: dict[str, int] = {
-    "initializing": 252,
-    "deduction": 111,
-    "adding-knowledge": 79,
-    "example-testing": 221,
-    "uncertainty-estimation": 218,
-    "backtracking": 209,
-}
+#: The brightnesses of a terminal's cube of 216 colours, which begins at code 16, and of its
+#: greys, which follow it.
+_CUBE, _GREYS = (0, 95, 135, 175, 215, 255), range(8, 248, 10)
+#: How much white is mixed in there: black letters have a contrast of 6 on every
+#: :data:`~stllms.labels.PALETTE` colour, and no two of these become the same.
+PALER = 0.4
 #: Pixels of a bar for a share of 1.
 WIDTH = 120
 
@@ -68,7 +67,7 @@ def growth(
 
 
 def layer_text(chosen: Mapping[str, int]) -> str:
-    """``backtracking 17, ...`` for captions."""
+    """``planning 17, refusal 12`` for captions."""
     return ", ".join(f"{name} {layer}" for name, layer in chosen.items())
 
 
@@ -135,8 +134,8 @@ def _column(column: pd.Series, digits: int) -> pd.Series:
 class Panel:
     """One chain of several that are shown beside each other.
 
-    ``shares`` has a number for each of :data:`~stllms.labels.BEHAVIOURS`, NaN where there is
-    none; ``note`` is a line below the chain.
+    ``shares`` has a number for each label of the set, NaN where there is none; ``note`` is a
+    line below the chain.
     """
 
     title: str
@@ -163,34 +162,46 @@ def _parts(
         yield None, text[end:]
 
 
-def html(text: str, segments: Sequence[PlacedSegment], title: str = "") -> str:
+def html(
+    text: str,
+    segments: Sequence[PlacedSegment],
+    title: str = "",
+    *,
+    labels: LabelSet = PAPER,
+) -> str:
     """A chain with the background of each segment in the colour of its behaviour."""
     pieces = [
         escape(part)
         if segment is None
         else f'<span title="{escape(segment.label)}" style="background:'
-        f'{COLOURS.get(segment.label, OTHER)}59">{escape(part)}</span>'
+        f'{labels.colour(segment.label)}59">{escape(part)}</span>'
         for segment, part in _parts(text, segments)
     ]
     head = f"<b>{escape(title)}</b><br>" if title else ""
     return f'<div style="{_TEXT}">{head}{"".join(pieces)}</div>'
 
 
-def html_chains(responses: Sequence[Response], annotations: Sequence[Annotation]) -> str:
+def html_chains(
+    responses: Sequence[Response],
+    annotations: Sequence[Annotation],
+    *,
+    labels: LabelSet = PAPER,
+) -> str:
     """:func:`html` of several chains below each other, each with its task id."""
     return "<hr>".join(
-        html(response.thinking, annotation.segments, response.task_id)
+        html(response.thinking, annotation.segments, response.task_id, labels=labels)
         for response, annotation in zip(responses, annotations, strict=True)
     )
 
 
-def html_legend(behaviours: Sequence[str] = BEHAVIOURS) -> str:
-    """The behaviours' colours in a line."""
-    return f'<div style="{_SMALL}">{" ".join(map(_swatch, behaviours))}</div>'
+def html_legend(labels: LabelSet = PAPER) -> str:
+    """The labels' colours in a line."""
+    return f'<div style="{_SMALL}">{" ".join(map(_swatch, labels.labels))}</div>'
 
 
-def _swatch(name: str) -> str:
-    return f'<span style="background:{COLOURS[name]}59;padding:0 4px">{name}</span>'
+def _swatch(label: Label) -> str:
+    style = f"background:{label.colour}59;padding:0 4px"
+    return f'<span style="{style}">{escape(label.name)}</span>'
 
 
 def html_line(text: str, *, wrong: bool = False) -> str:
@@ -222,27 +233,29 @@ def html_tokens(
     return f'<div style="{_TEXT}">{head}{"".join(pieces)}</div>'
 
 
-def html_panels(panels: Sequence[Panel]) -> str:
+def html_panels(panels: Sequence[Panel], *, labels: LabelSet = PAPER) -> str:
     """The shares of all panels as small bars, with the colours' names, then the chains."""
     cell = f'<td style="{_CELL}">'
     heads = "".join(f"{cell}<b>{escape(panel.title)}</b></td>" for panel in panels)
     bars = "".join(
-        f"{_ROW}{cell}{_swatch(name)}</td>"
-        + "".join(f"{cell}{_bar(name, panel.shares[place])}</td>" for panel in panels)
+        f"{_ROW}{cell}{_swatch(one)}</td>"
+        + "".join(f"{cell}{_bar(one.colour, panel.shares[place])}</td>" for panel in panels)
         + "</tr>"
-        for place, name in enumerate(BEHAVIOURS)
+        for place, one in enumerate(labels.labels)
     )
     return (
         f'<table style="{_TABLE};margin:0">{_ROW}{cell}<b>share</b></td>'
-        f"{heads}</tr>{bars}</table>{_beside(panels)}"
+        f"{heads}</tr>{bars}</table>{_beside(panels, labels)}"
     )
 
 
-def html_pairs(pairs: Mapping[str, tuple[Steered, Steered] | None]) -> str:
+def html_pairs(
+    pairs: Mapping[str, tuple[Steered, Steered] | None], *, labels: LabelSet = PAPER
+) -> str:
     """A legend, and for every name a baseline and a steered response side by side (both need an
     annotation); a line where there are none to show.
     """
-    pieces = [html_legend()]
+    pieces = [html_legend(labels)]
     for name, pair in pairs.items():
         if pair is None:
             pieces.append(html_line(f"{name}: not steered, or no chain rose"))
@@ -253,39 +266,48 @@ def html_pairs(pairs: Mapping[str, tuple[Steered, Steered] | None]) -> str:
             for title, one in zip(("baseline", added), pair, strict=True)
             if one.annotation is not None
         ]
-        pieces.append(_beside(panels))
+        pieces.append(_beside(panels, labels))
     return "".join(pieces)
 
 
-def _beside(panels: Sequence[Panel]) -> str:
+def _beside(panels: Sequence[Panel], labels: LabelSet) -> str:
     """The chains of the panels, in one row."""
     wide = f'<td style="{_CELL};width:{100 // len(panels)}%">'
     chains = "".join(
-        f"{wide}{html(panel.text, panel.segments, panel.title)}"
+        f"{wide}{html(panel.text, panel.segments, panel.title, labels=labels)}"
         f'<div style="{_SMALL};opacity:0.7">{escape(panel.note)}</div></td>'
         for panel in panels
     )
     return f'<table style="{_TABLE};width:100%;margin:8px 0 0">{_ROW}{chains}</tr></table>'
 
 
-def _bar(name: str, share: float) -> str:
+def _bar(colour: str, share: float) -> str:
     if math.isnan(share):
         return "n/a"
-    style = f"display:inline-block;height:9px;background:{COLOURS[name]}"
+    style = f"display:inline-block;height:9px;background:{colour}"
     return f'<span style="{style};width:{share * WIDTH:.0f}px"></span> {share:.0%}'
 
 
 # --- chains in a terminal ----------------------------------------------------------------
 
 
-def terminal(text: str, segments: Sequence[PlacedSegment], *, colour: bool) -> str:
+def terminal(
+    text: str,
+    segments: Sequence[PlacedSegment],
+    *,
+    colour: bool,
+    labels: LabelSet = PAPER,
+) -> str:
     """A chain for a terminal: running text on coloured backgrounds, or, without colour, a
     line a segment that begins with its label. The text itself has no say in colours.
     """
     parts = [(segment, plain(part)) for segment, part in _parts(text, segments)]
     if colour:
-        return "".join(part if s is None else _paint(part, s.label) for s, part in parts)
-    width = max(map(len, BEHAVIOURS))
+        return "".join(
+            part if segment is None else _paint(part, labels.colour(segment.label))
+            for segment, part in parts
+        )
+    width = max(map(len, labels.names))
     return "\n".join(
         f"{'-' if segment is None else plain(segment.label):<{width}}  {' '.join(part.split())}"
         for segment, part in parts
@@ -294,14 +316,20 @@ def terminal(text: str, segments: Sequence[PlacedSegment], *, colour: bool) -> s
 
 
 def terminal_shares(
-    titles: Sequence[str], shares: Sequence[Sequence[float]], *, colour: bool
+    titles: Sequence[str],
+    shares: Sequence[Sequence[float]],
+    *,
+    colour: bool,
+    labels: LabelSet = PAPER,
 ) -> str:
     """A line a behaviour with its share in each chain; the labels are the colours' legend."""
-    width, wide = max(map(len, BEHAVIOURS)), [max(6, len(title)) for title in titles]
+    first = "share of tokens"
+    width, wide = max(map(len, [first, *labels.names])), [max(6, len(one)) for one in titles]
     head = "  ".join(f"{title:>{w}}" for title, w in zip(titles, wide, strict=True))
-    lines = [f"{'share of tokens':<{width}}  {head}"]
-    for place, name in enumerate(BEHAVIOURS):
-        label = (_paint(name, name) if colour else name) + " " * (width - len(name))
+    lines = [f"{first:<{width}}  {head}"]
+    for place, one in enumerate(labels.labels):
+        name = _paint(one.name, one.colour) if colour else one.name
+        label = name + " " * (width - len(one.name))
         cells = [
             f"{'n/a' if math.isnan(of[place]) else f'{of[place]:.0%}':>{w}}"
             for of, w in zip(shares, wide, strict=True)
@@ -310,6 +338,15 @@ def terminal_shares(
     return "\n".join(lines)
 
 
-def _paint(text: str, label: str) -> str:
-    """Black on the colour of the behaviour, out of the 256 of terminals."""
-    return f"\x1b[30;48;5;{TERMINAL.get(label, 246)}m{text}\x1b[0m"
+def _paint(text: str, colour: str) -> str:
+    """Black on the nearest of a terminal's colours to a paler ``#rrggbb``."""
+    return f"\x1b[30;48;5;{terminal_code(colour)}m{text}\x1b[0m"
+
+
+@functools.cache
+def terminal_code(colour: str) -> int:
+    """The code of a colour ``#rrggbb``, made paler, among the 240 fixed ones of terminals."""
+    codes = [*itertools.product(_CUBE, repeat=3), *((grey,) * 3 for grey in _GREYS)]
+    given = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+    apart = np.array(codes) - (given + PALER * (255 - given))
+    return 16 + int((apart**2).sum(1).argmin())
