@@ -700,10 +700,11 @@ def _judge_identity(judge: str) -> str:
 
 
 def _content_identity(folder: str | None, pattern: str) -> str | None:
-    """The name of a folder and a hash of the names and contents of some of its files."""
+    """The name of a folder, or a file, and a hash of the names and contents of its files."""
     if folder is None:
         return None
     path = Path(folder).expanduser()
-    found = [one for one in sorted(path.glob(pattern)) if one.is_file()]
+    found = [path] if path.is_file() else sorted(path.glob(pattern))
+    found = [one for one in found if one.is_file()]
     files = [f"{one.name} {remembered_hash(one)}" for one in found]
     return f"{path.name}:{digest(files)[:12]}"

@@ -289,18 +289,18 @@ def test_paths_reach_a_kernel_with_another_working_folder(monkeypatch, tmp_path)
     (tmp_path / "run").symlink_to(REFERENCE)
     made = RunConfig(
         tasks="mine.jsonl",
-        labels="mine.yaml",
         judge="replay:stored",
         published="p",
         results="r",
         folders=["run"],
     )
+    labelled = RunConfig(labels="mine.yaml").parameters()["options"]["labels"]
+    assert labelled == str(tmp_path / "mine.yaml")
     cell = made.parameters()
     assert cell["results"] == str(tmp_path / "r")
     assert cell["judge"] == f"replay:{tmp_path / 'stored'}"
     assert cell["options"] == {
         "tasks": str(tmp_path / "mine.jsonl"),
-        "labels": str(tmp_path / "mine.yaml"),
         "published": str(tmp_path / "p"),
         "folders": [str(REFERENCE)],
     }
