@@ -17,6 +17,20 @@ Dimension letters, used in every docstring:
 ====  =====================================================================
 
 Tensors are float32 on the CPU unless a docstring says otherwise.
+
+Where to change what:
+
+=============================  ====================================================
+the sampling noise             ``generation/sampling.py``: ``gumbel``, ``choose``
+a model family's layers        ``models/model.py``: ``LAYER_PATHS``
+an annotator of one's own      ``annotation/annotators.py``: ``annotator``
+tokens that a span averages    ``vectors/activations.py``: ``_job``
+exact and published effects    ``attribution/patching.py``
+the choice of the layer        ``attribution/effects.py``: ``best_layer``
+null intervals of steering     ``steering/measures.py``: ``_null``
+who writes an artefact         the notebooks; its name is in ``runs/files.py``
+what makes one stale           ``runs/files.py``: ``Record``; ``app/stages.py``
+=============================  ====================================================
 """
 
 __version__ = "0.1.0"

@@ -55,9 +55,8 @@ class ModelEntry:
 
     ``name`` is what the run folder is called after: the registry name, the hub id, the
     absolute path of a local folder, or ``api:ID``. ``steering_layers`` maps a behaviour to
-    the layer that is steered; ``None`` leaves the choice to notebook 03 (the layer with the
-    largest exact effect). ``pair`` is the registry name of its instruct or thinking
-    counterpart.
+    the layer that is steered; ``None`` leaves the choice to notebook 03. ``pair`` is the
+    registry name of its instruct or thinking counterpart.
 
     Of a model behind an API: ``api_id`` is sent as the model's name; the fields ``extra`` go
     into the body of every request, over those of the run (a provider's switch for thinking,

@@ -34,6 +34,11 @@ def code(path: Path) -> list[str]:
     return [source(cell) for cell in cells(path) if cell["cell_type"] == "code"]
 
 
+def by_hand(cell: dict) -> bool:
+    """Of the section that does without the package what the package does."""
+    return "by-hand" in cell["metadata"].get("tags", ())
+
+
 def parameters(path: Path) -> list[str]:
     return [
         source(cell) for cell in cells(path) if "parameters" in cell["metadata"].get("tags", ())
@@ -75,9 +80,10 @@ def test_it_opens_with_a_title_in_prose(path):
 
 @each
 def test_sizes(path):
-    assert len(cells(path)) <= 32, "at most about 30 cells"
-    lines = [len(text.splitlines()) for text in code(path)]
-    assert max(lines) <= 15
+    story = [cell for cell in cells(path) if not by_hand(cell)]
+    assert len(story) <= 36, "at most about 30 cells, and a section by hand"
+    assert max(len(text.splitlines()) for text in code(path)) <= 15
+    lines = [len(source(one).splitlines()) for one in story if one["cell_type"] == "code"]
     assert statistics.median(lines) <= 7, "median about 6 lines"
     longest = max((line for text in code(path) for line in text.splitlines()), key=len)
     assert len(longest) <= 88, longest
@@ -98,7 +104,8 @@ def test_the_work_is_in_the_package(path):
         ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
         | ast.For | ast.While | ast.If | ast.Try
     )  # fmt: skip
-    for text in code(path):
+    story = [one for one in cells(path) if one["cell_type"] == "code" and not by_hand(one)]
+    for text in map(source, story):
         for node in ast.walk(ast.parse(text)):
             assert not isinstance(node, forbidden), f"a definition or a branch: {text}"
             if isinstance(node, ast.Call):
@@ -108,6 +115,15 @@ def test_the_work_is_in_the_package(path):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 assert all(alias.name != "re" for alias in node.names), text
         assert "sys.path" not in text
+
+
+@each_stage
+def test_a_section_by_hand_asserts_that_it_equals_the_package(path):
+    if path.stem == STAGES[-1]:
+        pytest.skip("a comparison has no mechanism of its own")
+    found = [source(one) for one in cells(path) if by_hand(one) and one["cell_type"] == "code"]
+    assert "nnsight" in "".join(found)
+    assert re.search(r"^ *(assert |torch\.testing\.assert_close)", "\n".join(found), re.M)
 
 
 @each

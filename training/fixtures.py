@@ -456,9 +456,14 @@ PARTS = {"build": 1000, "evaluate": 400}
 def questions(folder: Path) -> None:
     """Write the questions of each part to ``folder``, and print what the slots can hold."""
     for part, count in PARTS.items():
-        rows = (json.dumps(to_row(task)) for task in chains.tasks(part, count))
+        rows = (json.dumps(_without_chat(task)) for task in chains.tasks(part, count))
         (folder / f"{part}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     print("vocabulary, for lexicon.toml:", *sorted(chains.vocabulary()))
+
+
+def _without_chat(task: Task) -> dict[str, Any]:
+    """The row of a task that is its ``content`` alone."""
+    return {name: value for name, value in to_row(task).items() if name != "messages"}
 
 
 # --- the command -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Stage 2a: the text of chains -> labelled segments, placed in characters and in tokens.
+"""Stage 02, first half: chains -> labelled segments, placed in characters and in tokens.
 
 Takes :class:`~stllms.records.Response` and gives :class:`~stllms.records.Annotation`, whose
 ``ledger`` accounts for every character (method, section 4).

@@ -23,35 +23,37 @@ import pandas as pd
 import seaborn as sns
 
 from stllms import stats
-from stllms.labels import BEHAVIOURS
+from stllms.labels import PAPER, LabelSet
 from stllms.records import Annotation
 from stllms.registry import MODELS, ModelEntry
 from stllms.steering import measures
 
 #: Bootstrap samples of the tasks behind every interval.
 DRAWS = 4000
-#: The numbers of a chain: (metric, behaviour), ``all`` for the total count.
-_COLUMNS = (
-    *(("segment count", behaviour) for behaviour in (*BEHAVIOURS, "all")),
-    *(("segment fraction", behaviour) for behaviour in BEHAVIOURS),
-)
 
 
 class Setup(NamedTuple):
-    """What must be the same before the numbers of two models are averaged or subtracted."""
+    """What must be the same before the numbers of two models are averaged or subtracted.
+
+    ``labels`` is empty for the paper's; a table has the column where one of its models has
+    others.
+    """
 
     tasks: str
     annotator: str
     reader: str
+    labels: str = ""
 
     def __str__(self) -> str:
         text = f"tasks {self.tasks or 'unknown'}, annotator {self.annotator or 'unknown'}"
-        return f"{text}, reader {self.reader}" if self.reader else text
+        text += f", reader {self.reader}" if self.reader else ""
+        return f"{text}, labels {self.labels}" if self.labels else text
 
 
 @dataclass(frozen=True)
 class Member:
-    """The chains of one model: segment ``counts [R, 6]`` in the order of ``task_ids``.
+    """The chains of one model: segment ``counts [R, N]`` in the order of ``task_ids`` and of
+    the names of ``labels``.
 
     An annotated chain without segments is a row of zeros; chains without an annotation (a judge
     failed) are only counted, in ``unavailable``. ``tasks`` names the task set,
@@ -71,6 +73,7 @@ class Member:
     annotator: str = ""
     reader: str = ""
     asked: tuple[str, ...] = ()
+    labels: LabelSet = PAPER
 
     @property
     def empty(self) -> int:
@@ -84,6 +87,8 @@ def member(
     source: str = "run",
     tasks: str = "",
     annotator: str = "",
+    *,
+    labels: LabelSet = PAPER,
 ) -> Member:
     """The member of a model from the annotations of its chains.
 
@@ -104,13 +109,14 @@ def member(
         kind=entry.kind,
         pair=entry.pair,
         task_ids=tuple(a.task_id for a in good),
-        counts=measures.segment_counts(good),
+        counts=measures.segment_counts(good, labels.names),
         unavailable=len(annotations) - len(good),
         source=source,
         tasks=tasks,
         annotator=annotator,
         reader="".join(readers),
         asked=tuple(a.task_id for a in annotations),
+        labels=labels,
     )
 
 
@@ -146,13 +152,14 @@ def colours(members: Sequence[Member]) -> dict[str, Any]:
 
 
 def width(members: Sequence[Member]) -> float:
-    """Inches that a figure of grouped bars needs: every model has six bars."""
-    return float(np.clip(6 + 0.8 * len(members), 9, 14))
+    """Inches that a figure of grouped bars needs: every model has a bar for each label."""
+    labels = max(len(one.labels.names) for one in members)
+    return float(np.clip(6 + 0.8 * len(members) * (labels / 6), 9, 14))
 
 
 def caption(members: Sequence[Member]) -> str:
-    """Which models a figure shows, which of them are fixtures, and what else sets them apart:
-    other tasks, another annotator or another reader."""
+    """Which models a figure shows, which of them are fixtures, what else sets them apart (other
+    tasks, another annotator, reader or set of labels), and the labels that none of them has."""
     text = ", ".join(f"{one.display} ({len(one.task_ids)} chains)" for one in members) + "."
     fixtures = [
         one.display
@@ -161,6 +168,8 @@ def caption(members: Sequence[Member]) -> str:
     ]
     if fixtures:
         text += f" {' and '.join(fixtures)}: fixtures, built to differ."
+    if lacking := never(members):
+        text += f" In no chain: {', '.join(lacking)}."
     found: dict[Setup, list[str]] = {}
     for one, setup in zip(members, setups(members), strict=True):
         found.setdefault(setup, []).append(one.display)
@@ -170,6 +179,15 @@ def caption(members: Sequence[Member]) -> str:
     return text
 
 
+def never(members: Sequence[Member]) -> list[str]:
+    """The labels of the members' sets that no segment of any of them has."""
+    found: dict[str, float] = {}
+    for one in members:
+        for name, n in zip(one.labels.names, one.counts.sum(0), strict=True):
+            found[name] = found.get(name, 0) + n
+    return [name for name, n in found.items() if not n]
+
+
 # -- what may be compared ----------------------------------------------------------------
 
 
@@ -177,7 +195,8 @@ def setups(members: Sequence[Member]) -> list[Setup]:
     """The setup of every member.
 
     Where one name of a task set stands for different tasks (a smaller sample, another seed),
-    the number of tasks and a hash of their names are added to it.
+    the number of tasks and a hash of their names are added to it; a hash of what they mean to
+    the name of sets of labels that mean different things.
     """
     sets: dict[str, set[frozenset[str]]] = {}
     for one in members:
@@ -188,10 +207,29 @@ def setups(members: Sequence[Member]) -> list[Setup]:
             return one.tasks
         if not one.asked:
             return f"{one.tasks} (tasks unknown)"
-        digest = hashlib.sha256(json.dumps(sorted(one.asked)).encode()).hexdigest()
-        return f"{one.tasks} ({len(one.asked)} tasks, {digest[:4]})"
+        return f"{one.tasks} ({len(one.asked)} tasks, {_digest(sorted(one.asked))})"
 
-    return [Setup(tasks(one), one.annotator, one.reader) for one in members]
+    names: dict[str, set[str]] = {}
+    for one in members:
+        names.setdefault(one.labels.name, set()).add(_meaning(one.labels))
+
+    def labels(one: Member) -> str:
+        meaning, name = _meaning(one.labels), one.labels.name
+        if meaning == _meaning(PAPER):
+            return ""
+        return name if len(names[name]) == 1 else f"{name} ({meaning})"
+
+    return [Setup(tasks(one), one.annotator, one.reader, labels(one)) for one in members]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:4]
+
+
+def _meaning(labels: LabelSet) -> str:
+    """A hash of what an annotator is told: colours and roles have no part in what is counted."""
+    told = [(one.name, one.definition, one.cues) for one in labels.labels]
+    return _digest([told, labels.example])
 
 
 def groups(members: Sequence[Member]) -> dict[tuple[str, Setup], list[Member]]:
@@ -224,7 +262,7 @@ def _couples(members: Sequence[Member]) -> Iterator[tuple[Member, Setup, Member,
 
 def overview(members: Sequence[Member]) -> pd.DataFrame:
     """What went into the averages: chains, those without a segment, those unavailable."""
-    return pd.DataFrame(
+    found = pd.DataFrame(
         [
             {
                 "model": one.display,
@@ -241,15 +279,21 @@ def overview(members: Sequence[Member]) -> pd.DataFrame:
             for one, setup in zip(members, setups(members), strict=True)
         ]
     )
+    return _told(found)
+
+
+def _told(table: pd.DataFrame) -> pd.DataFrame:
+    """A table without the column ``labels`` where all are the paper's."""
+    return table if table["labels"].any() else table.drop(columns="labels")
 
 
 def table(members: Sequence[Member], *, empty: str = "apart", seed: int = 0) -> pd.DataFrame:
     """Per model and behaviour: mean count and mean fraction with intervals over tasks.
 
-    Columns ``model, kind, source, tasks, annotator, reader, behaviour, metric, value, low,
+    Columns ``model, kind, source``, those of :class:`Setup`, ``behaviour, metric, value, low,
     high, n``; ``metric`` is ``segment count`` or ``segment fraction``, ``behaviour`` is ``all``
     for the total count, and ``n`` counts the chains that have the number. A difference of two
-    rows with other ``tasks``, ``annotator`` or ``reader`` is not only one of the models.
+    rows of another :class:`Setup` is not only one of the models.
     ``empty="published"`` lets a chain without segments count as zeros in the fractions.
     """
     rows = []
@@ -260,7 +304,7 @@ def table(members: Sequence[Member], *, empty: str = "apart", seed: int = 0) -> 
         for (metric, behaviour), *found in spread:
             rows.append((one.display, one.kind, one.source, *setup, behaviour, metric, *found))
     columns = ["model", "kind", "source", *Setup._fields, "behaviour", "metric"]
-    return pd.DataFrame(rows, columns=[*columns, "value", "low", "high", "n"])
+    return _told(pd.DataFrame(rows, columns=[*columns, "value", "low", "high", "n"]))
 
 
 def group_intervals(members: Sequence[Member], *, empty: str, seed: int = 0) -> pd.DataFrame:
@@ -276,10 +320,11 @@ def group_intervals(members: Sequence[Member], *, empty: str, seed: int = 0) -> 
         union = sorted({task for table in tables for task in table.index})
         drawn = pd.DataFrame(stats.resamples(union, draws=DRAWS, seed=seed), columns=union)
         means = [_means(table, drawn[table.index].to_numpy()) for table in tables]
-        spread = zip(_COLUMNS, *_interval(np.mean(means, axis=0)), strict=True)
+        keys = tables[0].columns
+        spread = zip(keys, *_interval(np.mean(means, axis=0)), strict=True)
         rows += [(kind, *setup, *column, *found, len(group)) for column, *found in spread]
     columns = ["kind", *Setup._fields, "metric", "behaviour", "value", "low", "high", "models"]
-    return pd.DataFrame(rows, columns=columns)
+    return _told(pd.DataFrame(rows, columns=columns))
 
 
 def treatments(members: Sequence[Member], *, seed: int = 0) -> pd.DataFrame:
@@ -305,7 +350,7 @@ def pairs(members: Sequence[Member], *, empty: str = "apart", seed: int = 0) -> 
         both = mine.index.intersection(their.index)
         difference = mine.loc[both] - their.loc[both]
         means = _means(difference, stats.resamples(both, draws=DRAWS, seed=seed))
-        spread = zip(BEHAVIOURS, *_interval(means), difference.count(), strict=True)
+        spread = zip(difference.columns, *_interval(means), difference.count(), strict=True)
         for behaviour, *found in spread:
             p = stats.sign_flip(difference[behaviour].to_numpy(), seed=seed)
             rows.append((one.display, other.display, behaviour, *found, p))
@@ -329,10 +374,13 @@ def unpaired(members: Sequence[Member]) -> pd.DataFrame:
 
 
 def _values(one: Member, empty: str) -> pd.DataFrame:
-    """``[R, 13]``: counts, their sum and fractions of every chain, rows by task in order."""
+    """``[R, 2 N + 1]``: counts, their sum and fractions of every chain, rows by task in order;
+    columns ``(metric, behaviour)``, ``all`` for the sum."""
     fractions = measures.segment_fractions(one.counts, empty=empty)
     values = np.hstack([one.counts, one.counts.sum(1, keepdims=True), fractions])
-    columns = pd.MultiIndex.from_tuples(_COLUMNS)
+    names = one.labels.names
+    keys = [("segment count", name) for name in (*names, "all")]
+    columns = pd.MultiIndex.from_tuples([*keys, *(("segment fraction", n) for n in names)])
     return pd.DataFrame(values, list(one.task_ids), columns).sort_index()
 
 

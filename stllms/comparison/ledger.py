@@ -1,7 +1,8 @@
 """The claims of method, section 12, against the artefacts of a results folder.
 
 One row for each artefact that speaks to a claim: the paper's number, ours with its interval,
-what it was measured on, a verdict. It is written from artefacts only (``published/*.csv``,
+what it was measured on, a verdict. A run with labels of a person's own says nothing about the
+paper, and has no row. It is written from artefacts only (``published/*.csv``,
 ``<slug>/``, ``comparison/``); a claim without any says what to run.
 
 ``python -m stllms.comparison.ledger`` writes ``results/ledger.csv`` and prints the table;
@@ -24,9 +25,9 @@ import pandas as pd
 from stllms.attribution.effects import LayerEffects
 from stllms.comparison import released
 from stllms.config import PROFILES, RunConfig
-from stllms.labels import HEATMAP, STEERED
+from stllms.labels import PAPER
 from stllms.registry import MODELS
-from stllms.runs.files import Record, load_table, save_table
+from stllms.runs.files import BadFile, Record, load_table, save_table
 from stllms.steering import measures
 from stllms.terminal import plain
 
@@ -34,8 +35,8 @@ from stllms.terminal import plain
 #: treatment and label, of the two :data:`KINDS`; ``segments``: how many a response has.
 #: ``steering``: token fraction in per cent, baseline / + / -. ``peak``, ``rank``,
 #: ``late_peak``: of the released layer effects, as in :func:`stllms.comparison.released.peaks`.
-#: ``cosines``: of the released vectors, rows of the upper triangle in the order of ``HEATMAP``.
-PAPER: dict[str, Any] = json.loads(
+#: ``cosines``: of the released vectors, rows of the upper triangle in the order of its figure.
+REPORTED: dict[str, Any] = json.loads(
     Path(__file__).with_name("paper.json").read_text(encoding="utf-8")
 )
 KINDS = ["thinking", "instruct"]
@@ -96,7 +97,7 @@ class Run:
         return ", ".join([what, *(f"{word}{text}" for word, text in parts if text)])
 
     def verdict(
-        self, shown: int, tests: int, paper: Collection[str] = tuple(PAPER["steering"])
+        self, shown: int, tests: int, paper: Collection[str] = tuple(REPORTED["steering"])
     ) -> str:
         """How much of a claim was shown, and on what; ``paper`` are the models it is about.
 
@@ -134,7 +135,7 @@ def _from_files(equal: bool, whole: bool) -> str:
 
 
 def _listed(values: Mapping[str, object]) -> str:
-    """``backtracking 4.4; deduction 51.4``."""
+    """``deduction 51.4; ...``."""
     return "; ".join(f"{name} {value}" for name, value in values.items())
 
 
@@ -144,9 +145,25 @@ def _number(found: Sequence[float], *, scale: float = 100, digits: int = 1) -> s
     return "n/a" if value == "nan" else f"{value} ({low}–{high})"
 
 
-def _table(path: Path) -> pd.DataFrame:
-    """A table of a run or of the released files, without rows if it was not written."""
-    return load_table(path) if path.is_file() else pd.DataFrame()
+def _table(path: Path, *columns: str) -> pd.DataFrame:
+    """A table of a run or of the released files, without rows if it was not written (a model
+    without any direction has none either); ``BadFile`` where it lacks a column."""
+    found = load_table(path) if path.is_file() else pd.DataFrame()
+    lacking = [name for name in columns if name not in found.columns]
+    if lacking and not found.empty:
+        raise BadFile(f"{path}: no column {', '.join(lacking)}")
+    return found
+
+
+def _of_runs(results: Path, name: str) -> list[Path]:
+    """A file of every run that has the paper's labels, by the slug of the run."""
+    return [path for path in sorted(results.glob(f"*/{name}")) if _about_paper(results, path)]
+
+
+def _about_paper(results: Path, path: Path) -> bool:
+    """Whether the run of a file, or of a folder, has the paper's labels."""
+    folder = results / path.relative_to(results).parts[0]
+    return not Record(folder).content().get("identity", {}).get("labels")
 
 
 def _of_model(path: Path, slug: str) -> pd.DataFrame:
@@ -165,7 +182,7 @@ def _comparison(results: Path) -> Iterator[Cells]:
 
 def _fractions(treatment: str) -> Cells:
     """The paper's averages over its models under a treatment."""
-    shares = PAPER["comparison"][treatment].items()
+    shares = REPORTED["comparison"][treatment].items()
     where = f"comparison, ten models, 100 tasks; {SEGMENTS}"
     return {
         "where": f"{where} {TAGS}" if treatment == "apart" else where,
@@ -198,7 +215,7 @@ def _averages(rows: pd.DataFrame, treatment: str, note: str) -> Iterator[Cells]:
         found = cells.loc[(metric, behaviour)].loc[KINDS].to_numpy()
         return " and ".join(_number(one, scale=scale) for one in found)
 
-    theirs = pd.DataFrame(PAPER["comparison"][treatment], KINDS).T
+    theirs = pd.DataFrame(REPORTED["comparison"][treatment], KINDS).T
     mine = 100 * cells["value"]["segment fraction"].unstack().loc[theirs.index, KINDS]
     signs = (np.sign(mine.diff(axis=1)) == np.sign(theirs.diff(axis=1)))["instruct"]
     fractions = _fractions(treatment) | {
@@ -209,7 +226,7 @@ def _averages(rows: pd.DataFrame, treatment: str, note: str) -> Iterator[Cells]:
         "note": f"{note}; {signs.sum()} of {len(signs)} differences have the paper's sign",
     }
     yield fractions
-    counts = PAPER["segments"][treatment]
+    counts = REPORTED["segments"][treatment]
     totals = cells["value"]["segment count", "all"].loc[KINDS]
     yield fractions | {
         "where": fractions["where"].replace("per cent of the segments", "segments a response"),
@@ -221,15 +238,15 @@ def _averages(rows: pd.DataFrame, treatment: str, note: str) -> Iterator[Cells]:
 
 
 def _pairs(folder: Path) -> Iterator[Cells]:
-    """The pairs of notebook 05. Shown: all six differences have the paper's sign, with Holm
+    """The pairs of notebook 05. Shown: all differences have the paper's sign, with Holm
     p < .05."""
     pairs = _table(folder / "comparison_pairs.csv")
-    if pairs.empty:
+    if pairs.empty or not _about_paper(folder.parent, folder):
         return
     rows = _table(folder / "comparison.csv")
     rows = rows[(rows["metric"] == "segment fraction") & (rows["source"] == "run")]
     cells = rows.set_index(["model", "behaviour"])[VALUES]
-    paper = pd.DataFrame(PAPER["comparison"]["published"], KINDS)
+    paper = pd.DataFrame(REPORTED["comparison"]["published"], KINDS)
     signs = np.sign(paper.loc["thinking"] - paper.loc["instruct"])
     slugs = {entry.display: slug for slug, entry in MODELS.items()}
     for names, pair in pairs.groupby(["thinking", "instruct"], sort=False):
@@ -256,11 +273,13 @@ def _pairs(folder: Path) -> Iterator[Cells]:
 
 
 def _steering(results: Path) -> Iterator[Cells]:
-    for slug in PAPER["steering"]:
-        if not (results / slug / "steering.csv").is_file():
+    paths = _of_runs(results, "steering.csv")
+    for slug in REPORTED["steering"]:
+        if results / slug / "steering.csv" not in paths:
             yield _effect_of_steering(slug) | _not_run(slug)
-    for path in sorted(results.glob("*/steering.csv")):
-        table = _table(path)
+    for path in paths:
+        columns = ("metric", "direction", "coefficient", "value", "null_low", "null_high")
+        table = _table(path, "behaviour", *columns)
         if not table.empty:
             yield _steered(Run.of(path.parent), table)
 
@@ -268,8 +287,8 @@ def _steering(results: Path) -> Iterator[Cells]:
 def _effect_of_steering(slug: str) -> Cells:
     """The paper's numbers, where it has some of this model."""
     numbers, tasks = "every behaviour rises with + and falls with -", ""
-    if slug in PAPER["steering"]:
-        known = PAPER["steering"][slug].items()
+    if slug in REPORTED["steering"]:
+        known = REPORTED["steering"][slug].items()
         numbers = _listed({b: " / ".join(f"{value:.1f}" for value in row) for b, row in known})
         tasks = ", 50 tasks"
     where = f"steering of {display(slug)}{tasks}; token fraction in per cent, plain / + / -"
@@ -287,7 +306,7 @@ def _steered(run: Run, table: pd.DataFrame) -> Cells:
     ours: dict[str, str] = {}
     shown: list[str] = []
     inside: list[str] = []
-    for b in STEERED:
+    for b in PAPER.targets:
         cells = bars.loc[b].loc[list(measures.MODES)]
         ours[b] = " / ".join(_number(cell) for cell in cells[VALUES].to_numpy())
         value = cells["value"]
@@ -304,7 +323,7 @@ def _steered(run: Run, table: pd.DataFrame) -> Cells:
     tasks = int(np.nanmax(bars["n"].to_numpy(float), initial=0))
     return _effect_of_steering(run.slug) | {
         "on": run.on(f"{run.name}, {tasks} tasks"),
-        "verdict": run.verdict(len(shown), 2 * len(STEERED)),
+        "verdict": run.verdict(len(shown), 2 * len(PAPER.targets)),
         "ours": _listed(ours),
         "note": note if controls else f"{note}; no control directions to compare with",
     }
@@ -314,13 +333,14 @@ def _steered(run: Run, table: pd.DataFrame) -> Cells:
 
 
 def _effects(results: Path) -> Iterator[Cells]:
-    for slug in PAPER["peak"]:
+    paths = _of_runs(results, "layer_effects.safetensors")
+    for slug in REPORTED["peak"]:
         found = _of_model(results / "published" / "layer_effects_peaks.csv", slug)
         if len(found):
             yield from _released_peaks(slug, found)
-        elif not (results / slug / "layer_effects.safetensors").is_file():
+        elif results / slug / "layer_effects.safetensors" not in paths:
             yield _largest(slug) | _not_run(slug)
-    for path in sorted(results.glob("*/layer_effects.safetensors")):
+    for path in paths:
         run, found = Run.of(path.parent), LayerEffects.load(path)
         sets = {name: _peaks(found, name) for name in ("published/others", "kl/own")}
         measured = {name: peaks for name, peaks in sets.items() if len(peaks)}
@@ -330,7 +350,7 @@ def _effects(results: Path) -> Iterator[Cells]:
 
 def _largest(slug: str) -> Cells:
     where = f"layer effects of {display(slug)}, released values; layer of the largest mean"
-    return {"where": where, "published": _listed(PAPER["peak"][slug])}
+    return {"where": where, "published": _listed(REPORTED["peak"][slug])}
 
 
 def _layers(peaks: pd.DataFrame, name: str) -> dict[str, str]:
@@ -353,8 +373,8 @@ def _released_peaks(slug: str, peaks: pd.DataFrame) -> Iterator[Cells]:
 
     def verdict(*names: str) -> str:
         found = peaks.set_index("behaviour")
-        equal = all(found[name].to_dict() == PAPER[name][slug] for name in names)
-        return _from_files(equal, whole=len(found) == len(STEERED))
+        equal = all(found[name].to_dict() == REPORTED[name][slug] for name in names)
+        return _from_files(equal, whole=len(found) == len(PAPER.targets))
 
     first = _largest(slug) | {
         "on": f"released file, {int(peaks['n'].min())} responses",
@@ -363,9 +383,9 @@ def _released_peaks(slug: str, peaks: pd.DataFrame) -> Iterator[Cells]:
         "note": _middle(peaks)[1],
     }
     yield first
-    if slug in PAPER["rank"]:
+    if slug in REPORTED["rank"]:
         ranks, late = _layers(peaks, "rank"), _layers(peaks, "late_peak")
-        theirs, behind = PAPER["rank"][slug], PAPER["late_peak"][slug]
+        theirs, behind = REPORTED["rank"][slug], REPORTED["late_peak"][slug]
         yield first | {
             "where": first["where"].partition(";")[0]
             + "; rank of the steering layer, and the peak without layers 0-4",
@@ -381,7 +401,7 @@ def _peaks(found: LayerEffects, name: str) -> pd.DataFrame:
     if name not in found.effects:
         return pd.DataFrame()
     values = dict(zip(found.behaviours, found.of(name).swapaxes(0, 1), strict=True))
-    known = [b for b in STEERED if b in values and np.isfinite(values[b]).all(1).any()]
+    known = [b for b in PAPER.targets if b in values and np.isfinite(values[b]).all(1).any()]
     return released.peaks({b: values[b] for b in known}, None)
 
 
@@ -395,8 +415,8 @@ def _run_peaks(run: Run, measured: Mapping[str, pd.DataFrame]) -> Cells:
         note += f"; exact effects at own spans: {exact}"
     size = f"{peaks['n'].max()} responses, {peaks['layers'].max()} layers"
     published, beside = "in middle layers", ""
-    if run.slug in PAPER["peak"]:
-        published, beside = _listed(PAPER["peak"][run.slug]), "; published: released values"
+    if run.slug in REPORTED["peak"]:
+        published, beside = _listed(REPORTED["peak"][run.slug]), "; published: released values"
     return {
         "where": f"layer effects of {run.name}; layer of the largest mean effect{beside}",
         "published": published,
@@ -415,14 +435,14 @@ def _heatmap(results: Path) -> Iterator[Cells]:
     name = display(HEATMAP_MODEL)
     paper = {
         "where": f"heatmap, {name}, released vectors; cosines, upper triangle",
-        "published": _triangle(PAPER["cosines"]),
+        "published": _triangle(REPORTED["cosines"]),
     }
     found = _of_model(results / "published" / "heatmap.csv", HEATMAP_MODEL)
-    runs = _of_runs(results, "cosine_heatmap")
+    runs = _figures(results, "cosine_heatmap")
     if len(found):
         matrix = found.pivot(index="behaviour", columns="other", values="cosine")
         cosines, absent = _upper(matrix)
-        equal = [np.round(row, 2).tolist() for row in cosines] == PAPER["cosines"]
+        equal = [np.round(row, 2).tolist() for row in cosines] == REPORTED["cosines"]
         without = f"; without {', '.join(absent)}" if absent else ""
         yield paper | {
             "on": "released file",
@@ -440,7 +460,7 @@ def _heatmap(results: Path) -> Iterator[Cells]:
         yield paper | {
             "where": f"heatmap of {run.name}, directions of the run; cosines, upper triangle; "
             f"published: {name}, released vectors",
-            "on": run.on(f"{run.name}, {len(HEATMAP) - len(absent)} directions"),
+            "on": run.on(f"{run.name}, {len(PAPER.compared) - len(absent)} directions"),
             "verdict": run.verdict(below, len(values)),
             "ours": _triangle(cosines),
             "note": f"{below} of {len(values)} cosines below {SAME}",
@@ -448,11 +468,11 @@ def _heatmap(results: Path) -> Iterator[Cells]:
 
 
 def _upper(matrix: pd.DataFrame) -> tuple[list[list[float]], list[str]]:
-    """The rows of the upper triangle in the order of ``HEATMAP``, and the labels not in it."""
-    names = [name for name in HEATMAP if name in matrix.index]
+    """The rows of the upper triangle in the paper's order, and the labels not in it."""
+    names = [name for name in PAPER.compared if name in matrix.index]
     square = matrix.loc[names, names].to_numpy(float).tolist()
     rows = [row[place:] for place, row in enumerate(square[:-1], 1)]
-    return rows, [name for name in HEATMAP if name not in names]
+    return rows, [name for name in PAPER.compared if name not in names]
 
 
 def _triangle(rows: Sequence[Sequence[float]]) -> str:
@@ -464,8 +484,8 @@ def _embedding(results: Path) -> Iterator[Cells]:
     """Shown by a run: the similarity is larger at the first layer than at the last, for all."""
     where = "largest cosine with an embedding row{}, per layer; first and last layer here"
     paper = {"where": where.format(""), "published": "figure only"}
-    runs = _of_runs(results, "similarity_embedding")
-    if not {*runs} & {*PAPER["steering"]}:
+    runs = _figures(results, "similarity_embedding")
+    if not {*runs} & {*REPORTED["steering"]}:
         yield paper | _not_run(HEATMAP_MODEL)
     for slug, table in runs.items():
         run = Run.of(results / slug)
@@ -480,9 +500,9 @@ def _embedding(results: Path) -> Iterator[Cells]:
         }
 
 
-def _of_runs(results: Path, figure: str) -> dict[str, pd.DataFrame]:
+def _figures(results: Path, figure: str) -> dict[str, pd.DataFrame]:
     """The data of a figure of every run that has some, by slug, indexed by behaviour."""
-    paths = sorted(results.glob(f"*/figures/{figure}.csv"))
+    paths = _of_runs(results, f"figures/{figure}.csv")
     found = {path.parents[1].name: _table(path) for path in paths}
     return {slug: one.set_index("behaviour") for slug, one in found.items() if not one.empty}
 

@@ -33,7 +33,7 @@ from stllms.attribution import effects
 from stllms.comparison import groups
 from stllms.comparison.groups import Member
 from stllms.hashes import file_hash
-from stllms.labels import BEHAVIOURS, HEATMAP, STEERED
+from stllms.labels import PAPER
 from stllms.plotting import axes as plots
 from stllms.plotting import text
 from stllms.registry import MODELS, ModelEntry
@@ -102,12 +102,12 @@ def read_effects(path: Path) -> dict[str, np.ndarray]:
     of fewer layers than its model is steered at."""
     expected = f"{path}: expected behaviour -> responses -> layers"
     content = _validated(_EFFECTS, files.load_torch(path), expected)
-    sizes = sorted({len(row) for name in STEERED for row in content.get(name, ())})
+    sizes = sorted({len(row) for name in PAPER.targets for row in content.get(name, ())})
     if len(sizes) > 1:
         raise BadFile(f"{expected}, the same number of layers everywhere: there are {sizes}")
     for n_layers in sizes:
         _check_layers(path, n_layers)
-    found = {b: np.array(content[b], np.float32) for b in STEERED if content.get(b)}
+    found = {b: np.array(content[b], np.float32) for b in PAPER.targets if content.get(b)}
     found = {b: np.where(np.isfinite(values), values, np.nan) for b, values in found.items()}
     return {b: values for b, values in found.items() if len(_known(values))}
 
@@ -169,7 +169,7 @@ def of_file(path: Path, reader: str) -> Member:
         kind=entry.kind,
         pair=entry.pair,
         task_ids=tasks,
-        counts=np.array([[one[b] for b in BEHAVIOURS] for one in counts], dtype=float),
+        counts=np.array([[one[b] for b in PAPER.names] for one in counts], dtype=float),
         source="released",
         tasks="released",
         annotator="released",
@@ -247,7 +247,7 @@ def changes(
     rows = []
     for old, new in zip(published, sound, strict=True):
         counts = [Counter(one["label_counts"]) for one in stored[old.display]]
-        read = [Counter(dict(zip(BEHAVIOURS, row, strict=True))) for row in old.counts]
+        read = [Counter(dict(zip(PAPER.names, row, strict=True))) for row in old.counts]
         empty = old.counts.sum(1) == 0
         rows.append(
             {
@@ -337,9 +337,8 @@ def _draw_vectors(target: Path, vectors: Mapping[Path, SteeringVectors]) -> None
     for path, found in vectors.items():
         entry = entry_of(path)
         rows.append(labels(entry, found))
-        layers = directions.heatmap_layers(
-            found, directions.steering_layers(entry.steering_layers, found.n_layers), HEATMAP
-        )
+        steered_at = directions.steering_layers(entry.steering_layers, found.n_layers)
+        layers = directions.heatmap_layers(found, steered_at, PAPER.compared)
         if not layers:
             continue
         matrix = directions.cosines(found, layers).numpy()
@@ -478,7 +477,7 @@ def views(published: str | Path | None, results: str | Path) -> list[Image | pd.
     folder = Path(results) / "published"
     figures = sorted(folder.glob("figures/layer_effects_row_*.png"))
     if not figures:
-        print(f"{published}: no layer effects of {', '.join(STEERED)} in its files.")
+        print(f"{published}: no layer effects of {', '.join(PAPER.targets)} in its files.")
         return []
     ranks = files.load_table(folder / "layer_effects_peaks.csv")
     return [*(Image(filename=str(path)) for path in figures), text.shown(ranks)]

@@ -1,4 +1,4 @@
-"""Models: load one by name, or wrap one that is already built.
+"""Models: load one by name, or wrap one that is already built; ``model`` knows its layers.
 
 ``load(name)`` gives a checked :class:`Model`, ``wrap(hf, tokenizer, name=...)`` one around a
 ``transformers`` model. Beside these, :mod:`stllms.models.api` asks models behind an API and

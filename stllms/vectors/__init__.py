@@ -8,6 +8,8 @@ direction per behaviour and layer, and the control directions to compare it with
 * :mod:`.directions` gives directions their length, reads released ones, compares them
 * :mod:`.contrast` makes them of pairs of texts; :mod:`.reading` reads one along a text
 * :mod:`.nulls` makes directions that mean nothing
+* :mod:`.contrast` takes pairs of texts in place of labelled spans
+* :mod:`.reading` reads a direction along a text
 * :mod:`.quality` says how good directions are
 * :mod:`.export` writes them for other engines (safetensors, GGUF)
 """
