@@ -30,8 +30,12 @@ def ours(model, rows):
 
 
 def theirs(model, batch, interventions, **options):
+    return generated(model, batch, applied(model.hf, interventions), **options)
+
+
+def generated(model, batch, steered, **options):
     ids, mask, _ = model.left_pad(batch)
-    with applied(model.hf, interventions), torch.no_grad():
+    with steered, torch.no_grad():
         out = model.hf.generate(
             ids,
             attention_mask=mask,

@@ -164,7 +164,7 @@ def test_every_name_what_exists(tiny_llama, steering_vectors):
         ("backtracking", -1.0),
         ("backtracking", 1.0),
     ]
-    with pytest.raises(ValueError, match="no direction of 'dreaming'; there are deduction"):
+    with pytest.raises(ValueError, match="'dreaming' is none of the labels 'paper'"):
         conditions.conditions(steering_vectors, {"dreaming": 1}, (1,))
     with pytest.raises(ValueError, match=r"layer 9 is not in 0 \.\. 3"):
         conditions.conditions(steering_vectors, {"backtracking": 9}, (1,))
@@ -288,11 +288,13 @@ def test_a_chain_is_measured_by_its_tokens_its_answer_and_its_end():
         chain("t1", tokens=(3, 1), labels=("deduction", "backtracking")),
         chain("t1", tokens=(0, 0), failed="no reply"),
         chain("t3", thinking="The answer is 3.", closed=False, finished=False),
+        chain("t0", labels=("uncertainty-estimation", "deduction")),
     ]
     found = measures.measure(chains, TASKS)
     one = found.iloc[0]
     assert one["token fraction/backtracking"] == 2 / 8
-    assert one["token fraction/example-testing"] == 0
+    assert one["token fraction/uncertainty-estimation"] == 0, "another chain has some"
+    assert found["token fraction/example-testing"].isna().all(), "it never occurs"
     assert one["token share/adding-knowledge"] == 6 / 8
     assert (one["accuracy"], one["tokens"], one["labelled"]) == (1.0, 8.0, 0.75)
     assert (one["closed"], one["truncated"]) == (1.0, 1.0)
@@ -422,7 +424,9 @@ def test_bars_differences_and_changes_are_views_of_the_table(measured, rows):
     assert own["null_n"].tolist() == [0, 6, 6]
     others = bars.loc["adding-knowledge", "value"].tolist()
     assert others == pytest.approx([0.5, NAN, NAN], nan_ok=True), "nothing was steered"
-    assert shown(bars)["n"].tolist()[:4] == ["6", "6", "6", "6"]
+    never = bars.loc["example-testing"]
+    assert never["value"].isna().all(), "what never occurs has no share, not even of 0"
+    assert shown(bars)["n"].tolist()[:4] == ["6", "6", "6", "0"]
     found = measures.differences(measured, rows).set_index("coefficient")
     assert found.loc[-1.0, ["difference", "low", "high"]].tolist() == pytest.approx([-0.4] * 3)
     assert found.loc[1.0, ["p", "n"]].tolist() == [2 / 64, 6]
@@ -430,7 +434,7 @@ def test_bars_differences_and_changes_are_views_of_the_table(measured, rows):
     assert changes.index.tolist() == ["backtracking"]
     assert changes.columns.tolist() == list(BEHAVIOURS)
     assert changes.loc["backtracking"].tolist() == pytest.approx(
-        [0, 0, 0.5 - up, 0, 0, up - 0.5]
+        [NAN, NAN, 0.5 - up, NAN, NAN, up - 0.5], nan_ok=True
     )
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from stllms.labels import is_control
+from stllms.labels import PAPER, LabelSet, is_control
 from stllms.records import Annotation
 from stllms.runs.files import BadFile, load_tensors, save_tensors
 from stllms.stats import bootstrap
@@ -325,11 +325,15 @@ def best_layers(measured: LayerEffects, key: str, names: Sequence[str]) -> pd.Da
     return pd.DataFrame(rows, columns=list(BestLayer._fields))
 
 
-def chosen_layers(best: pd.DataFrame, known: Mapping[str, int] | None) -> dict[str, int]:
-    """The steering layers: those of the registry where the model has them, else the chosen."""
-    return dict(
-        known or zip(best["behaviour"], best["layer"].astype(int).tolist(), strict=True)
-    )
+def chosen_layers(
+    best: pd.DataFrame, known: Mapping[str, int] | None, *, labels: LabelSet = PAPER
+) -> dict[str, int]:
+    """The steering layers: those of the registry for targets that the model has them for, else
+    the chosen."""
+    chosen = dict(zip(best["behaviour"], best["layer"].astype(int).tolist(), strict=True))
+    own = {name: layer for name, layer in (known or {}).items() if name in labels.targets}
+    both = chosen | own
+    return {name: both[name] for name in labels.targets if name in both} if own else chosen
 
 
 def reasons(best: pd.DataFrame) -> str:

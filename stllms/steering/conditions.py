@@ -14,7 +14,7 @@ from typing import Any
 
 from stllms.generation import decode, prompts
 from stllms.generation.interventions import Intervention, fingerprints
-from stllms.labels import STEERED
+from stllms.labels import PAPER, LabelSet
 from stllms.models.model import Model
 from stllms.records import Response, Steered, Task, from_rows, steered_from_row, to_row
 from stllms.runs import audit
@@ -52,14 +52,19 @@ def plain() -> Condition:
 
 
 def conditions(
-    vectors: SteeringVectors, layers: dict[str, int], coefficients: Sequence[float]
+    vectors: SteeringVectors,
+    layers: dict[str, int],
+    coefficients: Sequence[float],
+    labels: LabelSet = PAPER,
 ) -> list[Condition]:
     """The baseline, and a condition for every behaviour of ``layers`` and every coefficient
     other than 0.
 
-    A behaviour without a direction gets none. Raises ``ValueError`` for an unknown behaviour
-    or layer, naming what exists.
+    A behaviour without a direction gets none. Raises ``ValueError`` for one that is none of
+    ``labels``, for what it does could not be measured, and for an unknown behaviour or layer,
+    naming what exists.
     """
+    _refuse_others(layers, labels, "the layers")
     return [plain()] + [
         Condition(name, layer, float(c), Intervention(vectors.direction(name, layer), layer, c))
         for name, layer in layers.items()
@@ -84,16 +89,19 @@ def control_conditions(
 
 
 def sweep_conditions(
-    vectors: SteeringVectors, coefficients: Sequence[float], controls: Controls | None = None
+    vectors: SteeringVectors,
+    coefficients: Sequence[float],
+    controls: Controls | None = None,
+    labels: LabelSet = PAPER,
 ) -> list[Condition]:
-    """The baseline, and every steered behaviour and control at every layer with the largest
+    """The baseline, and every target and control at every layer with the largest
     coefficient of each sign, to see where a direction acts best.
     """
     ends = sorted({min(coefficients), max(coefficients)} - {0})
-    names = [name for name in STEERED if name in vectors.behaviours]
+    names = [name for name in labels.targets if name in vectors.behaviours]
     found = [plain()]
     for layer in range(vectors.n_layers):
-        found += conditions(vectors, dict.fromkeys(names, layer), ends)[1:]
+        found += conditions(vectors, dict.fromkeys(names, layer), ends, labels)[1:]
     if controls is not None:
         layers = {str(layer): layer for layer in range(vectors.n_layers)}
         found += control_conditions(controls, layers, ends)
@@ -235,11 +243,29 @@ def grid(
     return found
 
 
-def check(vectors: SteeringVectors, model: Model, origin: str = "the directions") -> None:
-    """Raises ``ValueError`` for directions of another model, naming both ``[L, D]``."""
+def check(
+    vectors: SteeringVectors,
+    model: Model,
+    origin: str = "the directions",
+    labels: LabelSet | None = None,
+) -> None:
+    """Raises ``ValueError`` for directions of another model, naming both ``[L, D]``, and for
+    one of a behaviour that ``labels``, where given, do not have."""
     mine, its = tuple(vectors.overall.shape), (model.n_layers, model.d_model)
     if mine != its:
         raise ValueError(
             f"{origin}: directions [L, D] = {list(mine)} are of another model than "
             f"{model.name}, which has {list(its)}"
         )
+    if labels is not None:
+        _refuse_others(vectors.behaviours, labels, origin)
+
+
+def _refuse_others(names: Iterable[str], labels: LabelSet, origin: str) -> None:
+    """Raises ``ValueError`` for a behaviour that is no label."""
+    for name in names:
+        if name not in labels.names:
+            raise ValueError(
+                f"{origin}: {name!r} is none of the labels {labels.name!r} "
+                f"({', '.join(labels.names)}): make directions with these labels"
+            )

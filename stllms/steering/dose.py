@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from stllms.labels import STEERED
+from stllms.labels import PAPER, LabelSet
 from stllms.steering import measures
-from stllms.steering.measures import FRACTION, SIDE_EFFECTS
+from stllms.steering.measures import FRACTION, SHARE, SIDE_EFFECTS
 
 #: How much worse than the baseline a side effect may get before a coefficient is not suggested.
 LIMITS: dict[str, float] = {
@@ -24,7 +24,8 @@ LIMITS: dict[str, float] = {
     "loops": 0.15,
     "well-formed": 0.10,
 }
-#: Worse is lower for these, a change either way for the length, and higher for the rest.
+#: Worse is lower for these, a change either way for the length, and higher for the rest, those
+#: of a person among them.
 _LOWER = ("accuracy", "closed", "compression", "labelled", "well-formed")
 
 
@@ -32,22 +33,28 @@ def side_effects(rows: pd.DataFrame) -> pd.DataFrame:
     """Side effects (columns) under every condition (rows); control directions as the mean of a
     kind, over the tasks that they were measured on.
     """
-    side = rows[rows["metric"].isin(SIDE_EFFECTS)]
+    side = rows[rows["metric"].isin(_measured(rows))]
     kind = side["direction"].str.replace(r":\d+$", "", regex=True)
     wide = side.assign(direction=kind).pivot_table(
         index=["direction", "coefficient"], columns="metric", values="value", sort=False
     )
-    return wide[[name for name in SIDE_EFFECTS if name in wide.columns]].reset_index()
+    return wide[[name for name in _measured(rows) if name in wide.columns]].reset_index()
 
 
-def table(rows: pd.DataFrame) -> pd.DataFrame:
+def _measured(rows: pd.DataFrame) -> list[str]:
+    """The side effects in ``rows``: those of :data:`SIDE_EFFECTS`, then a person's own."""
+    there = [name for name in rows["metric"].unique() if name not in (FRACTION, SHARE)]
+    return sorted(there, key=lambda name: [*SIDE_EFFECTS, name].index(name))
+
+
+def table(rows: pd.DataFrame, *, labels: LabelSet = PAPER) -> pd.DataFrame:
     """Dose-response: own token fraction and side effects of every direction (column
     ``steered``) over its coefficients, the baseline at 0; with interval and null interval.
     """
     made = []
-    for behaviour in STEERED:
+    for behaviour in labels.targets:
         fraction = (rows["metric"] == FRACTION) & (rows["behaviour"] == behaviour)
-        found = rows[fraction | rows["metric"].isin(SIDE_EFFECTS)].assign(steered=behaviour)
+        found = rows[fraction | rows["metric"].isin(_measured(rows))].assign(steered=behaviour)
         mine = found["direction"].isin([behaviour, "none"])
         made.append(found[mine & (found["direction"] == behaviour).any()])
     columns = ["steered", "metric", "coefficient", "value", "ci_low", "ci_high", "n"]
@@ -56,7 +63,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def broken(
-    rows: pd.DataFrame, limits: Mapping[str, float] = LIMITS
+    rows: pd.DataFrame, limits: Mapping[str, float] = LIMITS, *, labels: LabelSet = PAPER
 ) -> dict[tuple[str, float], dict[str, tuple[float, float]]]:
     """The conditions whose side effects go beyond ``limits`` (:data:`LIMITS`), and by what.
 
@@ -64,9 +71,10 @@ def broken(
     not looked at. Raises ``ValueError`` for a limit on something that is no side effect, and
     for one below 0.
     """
+    known = dict.fromkeys((*SIDE_EFFECTS, *_measured(rows)))
     for name, limit in limits.items():
-        if name not in SIDE_EFFECTS:
-            raise ValueError(f"no side effect {name!r}; there are: {', '.join(SIDE_EFFECTS)}")
+        if name not in known:
+            raise ValueError(f"no side effect {name!r}; there are: {', '.join(known)}")
         if not limit >= 0:
             raise ValueError(f"the limit of {name} is {limit}: say how much worse it may get")
     side = rows[rows["metric"].isin(limits)].set_index(["direction", "coefficient", "metric"])
@@ -76,16 +84,18 @@ def broken(
         plain = values["none", 0.0, metric]
         change = value - plain
         worse = abs(change) if metric == "tokens" else (-change if metric in _LOWER else change)
-        if direction in STEERED and worse > limits[metric]:
+        if direction in labels.targets and worse > limits[metric]:
             found.setdefault((direction, coefficient), {})[metric] = (plain, value)
     return found
 
 
-def warning(rows: pd.DataFrame, limits: Mapping[str, float] = LIMITS) -> str:
+def warning(
+    rows: pd.DataFrame, limits: Mapping[str, float] = LIMITS, *, labels: LabelSet = PAPER
+) -> str:
     """One line for every coefficient that breaks the text, always with the loop score."""
     loops = rows[rows["metric"] == "loops"].set_index(["direction", "coefficient"])["value"]
     lines = []
-    for (direction, coefficient), beyond in broken(rows, limits).items():
+    for (direction, coefficient), beyond in broken(rows, limits, labels=labels).items():
         beyond = {"loops": (loops["none", 0.0], loops[direction, coefficient])} | beyond
         parts = [f"{name} {b:.2f} (plain {a:.2f})" for name, (a, b) in beyond.items()]
         lines.append(f"{direction} {coefficient:+g} breaks the text: {', '.join(parts)}")
@@ -93,7 +103,12 @@ def warning(rows: pd.DataFrame, limits: Mapping[str, float] = LIMITS) -> str:
 
 
 def suggested(
-    rows: pd.DataFrame, behaviour: str, sign: int, limits: Mapping[str, float] = LIMITS
+    rows: pd.DataFrame,
+    behaviour: str,
+    sign: int,
+    limits: Mapping[str, float] = LIMITS,
+    *,
+    labels: LabelSet = PAPER,
 ) -> float | None:
     """The largest coefficient of a sign up to which no side effect goes beyond ``limits``.
 
@@ -102,12 +117,14 @@ def suggested(
     """
     own = rows.loc[rows["direction"] == behaviour, "coefficient"].unique()
     tried = sorted((float(c) for c in own if np.sign(c) == sign), key=abs)
-    bad = broken(rows, limits)
+    bad = broken(rows, limits, labels=labels)
     whole = list(itertools.takewhile(lambda c: (behaviour, c) not in bad, tried))
     return whole[-1] if whole else None
 
 
-def summary(rows: pd.DataFrame, limits: Mapping[str, float] = LIMITS) -> pd.DataFrame:
+def summary(
+    rows: pd.DataFrame, limits: Mapping[str, float] = LIMITS, *, labels: LabelSet = PAPER
+) -> pd.DataFrame:
     """Every direction at its suggested coefficients, one row a sign.
 
     ``outside plain``: the own token fraction is beyond the interval of the baseline on the side
@@ -118,10 +135,10 @@ def summary(rows: pd.DataFrame, limits: Mapping[str, float] = LIMITS) -> pd.Data
     own = rows[rows["metric"] == FRACTION].set_index(["behaviour", "direction", "coefficient"])
     side = rows.set_index(["metric", "direction", "coefficient"])["value"]
     made = []
-    steered = [b for b in STEERED if (b, b) in own.index.droplevel(2)]
+    steered = [b for b in labels.targets if (b, b) in own.index.droplevel(2)]
     for behaviour, sign in itertools.product(steered, (1, -1)):
         plain = own.loc[behaviour, "none", 0.0]
-        at = suggested(rows, behaviour, sign, limits)
+        at = suggested(rows, behaviour, sign, limits, labels=labels)
         row = {"behaviour": behaviour, "sign": "+-"[sign < 0], "coefficient": at}
         row |= {"plain": plain["value"], "plain_low": plain["ci_low"]}
         row |= {"plain_high": plain["ci_high"]}

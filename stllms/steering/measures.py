@@ -2,30 +2,31 @@
 
 Two different shares go by "fraction" in the published scripts; here they have names:
 
-* **token fraction** (method, section 8): the share of a behaviour's tokens among the tokens of
-  the four steered behaviours;
-* **segment fraction** (section 9): the share of a label's segments among all six.
+* **token fraction** (method, section 8): the share of a target's tokens among the tokens of all
+  targets (the paper's four steered behaviours);
+* **segment fraction** (section 9): the share of a label's segments among those of all labels.
 
 A response without any segment has no fraction. It is set apart as NaN (``empty="apart"``, the
-default) or counts as zeros (``"published"``); a response with segments but none of the four
-steered behaviours has token fractions of zero. A failed annotation always gives NaN.
+default) or counts as zeros (``"published"``); a response with segments but no target's has
+token fractions of zero. A failed annotation always gives NaN, and so does a label that occurs
+in none of the responses that are measured together: nothing is known of it.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stllms import stats
+from stllms import registry, stats
 from stllms.fixtures import grammar
-from stllms.labels import BEHAVIOURS, STEERED, is_control
-from stllms.records import STEERED_KEY, Annotation, Steered, Task
+from stllms.labels import PAPER, LabelSet, is_control
+from stllms.records import STEERED_KEY, Annotation, Response, Steered, Task
 from stllms.tasks import score
 
 EMPTY = ("apart", "published")
@@ -54,7 +55,7 @@ MODES = {"plain": ("none", 0.0), "positive": (None, 1.0), "negative": (None, -1.
 
 def token_fractions(
     annotations: Sequence[Annotation],
-    behaviours: Sequence[str] = STEERED,
+    behaviours: Sequence[str] = PAPER.targets,
     *,
     empty: str = "apart",
 ) -> np.ndarray:
@@ -73,7 +74,7 @@ def token_fractions(
 
 
 def segment_counts(
-    annotations: Sequence[Annotation], behaviours: Sequence[str] = BEHAVIOURS
+    annotations: Sequence[Annotation], behaviours: Sequence[str] = PAPER.names
 ) -> np.ndarray:
     """Segments of every behaviour in every response, ``[responses, N]``."""
     counted = [Counter(segment.label for segment in a.segments) for a in annotations]
@@ -117,15 +118,19 @@ def measure(
     scores: Sequence[Mapping[str, Any]] | None = None,
     *,
     empty: str = "apart",
+    labels: LabelSet = PAPER,
 ) -> pd.DataFrame:
     """One row a response: its key, token fractions, token shares, side effects.
 
-    ``token fraction`` columns are of the four steered behaviours (the paper's metric),
-    ``token share`` columns of all six. Answers are scored by :func:`stllms.tasks.score`;
-    tasks without one give NaN, and a response without an answer is wrong. ``scores`` are those
-    of :func:`stllms.generation.likelihood.scores` for the same responses. Raises
-    ``ValueError`` for a response without an annotation, of a task that is not among ``tasks``,
-    or without its score.
+    ``token fraction`` columns are of the targets of ``labels`` (the paper's metric), ``token
+    share`` columns of all labels; a label that never occurs has NaN. Every metric that a person
+    registered (:func:`own_metrics`) has a column beside the side effects.
+
+    Answers are scored by :func:`stllms.tasks.score`; tasks without one give NaN, and a response
+    without an answer is wrong. ``scores`` are those of
+    :func:`stllms.generation.likelihood.scores` for the same responses. Raises ``ValueError``
+    for a response without an annotation, of a task that is not among ``tasks``, or without its
+    score.
     """
     annotations = [one.annotation for one in steered if one.annotation is not None]
     if lacking := len(steered) - len(annotations):
@@ -136,15 +141,19 @@ def measure(
         raise ValueError(
             f"{len(strange)} tasks of the chains were not asked: {strange[0]}, ..."
         )
-    fractions = token_fractions(annotations, STEERED, empty=empty)
-    shares = token_fractions(annotations, BEHAVIOURS, empty=empty)
-    columns = [f"{FRACTION}/{b}" for b in STEERED] + [f"{SHARE}/{b}" for b in BEHAVIOURS]
+    found_labels = {span.label for annotation in annotations for span in annotation.spans}
+    shares = pd.DataFrame(index=range(len(steered)))
+    for what, names in ((FRACTION, labels.targets), (SHARE, labels.names)):
+        values = token_fractions(annotations, names, empty=empty)
+        values[:, [name not in found_labels for name in names]] = np.nan
+        shares[[f"{what}/{name}" for name in names]] = values
+    own = own_metrics()
     side = [
         _side_effects(one, annotation, by_id[one.task_id])
+        | _measured(own, one.response, annotation, by_id[one.task_id])
         for one, annotation in zip(steered, annotations, strict=True)
     ]
     keys = pd.DataFrame([one.key for one in steered], columns=list(STEERED_KEY))
-    shares = pd.DataFrame(np.hstack([fractions, shares]), columns=columns)
     found = pd.concat([keys, shares, pd.DataFrame(side)], axis=1)
     if scores is None:
         return found
@@ -172,6 +181,43 @@ def _side_effects(one: Steered, annotation: Annotation, task: Task) -> dict[str,
     if annotation.annotator == "grammar":
         thinker = response.thinking != response.answer  # a text without tags is both
         found["well-formed"] = float(grammar.well_formed(response, thinker=thinker))
+    return found
+
+
+def own_metrics() -> dict[str, Callable[[Response, Annotation, Task], float]]:
+    """The metrics that a person registered: ``@registry.metric("name")`` on a function of a
+    response, its annotation and its task; NaN where there is nothing to measure.
+
+    Raises:
+        ValueError: a name that a measure has already, or with a slash.
+    """
+    registry.load_entry_points()
+    taken = (FRACTION, SHARE, *SIDE_EFFECTS, *STEERED_KEY)
+    for name in registry.metric:
+        if name in taken or "/" in name:
+            raise ValueError(
+                f"metric {name!r}: choose another name, without a slash; taken are "
+                f"{', '.join(taken)}"
+            )
+    return dict(registry.metric)
+
+
+def _measured(
+    own: Mapping[str, Callable[[Response, Annotation, Task], float]],
+    response: Response,
+    annotation: Annotation,
+    task: Task,
+) -> dict[str, float]:
+    found = {}
+    for name, metric in own.items():
+        value = metric(response, annotation, task)
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"metric {name!r} gave {value!r} for task {task.id}: expected a number, NaN "
+                "where there is none"
+            ) from None
     return found
 
 
@@ -258,19 +304,19 @@ def _null(by_condition: Mapping[tuple, pd.DataFrame]) -> dict[tuple, pd.DataFram
     return made
 
 
-def bars(rows: pd.DataFrame) -> pd.DataFrame:
-    """The paper's bars: token fraction of each behaviour plain and under its own +-1.
+def bars(rows: pd.DataFrame, *, labels: LabelSet = PAPER) -> pd.DataFrame:
+    """The paper's bars: token fraction of each target plain and under its own +-1.
 
     Columns ``behaviour``, ``mode`` (plain, positive, negative), ``value``, ``low``, ``high``,
     ``n``, ``null_low``, ``null_high``, ``null_n``; a behaviour without a direction has NaN.
     """
     found = rows[(rows["metric"] == FRACTION) & ~rows["direction"].map(is_control)]
     found = found.set_index(["behaviour", "direction", "coefficient"])
-    keys = [(b, own or b, c) for b in STEERED for own, c in MODES.values()]
+    keys = [(b, own or b, c) for b in labels.targets for own, c in MODES.values()]
     values = ["value", "ci_low", "ci_high", "n", "null_low", "null_high", "null_n"]
     made = found.reindex(columns=values, index=keys).astype(float)
     made = made.rename(columns={"ci_low": "low", "ci_high": "high"}).reset_index("behaviour")
-    made.insert(1, "mode", [*MODES] * len(STEERED))
+    made.insert(1, "mode", [*MODES] * len(labels.targets))
     return made.reset_index(drop=True)
 
 
@@ -292,16 +338,16 @@ def differences(measured: pd.DataFrame, rows: pd.DataFrame, *, seed: int = 0) ->
     return made.rename(columns={"value": "difference"})
 
 
-def changes(rows: pd.DataFrame) -> pd.DataFrame:
-    """What else moves: change of the token share of all six behaviours (columns) under every
-    behaviour's direction (index ``direction``) at coefficient 1 against the baseline.
+def changes(rows: pd.DataFrame, *, labels: LabelSet = PAPER) -> pd.DataFrame:
+    """What else moves: change of the token share of all labels (columns) under every target's
+    direction (index ``direction``) at coefficient 1 against the baseline.
     """
     shares = rows[rows["metric"] == SHARE]
     plain = shares[shares["direction"] == PLAIN[0]].set_index("behaviour")["value"]
-    steered = shares[(shares["coefficient"] == 1) & shares["direction"].isin(STEERED)]
+    steered = shares[(shares["coefficient"] == 1) & shares["direction"].isin(labels.targets)]
     wide = steered.pivot(index="direction", columns="behaviour", values="value")
-    order = [b for b in STEERED if b in wide.index]
-    return wide.reindex(index=order, columns=BEHAVIOURS) - plain[list(BEHAVIOURS)]
+    order = [b for b in labels.targets if b in wide.index]
+    return wide.reindex(index=order, columns=labels.names) - plain[list(labels.names)]
 
 
 # --- examples ----------------------------------------------------------------------------
