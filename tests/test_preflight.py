@@ -401,7 +401,7 @@ def test_real_chains_cost_no_more_than_was_said(monkeypatch, tmp_path):
 
 def store(folder: Path, model: str, **replies: Sequence[str]) -> None:
     """Stored replies: the status of each try, by the key of its request."""
-    row = {"model": model, "name": "", "identity": {}, "about": {"shown": 1}, "reason": "why"}
+    row = {"model": model, "name": "", "identity": {}, "about": {"pieces": 1}, "reason": "why"}
     with api.Store(folder).writing() as rows:
         for key, tries in replies.items():
             for status in tries:
@@ -415,7 +415,7 @@ def answer_again(config: RunConfig, model: str, chains: Sequence[Response]) -> N
     """Stored replies of when the judge was asked about the chains a second time."""
     protocol = annotators.annotator(config.annotator, **config.annotating).protocol
     keys = [r.key(model) for one in chains for r in protocol.requests(one, again=True)]
-    store(config.folder / "judge", model, **dict.fromkeys(keys, ["answered"]))
+    store(config.folder / "judge", model, **{key: ["answered"] for key in keys})
 
 
 def chain(task: str, thinking: str | None = None) -> Response:

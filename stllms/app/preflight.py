@@ -230,14 +230,14 @@ def rows(stage: str, config: RunConfig) -> dict[str, list[tuple]]:
         return {"responses.jsonl": [(task.id,) for task in asked]}
     coefficients, n_sweep = config.settings.coefficients, config.settings.n_sweep
     vectors, layers, controls = _directions(config)
-    own = steering.conditions(vectors, layers, coefficients)
+    own = steering.conditions(vectors, layers, coefficients, config.label_set)
     nulls = steering.control_conditions(controls, layers, coefficients)
     some = sets.subset(asked, config.n_control_tasks, seed=config.seed)
     keys = [one.key(task.id) for task in asked for one in own]
     found = {"steered.jsonl": keys + [one.key(task.id) for task in some for one in nulls]}
     if n_sweep:
         few = controls.first(steering.SWEPT_CONTROLS)
-        every = steering.sweep_conditions(vectors, coefficients, few)
+        every = steering.sweep_conditions(vectors, coefficients, few, config.label_set)
         found["sweep.jsonl"] = [one.key(task.id) for task in asked[:n_sweep] for one in every]
     return found
 

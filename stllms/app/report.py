@@ -29,6 +29,7 @@ from stllms.app import stages
 from stllms.app.colab import unbadged
 from stllms.comparison.ledger import display, ledger
 from stllms.config import RunConfig
+from stllms.labels import PAPER, LabelSet
 from stllms.plotting import text
 from stllms.registry import MODELS
 from stllms.runs.files import BadFile, load_table, read_json, replacing
@@ -88,14 +89,14 @@ def write(folder: str | Path) -> Path:
     record = _record(folder)
     places = _places(folder)
     sections = [section for place in places for section in _sections(place)]
-    effects, broken = _steering(folder)
+    effects, broken = _steering(folder, record)
     page = {
         "title": _title(folder, record),
         "sentence": _sentence(record),
         "effects": effects,
         "warnings": [*_warnings(record, sections), *broken],
         "figures": _pictures(folder, [f"figures/{name}.png" for name in FIRST]),
-        "ledger": _ledger(folder),
+        "ledger": _ledger(folder, record),
         "tables": list(_tables(places)),
         "details": _details(record),
         "light": HtmlFormatter(style="default").get_style_defs(".highlight"),
@@ -182,8 +183,8 @@ def _sentence(record: Mapping[str, Any]) -> str:
     return f"Profile {record['configuration'].get('profile')}: {', '.join(words)}."
 
 
-def _steering(folder: Path) -> tuple[Markup | None, list[str]]:
-    """The paper's four effects (own token fraction of the baseline and under +1 and -1), and
+def _steering(folder: Path, record: Mapping[str, Any]) -> tuple[Markup | None, list[str]]:
+    """The effects on the targets (own token fraction of the baseline and under +1 and -1), and
     the coefficients that break the text.
     """
     path = folder / "steering.csv"
@@ -191,7 +192,9 @@ def _steering(folder: Path) -> tuple[Markup | None, list[str]]:
         return None, []
     rows = load_table(path)
     try:
-        bars, lines = measures.bars(rows), dose.warning(rows).splitlines()
+        labels = _labels(rows) if _own_labels(record) else PAPER
+        bars = measures.bars(rows, labels=labels)
+        lines = dose.warning(rows, labels=labels).splitlines()
     except KeyError as error:
         raise BadFile(f"{path}: not a table of steering, it has no {error.args[0]}") from None
     table = text.intervals(bars, ["behaviour"], "mode").rename(columns={"plain": "baseline"})
@@ -200,6 +203,21 @@ def _steering(folder: Path) -> tuple[Markup | None, list[str]]:
         words = [f"{low:.2f} to {high:.2f}" if low == low else "none" for low, high in null]
         table.insert(place, f"null interval, {mode}", words)
     return _html(table.reset_index()), [line for line in lines if "breaks the text:" in line]
+
+
+def _own_labels(record: Mapping[str, Any]) -> bool:
+    """Whether a run, or a comparison, has other labels than the paper's."""
+    return record["configuration"].get("labels") is not None
+
+
+def _labels(rows: pd.DataFrame) -> LabelSet:
+    """The labels of a table of steering, which are not the paper's; their file may be gone."""
+    of = {
+        name: list(dict.fromkeys(rows.loc[rows["metric"] == name, "behaviour"]))
+        for name in (measures.SHARE, measures.FRACTION)
+    }
+    labels = dict.fromkeys(of[measures.SHARE])
+    return LabelSet.from_dict({"labels": labels, "targets": of[measures.FRACTION]})
 
 
 def _warnings(record: Mapping[str, Any], sections: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -329,11 +347,13 @@ def _tables(places: Sequence[Path]) -> Iterator[tuple[str, Markup]]:
             yield f"{path.parent.name}/{path.name}", _html(load_table(path))
 
 
-def _ledger(folder: Path) -> dict[str, Any]:
+def _ledger(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """The claims that this run speaks to and all others, or why there is no ledger: a broken
     file of another run does not keep this one from its report.
     """
     results = folder.parent
+    if _own_labels(record):
+        return {"problem": "this run has labels of its own, the claims are about the paper's"}
     try:
         found = ledger(results)
     except BadFile as error:
