@@ -22,7 +22,6 @@ from typing import Any
 from stllms import registry
 from stllms.hashes import digest, file_hash, remembered_hash
 from stllms.labels import CONTROLS, PAPER, LabelSet
-from stllms.records import loads
 from stllms.registry import ModelEntry, did_you_mean, resolve, slug
 
 
@@ -188,14 +187,8 @@ class RunConfig:
             )
 
     def _check_labels(self) -> None:
-        """Refuses what is of other labels: finished runs, the released files, annotators; and
-        the annotator ``lexical`` without cue words."""
-        for folder in self.folders:
-            if (then := _labels_of(folder)) != (now := self.label_identity):
-                raise ValueError(
-                    f"folders: {folder} is a run with the labels {then or PAPER.name}, not "
-                    f"{now or PAPER.name}: leave it out, or give both the same labels"
-                )
+        """Refuses what is of the paper's labels alone: the released files and two annotators;
+        and the annotator ``lexical`` without cue words."""
         if not self.own_labels:
             return
         if self.published is not None:
@@ -678,17 +671,6 @@ def _task_identity(task_set: str) -> str:
             f"tasks: {task_set} needs the package reasoning-gym: pip install 'stllms[gym]' "
             "(or: pip install reasoning-gym)"
         ) from None
-
-
-def _labels_of(folder: str) -> str | None:
-    """The :attr:`RunConfig.label_identity` of the run in a folder."""
-    path = Path(folder).expanduser() / "run.json"
-    try:
-        record = loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"folders: {path}: not JSON that can be read ({error})") from None
-    identity = record.get("identity") if isinstance(record, dict) else None
-    return identity.get("labels") if isinstance(identity, dict) else None
 
 
 def _judge_identity(judge: str) -> str:

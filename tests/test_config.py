@@ -420,20 +420,9 @@ def test_who_labels_labels_of_ones_own(own, tmp_path, model):
     assert RunConfig(model, labels=own, judge="openai:gpt-4.1").label_set.rest == ()
 
 
-def test_what_is_of_other_labels_is_refused(own, tmp_path):
+def test_the_released_files_have_the_papers_labels_alone(own):
     with pytest.raises(ValueError, match=r"published: 'x', expected nothing with labels of"):
         RunConfig(labels=own, published="x")
-    words = r"tiny-thinker is a run with the labels paper, not mine:\w+: leave it out"
-    with pytest.raises(ValueError, match=words):
-        RunConfig(labels=own, folders=[str(REFERENCE)])
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "annotations.jsonl").write_text("")
-    identity = RunConfig(labels=own).identity()
-    (folder / "run.json").write_text(json.dumps({"identity": identity}))
-    assert RunConfig(labels=own, folders=[str(folder)]).folders == (str(folder),)
-    with pytest.raises(ValueError, match=r"with the labels mine:\w+, not paper"):
-        RunConfig(folders=[str(folder)])
 
 
 def test_a_registered_annotator_is_a_judge(monkeypatch):

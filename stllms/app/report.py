@@ -25,6 +25,7 @@ from nbconvert import HTMLExporter
 from nbformat import NotebookNode, ValidationError, from_dict, v4
 from pygments.formatters import HtmlFormatter
 
+from stllms.annotation import annotators
 from stllms.app import stages
 from stllms.app.colab import unbadged
 from stllms.comparison.ledger import display, ledger
@@ -33,11 +34,12 @@ from stllms.labels import PAPER, LabelSet
 from stllms.plotting import text
 from stllms.registry import MODELS
 from stllms.runs.files import BadFile, load_table, read_json, replacing
+from stllms.runs.store import Rows
 from stllms.steering import dose, measures
 from stllms.terminal import plain
 
 NAME = "report.html"
-COMPARISON = "comparison"
+COMPARISON, STEERING = "comparison", "steering.csv"
 #: The figures of the summary, as far as they were made.
 FIRST = ("steering", "layer_effects_grid", "cosine_heatmap")
 #: The tag of text that reads the committed figures and fits no other run.
@@ -89,12 +91,14 @@ def write(folder: str | Path) -> Path:
     record = _record(folder)
     places = _places(folder)
     sections = [section for place in places for section in _sections(place)]
-    effects, broken = _steering(folder, record)
+    rows = load_table(folder / STEERING) if (folder / STEERING).is_file() else None
+    labels = PAPER if rows is None else _labels(folder, record, rows)
+    effects, broken = (None, []) if rows is None else _steering(folder, rows, labels)
     page = {
         "title": _title(folder, record),
-        "sentence": _sentence(record),
+        "sentence": _sentence(record, labels),
         "effects": effects,
-        "warnings": [*_warnings(record, sections), *broken],
+        "warnings": [*_warnings(record, sections), *_never(folder, record, labels), *broken],
         "figures": _pictures(folder, [f"figures/{name}.png" for name in FIRST]),
         "ledger": _ledger(folder, record),
         "tables": list(_tables(places)),
@@ -167,14 +171,33 @@ def _title(folder: Path, record: Mapping[str, Any]) -> str:
     return f"{title} and what it is compared with" if folder.name == COMPARISON else title
 
 
-def _sentence(record: Mapping[str, Any]) -> str:
-    """What was run: profile, tasks, annotator, limits, device."""
+def _labels(folder: Path, record: Mapping[str, Any], rows: pd.DataFrame) -> LabelSet:
+    """The labels of a run and its targets, as its steered chains were measured with them: the
+    file that they came from may be gone."""
+    own = record.get("identity", {}).get("labels")
+    if not own:
+        return PAPER
+    try:
+        of = {name: part["behaviour"].unique() for name, part in rows.groupby("metric")}
+        values = {
+            "labels": dict.fromkeys(of[measures.SHARE]),
+            "targets": [*of[measures.FRACTION]],
+        }
+        return LabelSet.from_dict({"name": own.rpartition(":")[0] or own, **values})
+    except (KeyError, ValueError, AttributeError) as error:
+        raise BadFile(f"{folder / STEERING}: not measured with labels ({error})") from None
+
+
+def _sentence(record: Mapping[str, Any], labels: LabelSet) -> str:
+    """What was run: profile, tasks, annotator, labels of a person's own, limits, device."""
     identity = record.get("identity", {})
+    own = f"{labels.name} with the targets {', '.join(labels.targets)}"
     parts = {
         "directions from the responses to {} tasks": identity.get("n_build"),
         "steering tried on {} others": identity.get("n_evaluate"),
         "task set {}": identity.get("tasks"),
         "annotator {}": identity.get("annotator"),
+        "labels {}": None if labels is PAPER else own,
         "at most {} new tokens": identity.get("max_tokens"),
         "temperature {}": identity.get("temperature"),
         "on {}": record.get("recorded", {}).get("device"),
@@ -183,41 +206,22 @@ def _sentence(record: Mapping[str, Any]) -> str:
     return f"Profile {record['configuration'].get('profile')}: {', '.join(words)}."
 
 
-def _steering(folder: Path, record: Mapping[str, Any]) -> tuple[Markup | None, list[str]]:
-    """The effects on the targets (own token fraction of the baseline and under +1 and -1), and
+def _steering(folder: Path, rows: pd.DataFrame, labels: LabelSet) -> tuple[Markup, list[str]]:
+    """The effects (own token fraction of the baseline and under +1 and -1) on the targets, and
     the coefficients that break the text.
     """
-    path = folder / "steering.csv"
-    if not path.is_file():
-        return None, []
-    rows = load_table(path)
     try:
-        labels = _labels(rows) if _own_labels(record) else PAPER
         bars = measures.bars(rows, labels=labels)
         lines = dose.warning(rows, labels=labels).splitlines()
     except KeyError as error:
-        raise BadFile(f"{path}: not a table of steering, it has no {error.args[0]}") from None
+        path, what = folder / STEERING, error.args[0]
+        raise BadFile(f"{path}: not a table of steering, it has no {what}") from None
     table = text.intervals(bars, ["behaviour"], "mode").rename(columns={"plain": "baseline"})
     for place, mode in ((2, "positive"), (4, "negative")):
         null = bars[bars["mode"] == mode][["null_low", "null_high"]].to_numpy(float)
         words = [f"{low:.2f} to {high:.2f}" if low == low else "none" for low, high in null]
         table.insert(place, f"null interval, {mode}", words)
     return _html(table.reset_index()), [line for line in lines if "breaks the text:" in line]
-
-
-def _own_labels(record: Mapping[str, Any]) -> bool:
-    """Whether a run, or a comparison, has other labels than the paper's."""
-    return record["configuration"].get("labels") is not None
-
-
-def _labels(rows: pd.DataFrame) -> LabelSet:
-    """The labels of a table of steering, which are not the paper's; their file may be gone."""
-    of = {
-        name: list(dict.fromkeys(rows.loc[rows["metric"] == name, "behaviour"]))
-        for name in (measures.SHARE, measures.FRACTION)
-    }
-    labels = dict.fromkeys(of[measures.SHARE])
-    return LabelSet.from_dict({"labels": labels, "targets": of[measures.FRACTION]})
 
 
 def _warnings(record: Mapping[str, Any], sections: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -232,6 +236,18 @@ def _warnings(record: Mapping[str, Any], sections: Sequence[Mapping[str, Any]]) 
     found += [f"{one['stage']}: {one['state']}" for one in sections if one["state"] != "done"]
     remarks = record.get("recorded", {}).get("remarks") or ()
     return found + [f"The model: {remark}" for remark in remarks]
+
+
+def _never(folder: Path, record: Mapping[str, Any], labels: LabelSet) -> list[str]:
+    """A line about the labels that no chain has of those that directions are built from."""
+    annotator = str(record.get("identity", {}).get("annotator"))
+    rows = annotators.load(Rows(folder / "annotations.jsonl", annotators.KEY), annotator)
+    chains = [one for one in rows if one.failed is None]
+    found = {segment.label for one in chains for segment in one.segments}
+    lacking = [name for name in labels.names if name not in found]
+    if not chains or not lacking:
+        return []
+    return [f"In none of {len(chains)} chains: {', '.join(lacking)}"]
 
 
 def _is_committed(record: Mapping[str, Any]) -> bool:
@@ -352,7 +368,7 @@ def _ledger(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     file of another run does not keep this one from its report.
     """
     results = folder.parent
-    if _own_labels(record):
+    if record["configuration"].get("labels") is not None:
         return {"problem": "this run has labels of its own, the claims are about the paper's"}
     try:
         found = ledger(results)

@@ -158,8 +158,8 @@ def width(members: Sequence[Member]) -> float:
 
 
 def caption(members: Sequence[Member]) -> str:
-    """Which models a figure shows, which of them are fixtures, what else sets them apart (other
-    tasks, another annotator, reader or set of labels), and the labels that none of them has."""
+    """Which models a figure shows, which of them are fixtures, the labels that no chain has,
+    and what else sets the models apart: other tasks, annotators, readers or labels."""
     text = ", ".join(f"{one.display} ({len(one.task_ids)} chains)" for one in members) + "."
     fixtures = [
         one.display
@@ -207,7 +207,7 @@ def setups(members: Sequence[Member]) -> list[Setup]:
             return one.tasks
         if not one.asked:
             return f"{one.tasks} (tasks unknown)"
-        return f"{one.tasks} ({len(one.asked)} tasks, {_digest(sorted(one.asked))})"
+        return f"{one.tasks} ({len(one.asked)} tasks, {_digest(sorted(one.asked))[:4]})"
 
     names: dict[str, set[str]] = {}
     for one in members:
@@ -217,17 +217,17 @@ def setups(members: Sequence[Member]) -> list[Setup]:
         meaning, name = _meaning(one.labels), one.labels.name
         if meaning == _meaning(PAPER):
             return ""
-        return name if len(names[name]) == 1 else f"{name} ({meaning})"
+        return name if len(names[name]) == 1 else f"{name} ({meaning[:4]})"
 
     return [Setup(tasks(one), one.annotator, one.reader, labels(one)) for one in members]
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:4]
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _meaning(labels: LabelSet) -> str:
-    """A hash of what an annotator is told: colours and roles have no part in what is counted."""
+    """A hash of what an annotator is told: colours and roles change nothing that is counted."""
     told = [(one.name, one.definition, one.cues) for one in labels.labels]
     return _digest([told, labels.example])
 

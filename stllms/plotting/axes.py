@@ -59,7 +59,7 @@ LINE, MOST_LINES = 55, 40
 LINE_HEIGHT, HEAD_AND_FOOT = 0.16, 0.9
 #: Panels in a row, and characters of a line of a name, and of one with more than two of these.
 ACROSS, NAME, LONG = 4, 14, 24
-#: Inches of a letter of a name, of a row of a legend, and of all that a legend has beside a name.
+#: Inches of a letter of a name, and in a legend of a row and of all that is beside a name.
 LETTER, ROW, BESIDE = 0.063, 0.15, 0.5
 #: Inches that a cell of a matrix needs at least, and one of a square matrix.
 CELL, SQUARE = 0.27, 0.5
@@ -111,7 +111,7 @@ def side_legend(figure: Figure, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     if handles:
         names = [short(name, LONG) for name in names]
-        _at_least(figure, height=ROW * sum(name.count("\n") + 1 for name in names) + 0.6)
+        _at_least(axes, height=ROW * sum(name.count("\n") + 1 for name in names) + 0.6)
         figure.legend(handles, names, loc="outside right upper", frameon=False)
 
 
@@ -129,18 +129,25 @@ def _compact(name: str) -> str:
 
 
 def panels(
-    figure: Figure, names: Sequence[str], *, columns: int = ACROSS, **shared: bool
+    figure: Figure,
+    names: Sequence[str],
+    *,
+    columns: int = ACROSS,
+    sharex: bool = False,
+    sharey: bool = False,
 ) -> list[Axes]:
-    """A panel for each name, at most ``columns`` in a row, with the axes that ``shared`` names
-    (``sharex``, ``sharey``). ``figure`` has the size of one row: it is made as high as all need.
+    """A panel for each name, at most ``columns`` in a row.
+
+    ``figure`` has the size of one row, and is made as high as all rows need.
     """
     rows = math.ceil(len(names) / columns)
     columns = math.ceil(len(names) / rows)
     figure.set_figheight(rows * figure.get_figheight())
-    grid = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
-    for axes in grid[len(names) :]:
+    grid = figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False)
+    drawn, spare = np.split(grid.ravel(), [len(names)])
+    for axes in spare:
         axes.remove()
-    return list(grid[: len(names)])
+    return list(drawn)
 
 
 def _outer(drawn: Sequence[Axes]) -> None:
@@ -170,7 +177,7 @@ def _name_rows(drawn: Sequence[Axes], label: str) -> None:
 
 def _width(axes: Axes) -> float:
     """Inches of the figure that axes have to themselves."""
-    return axes.figure.get_figwidth() / _across(axes)
+    return axes.figure.figure.get_figwidth() / _across(axes)
 
 
 def _across(axes: Axes) -> int:
@@ -179,8 +186,9 @@ def _across(axes: Axes) -> int:
     return at.get_gridspec().ncols if at else 1
 
 
-def _at_least(figure: Figure, width: float = 0.0, height: float = 0.0) -> None:
-    """Make the figure so large, if it is smaller (inches)."""
+def _at_least(axes: Axes, width: float = 0.0, height: float = 0.0) -> None:
+    """Make the figure of the axes so large, if it is smaller (inches)."""
+    figure = axes.figure.figure
     now = figure.get_size_inches()
     figure.set_size_inches(max(now[0], width), max(now[1], height))
 
@@ -244,7 +252,7 @@ def bars(
     axes.tick_params(axis="x", rotation=turn)
     if turn:
         down = len({at.get_position().y0 for at in axes.figure.axes})
-        _at_least(axes.figure, height=2.2 * down + _longest(names))
+        _at_least(axes, height=2.2 * down + _longest(names))
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
     axes.grid(axis="x", visible=False)
@@ -371,10 +379,10 @@ def matrix(
     limit = limit or float(np.nanmax(np.abs(table), initial=1e-9))
     cell = max(CELL, LETTER * max(len(format(value, fmt)) for value in table.ravel()))
     beside = _longest(rows) + (COLOUR_BAR if label else 0)
-    _at_least(axes.figure, beside + cell * len(columns) * _across(axes))
+    _at_least(axes, beside + cell * len(columns) * _across(axes))
     names, turn = _along(columns, _width(axes) - beside)
     above = AROUND + (_longest(names) if turn else 0)
-    _at_least(axes.figure, height=CELL * len(rows) + above)
+    _at_least(axes, height=CELL * len(rows) + above)
     sns.heatmap(
         table,
         ax=axes,
@@ -401,7 +409,7 @@ def heatmap(axes: Axes, values: np.ndarray, names: Sequence[str]) -> Axes:
     if not len(names):
         return missing(axes, "unavailable: too few spans")
     rows, side = [short(name) for name in names], SQUARE * len(names) + AROUND
-    _at_least(axes.figure, side + COLOUR_BAR, side)
+    _at_least(axes, side + COLOUR_BAR, side)
     matrix(axes, values, rows, names, label="cosine similarity", fmt=".2f", limit=1)
     axes.set_aspect("equal")
     if max(name.count("\n") for name in rows) < 2:
@@ -477,8 +485,8 @@ def growth(axes: Axes, table: pd.DataFrame, *, labels: LabelSet = PAPER) -> Axes
     if table.empty:
         return missing(axes, "unavailable: too few spans")
     for rank, (name, rows) in enumerate(table.groupby("behaviour", sort=False)):
-        look = {"color": labels.colour(name), "marker": MARKERS[rank % len(MARKERS)]}
-        axes.plot(rows["spans"], rows["cosine"], label=name, **look)
+        colour, marker = labels.colour(name), MARKERS[rank % len(MARKERS)]
+        axes.plot(rows["spans"], rows["cosine"], color=colour, marker=marker, label=name)
     axes.set(xscale="log", xlabel="spans in the smaller half")
     axes.set_ylabel("cosine of disjoint halves")
     axes.set_ylim(top=1.02)
@@ -528,8 +536,8 @@ def effect_panels(
     absent: str = "unavailable:\ntoo few spans",
     labels: LabelSet = PAPER,
 ) -> Sequence[Axes]:
-    """A panel for each of ``names`` (the targets) from :func:`stllms.attribution.effects.table`: the mean, its band,
-    and a legend above the figure.
+    """A panel for each of ``names`` (the targets): the mean, its band, and a legend above the
+    figure, from :func:`stllms.attribution.effects.table`.
 
     ``band`` is ``"interval"`` (bootstrap) or ``"sd"`` (one standard deviation, as published);
     ``mark`` is a layer a behaviour, drawn as a dotted line; the null interval is drawn where
@@ -590,19 +598,18 @@ def doses(figure: Figure, table: pd.DataFrame, *, labels: LabelSet = PAPER) -> F
     effects = [name for name in table["metric"].unique() if name != "token fraction"]
     shares = [name for name in effects if name not in UNITS]
     others = [name for name in UNITS if name in effects]
-    rows = sorted((row for names in (shares, others) for row in _rows(names)), key=len)
-    first = _rows(labels.targets)
+    first, rest = _rows(labels.targets), sorted([*_rows(shares), *_rows(others)], key=len)
     names = [name for name in labels.targets if name in set(table["steered"])]
     lines = [Line2D([], [], color=labels.colour(n), marker=MARKERS[0], label=n) for n in names]
     handles = [*lines, Patch(facecolor="#333333", alpha=0.2, label="95% interval")]
     columns = _columns([*names, "95% interval", "null interval"], 3, figure.get_figwidth())
-    height = figure.get_figheight() * (len(first) + len(rows)) / (1 + len(rows))
+    height = figure.get_figheight() * (len(first) + len(rest)) / (1 + len(rest))
     figure.set_figheight(height + ROW * max(0, math.ceil((len(names) + 2) / columns) - 2))
-    rows = [*first, *rows]  # a full row last: it has the ticks of all columns
+    rows = [*first, *rest]  # a full row last: it has the ticks of all columns
     grid = figure.subplots(len(rows), ACROSS, sharex=True, squeeze=False)
     own = table[table["metric"] == "token fraction"]
-    for place, (line, names) in enumerate(zip(grid, rows, strict=True)):
-        for axes, name in zip_longest(line, names):
+    for place, (line, titles) in enumerate(zip(grid, rows, strict=True)):
+        for axes, name in zip_longest(line, titles):
             if name is None:
                 axes.set_axis_off()
             elif place < len(first):
@@ -681,7 +688,7 @@ def sweep(
         if name in marks:
             axes.axvline(marks[name], color="#555555", linestyle=":", label="steering layer")
         axes.set_xlabel("layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         _shares(axes)
     _name_rows(panels, "own token fraction")
     legend(panels)
