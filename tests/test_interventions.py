@@ -6,8 +6,12 @@ import pytest
 import tiny
 import torch
 
-from stllms.generation import decode
+from stllms import registry, steering
+from stllms.generation import decode, likelihood
 from stllms.generation.interventions import Intervention, applied
+from stllms.generation.prompts import opening
+from stllms.records import Steered
+from stllms.vectors.directions import SteeringVector
 
 NEW = 24
 
@@ -61,6 +65,94 @@ def test_generate_writes_token_for_token_what_the_package_writes(kind, operation
     steered = theirs(model, batch, item)
     assert steered == ours(model, [(ids, item) for ids in batch])
     assert steered != ours(model, [(ids, None) for ids in batch])
+
+
+def a_vector(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    directions = 3 * torch.randn(model.n_layers, model.d_model, generator=generator)
+    return SteeringVector("mine", directions, torch.ones_like(directions), model.name)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_vector_applied_is_what_steering_generates(kind):
+    model = tiny.model(kind)
+    tasks, coefficients = tiny.TASKS[:3], [1.0, 0.0, -2.0]
+    vector = a_vector(model)
+    items = [steering.Intervention(vector.directions[2], 2, c) for c in coefficients]
+    wanted = steering.generate(model, tasks, items, max_new_tokens=NEW, progress=False)
+    batch = [opening(model, task)[1] for task in tasks]
+    found = generated(model, batch, vector.applied(model.hf, layer=2, coefficient=coefficients))
+    assert found == [list(one.output_ids) for one in wanted]
+    plain = theirs(model, batch, [None] * 3)
+    assert [a == b for a, b in zip(found, plain, strict=True)] == [False, True, False]
+    one = generated(model, batch[:1], vector.applied(model.hf, layer=2))
+    assert one == found[:1], "coefficient 1 unless said"
+
+
+def test_the_hooks_of_a_vector_are_gone_after_an_error():
+    model = tiny.model()
+    vector = a_vector(model)
+    with pytest.raises(RuntimeError, match="1 hook, mine"), vector.applied(model.hf, layer=1):
+        raise RuntimeError(f"{len(model.layers[1]._forward_hooks)} hook, mine")
+    assert not any(layer._forward_hooks for layer in model.layers)
+    for bad, said in (
+        ({"layer": 4}, "layer 4 is not in 0"),
+        ({"layer": 1, "coefficient": []}, "no coefficient"),
+        ({"layer": 1, "operation": "ad"}, "did you mean add"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            vector.applied(model.hf, **bad)
+
+
+@pytest.fixture
+def clamp():
+    """An operator of a person's own: sets the projection to the coefficient. It does something
+    at coefficient 0, and divides by zero for a row without a vector."""
+
+    @registry.operator("clamp")
+    def clamped(hidden, vector, coefficient):
+        unit = vector / vector.norm(dim=-1, keepdim=True)
+        return (coefficient - (hidden * unit).sum(-1, keepdim=True)) * unit
+
+    yield "clamp"
+    registry.operator._known.pop("clamp")
+
+
+def test_an_operator_of_ones_own_acts_in_every_way_of_steering(clamp):
+    model = tiny.model()
+    vector = a_vector(model)
+    unit = vector.at(2) / vector.at(2).norm()
+    with vector.applied(model.hf, layer=2, coefficient=5.0, operation=clamp), torch.no_grad():
+        kept = []
+        handle = model.layers[3].register_forward_pre_hook(lambda _m, given: kept.append(given))
+        model.hf(torch.tensor([prompts(model)[0]]))
+        handle.remove()
+    projected = kept[0][0][0] @ unit
+    torch.testing.assert_close(projected, torch.full_like(projected, 5.0))
+    batch = prompts(model)
+    items = [push(model, operation=clamp, coefficient=5.0), None]
+    assert theirs(model, batch, items) == ours(model, list(zip(batch, items, strict=True)))
+    for coefficient in (0.0, 5.0):
+        mine = push(model, operation=clamp, coefficient=coefficient)
+        every = {("mine", 2, coefficient, clamp): mine, ("none", -1, 0.0, "add"): None}
+        tasks = tiny.TASKS[:2]
+        chains = steering.generate(model, tasks, [mine] * 2, max_new_tokens=NEW, progress=False)
+        steered = [
+            Steered(t.id, "mine", 2, coefficient, clamp, one)
+            for t, one in zip(tasks, chains, strict=True)
+        ]
+        rows = likelihood.scores(model, steered, every, progress=False)
+        assert all((row["kl"] > 1e-3) == bool(coefficient) for row in rows)
+
+
+def test_an_operator_of_another_shape_is_refused():
+    model = tiny.model()
+    registry.operator("flat")(lambda hidden, vector, coefficient: vector)
+    try:
+        with pytest.raises(ValueError, match=r"operator 'flat' gave \(1, 1, 32\) for"):
+            theirs(model, prompts(model)[:1], push(model, operation="flat"))
+    finally:
+        registry.operator._known.pop("flat")
 
 
 def test_rows_have_interventions_of_their_own():

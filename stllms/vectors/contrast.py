@@ -145,14 +145,16 @@ def collect(
         batch_size: sides in a forward pass; the result does not depend on it.
 
     Raises:
-        ValueError: no pairs, ids that occur twice, an unknown position, a pair without spans
-            where they are asked for, a side longer than the context, read-outs that are not
-            finite.
+        ValueError: no pairs, the name of the other side, ids that occur twice, an unknown
+            position, a pair without spans where they are asked for, a side longer than the
+            context, read-outs that are not finite.
     """
     if position not in POSITIONS:
         raise ValueError(f"position {position!r} is not one of {', '.join(POSITIONS)}")
     if not pairs:
         raise ValueError("there are no pairs")
+    if name == OTHER_SIDE:
+        raise ValueError(f"{name!r} is what the negative side is called: choose another name")
     ids = [pair.id or str(i) for i, pair in enumerate(pairs)]
     twice = sorted({one for one in ids if ids.count(one) > 1})
     if twice:
