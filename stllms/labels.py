@@ -283,8 +283,3 @@ PAPER = LabelSet(
         ("adding-knowledge", "A square's area is its side squared."),
     ),
 )
-
-BEHAVIOURS: tuple[str, ...] = PAPER.names
-STEERED: tuple[str, ...] = PAPER.targets
-HEATMAP: tuple[str, ...] = PAPER.heatmap
-COLOURS: dict[str, str] = {one.name: one.colour for one in PAPER.labels}

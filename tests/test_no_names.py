@@ -27,16 +27,6 @@ ABOUT_THE_PAPER = {
     "comparison/paper.json",
     "comparison/released.py",
 }
-#: Still to be moved.
-OPEN = {
-    "annotation/agreement.py",
-    "annotation/judge.py",
-    "annotation/markup.py",
-    "app/bench.py",
-    "app/cli.py",
-    "app/demo.py",
-    "app/preflight.py",
-}
 GONE = {"BEHAVIOURS", "STEERED", "HEATMAP", "COLOURS"}
 NAME = re.compile("|".join(name.replace("-", "[-_ ]") for name in PAPER.names), re.IGNORECASE)
 
@@ -46,10 +36,9 @@ def files() -> list[pytest.param]:
     found = []
     for path in sorted(ROOT.rglob("*")):
         name = path.relative_to(ROOT).as_posix()
-        if path.suffix in {".py", ".html", ".json"} and not name.startswith("fixtures/"):
-            mark = [pytest.mark.xfail(strict=False)] if name in OPEN else []
-            if name not in ABOUT_THE_PAPER:
-                found.append(pytest.param(name, marks=mark, id=name))
+        ours = name.startswith("fixtures/") or name in ABOUT_THE_PAPER
+        if path.suffix in {".py", ".html", ".json"} and not ours:
+            found.append(pytest.param(name, id=name))
     return found
 
 
@@ -108,4 +97,4 @@ def test_a_name_is_found_in_code_and_not_in_prose(text, found):
 def test_the_places_that_are_about_the_paper_are_there_and_name_it():
     for name in ABOUT_THE_PAPER - {"comparison/released.py", "comparison/ledger.py"}:
         assert NAME.search((ROOT / name).read_text(encoding="utf-8")), name
-    assert all((ROOT / name).is_file() for name in ABOUT_THE_PAPER | OPEN)
+    assert all((ROOT / name).is_file() for name in ABOUT_THE_PAPER)
