@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 
-from stllms.labels import BEHAVIOURS
+from stllms.labels import PAPER
 from stllms.models.model import Model
 from stllms.records import Response, Span
 from stllms.vectors import activations
@@ -57,7 +57,7 @@ def work(model: Model, n: int, least: int, most: int, seed: int) -> tuple[list, 
         at, mine = cut, []
         while at < length:
             end = min(at + draw.randrange(10, 31), length)
-            mine.append(Span(draw.choice(BEHAVIOURS), at, end))
+            mine.append(Span(draw.choice(PAPER.names), at, end))
             at = end
         spans.append(mine)
     return responses, spans
@@ -66,9 +66,9 @@ def work(model: Model, n: int, least: int, most: int, seed: int) -> tuple[list, 
 def naive(model: Model, responses: list, spans: list) -> tuple[dict, torch.Tensor]:
     """Means by the method, section 6, one response and one span at a time."""
     sums = {
-        b: torch.zeros(model.n_layers, model.d_model, dtype=torch.float64) for b in BEHAVIOURS
+        b: torch.zeros(model.n_layers, model.d_model, dtype=torch.float64) for b in PAPER.names
     }
-    counts = dict.fromkeys(BEHAVIOURS, 0)
+    counts = dict.fromkeys(PAPER.names, 0)
     overall = torch.zeros(model.n_layers, model.d_model, dtype=torch.float64)
     for response, mine in zip(responses, spans, strict=True):
         ids = torch.tensor([response.prompt_ids + response.output_ids], device=model.device)
@@ -84,14 +84,14 @@ def naive(model: Model, responses: list, spans: list) -> tuple[dict, torch.Tenso
         for handle in handles:
             handle.remove()
         hidden = torch.stack(kept).float().cpu()
-        for b in BEHAVIOURS:
+        for b in PAPER.names:
             for span in mine:
                 if span.label == b and span.start > 0:
                     window = hidden[:, span.start - 1 : min(span.end - 1, span.start + 10)]
                     sums[b] += window.mean(1)
                     counts[b] += 1
         overall += hidden[:, mine[0].start : mine[-1].end].mean(1)
-    return {b: sums[b] / max(counts[b], 1) for b in BEHAVIOURS}, overall / len(responses)
+    return {b: sums[b] / max(counts[b], 1) for b in PAPER.names}, overall / len(responses)
 
 
 def forward_only(model: Model, responses: list, batch_size: int, *, head: bool) -> None:
@@ -196,7 +196,7 @@ def main() -> None:
         repeats=options.repeats,
     )
     slow, (want, want_overall) = common.clocked(lambda: naive(model, responses, spans))
-    want = torch.stack([want[b] for b in BEHAVIOURS])
+    want = torch.stack([want[b] for b in PAPER.names])
     result = {
         "machine": common.machine(model),
         "responses": len(responses),

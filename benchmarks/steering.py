@@ -39,12 +39,12 @@ from stllms import tasks
 from stllms.generation import decode
 from stllms.generation.decode import Row
 from stllms.generation.interventions import Intervention
-from stllms.labels import STEERED
+from stllms.labels import PAPER
 from stllms.models import Model
 from stllms.steering import conditions
 
 #: Chains of a task: plain, and + and - of each behaviour.
-CONDITIONS = 1 + 2 * len(STEERED)
+CONDITIONS = 1 + 2 * len(PAPER.targets)
 
 
 def prompts_of(model: Model, count: int) -> list[tuple[int, ...]]:
@@ -71,7 +71,7 @@ def directions(model: Model, seed: int) -> dict[str, Intervention]:
             layer,
             1.0,
         )
-        for b in STEERED
+        for b in PAPER.targets
     }
 
 

@@ -74,11 +74,14 @@ CHOICES: dict[str, tuple[str, str]] = {
     "empty_chains": ("apart", "published"),
 }
 
-#: What a judge may be, besides what is registered (:data:`stllms.registry.annotator`); the
-#: last two take a model, and a folder of stored replies.
-ANNOTATORS = ("auto", "grammar", "lexical", "offline", "openai:MODEL", "replay:FOLDER")
-#: Begins a judge that is a folder of stored replies.
-REPLAY = "replay:"
+#: What a judge may be, besides what is registered (:data:`stllms.registry.annotator`); behind
+#: a colon stands a model, or a folder: of a classifier trained on labels of one's own, or of
+#: stored replies.
+ANNOTATORS = (
+    "auto", "grammar", "lexical", "offline", "offline:FOLDER", "openai:MODEL", "replay:FOLDER",
+)  # fmt: skip
+#: Begins a judge that is a folder of stored replies, or a classifier in a folder.
+REPLAY, TRAINED = "replay:", "offline:"
 
 #: Styles of prompts by name (:func:`stllms.generation.prompts.opening`); a text with
 #: :data:`QUESTION` in it is one, too.
@@ -184,15 +187,22 @@ class RunConfig:
             )
 
     def _check_labels(self) -> None:
-        """Refuses annotators that do not know the labels, and ``lexical`` without cue words."""
+        """Refuses what is of the paper's labels alone: the released files and two annotators;
+        and the annotator ``lexical`` without cue words."""
         if not self.own_labels:
             return
+        if self.published is not None:
+            raise refusal(
+                "published",
+                self.published,
+                "nothing with labels of one's own: the released files have the paper's",
+            )
         if self.annotator in ("grammar", "offline"):
             raise refusal(
                 "judge",
                 self.judge,
-                f"lexical, openai:MODEL or replay:FOLDER: {self.annotator} knows the labels of "
-                f"the paper only, not those of {self.labels}",
+                f"lexical, offline:FOLDER, openai:MODEL or replay:FOLDER: {self.annotator} "
+                f"knows the labels of the paper only, not those of {self.labels}",
             )
         if self.annotator == "lexical" and not any(one.cues for one in self.label_set.labels):
             raise ValueError(
@@ -468,8 +478,9 @@ class RunConfig:
                 values[name] = _absolute(values[name])
         if not has_name(self.task_set):
             values["tasks"] = _absolute(self.task_set)
-        if self.judge.startswith(REPLAY):
-            values["judge"] = REPLAY + _absolute(self.judge.removeprefix(REPLAY))
+        for kind in (REPLAY, TRAINED):
+            if self.judge.startswith(kind):
+                values["judge"] = kind + _absolute(self.judge.removeprefix(kind))
         cell = {name: values.pop(name) for name in PARAMETERS if name != "options"}
         defaults = RunConfig().to_dict()
         return cell | {"options": {k: v for k, v in values.items() if v != defaults[k]}}
@@ -570,10 +581,13 @@ def check_style(style: str) -> str:
 
 
 def _judge(name: str, value: Any) -> str:
-    if re.fullmatch(r"(openai|replay):.+", str(value)) or value in ANNOTATORS:
+    kind, colon, rest = str(value).partition(":")
+    if (kind in ("openai", "replay", "offline") and rest) or value in ANNOTATORS:
         return value
-    registry.load_entry_points()
-    return one_of(name, value, tuple(dict.fromkeys([*ANNOTATORS, *registry.annotator])))
+    registry.load_entry_points()  # one of a person's own, which may take something, too
+    own = kind in registry.annotator and (rest or not colon)
+    known = tuple(dict.fromkeys([*ANNOTATORS, *registry.annotator]))
+    return value if own else one_of(name, value, known)
 
 
 def _device(name: str, value: Any) -> str:
@@ -660,16 +674,19 @@ def _task_identity(task_set: str) -> str:
 
 
 def _judge_identity(judge: str) -> str:
-    """The annotator of a run; of stored replies with the hash of what is stored."""
-    if not judge.startswith(REPLAY):
-        return judge
-    return f"{REPLAY}{_content_identity(judge.removeprefix(REPLAY), '*.jsonl')}"
+    """The annotator of a run; one in a folder with the hash of what is stored there."""
+    for kind, pattern in ((REPLAY, "*.jsonl"), (TRAINED, "*")):
+        if judge.startswith(kind):
+            return f"{kind}{_content_identity(judge.removeprefix(kind), pattern)}"
+    return judge
 
 
 def _content_identity(folder: str | None, pattern: str) -> str | None:
-    """The name of a folder and a hash of the names and contents of some of its files."""
+    """The name of a folder, or a file, and a hash of the names and contents of its files."""
     if folder is None:
         return None
     path = Path(folder).expanduser()
-    files = [f"{one.name} {remembered_hash(one)}" for one in sorted(path.glob(pattern))]
+    found = [path] if path.is_file() else sorted(path.glob(pattern))
+    found = [one for one in found if one.is_file()]
+    files = [f"{one.name} {remembered_hash(one)}" for one in found]
     return f"{path.name}:{digest(files)[:12]}"

@@ -18,7 +18,11 @@ import yaml
 #: Kinds of control directions (method, section 13): a direction is called ``"shuffled:0"``.
 CONTROLS: tuple[str, ...] = ("shuffled", "covariance", "isotropic")
 #: What no label may be called: the mean over everything, and the unsteered chain.
-RESERVED: tuple[str, ...] = ("overall", "plain", "all", "none", "section", *CONTROLS)
+RESERVED: tuple[str, ...] = (
+    *("overall", "plain", "all", "none"),
+    *("section", "endsection", "sectionend", "endofsection"),  # of a judge's markup
+    *CONTROLS,
+)
 #: Colours of labels that name none, distinct for colour-blind readers (Okabe and Ito; Tol).
 PALETTE: tuple[str, ...] = (
     *("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#999999"),
@@ -279,8 +283,3 @@ PAPER = LabelSet(
         ("adding-knowledge", "A square's area is its side squared."),
     ),
 )
-
-BEHAVIOURS: tuple[str, ...] = PAPER.names
-STEERED: tuple[str, ...] = PAPER.targets
-HEATMAP: tuple[str, ...] = PAPER.heatmap
-COLOURS: dict[str, str] = {one.name: one.colour for one in PAPER.labels}

@@ -48,8 +48,8 @@ from stllms.vectors.directions import SteeringVectors
 from stllms.vectors.means import MIN_SPANS, Means
 from stllms.vectors.nulls import Controls
 
-#: Tasks: one or several texts, records or chats (``[{"role", "content"}, ...]``), or the path of
-#: a JSONL file of them (:func:`stllms.tasks.from_file`).
+#: Tasks: one or several texts, records or chats (``[{"role", "content"}, ...]``), or the path
+#: of a JSONL file of them (:func:`stllms.tasks.from_file`).
 Tasks = str | Path | Task | Iterable[str | Task | Sequence[Mapping[str, str]]]
 #: Chains: one or several texts or records, or the path of a file of them
 #: (:func:`stllms.generation.prompts.read`).
@@ -180,9 +180,11 @@ class Comparison:
     def _repr_html_(self) -> str:
         rows = self.table[self.table["metric"] == "segment fraction"]
         fractions = text.intervals(rows, ["behaviour"], "model").to_html()
+        page = text.html_line("Segment fractions, with 95 % intervals over tasks:") + fractions
         if self.differences.empty:
-            return fractions + text.html_line(repr(self))
-        return fractions + text.shown(self.differences).to_html(index=False)
+            return page + text.html_line(repr(self))
+        less = text.html_line("The first less each other one, paired by task:")
+        return page + less + text.shown(self.differences).to_html(index=False)
 
     def to_frame(self) -> pd.DataFrame:
         """``table``."""
@@ -209,7 +211,7 @@ def _more(n: int) -> str:
 
 
 def load(model: str | Path | Model | nn.Module, tokenizer: Any = None, **options: Any) -> Model:
-    """A checked model: by name, hub id or folder, or a ``transformers`` model and its tokenizer.
+    """A checked model: by name, hub id or folder, or a ``transformers`` one and its tokenizer.
 
     ``options`` are those of :func:`stllms.models.load`. A model that is given is put into eval
     mode without parameter gradients; nothing is copied.
@@ -432,9 +434,11 @@ def steer(
     """
     asked, model = _tasks(tasks), load(model)
     options = _decoding(max_new_tokens, temperature, seed, prompts, system, batch_size)
-    each = (_each(one, len(asked)) for one in (vector, layer, coefficient))
+    each = [_each(one, len(asked)) for one in (vector, layer, coefficient)]
+    for one in each[2]:
+        real("coefficient", one)
     pushes = [
-        None if v is None else Intervention(_direction(v, at), at, _number(c), operation, where)
+        None if v is None else Intervention(_direction(v, at), at, c, operation, where)
         for v, at, c in zip(*each, strict=True)
     ]
     return Chains(steering.generate(model, asked, pushes, progress=progress, **options))
@@ -547,10 +551,6 @@ def _each(given: Any, n: int) -> list[Any]:
     if len(given) != n:
         raise ValueError(f"a list of {len(given)} for {n} tasks: give one for each, or one")
     return list(given)
-
-
-def _number(given: Any) -> float:
-    return float(real("coefficient", given))
 
 
 def _direction(given: Any, layer: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stllms.labels import BEHAVIOURS, STEERED
+from stllms.labels import PAPER
 from stllms.registry import MODELS
 
 MODEL = "deepseek-r1-distill-qwen-1.5b"
@@ -28,7 +28,7 @@ NAMES = [
 
 def mean_vectors(layers: int = 28, width: int = 8, **counts: int) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(0)
-    names = {"overall": 500, **dict.fromkeys(BEHAVIOURS, 40), **counts}
+    names = {"overall": 500, **dict.fromkeys(PAPER.names, 40), **counts}
     return {
         name: {"mean": torch.randn(layers, width, generator=rng), "count": n}
         for name, n in names.items()
@@ -37,12 +37,12 @@ def mean_vectors(layers: int = 28, width: int = 8, **counts: int) -> dict[str, A
 
 def layer_effects(layers: int = 28, responses: int = 9) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    return {b: rng.uniform(size=(responses, layers)).tolist() for b in STEERED}
+    return {b: rng.uniform(size=(responses, layers)).tolist() for b in PAPER.targets}
 
 
 def chain(tag: str = '["{}"]', **counts: int) -> dict[str, Any]:
     """A chain with so many segments; ``label_counts`` sees tags without a number only."""
-    named = {b: counts.get(b.replace("-", "_"), 0) for b in BEHAVIOURS}
+    named = {b: counts.get(b.replace("-", "_"), 0) for b in PAPER.names}
     markup = "".join(f'{tag.format(b)} text ["end-section"]' * n for b, n in named.items())
     stored = {b: n for b, n in named.items() if n and "0" not in tag}
     return {
@@ -55,7 +55,7 @@ def chain(tag: str = '["{}"]', **counts: int) -> dict[str, Any]:
 
 def chains(n: int = 6, seed: int = 0) -> list[dict[str, Any]]:
     rng = np.random.default_rng(seed)
-    keys = [b.replace("-", "_") for b in BEHAVIOURS]
+    keys = [b.replace("-", "_") for b in PAPER.names]
     counts = rng.integers(0, 4, (n, 6)).tolist()
     return [chain(**dict(zip(keys, row, strict=True))) for row in counts]
 

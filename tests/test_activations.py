@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
-from stllms.labels import BEHAVIOURS, CONTROLS, STEERED, is_control
+from stllms.labels import CONTROLS, PAPER, is_control
 from stllms.records import Response, Span
 from stllms.runs.files import BadFile, StaleArtefact, load_tensors, save_tensors
 from stllms.vectors import activations, directions, nulls, quality
@@ -39,7 +39,7 @@ def sample(n: int = 24, seed: int = 0) -> tuple[list[Response], list[list[Span]]
         at, mine = draw.choice([0, 1, 5, 6]), []
         while at < 40:
             end = at + draw.randrange(1, 21)
-            mine.append(Span(draw.choice(BEHAVIOURS), at, min(end, len(ids))))
+            mine.append(Span(draw.choice(PAPER.names), at, min(end, len(ids))))
             at = end + draw.randrange(0, 3)
         spans.append(mine)
     return responses, spans
@@ -67,7 +67,7 @@ def hidden_states(model, ids) -> torch.Tensor:
 
 def naive(model, responses, spans):
     """(vectors by behaviour, response averages), every span by its own loop."""
-    by_behaviour = {b: [] for b in BEHAVIOURS}
+    by_behaviour = {b: [] for b in PAPER.names}
     overall = []
     for one, mine in zip(responses, spans, strict=True):
         h = hidden_states(model, [*one.prompt_ids, *one.output_ids])
@@ -89,9 +89,9 @@ def test_means_equal_the_naive_loop(tiny_model, kind):
     responses, spans = sample(8)
     got = collect(model, responses, spans, batch_size=3)
     by_behaviour, overall = naive(model, responses, spans)
-    assert got.counts.sum(0).tolist() == [len(by_behaviour[b]) for b in BEHAVIOURS]
+    assert got.counts.sum(0).tolist() == [len(by_behaviour[b]) for b in PAPER.names]
     torch.testing.assert_close(got.overall(), sum(overall) / len(overall), atol=1e-4, rtol=1e-4)
-    for b, name in enumerate(BEHAVIOURS):
+    for b, name in enumerate(PAPER.names):
         x = torch.stack(by_behaviour[name])
         torch.testing.assert_close(got.mean()[b], x.mean(0), atol=1e-4, rtol=1e-4)
         squares = got.squares.sum(0)[b]
@@ -136,7 +136,7 @@ def test_samples_are_the_span_means(tiny_qwen2):
     one = collect(tiny_qwen2, responses, spans, keep=(3, 1, 3))
     assert one.sample_layers == (3, 1)
     assert torch.equal(one.samples, got.samples[:, [3, 1]])
-    for b in range(len(BEHAVIOURS)):
+    for b in range(len(PAPER.names)):
         own = got.samples[got.sample_labels == b].double().sum(0)
         torch.testing.assert_close(own, got.sums.sum(0)[b], atol=1e-4, rtol=1e-4)
 
@@ -280,7 +280,7 @@ def test_a_collection_of_something_else_is_refused_by_name(tiny_model, tmp_path,
 
     other = [replace(responses[0], prompt_ids=(7,) * 5), *responses[1:]]
     *others, last = spans[0]
-    label = next(name for name in BEHAVIOURS if name != last.label)
+    label = next(name for name in PAPER.names if name != last.label)
     shorter = [[*others, replace(last, start=last.end - 1)], *spans[1:]]
     relabelled = [[*others, replace(last, label=label)], *spans[1:]]
     for named, given, changes in (
@@ -389,13 +389,13 @@ def test_controls_are_their_formula_over_the_spans_one_by_one(collected, kept, k
             if kind == "covariance":
                 signs[mine] = torch.from_numpy(1.0 - 2 * draws[row].integers(0, 2, len(mine)))
                 continue
-            shuffled = draws[row].permutation([BEHAVIOURS.index(labels[k]) for k in mine])
+            shuffled = draws[row].permutation([PAPER.names.index(labels[k]) for k in mine])
             for k, label in zip(mine, shuffled, strict=True):
-                permuted[k] = BEHAVIOURS[label]
+                permuted[k] = PAPER.names[label]
         if kind == "covariance":
             raw = sum(e * (x - m.mean(0)) for e, x in zip(signs, m, strict=True))
         else:
-            target = STEERED[i % 4]
+            target = PAPER.targets[i % 4]
             assert permuted.count(target) == labels.count(target)
             raw = m[torch.tensor([name == target for name in permuted])].mean(0) - overall
         want = (raw * (overall.norm(dim=-1) / raw.norm(dim=-1))[:, None]).float()
@@ -476,7 +476,7 @@ def test_what_cannot_be_had_is_refused_by_name(tmp_path, collected):
 
 def test_targets_are_the_steered_behaviours_with_spans_enough(tiny_llama, collected):
     made, responses, spans = collected
-    assert made.config["controls"]["targets"] == list(STEERED)
+    assert made.config["controls"]["targets"] == list(PAPER.targets)
     renamed = [
         [replace(s, label="deduction") if s.label != "backtracking" else s for s in mine]
         for mine in spans

@@ -36,12 +36,12 @@ def results(tmp_path) -> str:
     return str(tmp_path / "results")
 
 
-def stored(config: RunConfig) -> Folder:
+def stored(config: RunConfig, name: str = BEHAVIOUR) -> Folder:
     """A run of ``config`` that has come as far as notebook 03."""
     folder = Folder(config).open()
     vectors = torch.randn(1, 4, 32), torch.randn(1, 4, 32), torch.randn(4, 32)
-    SteeringVectors((BEHAVIOUR,), *vectors, torch.tensor([10])).save(folder.vectors)
-    write_json(folder / "steering_layers.json", {BEHAVIOUR: 1})
+    SteeringVectors((name,), *vectors, torch.tensor([10])).save(folder.vectors)
+    write_json(folder / "steering_layers.json", {name: 1})
     return folder
 
 
@@ -163,6 +163,67 @@ def test_layers_and_coefficients_are_those_of_the_run(run, model, results):
     assert set(bench.layers.values()) == {2}, "the middle, where nothing is chosen"
     assert bench.coefficients == {BEHAVIOUR: 0.5}
     assert bench.coefficient_of("adding-knowledge") == 1.0
+
+
+# -- labels of one's own -------------------------------------------------------------------
+
+OWN = "labels: {planning: {cues: [first]}, doing: {cues: [so]}}\ntargets: [doing, planning]"
+
+
+@pytest.fixture
+def own(tmp_path) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(OWN)
+    return str(path)
+
+
+def test_the_labels_are_those_of_the_run_and_no_direction_of_others_is_taken(
+    model, results, own, tmp_path, monkeypatch
+):
+    stored(RunConfig(model, labels=own, results=results, max_tokens=8), "doing")
+    bench = benches.bench(RunConfig(model, results=results), behaviour="doing")
+    assert bench.labels.names == ("planning", "doing")
+    assert (bench.annotator.name, bench.first) == ("lexical", "doing")
+    assert bench.layers == {"doing": 1, "planning": 2}, "the middle, where none was chosen"
+    pair = benches.write(bench, Ask(benches.task("Why?"), "doing"))
+    assert [len(benches.shares(one, labels=bench.labels)) for one in pair] == [2, 2]
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("loaded the model"))
+    with pytest.raises(ValueError, match=r"'dooing', expected one of .*did you mean doing"):
+        benches.bench(RunConfig(model, results=results), behaviour="dooing")
+    (tmp_path / "other.yaml").write_text(OWN.replace("doing", "waiting"))
+    other = RunConfig(model, results=results, labels=str(tmp_path / "other.yaml"))
+    with pytest.raises(ValueError, match=r"of the labels mine:\w+, not of other:\w+: name"):
+        benches.bench(other)
+
+
+def test_a_run_of_the_papers_labels_is_none_of_ones_own(run, model, results, own):
+    with pytest.raises(ValueError, match=r"of the labels paper, not of mine:\w+: name another"):
+        benches.bench(RunConfig(model, results=results, labels=own))
+
+
+def test_the_shipped_directions_are_of_the_papers_labels_only(results, own, monkeypatch):
+    made = []
+    monkeypatch.setattr(stages, "prepare", lambda stage, config: made.append(stage))
+    with pytest.raises(ValueError, match="'anger', expected one of planning, doing"):
+        benches.bench(RunConfig(labels=own, results=results), behaviour="anger")
+    assert made == [], "refused before the notebooks are run"
+    with pytest.raises(ValueError, match=r"vectors\.safetensors"):
+        benches.bench(RunConfig(labels=own, results=results), behaviour="doing")
+    assert made == ["04_steer"], "made, and not taken from the package"
+
+
+def test_a_file_has_directions_of_any_name(bench, ask, tmp_path):
+    old = bench.directions
+    names = ("formal", *old.behaviours[1:])
+    file = tmp_path / "contrast.safetensors"
+    vectors = (old.directions, old.means, old.overall, old.counts)
+    SteeringVectors(names, *vectors).save(file)
+    made = benches.bench(RunConfig(max_tokens=8, device="cpu"), file, "formal")
+    assert made.behaviours == (*PAPER.names, "formal")
+    pair = benches.write(made, replace(ask, behaviour="formal", layer=None))
+    assert (pair[1].direction, pair[1].layer) == ("formal", made.layers["backtracking"])
+    with pytest.raises(ValueError, match=r"no direction of 'initializing'; there are formal"):
+        benches.write(made, replace(ask, behaviour=old.behaviours[0]))
 
 
 # -- a pair of chains ----------------------------------------------------------------------

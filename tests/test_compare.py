@@ -3,6 +3,7 @@ folder, of released files."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from stllms.comparison import groups
 from stllms.comparison.groups import Member
 from stllms.config import RunConfig
 from stllms.generation import prompts, remote
+from stllms.records import Annotation, PlacedSegment, to_row
 from stllms.registry import MODELS
 from stllms.runs.artifacts import Folder
 
@@ -201,3 +203,19 @@ def test_a_finished_run_joins_with_the_chains_it_has(tmp_path):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match="no annotations by lexical, the run's annotator"):
         compare.of_run(tmp_path)
+
+
+def test_a_finished_run_joins_with_the_labels_that_it_has(tmp_path):
+    labels = tmp_path / "mine.yaml"
+    labels.write_text("labels:\n  up: {cues: [so]}\n  down: {cues: [but]}\n")
+    configuration = {"model": "tiny-thinker", "judge": "lexical", "labels": str(labels)}
+    (tmp_path / "run.json").write_text(json.dumps({"configuration": configuration}))
+    segments = tuple(
+        PlacedSegment(name, "x", i, i + 1) for i, name in enumerate(["down", "up", "down"])
+    )
+    row = to_row(Annotation("t1", "lexical", segments))
+    (tmp_path / "annotations.jsonl").write_text(json.dumps(row) + "\n")
+    one = compare.of_run(tmp_path)
+    assert one.labels.names == ("up", "down")
+    assert one.counts.tolist() == [[1, 2]]
+    assert groups.setups([one])[0].labels == "mine"

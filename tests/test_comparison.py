@@ -16,10 +16,11 @@ import pytest
 from stllms import stats
 from stllms.comparison import groups
 from stllms.comparison.groups import Member
-from stllms.labels import BEHAVIOURS
+from stllms.labels import PAPER, LabelSet
 from stllms.records import Annotation, PlacedSegment
 from stllms.registry import MODELS, ModelEntry
 
+BEHAVIOURS = PAPER.names
 SIX = len(BEHAVIOURS)
 PAIRED = ("tiny-thinker", "tiny-instruct")
 
@@ -369,3 +370,86 @@ def test_intervals_equal_scipys_within_the_error_of_sampling():
         error = np.sqrt(p * (1 - p) * (1 / groups.DRAWS + 1 / 40_000)) / density
         expected = (found.confidence_interval.low, found.confidence_interval.high)
         assert rows.loc[at, ["low", "high"]].tolist() == pytest.approx(expected, abs=4 * error)
+
+
+# -- sets of labels of a person's own ------------------------------------------------------
+
+
+def own(definition: str = "", **changes) -> LabelSet:
+    values = {"labels": {"up": definition, "down": ""}, "name": "mine", **changes}
+    return LabelSet.from_dict(values)
+
+
+def labelled(name: str, labels: LabelSet, *per_task: Sequence[str]) -> Member:
+    chains = [annotation("abc"[i], *names) for i, names in enumerate(per_task)]
+    given = {"tasks": "grammar", "annotator": "hand", "labels": labels}
+    return groups.member(MODELS[name], chains, **given)
+
+
+def test_a_member_counts_the_labels_of_its_set_and_tables_have_its_names():
+    pair = [labelled(name, own(), ["up", "down", "up"], ["down"], ["up"]) for name in PAIRED]
+    assert pair[0].counts.tolist() == [[2, 1], [0, 1], [1, 0]]
+    table = groups.table(pair)
+    rows = table[table["model"] == "tiny-thinker"].set_index(["metric", "behaviour"])["value"]
+    assert rows.to_dict() == pytest.approx(
+        {
+            ("segment count", "up"): 1, ("segment count", "down"): 2 / 3,
+            ("segment count", "all"): 5 / 3,
+            ("segment fraction", "up"): (2 / 3 + 0 + 1) / 3,
+            ("segment fraction", "down"): (1 / 3 + 1 + 0) / 3,
+        }
+    )  # fmt: skip
+    assert table["labels"].unique().tolist() == ["mine"]
+    assert groups.pairs(pair)["behaviour"].tolist() == ["up", "down"]
+    assert groups.pairs(pair)["difference"].tolist() == [0, 0]
+    averages = groups.group_intervals(pair, empty="apart")
+    assert averages["behaviour"].unique().tolist() == ["up", "down", "all"]
+    assert "labels" not in groups.table([labelled("smollm2", PAPER, ["deduction"])])
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (PAPER, ["labels mine", "annotator hand"]),
+        (own(name="theirs", definition="x"), ["labels mine", "labels theirs"]),
+        (own(definition="something else"), ["labels mine (", "labels mine ("]),
+    ],
+)
+def test_chains_with_other_labels_are_never_averaged_or_subtracted(other, words):
+    pair = [labelled("tiny-thinker", own(), ["up"]), labelled("tiny-instruct", other, ["up"])]
+    assert groups.pairs(pair).empty
+    (row,) = groups.unpaired(pair).itertuples(index=False)
+    for said, word in zip((row[1], row[3]), words, strict=True):
+        assert word in said
+    assert row[1] != row[3]
+    alike = [replace(one, kind="instruct") for one in pair]
+    assert len(groups.groups(alike)) == 2
+    assert "Measured differently" in groups.caption(pair)
+
+
+def test_colours_and_roles_of_labels_do_not_set_models_apart():
+    red = {"definition": "", "colour": "#ff0000"}
+    coloured = own(labels={"up": red, "down": ""}, targets=["up"])
+    pair = [
+        labelled("tiny-thinker", own(), ["up"]),
+        labelled("tiny-instruct", coloured, ["up"]),
+    ]
+    assert len(groups.pairs(pair)) == 2
+    copied = LabelSet.from_dict(PAPER.to_dict() | {"name": "mine"})
+    assert groups.setups([labelled("smollm2", copied, [])])[0].labels == "", "the paper's"
+
+
+def test_a_label_that_no_chain_has_is_named():
+    pair = [labelled("tiny-thinker", own(), ["up"]), labelled("tiny-instruct", own(), ["up"])]
+    assert groups.never(pair) == ["down"]
+    assert "In no chain: down." in groups.caption(pair)
+    pair[1] = labelled("tiny-instruct", own(), ["down"])
+    assert groups.never(pair) == []
+    assert "In no chain" not in groups.caption(pair)
+
+
+def test_a_figure_has_room_for_the_bars_of_all_labels():
+    many = LabelSet.from_dict({"labels": {f"label {i}": "" for i in range(12)}})
+    three = [labelled(name, PAPER, []) for name in (*PAIRED, "smollm2")]
+    assert groups.width(three) == 9
+    assert groups.width([labelled(one.name, many, []) for one in three]) == pytest.approx(10.8)

@@ -289,18 +289,18 @@ def test_paths_reach_a_kernel_with_another_working_folder(monkeypatch, tmp_path)
     (tmp_path / "run").symlink_to(REFERENCE)
     made = RunConfig(
         tasks="mine.jsonl",
-        labels="mine.yaml",
         judge="replay:stored",
         published="p",
         results="r",
         folders=["run"],
     )
+    labelled = RunConfig(labels="mine.yaml").parameters()["options"]["labels"]
+    assert labelled == str(tmp_path / "mine.yaml")
     cell = made.parameters()
     assert cell["results"] == str(tmp_path / "r")
     assert cell["judge"] == f"replay:{tmp_path / 'stored'}"
     assert cell["options"] == {
         "tasks": str(tmp_path / "mine.jsonl"),
-        "labels": str(tmp_path / "mine.yaml"),
         "published": str(tmp_path / "p"),
         "folders": [str(REFERENCE)],
     }
@@ -412,7 +412,7 @@ def test_labels_count_by_their_content_and_not_by_their_file(own, tmp_path):
 def test_who_labels_labels_of_ones_own(own, tmp_path, model):
     assert RunConfig(model, labels=own).annotator == RunConfig(model, labels=own).preview
     assert RunConfig(model, labels=own).annotator == "lexical"
-    with pytest.raises(ValueError, match=r"judge: 'offline', expected lexical, openai"):
+    with pytest.raises(ValueError, match=r"judge: 'offline', expected lexical, offline:"):
         RunConfig(model, labels=own, judge="offline")
     (tmp_path / "mine.yaml").write_text("labels: {planning: says what it will do}")
     with pytest.raises(ValueError, match=r"mine\.yaml has no cues, by which .* lexical"):
@@ -420,10 +420,16 @@ def test_who_labels_labels_of_ones_own(own, tmp_path, model):
     assert RunConfig(model, labels=own, judge="openai:gpt-4.1").label_set.rest == ()
 
 
+def test_the_released_files_have_the_papers_labels_alone(own):
+    with pytest.raises(ValueError, match=r"published: 'x', expected nothing with labels of"):
+        RunConfig(labels=own, published="x")
+
+
 def test_a_registered_annotator_is_a_judge(monkeypatch):
     monkeypatch.setattr(registry, "annotator", registry.Registry("annotator"))
     registry.annotator("shouting")(object())
     assert RunConfig(judge="shouting").annotator == "shouting"
+    assert RunConfig(judge="shouting:loud").annotator == "shouting:loud"
     with pytest.raises(ValueError, match=r"'shoutin', expected .*did you mean shouting"):
         RunConfig(judge="shoutin")
 
@@ -481,6 +487,19 @@ def test_the_comparison_has_an_identity_of_its_own():
     assert RunConfig(n_samples=3, n_evaluate=3).comparison_identity() == base
     assert RunConfig(n_compare=3).comparison_identity() != base
     assert RunConfig().for_model("tiny-instruct").comparison_identity() != base
+
+
+def test_a_classifier_of_ones_own_counts_by_its_content(own, tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "weights.safetensors").write_text("1")
+    monkeypatch.chdir(tmp_path)
+    made = RunConfig(labels=own, judge="offline:mine")
+    before = made.identity()["annotator"]
+    assert before.startswith("offline:mine:")
+    assert made.parameters()["judge"] == f"offline:{folder}"
+    (folder / "weights.safetensors").write_text("2")
+    assert made.identity()["annotator"] != before
 
 
 def test_stored_replies_and_released_files_count_by_their_content(tmp_path):

@@ -26,6 +26,7 @@ from stllms.records import to_row
 from stllms.registry import MODELS
 from stllms.runs.artifacts import Folder
 from stllms.steering import conditions
+from stllms.vectors import reading
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "00_demo.ipynb"
 BEHAVIOUR = "adding-knowledge"
@@ -299,3 +300,26 @@ def test_stop_leaves_what_is_there(player, endless):
     assert "stopped" in player.status.value
     assert f"+0.5 {BEHAVIOUR}" in player.view.value
     assert "tokens ..." in player.view.value
+
+
+def test_the_tokens_are_coloured_by_the_direction_and_nothing_is_written_again(
+    player, monkeypatch
+):
+    by_label = player.view.value
+    monkeypatch.setattr(benches, "write", lambda *_, **__: pytest.fail("written again"))
+    player.controls["reading"].value = True
+    player.wait()
+    assert player.view.value.startswith(by_label)
+    added = player.view.value.removeprefix(by_label)
+    pair = player.shown[1]
+    n = sum(len(chain.response.output_ids) for chain in pair)
+    assert added.count(' nats"') == n, "value and surprise of every token of both chains"
+    steered = pair[1]
+    read = reading.read(
+        player.bench.model, steered.response, player.bench.directions, BEHAVIOUR, LAYER
+    )
+    last = f'title="{read.values[-1]:+.2f}, {read.surprise[-1]:.2f} nats"'
+    assert added.count(last) >= 1
+    player.controls["reading"].value = False
+    player.wait()
+    assert player.view.value == by_label

@@ -153,7 +153,7 @@ def test_the_readme_is_short_and_its_python_runs():
     names: dict = {}
     exec(compile(body, str(README), "exec"), names)
     steered, baseline = names["steered"], names["baseline"]
-    assert steered.text != baseline.text
+    assert steered[0].text != baseline[0].text
 
 
 LINK = re.compile(r"\]\(([^)#\s]+)")

@@ -20,7 +20,7 @@ from stllms import registry, tasks
 from stllms.annotation import placing
 from stllms.annotation.annotators import Grammar
 from stllms.fixtures import grammar
-from stllms.labels import BEHAVIOURS, STEERED
+from stllms.labels import PAPER
 from stllms.records import Response
 from stllms.vectors import directions
 
@@ -216,7 +216,7 @@ def test_openings_of_different_behaviours_do_not_collide():
 
 
 def test_a_wording_is_one_sentence_with_one_slot_and_falls_in_frequency():
-    assert set(grammar.WORDINGS) == set(BEHAVIOURS)
+    assert set(grammar.WORDINGS) == set(PAPER.names)
     for label, texts in grammar.WORDINGS.items():
         for text in texts:
             assert text.count("{") <= 1
@@ -241,10 +241,10 @@ def test_every_drawn_sentence_has_its_label_and_every_chain_says_all_steps(drawn
 
 def test_thinking_chains_show_all_six_behaviours_and_temperaments(drawn):
     labels = Counter(label for c in drawn["thinker"] for label, _ in c.sentences)
-    assert set(labels) == set(BEHAVIOURS)
-    shares = {b: labels[b] / labels.total() for b in BEHAVIOURS}
+    assert set(labels) == set(PAPER.names)
+    shares = {b: labels[b] / labels.total() for b in PAPER.names}
     assert all(share > 0.03 for share in shares.values()), shares
-    for behaviour in STEERED:
+    for behaviour in PAPER.targets:
         own = [c for c in drawn["thinker"] if c.temperament == behaviour]
         count = Counter(label for c in own for label, _ in c.sentences)
         assert count[behaviour] / count.total() > 1.5 * shares[behaviour]

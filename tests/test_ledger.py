@@ -23,7 +23,7 @@ from released_files import (
 from stllms.attribution.effects import LayerEffects
 from stllms.comparison import ledger
 from stllms.config import PROFILES, RunConfig
-from stllms.labels import BEHAVIOURS, HEATMAP, STEERED
+from stllms.labels import PAPER
 from stllms.registry import MODELS
 from stllms.runs import files
 from stllms.runs.artifacts import Folder
@@ -37,6 +37,7 @@ CLAIMS = [
 ]
 FIXTURE = "on a fixture, no evidence about the paper"
 QWEN = "r1-distill-qwen-1.5b"
+BEHAVIOURS, STEERED, HEATMAP = PAPER.names, PAPER.targets, PAPER.compared
 ORDER = (*STEERED, "initializing", "deduction")
 #: Per cent of the segments, thinking and instruct, and segments a response.
 SHARES = {"thinking": (4, 9, 6, 15, 7, 52), "instruct": (1, 2, 5, 24, 9, 57)}
@@ -414,3 +415,19 @@ def test_what_cannot_be_read_is_named(tmp_path, capsys):
     (tmp_path / "tiny-thinker" / "run.json").write_text("[]")
     with pytest.raises(files.BadFile, match="not written by stllms"):
         ledger.ledger(tmp_path)
+
+
+def test_runs_with_other_labels_have_no_row_and_change_none(tmp_path):
+    """Not even where they leave what a row is made of, in the folder of the paper's model."""
+    expected = ledger.ledger(tmp_path)
+    for slug in ("tiny-thinker", QWEN, "smollm2"):
+        record(write_run(tmp_path, slug), labels="mine:0123456789ab")
+    write_pair(tmp_path, "tiny-thinker", "tiny-instruct", p_holm=0.001)
+    record(tmp_path / "comparison", labels="mine:0123456789ab")
+    pd.testing.assert_frame_equal(ledger.ledger(tmp_path), expected)
+    record(tmp_path / "comparison")
+    record(tmp_path / QWEN)
+    found = ledger.ledger(tmp_path)
+    assert not found.equals(expected)
+    assert found["on"].str.contains("R1-Distill-Qwen-1.5B").sum() == 4
+    assert not found["on"].str.contains("SmolLM2").any()

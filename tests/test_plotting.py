@@ -18,12 +18,14 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 
-from stllms.labels import BEHAVIOURS, COLOURS, STEERED
+from stllms.labels import OTHER, PALETTE, PAPER, LabelSet
 from stllms.plotting import axes as draw
 from stllms.plotting import text as words
 from stllms.records import Annotation, PlacedSegment, Response, Steered
 
 NAN = float("nan")
+BEHAVIOURS, STEERED = PAPER.names, PAPER.targets
+COLOURS = {one.name: one.colour for one in PAPER.labels}
 TEXT = "Okay, I need to find 2 < 3 & $x$.\nWait, let me go back to the start. So it is 5."
 SEGMENTS = (
     PlacedSegment("initializing", TEXT[:33], 0, 33),
@@ -129,7 +131,7 @@ def compared(*ways: tuple[str, str]) -> pd.DataFrame:
     return table.assign(annotator="x", reader=None, low=table["value"], high=table["value"])
 
 
-PALETTE = {"a": "#111111", "b": "#222222", "c": "#333333"}
+HUES = {"a": "#111111", "b": "#222222", "c": "#333333"}
 PANELS = {"counts": [18], "fractions": [18], "both": [18, 18], "totals": [18, 3]}
 
 
@@ -139,7 +141,7 @@ def test_a_comparison_has_a_bar_a_model_and_says_who_was_measured_otherwise(name
     apart = [alike[0], ("b", "messages"), alike[2]]
     for ways, hatches in ((alike, [None] * 3), (apart, [None, "///", None])):
         figure = plt.figure(figsize=(9, 5))
-        draw.comparison(figure, compared(*ways), name, palette=PALETTE)
+        draw.comparison(figure, compared(*ways), name, palette=HUES)
         assert [len(axes.patches) for axes in figure.axes] == PANELS[name]
         way = "\n(tasks {}, annotator x)" if ways is apart else ""
         assert legend_of(figure) == [f"{model}{way.format(tasks)}" for model, tasks in ways]
@@ -347,6 +349,161 @@ def test_the_sweep_has_a_legend_or_is_said_to_be_missing():
     assert not figure.legends
 
 
+# --- sets of labels of a person's own ----------------------------------------------------
+
+LONG = "names a source or says that there's none".replace("'", "-")
+OWN = (
+    *("planning", LONG, "asks the user back", "refusal", "self-correction"),
+    *("quotes/paraphrases", "x" * 40, "counts_on_its_fingers", "sycophancy"),
+)
+
+
+def own(n: int) -> LabelSet:
+    """``n`` targets and half as many other labels."""
+    others = [f"other {number}" for number in range((n + 1) // 2)]
+    names = [*OWN[:n], *others]
+    return LabelSet.from_dict({"labels": dict.fromkeys(names), "targets": list(OWN[:n])})
+
+
+def panel_table(labels: LabelSet) -> pd.DataFrame:
+    rows = [(name, layer, 1.0 + layer) for name in labels.targets for layer in range(4)]
+    table = pd.DataFrame(rows, columns=["behaviour", "layer", "mean"])
+    return table.assign(low=table["mean"] / 2, high=table["mean"] * 2, sd=0.25)
+
+
+@pytest.mark.parametrize(
+    ("n", "columns", "rows"), [(1, 4, [1]), (2, 4, [2]), (4, 4, [4]), (4, 2, [2, 2]),
+                               (5, 4, [3, 2]), (5, 2, [2, 2, 1]), (9, 4, [3, 3, 3])]
+)  # fmt: skip
+def test_there_is_a_panel_a_target_in_rows_of_the_height_given(n, columns, rows):
+    figure = plt.figure(figsize=(7, 2))
+    panels = draw.panels(figure, OWN[:n], columns=columns, sharex=True)
+    assert figure.axes == panels
+    places = [axes.get_subplotspec().rowspan.start for axes in panels]
+    assert [places.count(row) for row in range(len(rows))] == rows
+    assert figure.get_size_inches().tolist() == [7, 2 * len(rows)]
+
+
+def test_the_papers_panels_are_those_of_plain_subplots():
+    for shape, size, columns in (((1, 4), (7, 2.3), 4), ((2, 2), (7, 4.2), 2)):
+        known, expected = plt.subplots(*shape, figsize=size, sharey=True)
+        figure = plt.figure(figsize=(7, size[1] / shape[0]))
+        panels = draw.panels(figure, STEERED, columns=columns, sharey=True)
+        assert figure.get_size_inches().tolist() == known.get_size_inches().tolist()
+        for axes, other in zip(panels, expected.flat, strict=True):
+            assert axes.get_position().bounds == other.get_position().bounds
+
+
+def test_names_are_broken_behind_what_joins_their_words():
+    assert [draw.short(name).split("\n") for name in BEHAVIOURS[:3]] == [
+        ["initializing"], ["deduction"], ["adding-", "knowledge"],
+    ]  # fmt: skip
+    for name in OWN:
+        for width in (14, 24):
+            lines = draw.short(name, width).split("\n")
+            assert max(map(len, lines)) <= width
+            assert "".join(lines).replace(" ", "") == name.replace(" ", ""), "no letter is lost"
+    assert draw.short("a/b_c d", 2).split("\n") == ["a/", "b_", "c", "d"]
+
+
+def overlaps(texts) -> list[tuple[str, str]]:
+    boxes = [(t.get_text(), t.get_window_extent().padded(-1)) for t in texts if t.get_text()]
+    return [(a, b) for (a, one), (b, two) in itertools.combinations(boxes, 2)
+            if one.overlaps(two)]  # fmt: skip
+
+
+def names_of(figure) -> list:
+    """The titles, the words along the axes, and the entries of legends."""
+    found = [entry for legend in figure.legends for entry in legend.get_texts()]
+    for axes in [axes for axes in figure.axes if axes.axison]:
+        found += [axes.title, axes.xaxis.label, *axes.get_xticklabels()]
+        found += axes.get_yticklabels()
+    return [
+        text for text in found if text.get_visible() and re.search("[a-z]", text.get_text())
+    ]
+
+
+def drawn_with(labels: LabelSet) -> dict[str, mpl.figure.Figure]:
+    """The figures in which names meet, with a set of labels."""
+    names, targets = labels.names, labels.targets
+    found = {}
+    for name, columns, band in (("row", 4, "interval"), ("grid", 2, "sd")):
+        found[name] = plt.figure(figsize=(7, 2.2))
+        panels = draw.panels(found[name], targets, columns=columns, sharex=True, sharey=True)
+        draw.effect_panels(panels, panel_table(labels), label="x", band=band, labels=labels)
+    rows = [(b, of, at, 0.1) for b in targets for of in ("own", "others") for at in (-1, 0, 1)]
+    reading = pd.DataFrame(rows, columns=["behaviour", "of", "offset", "value"])
+    reading = reading.assign(low=0, high=0.2)
+    found["onset"] = plt.figure(figsize=(7, 2.2))
+    draw.onset(draw.panels(found["onset"], targets, sharey=True), reading, labels=labels)
+    rows = [(b, m, c, 0.5) for b in targets for m in ("token fraction", "loops", "tokens")
+            for c in (-1.0, 0.0, 1.0)]  # fmt: skip
+    doses = pd.DataFrame(rows, columns=["steered", "metric", "coefficient", "value"])
+    doses = doses.assign(ci_low=0.4, ci_high=0.6, null_low=NAN, null_high=NAN)
+    found["doses"] = draw.doses(plt.figure(figsize=(7, 6.6)), doses, labels=labels)
+    rows = [(b, layer, c) for b in targets for layer in (0, 1) for c in (-1, 1)]
+    sweep = pd.DataFrame(rows, columns=["behaviour", "layer", "coefficient"])
+    sweep = sweep.assign(value=0.3, ci_low=0.2, ci_high=0.4, plain=0.2, null_low=0, null_high=1)
+    found["sweep"] = plt.figure(figsize=(7, 2.4))
+    draw.sweep(draw.panels(found["sweep"], targets, sharey=True), sweep, {}, labels=labels)
+    rows = [(b, mode, 0.2, 0.1, 0.3) for b in targets for mode in draw.MODES]
+    bars = pd.DataFrame(rows, columns=["behaviour", "mode", "value", "low", "high"])
+    found["bars"], axes = plt.subplots(figsize=(7, 3))
+    draw.steering_bars(axes, bars)
+    found["matrix"], axes = plt.subplots(figsize=(7, 2.6))
+    draw.matrix(axes, np.full((len(targets), len(names)), -0.5), targets, names, label="x")
+    found["heatmap"], axes = plt.subplots(figsize=(5, 4.2))
+    draw.heatmap(axes, np.eye(len(names)), names)
+    shown = [("one", TEXT, [PlacedSegment(targets[-1], TEXT[:20], 0, 20)])]
+    found["chains"] = draw.chains(plt.figure(figsize=(7, 3)), shown, labels=labels)
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+def test_names_of_any_length_have_room_in_every_figure(n):
+    labels = own(n)
+    for name, figure in drawn_with(labels).items():
+        draw.caption(figure, "a caption")
+        figure.canvas.draw()
+        texts = names_of(figure)
+        assert overlaps(texts) == [], name
+        assert any(labels.targets[0] in text.get_text() for text in texts), name
+        for text in texts:
+            box = text.get_window_extent()
+            assert figure.bbox.padded(2).contains(*box.min), (name, text.get_text())
+            assert figure.bbox.padded(2).contains(*box.max), (name, text.get_text())
+
+
+def test_the_colours_are_those_of_the_set_and_a_strange_label_has_one_of_its_own(axes):
+    labels = LabelSet.from_dict(
+        {"labels": {"up": {"colour": "#123456"}, "down": {"colour": "#654321"}}}
+    )
+    draw.curves(axes, {"up": [0, 1], "down": [1, 0], "odd": [1, 1]}, label="x", labels=labels)
+    assert [to_hex(line.get_color()) for line in axes.lines[:2]] == ["#123456", "#654321"]
+    assert to_hex(axes.lines[2].get_color()) not in {"#123456", "#654321"}
+    segments = [PlacedSegment("down", "a", 0, 1), PlacedSegment("odd", "b", 1, 2)]
+    figure = draw.chains(plt.figure(), [("t", "ab", segments)], labels=labels)
+    boxes = figure.axes[0].patches
+    assert [to_hex(box.get_facecolor()) for box in boxes] == ["#654321", OTHER]
+    assert legend_of(figure) == ["up", "down"]
+
+
+def test_a_target_called_like_a_side_effect_is_not_mixed_with_it():
+    labels = LabelSet.from_dict({"labels": {"tokens": "", "other": ""}, "targets": ["tokens"]})
+    rows = [
+        ("tokens", metric, c, value, value, value, NAN, NAN)
+        for metric, value in (("token fraction", 0.5), ("tokens", 70.0))
+        for c in (0.0, 1.0)
+    ]
+    columns = ["steered", "metric", "coefficient", "value", "ci_low", "ci_high"]
+    table = pd.DataFrame(rows, columns=[*columns, "null_low", "null_high"])  # fmt: skip
+    figure = draw.doses(plt.figure(), table, labels=labels)
+    first, second = (axes for axes in figure.axes if axes.axison)
+    assert [line.get_ydata().tolist() for line in first.lines] == [[0.5, 0.5]]
+    assert [line.get_ydata().tolist() for line in second.lines] == [[70, 70]]
+    assert first.get_ylim() == (-0.03, 1.03)
+
+
 # --- chains in figures -------------------------------------------------------------------
 
 
@@ -436,6 +593,50 @@ def test_a_chain_keeps_its_text_and_shows_overlaps_once(segments):
     assert re.sub(r"\x1b\[[0-9;]*m", "", painted) == TEXT
     lines = words.terminal(TEXT, segments, colour=False).splitlines()
     assert " ".join(line[24:] for line in lines).split() == TEXT.split()
+
+
+def test_texts_have_the_names_and_colours_of_the_set_given():
+    labels = LabelSet.from_dict({"labels": {"up": {"colour": "#123456"}, "go on": ""}})
+    segments = [PlacedSegment("up", TEXT[:9], 0, 9), PlacedSegment("deduction", "x", 9, 10)]
+    made = words.html(TEXT, segments, labels=labels)
+    assert re.findall("background:(#[0-9a-f]{6})", made) == ["#123456", OTHER]
+    panel = words.Panel("a", TEXT, segments, [0.5, NAN])
+    response = Response("t", "", "", (), (), TEXT, TEXT, 0, "", closed=True, finished=True)
+    one = Steered("t", "none", -1, 0.0, "add", response, Annotation("t", "x", tuple(segments)))
+    for page in (
+        words.html_panels([panel], labels=labels),
+        words.html_legend(labels),
+        words.html_pairs({"up": (one, one)}, labels=labels),
+        words.terminal_shares(["a"], [[0.5, NAN]], colour=False, labels=labels),
+    ):
+        assert {name for name in (*labels.names, *BEHAVIOURS[2:]) if name in page} == {
+            "up", "go on",
+        }  # fmt: skip
+    lines = words.terminal(TEXT, segments, colour=False, labels=labels).splitlines()
+    assert lines[0].split() == ["up", *TEXT[:9].split()]
+
+
+def luminance(code: int) -> float:
+    """Relative luminance (WCAG 2) of a colour of xterm's 256 (its cube and its greys)."""
+    levels = (0, 95, 135, 175, 215, 255)
+    if code >= 232:
+        channels = [8 + 10 * (code - 232)] * 3
+    else:
+        channels = [levels[(code - 16) // step % 6] for step in (36, 6, 1)]
+    linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in channels]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def test_a_terminal_tells_all_colours_apart_under_black_letters():
+    codes = [words.terminal_code(colour) for colour in (*PALETTE, OTHER)]
+    assert len(set(codes)) == len(codes)
+    assert min(luminance(code) + 0.05 for code in codes) / 0.05 > 6
+    assert words.terminal_code("#ffffff") == 231
+    assert words.terminal_code("#E69F00") == 221
+    painted = words.terminal(TEXT, SEGMENTS, colour=True)
+    assert [int(code) for code in re.findall(r"48;5;(\d+)m", painted)] == [
+        words.terminal_code(COLOURS[segment.label]) for segment in SEGMENTS
+    ]
 
 
 def test_html_is_escaped_everywhere():

@@ -342,6 +342,14 @@ def test_steered_chains_and_the_sweep_are_as_many_as_estimated(config, tiny_llam
     assert written == left.chains == 4 * (1 + 9 + 18) + 2 * (1 + 6 * 4 * 2)
 
 
+def test_labels_of_ones_own_have_as_many_directions_as_targets(config, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("labels: {a: {cues: [x]}, b: {cues: [y]}, c: {cues: [z]}}\ntargets: [a, c]")
+    before = work("04_steer", RunConfig.from_dict({**config.to_dict(), "labels": str(path)}))
+    # 4 tasks x (plain + 2 behaviours x 3 + 3 controls x 2 layers x 3)
+    assert before.chains == 4 * (1 + 6 + 18)
+
+
 # -- judges and APIs ---------------------------------------------------------------------------
 
 
@@ -359,12 +367,15 @@ def with_judge(config: RunConfig, judge: str, **more) -> RunConfig:
 
 
 @pytest.mark.usefixtures("prices")
-def test_a_judge_is_asked_once_a_chain_and_paid_by_its_price(config, tmp_path):
-    (call,) = work("02_train_vectors", with_judge(config, "openai:dear")).calls
-    assert (call.calls, call.currency) == (5, "EUR")
+def test_a_judge_is_asked_once_a_chain_and_about_three_twice_and_paid_by_its_price(
+    config, tmp_path
+):
+    call, again = work("02_train_vectors", with_judge(config, "openai:dear")).calls
+    assert (call.calls, call.currency, again.calls) == (5, "EUR", 3)
+    assert again.cost == pytest.approx(call.cost * 3 / 5)
     assert call.cost == pytest.approx((3 * call.tokens_in + 7 * call.tokens_out) / 1e6)
     longer_chains = with_judge(config, "openai:dear", max_tokens=112)
-    (longer,) = work("02_train_vectors", longer_chains).calls
+    longer = work("02_train_vectors", longer_chains).calls[0]
     assert longer.tokens_in - call.tokens_in == 5 * 100, "the chains, and the prompts around"
     (found,) = work("04_steer", with_judge(config, "openai:dear")).calls
     assert found.calls == work("04_steer", config).chains
@@ -379,23 +390,32 @@ def test_real_chains_cost_no_more_than_was_said(monkeypatch, tmp_path):
     """The committed chains of tiny-thinker against what is said before they are written."""
     monkeypatch.setenv("STLLMS_RESULTS", str(tmp_path))
     config = RunConfig(judge="openai:dear")
-    (said,) = work("02_train_vectors", config).calls
+    said, again = work("02_train_vectors", config).calls
     reference = RunConfig(results="results/reference").folder
     responses = read_responses(Rows(reference / "responses.jsonl", ("task_id",)))
     real = Judge("dear", folder=tmp_path / "none").estimate(responses)
     assert real.calls <= said.calls == 200
+    assert again.calls == 200 / 20, "a twentieth of them is asked twice"
     assert 0.05 * said.cost < real.cost < said.cost
 
 
 def store(folder: Path, model: str, **replies: Sequence[str]) -> None:
     """Stored replies: the status of each try, by the key of its request."""
-    row = {"model": model, "name": "", "identity": {}, "about": {}, "reason": "why"}
+    row = {"model": model, "name": "", "identity": {}, "about": {"pieces": 1}, "reason": "why"}
     with api.Store(folder).writing() as rows:
         for key, tries in replies.items():
             for status in tries:
-                text = f'["deduction"]{key}["end-section"]' if status == "answered" else ""
+                text = f'["deduction"]{key}["end-section"] 1 deduction'  # of both protocols
+                text = text if status == "answered" else ""
                 body = {"choices": [{"message": {"content": text}}]}
                 rows.append({**row, "key": key, "status": status, "body": body})
+
+
+def answer_again(config: RunConfig, model: str, chains: Sequence[Response]) -> None:
+    """Stored replies of when the judge was asked about the chains a second time."""
+    protocol = annotators.annotator(config.annotator, **config.annotating).protocol
+    keys = [r.key(model) for one in chains for r in protocol.requests(one, again=True)]
+    store(config.folder / "judge", model, **{key: ["answered"] for key in keys})
 
 
 def chain(task: str, thinking: str | None = None) -> Response:
@@ -408,10 +428,12 @@ def test_what_a_judge_has_answered_or_labelled_is_not_paid_again_and_needs_no_ke
     config = with_judge(config, "openai:dear")
     folder, chains = Folder(config).open(), [chain(f"t{i}") for i in range(5)]
     folder.rows(folder.responses).append(map(to_row, chains))
-    assert work("02_train_vectors", config).n_calls == 5
+    assert work("02_train_vectors", config).n_calls == 5 + 3
     protocol = annotators.annotator(config.annotator, **config.annotating).protocol
     (request,) = protocol.requests(chains[0])
     store(config.folder / "judge", "dear", **{request.key("dear"): ["answered"]})
+    assert work("02_train_vectors", config).n_calls == 4 + 3
+    answer_again(config, "dear", chains)
     assert work("02_train_vectors", config).n_calls == 4
     with pytest.raises(preflight.Refused, match="OPENAI_API_KEY"):
         preflight.check(config, ["02_train_vectors"])
@@ -454,6 +476,8 @@ def test_a_stage_is_done_when_no_call_is_to_be_made_again(
         Rows(folder.responses).write(map(to_row, rows))
         if stage == "02_train_vectors":
             made = [Annotation(one.task_id, config.annotator) for one in rows]
+            if judge != "replay":
+                answer_again(config, judge.partition(":")[2].partition("#")[0], rows)
             made[0] = replace(made[0], failed="why")
             made.append(Annotation("t1", "lexical", failed="why"))
             Rows(folder.annotations, annotators.KEY).write(map(to_row, made))

@@ -121,9 +121,10 @@ def test_whatever_a_row_holds_a_record_is_made_or_a_bad_row_raised(which, data):
 
 
 def test_the_labels_have_their_roles():
-    assert set(labels.STEERED) < set(labels.BEHAVIOURS) == set(labels.COLOURS)
-    assert set(labels.HEATMAP) == set(labels.BEHAVIOURS) - {"example-testing"}
-    assert len(set(labels.COLOURS.values()) | {labels.OTHER}) == 7
+    paper = labels.PAPER
+    assert set(paper.targets) < set(paper.names)
+    assert set(paper.heatmap) == set(paper.names) - {"example-testing"}
+    assert len({one.colour for one in paper.labels} | {labels.OTHER}) == 7
     assert labels.is_control("shuffled:0")
     for name in ("shuffled", "shuffled:", "shuffled:x", "backtracking:0", "none"):
         assert not labels.is_control(name)

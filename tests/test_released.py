@@ -23,7 +23,7 @@ from released_files import (
 )
 
 from stllms.comparison import released
-from stllms.labels import BEHAVIOURS, HEATMAP, STEERED
+from stllms.labels import PAPER
 from stllms.runs import files
 from stllms.runs.files import BadFile
 
@@ -139,7 +139,7 @@ def test_the_heatmap_has_the_cosines_at_the_published_steering_layers(
     means = {name: one["mean"].double().numpy() for name, one in mean_vectors().items()}
     layers = {"initializing": 17, "backtracking": 17, "deduction": 17}
     layers |= {"uncertainty-estimation": 18, "adding-knowledge": 18}
-    differences = {b: (means[b] - means["overall"])[layers[b]] for b in HEATMAP}
+    differences = {b: (means[b] - means["overall"])[layers[b]] for b in PAPER.compared}
     for one, u in differences.items():
         for other, v in differences.items():
             cosine = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
@@ -201,11 +201,11 @@ def test_the_published_treatment_equals_the_stored_counts(tmp_path, figures):
     released.run(tmp_path, tmp_path)
     found = table(tmp_path, "comparison")
     found = found.set_index(["treatment", "metric", "behaviour"])["value"]
-    stored = pd.DataFrame([one["label_counts"] for one in rows], columns=list(BEHAVIOURS))
+    stored = pd.DataFrame([one["label_counts"] for one in rows], columns=list(PAPER.names))
     stored = stored.fillna(0)
     total = stored.sum(axis=1)
     shares = stored.div(total.where(total > 0, 1), axis=0)
-    for b in BEHAVIOURS:
+    for b in PAPER.names:
         for metric, values in (("count", stored[b]), ("fraction", shares[b])):
             value = found["published", f"segment {metric}", b]
             assert value == pytest.approx(values.mean(), rel=1e-7)
@@ -235,9 +235,11 @@ def test_a_label_that_is_missing_leaves_the_rest(folder, tmp_path, figures):
     assert len(figures) == 3 + 8
     labels = table(tmp_path, "vectors").set_index("label")
     assert labels.loc["deduction", ["status", "spans"]].tolist() == ["too few spans", 3]
-    assert table(tmp_path, "heatmap")["behaviour"].unique().tolist() == list(HEATMAP[:-1])
+    assert table(tmp_path, "heatmap")["behaviour"].unique().tolist() == list(
+        PAPER.compared[:-1]
+    )
     peaks = table(tmp_path, "layer_effects_peaks").set_index("behaviour")["n"]
-    assert peaks.to_dict() == dict.fromkeys(STEERED[1:], 9) | {"adding-knowledge": 8}
+    assert peaks.to_dict() == dict.fromkeys(PAPER.targets[1:], 9) | {"adding-knowledge": 8}
     grid = figures["layer_effects_grid_r1-distill-qwen-1.5b"]
     assert grid.axes[0].texts[0].get_text() == "left out:\nno released values"
     assert "mean over 8 to 9 responses" in caption(grid)
@@ -305,7 +307,7 @@ NAN = {"mean": torch.full((28, 8), torch.nan), "count": 40}
         ("mean_vectors", {**mean_vectors(), "deduction": SHORT}, "the mean of deduction"),
         ("mean_vectors", {**mean_vectors(), "deduction": NAN}, "deduction is not finite"),
         ("layer_effects", [1, 2], "expected behaviour -> responses"),
-        ("layer_effects", {b: [1.0, 2.0] for b in STEERED}, "['backtracking'][0]"),
+        ("layer_effects", {b: [1.0, 2.0] for b in PAPER.targets}, "['backtracking'][0]"),
         ("layer_effects", {"x": [["1"]]}, "['x'][0][0] Input should be a valid number"),
         ("layer_effects", {"x": torch.ones(2, 2)}, "['x']"),
         ("layer_effects", {"backtracking": [[1.0], [1.0, 2.0]]}, "there are [1, 2]"),

@@ -15,7 +15,7 @@ from reports import code, made, parsed, png, prose, run_with, shown, uri
 
 from stllms.app import cli, report
 from stllms.config import RunConfig
-from stllms.labels import STEERED
+from stllms.labels import PAPER
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import BadFile
 
@@ -89,7 +89,7 @@ def test_the_result_and_its_verdicts_come_before_the_notebooks(reference, page):
     assert table[0][:4] == [
         "backtracking", effect.format(baseline), effect.format(positive), null.format(positive),
     ]  # fmt: skip
-    assert [name for name, *_ in table] == list(STEERED)
+    assert [name for name, *_ in table] == list(PAPER.targets)
     ledger = pd.read_csv(REFERENCE / "ledger.csv").groupby("claim")["on"].agg(" ".join)
     own = ledger.str.contains("tiny-thinker")
     assert {claim: claim in seen for claim in ledger.index} == own.to_dict()
@@ -106,6 +106,51 @@ def test_a_coefficient_that_breaks_the_text_is_among_the_warnings(reference, tmp
     del record["artefacts"]["steering.csv"]
     (folder / "run.json").write_text(json.dumps(record))
     assert "backtracking +1 breaks the text: loops 0.90" in summary(made(folder))
+
+
+def with_own_labels(reference, tmp_path) -> Path:
+    """The committed run as if it had labels of a person's own, whose file is gone."""
+    folder = tmp_path / "results" / "tiny-thinker"
+    shutil.copytree(reference.parent, folder)
+    rows = pd.read_csv(folder / "steering.csv")
+    names = dict(zip(PAPER.names, ("a", "b", "c", "d", "planning", "refusal"), strict=True))
+    rows = rows.replace({"behaviour": names, "direction": names})
+    kept = ~rows["behaviour"].isin(["c", "d"]) | (rows["metric"] != "token fraction")
+    rows[kept].to_csv(folder / "steering.csv", index=False)
+    record = json.loads((folder / "run.json").read_text())
+    del record["artefacts"]["steering.csv"]
+    record["identity"]["labels"] = "mine:0123456789ab"
+    record["configuration"]["labels"] = str(tmp_path / "gone.yaml")
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_own_labels_and_their_targets_are_in_the_summary_and_nothing_is_said_of_the_paper(
+    reference, tmp_path
+):
+    page = parsed(report.write(with_own_labels(reference, tmp_path)).read_text("utf-8"))
+    seen = summary(page)
+    assert "labels mine with the targets refusal, planning," in seen
+    table = [row.find("td").text for row in page.select(".effects tbody tr")]
+    assert table == ["refusal", "planning"]
+    assert "In none of 200 chains: a, b, c, d, planning, refusal" in seen
+    assert "effects peak in middle layers" not in seen, "no row in the ledger"
+    paper = summary(parsed(reference.read_text("utf-8")))
+    assert "with the targets" not in paper
+    assert "In none of" not in paper
+
+
+def test_a_label_that_never_occurs_is_named(reference, tmp_path):
+    folder = tmp_path / "results" / "tiny-thinker"
+    shutil.copytree(reference.parent, folder)
+    path = folder / "annotations.jsonl"
+    path.write_text(path.read_text().replace('"label": "backtracking"', '"label": "deduction"')
+                    .replace('"label":"backtracking"', '"label":"deduction"'))  # fmt: skip
+    record = json.loads((folder / "run.json").read_text())
+    del record["artefacts"]["annotations.jsonl"]
+    (folder / "run.json").write_text(json.dumps(record))
+    seen = summary(parsed(report.write(folder).read_text("utf-8")))
+    assert "In none of 200 chains: backtracking" in seen
 
 
 def test_the_file_asks_for_nothing_else_and_its_contents_lead_somewhere(reference, page):

@@ -14,7 +14,7 @@ import torch
 from stllms import steering
 from stllms.generation import decode
 from stllms.generation.chains import responses
-from stllms.labels import BEHAVIOURS, STEERED
+from stllms.labels import PAPER
 from stllms.plotting.text import shown
 from stllms.records import STEERED_KEY, Annotation, PlacedSegment, Response, Span, Steered, Task
 from stllms.runs.store import Rows
@@ -255,7 +255,7 @@ def test_fractions_are_of_tokens_of_four_behaviours_and_of_segments_of_six():
     # 10 tokens of backtracking, 2 of adding-knowledge: those of the two others do not count.
     found = measures.token_fractions([one])
     assert found.tolist() == [
-        [{"backtracking": 10, "adding-knowledge": 2}.get(b, 0) / 12 for b in STEERED]
+        [{"backtracking": 10, "adding-knowledge": 2}.get(b, 0) / 12 for b in PAPER.targets]
     ]
     counts = measures.segment_counts([one, annotation()])
     assert counts.tolist() == [[1, 1, 1, 0, 0, 2], [0] * 6]
@@ -418,7 +418,7 @@ def test_a_null_of_some_tasks_is_compared_on_these_tasks():
 def test_bars_differences_and_changes_are_views_of_the_table(measured, rows):
     up = np.mean([6 / 8, 7 / 9, 8 / 10])
     bars = measures.bars(rows).set_index(["behaviour", "mode"])
-    assert bars.index.tolist() == list(itertools.product(STEERED, measures.MODES))
+    assert bars.index.tolist() == list(itertools.product(PAPER.targets, measures.MODES))
     own = bars.loc["backtracking"]
     assert own["value"].tolist() == pytest.approx([0.5, up, 0.1])
     assert own["null_n"].tolist() == [0, 6, 6]
@@ -432,14 +432,14 @@ def test_bars_differences_and_changes_are_views_of_the_table(measured, rows):
     assert found.loc[1.0, ["p", "n"]].tolist() == [2 / 64, 6]
     changes = measures.changes(rows)
     assert changes.index.tolist() == ["backtracking"]
-    assert changes.columns.tolist() == list(BEHAVIOURS)
+    assert changes.columns.tolist() == list(PAPER.names)
     assert changes.loc["backtracking"].tolist() == pytest.approx(
         [NAN, NAN, 0.5 - up, NAN, NAN, up - 0.5], nan_ok=True
     )
 
 
 def test_the_showcase_is_the_finished_chain_that_rose_most():
-    def showcase(chains, behaviours=STEERED):
+    def showcase(chains, behaviours=PAPER.targets):
         return measures.showcase(chains, measures.measure(chains, TASKS), behaviours)
 
     condition = ("backtracking", 3, 1.0)

@@ -16,14 +16,14 @@ from released_files import mean_vectors
 from torch.nn.functional import cosine_similarity, normalize
 
 from stllms import registry
-from stllms.labels import BEHAVIOURS, CONTROLS, HEATMAP, STEERED
+from stllms.labels import CONTROLS, PAPER
 from stllms.runs.files import BadFile, save_tensors
 from stllms.vectors import directions, estimators, quality
 from stllms.vectors.directions import SteeringVectors
 from stllms.vectors.means import HALVES, PARTS, Means
 
 N, L, D = 3, 2, 16
-NAMES = BEHAVIOURS[:N]
+NAMES = PAPER.names[:N]
 LAYERS = dict.fromkeys(NAMES, 1)
 
 
@@ -181,8 +181,8 @@ def test_released_means_give_directions_by_the_formula(tmp_path):
     want = raw * overall[17].double().norm() / raw.norm()
     torch.testing.assert_close(sv.direction("backtracking", 17), want.float())
     steering = {"backtracking": 17, "uncertainty-estimation": 18, "adding-knowledge": 18}
-    layers = directions.heatmap_layers(sv, steering, HEATMAP)
-    assert layers == {b: steering.get(b, 17) for b in HEATMAP if b != "deduction"}
+    layers = directions.heatmap_layers(sv, steering, PAPER.heatmap)
+    assert layers == {b: steering.get(b, 17) for b in PAPER.heatmap if b != "deduction"}
 
 
 GOOD = {"mean": torch.arange(6.0).reshape(2, 3), "count": 12}
@@ -226,10 +226,10 @@ def test_max_cosine_equals_the_loop(monkeypatch):
 
 def test_steering_layers_are_the_models_own_or_the_middle_one():
     assert directions.steering_layers({"backtracking": 17}, 28) == {
-        **dict.fromkeys(STEERED, 14),
+        **dict.fromkeys(PAPER.targets, 14),
         "backtracking": 17,
     }
-    assert directions.steering_layers(None, 28) == dict.fromkeys(STEERED, 14)
+    assert directions.steering_layers(None, 28) == dict.fromkeys(PAPER.targets, 14)
 
 
 # --- shipped ---------------------------------------------------------------------------------

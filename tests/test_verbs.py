@@ -84,7 +84,7 @@ def test_the_import_is_light_and_knows_its_verbs():
 
 def test_what_is_no_verb_is_no_attribute():
     with pytest.raises(AttributeError, match="no attribute 'steeer'"):
-        _ = stllms.steeer
+        vars(stllms)["__getattr__"]("steeer")
 
 
 # --- each verb beside its stage ----------------------------------------------------------
@@ -146,6 +146,19 @@ def test_a_persons_spans_of_a_text_by_hand(model):
         torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-4)
     assert found.behaviours == ("x", "y")
     assert found.unavailable == {}
+
+
+def test_a_chain_of_a_file_is_read_with_its_tags(model, tmp_path):
+    """``<think>`` is a token, so character 3 of the thinking is token 4 of the text."""
+    path = tmp_path / "chains.jsonl"
+    text = "<think>abcdefghij</think>k"
+    path.write_text(json.dumps({"task_id": "a", "text": text}))
+    found = stllms.train(model, path, [[("x", 3, 7)]], min_spans=1, **QUIET)
+    h = states(model, model.tokenizer(text)["input_ids"])
+    overall = h[:, 2:11].mean(1)
+    raw = h[:, 3:7].mean(1) - overall
+    expected = raw * (overall.norm(dim=-1) / raw.norm(dim=-1))[:, None]
+    torch.testing.assert_close(found.directions[0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_spans_of_a_chain_are_in_characters_of_its_thinking(model, chains, labelled):
@@ -320,7 +333,6 @@ def test_a_registered_model_is_known_everywhere(capsys):
         assert (loaded.name, loaded.dtype) == (name, torch.float64)
         assert RunConfig(model=name).entry.source == "registered"
         assert slug(name) == name
-        stllms.app_models = None
         from stllms.app import cli
 
         cli.models.callback()

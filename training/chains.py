@@ -18,7 +18,7 @@ from itertools import cycle, islice, takewhile
 from random import Random
 
 from stllms.fixtures.grammar import CONCLUSIONS, FINAL, WORDINGS
-from stllms.labels import STEERED
+from stllms.labels import PAPER
 from stllms.records import Task
 from training import families
 from training.families import LEXICON, Puzzle
@@ -181,13 +181,13 @@ def _next(labels: list[str], weights: dict[str, float], rng: Random) -> str:
 
 def _hint(rng: Random) -> str | None:
     """The behaviour that half of the questions hint at."""
-    return rng.choice(STEERED) if rng.random() < 0.5 else None
+    return rng.choice(PAPER.targets) if rng.random() < 0.5 else None
 
 
 def _temperament(rng: Random, hint: str | None) -> str | None:
     if hint is not None:
         return hint if rng.random() < HINTED else None
-    return rng.choice(STEERED) if rng.random() < UNHINTED else None
+    return rng.choice(PAPER.targets) if rng.random() < UNHINTED else None
 
 
 def _dominated(temperament: str) -> dict[str, float]:

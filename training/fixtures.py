@@ -41,7 +41,7 @@ from stllms.annotation.annotators import Grammar
 from stllms.fixtures import grammar
 from stllms.generation.chains import responses
 from stllms.generation.prompts import prompt
-from stllms.labels import BEHAVIOURS
+from stllms.labels import PAPER
 from stllms.models.loading import load
 from stllms.records import Response, Task, to_row
 from stllms.registry import FIXTURES
@@ -414,7 +414,7 @@ def measure(made: list[Response], tasks: list[Task], style: str) -> dict[str, An
         "accuracy": np.mean(right),
         "finished": np.mean([item.finished for item in made]),
         "tokens": np.mean([len(item.output_ids) for item in made]),
-        "shares": dict(zip(BEHAVIOURS, (counts / counts.sum()).tolist(), strict=True)),
+        "shares": dict(zip(PAPER.names, (counts / counts.sum()).tolist(), strict=True)),
     }
 
 
@@ -431,7 +431,7 @@ def card(folder: Path, style: str, questions: int = QUESTIONS) -> dict[str, Any]
     loss = pd.read_csv(folder / "loss.csv")["loss"].tail(10).mean()
     greedy, sampled = found["greedy"]["shares"], found["sampled"]["shares"]
     shares = "\n".join(
-        f"| {b} | {100 * greedy[b]:.1f} | {100 * sampled[b]:.1f} |" for b in BEHAVIOURS
+        f"| {b} | {100 * greedy[b]:.1f} | {100 * sampled[b]:.1f} |" for b in PAPER.names
     )
     text = _CARD.format(
         **training,

@@ -129,11 +129,14 @@ def report(compared: Sequence[Agreement]) -> pd.DataFrame:
 
 def confusions(compared: Sequence[Agreement], *, labels: LabelSet = PAPER) -> pd.DataFrame:
     """Rows of ``annotator``, ``label`` by the first, and one column per label: how often this
-    annotator gave it there. Rows add up to 1, or are NaN for a label the first never gave.
+    annotator gave it there. Rows add up to 1, or are NaN for a label the first never gave; no
+    rows where nothing was compared.
     """
     import pandas as pd
 
     names = labels.names
+    if not compared:
+        return pd.DataFrame(columns=["annotator", "label", *names])
     tables = {one.annotator: pd.DataFrame(one.confusion, names, names) for one in compared}
     joined = pd.concat(tables, names=["annotator", "label"])
     return joined.div(joined.sum(axis=1), axis=0).reset_index()

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
+
 from stllms import tasks
 from stllms.annotation import annotators
-from stllms.comparison import groups, released
+from stllms.comparison import groups, ledger, released
 from stllms.comparison.groups import Member
 from stllms.config import RunConfig
 from stllms.generation import remote
@@ -48,6 +50,14 @@ def members(config: RunConfig, folder: Folder) -> list[Member]:
         files = released.members(paths, config.empty_chains)
         found += [_apart(one, found) for one in files]
     return groups.ordered(distinct(found))
+
+
+def claims(config: RunConfig) -> pd.DataFrame:
+    """The ledger of the paper's claims, written to ``<results>/ledger.csv``. A run with labels
+    of one's own says nothing about them: no rows then, and nothing is written."""
+    if config.own_labels:
+        return pd.DataFrame(columns=list(ledger.COLUMNS))
+    return ledger.write(config.results_folder, config.published)
 
 
 def distinct(found: Sequence[Member]) -> list[Member]:

@@ -247,7 +247,7 @@ class Demo:
         hint = ipywidgets.HBox([ipywidgets.HTML(text.html_line(said))])
         self.box = ipywidgets.VBox([*rows, hint, self.status, self.view])
         self._preview = _preview(bench)
-        self._shown: tuple[Ask, Pair, str] | None = None  # the last that was written whole
+        self.shown: tuple[Ask, Pair, str] | None = None  # the last that was written whole
         self._listed = {one.content: one for one in listed}
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._lock = threading.Lock()
@@ -278,7 +278,7 @@ class Demo:
         """Shows the last pair again, its tokens by the direction or not."""
         if self._last is not None and not self._last.done():
             return  # what is being written is shown so at its end
-        if self._shown is not None and self._shown[0] == self.ask():
+        if self.shown is not None and self.shown[0] == self.ask():
             self._last = self._writer.submit(self._again, self._supersede())
 
     def stop(self, _: Any = None) -> None:
@@ -344,8 +344,8 @@ class Demo:
             self._tell(number, f"{kind}{error}", "", wrong=True)
 
     def _again(self, number: int) -> None:
-        assert self._shown is not None
-        _, pair, said = self._shown
+        assert self.shown is not None
+        _, pair, said = self.shown
         self._tell(number, said, self._view(pair))
 
     def _view(self, pair: Pair) -> str:
@@ -373,7 +373,7 @@ class Demo:
         tokens = sum(len(chain.response.output_ids) for chain in pair)
         said = f"{tokens} tokens in {seconds:.1f} s; labels: {self.bench.annotator.name}"
         said = "; ".join(filter(None, (said, benches.remark(pair))))
-        self._shown = ask, pair, said
+        self.shown = ask, pair, said
         return said, self._view(pair)
 
 

@@ -20,7 +20,7 @@ import transformers
 
 from stllms import registry
 from stllms import tasks as sets
-from stllms.annotation import annotators
+from stllms.annotation import agreement, annotators
 from stllms.annotation.annotators import Annotator
 from stllms.annotation.judge import Judge
 from stllms.app import stages
@@ -230,14 +230,14 @@ def rows(stage: str, config: RunConfig) -> dict[str, list[tuple]]:
         return {"responses.jsonl": [(task.id,) for task in asked]}
     coefficients, n_sweep = config.settings.coefficients, config.settings.n_sweep
     vectors, layers, controls = _directions(config)
-    own = steering.conditions(vectors, layers, coefficients)
+    own = steering.conditions(vectors, layers, coefficients, config.label_set)
     nulls = steering.control_conditions(controls, layers, coefficients)
     some = sets.subset(asked, config.n_control_tasks, seed=config.seed)
     keys = [one.key(task.id) for task in asked for one in own]
     found = {"steered.jsonl": keys + [one.key(task.id) for task in some for one in nulls]}
     if n_sweep:
         few = controls.first(steering.SWEPT_CONTROLS)
-        every = steering.sweep_conditions(vectors, coefficients, few)
+        every = steering.sweep_conditions(vectors, coefficients, few, config.label_set)
         found["sweep.jsonl"] = [one.key(task.id) for task in asked[:n_sweep] for one in every]
     return found
 
@@ -413,7 +413,7 @@ def _labels(
     stage: str, folder: Folder, chains: Iterable[Response | Steered], missing: int, limit: int
 ) -> list[api.Estimate]:
     """What the judge of a run is sent about the chains that it has not labelled, and about as
-    many as are ``missing``, each of ``limit`` tokens.
+    many as are ``missing``, each of ``limit`` tokens; in notebook 02 a second time about some.
     """
     config = folder.config
     if stage[:2] not in LABELS or not config.annotator.startswith("openai:"):
@@ -422,14 +422,29 @@ def _labels(
     assert isinstance(judge, Judge)
     beside = annotators.load(Rows(folder.annotations, annotators.KEY), judge.name)
     done = {one.task_id for one in beside if one.failed is None}
-    bare = []
+    there, bare = [], []
     for one in chains:
         if isinstance(one, Response):
+            there.append(one)
             bare += [one] if one.task_id not in done else []
         elif not annotators.labelled(one, judge.name):
             bare.append(one.response)
     text = (SENTENCE * (4 * limit // len(SENTENCE) + 1))[: 4 * limit]
-    response = Response("", "", "", (), (), text, text, 0, "", True, True)
-    requests = judge.protocol.requests(response) * missing
-    later = api.estimate(requests, judge.client.price, model=judge.client.model)
-    return [one for one in (judge.estimate(bare), later) if one.calls]
+    longest = Response("", "", "", (), (), text, text, 0, "", True, True)
+
+    def later(n: int, *, again: bool) -> api.Estimate:
+        """About ``n`` of the longest chains that there can be."""
+        requests = judge.protocol.requests(longest, again=again) * n
+        return api.estimate(requests, judge.client.price, model=judge.client.model)
+
+    said = [judge.estimate(bare), later(missing, again=False)]
+    if stage == "02_train_vectors" and missing:  # which ones is not known yet
+        said.append(later(agreement.n_twice(len(there) + missing), again=True))
+    elif stage == "02_train_vectors":
+        drawn = [
+            one
+            for one in agreement.twice(there)
+            if one.task_id in done or judge.estimate([one]).calls
+        ]
+        said.append(judge.estimate(drawn, again=True))
+    return [one for one in said if one.calls]

@@ -100,7 +100,7 @@ def write(folder: str | Path) -> Path:
         "effects": effects,
         "warnings": [*_warnings(record, sections), *_never(folder, record, labels), *broken],
         "figures": _pictures(folder, [f"figures/{name}.png" for name in FIRST]),
-        "ledger": _ledger(folder),
+        "ledger": _ledger(folder, record),
         "tables": list(_tables(places)),
         "details": _details(record),
         "light": HtmlFormatter(style="default").get_style_defs(".highlight"),
@@ -211,8 +211,8 @@ def _steering(folder: Path, rows: pd.DataFrame, labels: LabelSet) -> tuple[Marku
     the coefficients that break the text.
     """
     try:
-        own: dict[str, Any] = {} if labels is PAPER else {"labels": labels}
-        bars, lines = measures.bars(rows, **own), dose.warning(rows, **own).splitlines()
+        bars = measures.bars(rows, labels=labels)
+        lines = dose.warning(rows, labels=labels).splitlines()
     except KeyError as error:
         path, what = folder / STEERING, error.args[0]
         raise BadFile(f"{path}: not a table of steering, it has no {what}") from None
@@ -363,11 +363,13 @@ def _tables(places: Sequence[Path]) -> Iterator[tuple[str, Markup]]:
             yield f"{path.parent.name}/{path.name}", _html(load_table(path))
 
 
-def _ledger(folder: Path) -> dict[str, Any]:
+def _ledger(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """The claims that this run speaks to and all others, or why there is no ledger: a broken
     file of another run does not keep this one from its report.
     """
     results = folder.parent
+    if record["configuration"].get("labels") is not None:
+        return {"problem": "this run has labels of its own, the claims are about the paper's"}
     try:
         found = ledger(results)
     except BadFile as error:

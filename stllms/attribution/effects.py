@@ -114,11 +114,12 @@ class LayerEffects:
         rows = rows[rows["set"] == key]
         if not rows.get("null_low", rows["mean"]).notna().any():
             rows = rows.drop(columns=[*NULLS], errors="ignore")
-        exact = key.startswith("kl/")
-        look = {"label": "KL, nats" if exact else "surrogate gradient", "labels": labels}
+        unit = "KL, nats" if key.startswith("kl/") else "surrogate gradient"
         with axes.styled():
             panels = axes.panels(pyplot.figure(figsize=(7, 2.3)), self.behaviours, sharey=True)
-            axes.effect_panels(panels, rows, self.behaviours, absent="not measured", **look)
+            axes.effect_panels(
+                panels, rows, self.behaviours, label=unit, absent="not measured", labels=labels
+            )
         return panels
 
     def save(self, path: Path) -> None:

@@ -435,11 +435,13 @@ def confusions(
     ``shares`` and ``report`` are :func:`~stllms.annotation.agreement.confusions` and
     :func:`~stllms.annotation.agreement.report` of the same comparisons. Every row is a share of
     what the reference gave that label, so rows add up to 1 and the diagonal is the share found
-    again; kappa and its interval are in the title.
+    again; kappa and its interval are in the title. Without any comparison that is said.
     """
+    if shares.empty:
+        missing(panels[0], "no other annotator to compare with")
     kappa = report[report["quantity"] == "kappa"].set_index("annotator")
     groups = shares.groupby("annotator", sort=False)
-    for place, (axes, (name, found)) in enumerate(zip(panels, groups, strict=True)):
+    for place, (axes, (name, found)) in enumerate(zip(panels, groups, strict=False)):
         labels = list(found["label"])
         rows = labels if place == 0 else [""] * len(labels)
         matrix(axes, found[labels], rows, labels, label="", fmt=".2f", limit=1)

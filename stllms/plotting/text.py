@@ -272,13 +272,20 @@ def html_pairs(
 
 def _beside(panels: Sequence[Panel], labels: LabelSet) -> str:
     """The chains of the panels, in one row."""
-    wide = f'<td style="{_CELL};width:{100 // len(panels)}%">'
-    chains = "".join(
-        f"{wide}{html(panel.text, panel.segments, panel.title, labels=labels)}"
-        f'<div style="{_SMALL};opacity:0.7">{escape(panel.note)}</div></td>'
-        for panel in panels
+    return html_beside(
+        [
+            f"{html(panel.text, panel.segments, panel.title, labels=labels)}"
+            f'<div style="{_SMALL};opacity:0.7">{escape(panel.note)}</div>'
+            for panel in panels
+        ]
     )
-    return f'<table style="{_TABLE};width:100%;margin:8px 0 0">{_ROW}{chains}</tr></table>'
+
+
+def html_beside(parts: Sequence[str]) -> str:
+    """Pieces of HTML in one row, equally wide."""
+    wide = f'<td style="{_CELL};width:{100 // len(parts)}%">'
+    cells = "".join(f"{wide}{part}</td>" for part in parts)
+    return f'<table style="{_TABLE};width:100%;margin:8px 0 0">{_ROW}{cells}</tr></table>'
 
 
 def _bar(colour: str, share: float) -> str:
