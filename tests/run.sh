@@ -43,7 +43,7 @@ step "types" "$python" -m mypy
 step "dead code" unused
 step "unit tests" "$python" -m pytest tests -n auto "$@"
 step "notebooks" "$python" -m pytest --nbval-lax --nbval-current-env \
-  -p no:cacheprovider notebooks/0[0-5]*.ipynb
+  -p no:cacheprovider notebooks/0[0-6]*.ipynb
 
 [ "$status" -eq 0 ] && printf '\nall passed\n' || printf '\nsomething failed, see above\n'
 exit "$status"
