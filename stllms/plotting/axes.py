@@ -95,6 +95,8 @@ def styled() -> Iterator[None]:
     with mpl.rc_context():
         style()
         yield
+        interactive = mpl.is_interactive()
+    mpl.interactive(interactive)  # a backend that was loaded inside decides, as in any cell
 
 
 def caption(figure: Figure, text: str) -> None:
