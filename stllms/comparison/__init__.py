@@ -10,6 +10,6 @@
 Takes annotations, tables and released files; gives tables, captions and verdicts.
 """
 
-from stllms.comparison import groups, ledger, released
+from stllms.comparison import groups, released
 
-__all__ = ["groups", "ledger", "released"]
+__all__ = ["groups", "released"]

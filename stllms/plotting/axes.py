@@ -525,15 +525,16 @@ def onset(
             continue
         for of, colour in (("others", OTHER), ("own", labels.colour(name))):
             line = rows[rows["of"] == of]
-            axes.plot(line["offset"], line["value"], color=colour, label=f"{of} spans")
+            axes.plot(line["offset"], line["value"], color=colour, label=of)
             axes.fill_between(
                 line["offset"], line["low"], line["high"], color=colour, alpha=0.2, linewidth=0
             )
         axes.axvline(0, color=OTHER, linestyle=":", linewidth=0.8)
-        axes.set_xlabel("token")
+        axes.set_xlabel("tokens from its start")
     _name_rows(panels, "reading (coefficients)")
     if drawn := [axes for axes in panels if axes.get_legend_handles_labels()[0]]:
-        drawn[0].legend(fontsize="small")
+        lowest = min(drawn, key=lambda axes: axes.dataLim.y1)
+        lowest.legend(fontsize="small", title="spans", loc="upper right")
 
 
 def effect_panels(
