@@ -270,10 +270,10 @@ def test_the_chains_that_a_judge_is_paid_for_are_counted_as_the_page_says(tmp_pa
             judge="openai:gpt-4.1",
             results=str(tmp_path),
         )
-        # 500 to build from; 50 unsteered and with four behaviours up and down; ten controls up
-        # and down at every layer on ten tasks, or on all fifty.
-        before = 500 + 50 * (1 + 8) + 50 * 20 * layers
-        after = 500 + 50 * (1 + 8) + 10 * 20 * layers
+        # 500 to build from, a twentieth of them twice; 50 unsteered and with four behaviours up
+        # and down; ten controls up and down at every layer on ten tasks, or on all fifty.
+        before = 525 + 50 * (1 + 8) + 50 * 20 * layers
+        after = 525 + 50 * (1 + 8) + 10 * 20 * layers
         everywhere, here = said(replace(setup, n_control=50)), said(setup)
         indexed = said(replace(setup, judge="openai:gpt-4.1#indexed"))
         assert (everywhere[0], here[0], indexed[0]) == (before, after, after)
