@@ -78,8 +78,8 @@ class LabelSet:
                 raise ValueError(f"{where}: {one.name}: {one.colour!r} is no colour #rrggbb")
         for letters, n in Counter(map(_letters, self.names)).items():
             if n > 1:
-                twins = [name for name in self.names if _letters(name) == letters]
-                raise ValueError(f"{where}: {' and '.join(twins)} are the same name: drop one")
+                same = [name for name in self.names if _letters(name) == letters]
+                raise ValueError(f"{where}: {' and '.join(same)} are the same name: drop one")
         if not self.targets:
             raise ValueError(f"{where}: no target; name at least one label in 'targets'")
         shown = (label for label, _ in self.example)

@@ -250,7 +250,7 @@ def generate(
     """What a model writes for tasks (:func:`stllms.generation.chains.responses`).
 
     Texts are called ``"1"``, ``"2"``, ... in their order. Noise depends on the seed and the
-    name alone, so that :func:`steer` of the same tasks gives the steered twin of each chain.
+    name alone, so that :func:`steer` of the same tasks has each of these as its baseline.
 
     Args:
         tasks: texts, records, chats, or the path of a JSONL file.

@@ -216,8 +216,9 @@ def test_whatever_a_server_answers_has_a_reason_in_one_line(body, status):
 # -- crashes -------------------------------------------------------------------------------
 
 CHILD = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.path.insert(0, {here!r})
 from test_api import NAMES, requests
 from stllms.models import api

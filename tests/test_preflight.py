@@ -328,12 +328,12 @@ def test_steered_chains_and_the_sweep_are_as_many_as_estimated(config, tiny_llam
     write_json(folder / "steering_layers.json", layers)
     monkeypatch.setattr(stages, "has_directions", lambda _: True)
     left = work("04_steer", config)
-    arms = steering.conditions(vectors, layers, config.settings.coefficients)
-    arms += steering.control_conditions(controls, layers, config.settings.coefficients)
+    found = steering.conditions(vectors, layers, config.settings.coefficients)
+    found += steering.control_conditions(controls, layers, config.settings.coefficients)
     sweep = steering.sweep_conditions(vectors, config.settings.coefficients, controls)
     asked, options = tasks.select("evaluate", **config.tasks_of("evaluate")), config.decoding
     written = 0
-    for name, some, every in (("steered", asked, arms), ("sweep", asked[:2], sweep)):
+    for name, some, every in (("steered", asked, found), ("sweep", asked[:2], sweep)):
         path = folder / f"{name}.jsonl"
         store = folder.rows(path, STEERED_KEY)
         steering.grid(tiny_llama, some, every, store=store, progress=False, **options)

@@ -391,7 +391,7 @@ FAULTS = {
         lambda m, v: stllms.annotate(["abcd"], lambda text: [("vovel", 0, 2)], labels=TWO),
         "'vovel'.* is not among vowel, rest",
     ),
-    "twins": (
+    "the same name": (
         lambda m, v: stllms.annotate(["a"], halves, labels=["Plan", "plan"]),
         "Plan and plan are the same name",
     ),
