@@ -84,7 +84,13 @@ def directions(model: models.Model, prompt_ids: Sequence[int], seed: int) -> Ste
     overall = torch.stack([layer[0].float().mean(0).cpu() for layer in hidden])
     drawn = isotropic(overall, 1, seed)
     return SteeringVectors(
-        ("random",), drawn, drawn, overall, torch.ones(1), model="llama", config={"seed": seed}
+        ("random",),
+        drawn,
+        drawn,
+        overall,
+        torch.ones(1, dtype=torch.int64),
+        model="llama",
+        config={"seed": seed},
     )
 
 

@@ -15,7 +15,7 @@ from stllms import registry
 
 
 def run(*arguments: object) -> None:
-    command = [sys.executable, "-m", "stllms", *map(str, arguments)]
+    command = [sys.executable, "-m", "stllms", "run", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=registry.PACKAGE.parent)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

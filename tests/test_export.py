@@ -162,7 +162,7 @@ def test_llama_cpp_and_our_steering_do_the_same(tmp_path):
     model = load("smollm2", device="cpu", dtype="float32")
     prompt = model.prompt_ids("How many days are there in three weeks?")[1]
     found = script.directions(model, prompt, seed=0)
-    chains = script.arms(
+    chains = script.cases(
         model, [prompt], found, layers=[15], coefficients=[-0.5, 0.5], limit=12
     )
     engine = script.Engine(script.dequantised(script.weights(), tmp_path / "float32.gguf"))
