@@ -25,16 +25,6 @@ def pairs(n: int = 24) -> list[Pair]:
     return found
 
 
-def states(model, ids):
-    """``h [L, T, D]`` of one sequence alone, the last layer by a hook."""
-    last = []
-    handle = model.layers[-1].register_forward_hook(lambda _m, _i, out: last.append(out[0]))
-    with torch.no_grad():
-        hidden = model.hf(torch.tensor([ids]), output_hidden_states=True).hidden_states
-    handle.remove()
-    return torch.stack([*(h[0] for h in hidden[1:-1]), last[0]])
-
-
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_directions_are_the_difference_of_the_sides(kind):
     model = tiny.model(kind)
@@ -42,7 +32,10 @@ def test_directions_are_the_difference_of_the_sides(kind):
     found = difference_of_means(means)
     sides = [
         torch.stack(
-            [states(model, model.tokenizer(getattr(p, s))["input_ids"])[:, -1] for p in pairs()]
+            [
+                tiny.states(model, model.tokenizer(getattr(p, s))["input_ids"])[:, -1]
+                for p in pairs()
+            ]
         ).mean(0)
         for s in ("positive", "negative")
     ]
@@ -64,7 +57,7 @@ def test_positions_read_the_tokens_they_name(position, tokens):
     pair = Pair("abcdefghij", "0123456789", "I like what ", (3, 7), (3, 7))
     means = contrast.collect(model, [pair], position=position, progress=False)
     ids = model.tokenizer("I like what abcdefghij")["input_ids"]
-    expected = states(model, ids)[:, tokens].mean(1)
+    expected = tiny.states(model, ids)[:, tokens].mean(1)
     torch.testing.assert_close(means.samples[0], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -89,7 +82,7 @@ def test_halves_are_split_by_the_pair_and_the_tables_of_spans_are_there():
 
     def side(part, name, layer):
         own = [model.tokenizer(getattr(pair, name))["input_ids"] for pair in part]
-        return torch.stack([states(model, ids)[layer, -1] for ids in own])
+        return torch.stack([tiny.states(model, ids)[layer, -1] for ids in own])
 
     layer = 2
     unit = side(build, "positive", layer).mean(0) - side(build, "negative", layer).mean(0)
@@ -129,7 +122,7 @@ def test_chats_go_through_the_template():
     means = contrast.collect(model, [Pair(*sides)], progress=False)
     ids = model.prompt_ids(sides[0])[1]
     torch.testing.assert_close(
-        means.samples[0], states(model, ids)[:, -1], rtol=1e-4, atol=1e-5
+        means.samples[0], tiny.states(model, ids)[:, -1], rtol=1e-4, atol=1e-5
     )
 
 

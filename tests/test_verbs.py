@@ -57,16 +57,6 @@ def vectors(model, chains, labelled):
     return stllms.train(model, chains, labelled, min_spans=1, **QUIET)
 
 
-def states(model, ids):
-    """``h [L, T, D]`` by transformers; the last layer by a hook."""
-    last = []
-    handle = model.layers[-1].register_forward_hook(lambda _m, _i, out: last.append(out[0]))
-    with torch.no_grad():
-        hidden = model.hf(torch.tensor([ids]), output_hidden_states=True).hidden_states
-    handle.remove()
-    return torch.stack([*(h[0] for h in hidden[1:-1]), last[0]])
-
-
 # --- import ------------------------------------------------------------------------------
 
 
@@ -137,7 +127,7 @@ def test_a_persons_spans_of_a_text_by_hand(model):
     """
     text = "abcdefghij"
     found = stllms.train(model, [text], [[("x", 3, 7), ("y", 7, 9)]], min_spans=1, **QUIET)
-    h = states(model, model.tokenizer(text)["input_ids"])
+    h = tiny.states(model, model.tokenizer(text)["input_ids"])
     overall = h[:, 2:].mean(1)
     for name, window in (("x", slice(2, 6)), ("y", slice(6, 8))):
         raw = h[:, window].mean(1) - overall
@@ -154,7 +144,7 @@ def test_a_chain_of_a_file_is_read_with_its_tags(model, tmp_path):
     text = "<think>abcdefghij</think>k"
     path.write_text(json.dumps({"task_id": "a", "text": text}))
     found = stllms.train(model, path, [[("x", 3, 7)]], min_spans=1, **QUIET)
-    h = states(model, model.tokenizer(text)["input_ids"])
+    h = tiny.states(model, model.tokenizer(text)["input_ids"])
     overall = h[:, 2:11].mean(1)
     raw = h[:, 3:7].mean(1) - overall
     expected = raw * (overall.norm(dim=-1) / raw.norm(dim=-1))[:, None]

@@ -6,6 +6,7 @@ layers all matter to the logits; with the usual 0.02 every mistake would hide in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -106,6 +107,16 @@ def hf_model(kind: str = "llama", *, seed: int = 0, **changes) -> transformers.P
 def model(kind: str = "llama", *, seed: int = 0, **changes) -> Model:
     """:func:`hf_model` wrapped, with the byte tokenizer."""
     return wrap(hf_model(kind, seed=seed, **changes), tokenizer(), name=f"tiny-random-{kind}")
+
+
+def states(model: Model, ids: Sequence[int]) -> torch.Tensor:
+    """``h [L, T, D]`` of one sequence alone, by transformers; the last layer by a hook."""
+    last = []
+    handle = model.layers[-1].register_forward_hook(lambda _m, _i, out: last.append(out[0]))
+    with torch.no_grad():
+        hidden = model.hf(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    handle.remove()
+    return torch.stack([*(h[0] for h in hidden[1:-1]), last[0]])
 
 
 def save_tiny_model(
