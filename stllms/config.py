@@ -34,8 +34,9 @@ class Profile:
     ``temperature`` 0 is greedy. ``coefficients`` of steering; 0 is the baseline.
     ``random_directions``: control directions of the null. ``n_sweep``: tasks that are also
     steered at every layer (by default on embedded models only). ``n_positions``: positions per
-    behaviour at which exact layer effects are measured. ``n_control``: with a paid judge,
-    tasks on which control directions are added (``None``: all).
+    behaviour at which exact layer effects are measured. ``n_control``: tasks on which control
+    directions are added, and ``control_coefficients`` how (``None``: all tasks, all of
+    ``coefficients``).
     """
 
     n_build: int
@@ -49,6 +50,7 @@ class Profile:
     n_sweep: int
     n_positions: int
     n_control: int | None = None
+    control_coefficients: tuple[float, ...] | None = None
 
 
 _THREE = (-1.0, 0.0, 1.0)
@@ -59,6 +61,10 @@ _THREE = (-1.0, 0.0, 1.0)
 PROFILES: dict[str, Profile] = {
     "smoke": Profile(16, 8, 8, 96, 96, 0.65, _THREE, 2, 0, 64),
     "default": Profile(200, 60, 60, 256, 256, 0.65, _THREE, 10, 20, 200),
+    "laptop": Profile(
+        500, 50, 50, 250, 250, 0.6, (-0.5, -0.35, -0.25, -0.15, 0.0, 0.15, 0.25, 0.35, 0.5),
+        10, 0, 200, 10, (-0.5, -0.25, 0.25, 0.5),
+    ),
     "full": Profile(1000, 400, 400, 256, 256, 0.65, (-2.0, -1.0, 0.0, 1.0, 2.0), 20, 60, 400),
     "paper": Profile(500, 50, 100, 1000, 2000, 0.0, _THREE, 10, 0, 400, 10),
 }
@@ -147,6 +153,7 @@ class RunConfig:
     n_sweep: int | None = None
     n_positions: int | None = None
     n_control: int | None = None
+    control_coefficients: tuple[float, ...] | None = None
     controls: str = "matched"
     batch_size: int | None = None
     device: str = "auto"
@@ -343,12 +350,6 @@ class RunConfig:
             "seed": self.seed,
         }
 
-    @property
-    def n_control_tasks(self) -> int | None:
-        """Evaluation tasks on which control directions are added; ``None`` is all of them,
-        where annotating costs nothing."""
-        return self.settings.n_control if self.judged else None
-
     # -- where its files are -------------------------------------------------------------
 
     @property
@@ -411,7 +412,7 @@ class RunConfig:
             },
             "04": {
                 **self._values(*controls, "coefficients", "n_sweep", "empty_chains"),
-                "n_control": self.n_control_tasks,
+                **self._values("n_control", "control_coefficients"),
             },
             "05": {
                 **self._values("models", "n_compare", "max_tokens_compare", "empty_chains"),
@@ -632,7 +633,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "model": lambda _, value: resolve(value).name,
     "judge": _judge,
     "seed": partial(whole, least=0, optional=False),
-    "coefficients": _coefficients,
+    **dict.fromkeys(("coefficients", "control_coefficients"), _coefficients),
     "device": _device,
     "tasks": _tasks,
     "compare": _compare,

@@ -103,6 +103,7 @@ def test_profiles_are_those_of_the_design():
     assert rows == {
         "smoke": (16, 8, 96, 0.65, 2),
         "default": (200, 60, 256, 0.65, 10),
+        "laptop": (500, 50, 250, 0.6, 10),
         "full": (1000, 400, 256, 0.65, 20),
         "paper": (500, 50, 1000, 0.0, 10),
     }
@@ -202,7 +203,7 @@ def test_where_results_go(monkeypatch, tmp_path):
     ("values", "words"),
     [
         ({"model": "nothing-like-it"}, "nothing-like-it"),
-        ({"profile": "papr"}, "smoke, default, full, paper (did you mean paper?)"),
+        ({"profile": "papr"}, "smoke, default, laptop, full, paper (did you mean paper?)"),
         ({"max_tokens": -1}, "-1, expected a whole number of at least 1"),
         ({"max_tokens": 0}, "0, expected"),
         ({"n_samples": 2.5}, "2.5, expected"),
@@ -319,7 +320,7 @@ def test_options_of_the_stages():
         "system": None,
     }  # fmt: skip
     assert made.tasks_of("compare") == {"source": "messages", "n": 8, "skip": 0, "seed": 3}
-    assert (made.annotating, made.n_control_tasks) == ({}, None)
+    assert (made.annotating, made.settings.n_control) == ({}, None)
     asked = RunConfig(prompts="Q: {question}", system="Be brief.").decoding
     assert (asked["style"], asked["system"]) == ("Q: {question}", "Be brief.")
 
@@ -333,9 +334,9 @@ def test_options_of_a_judge(tmp_path):
         "folder": tmp_path / "smollm2" / "judge",
         "reader": "tolerant",
     }
-    assert paid.n_control_tasks == PROFILES["paper"].n_control == 10
+    assert paid.settings.n_control == PROFILES["paper"].n_control == 10
     stored = RunConfig(judge="replay:x", reader="published", n_control=3, **place)
-    assert (stored.annotating, stored.n_control_tasks) == ({"reader": "published"}, 3)
+    assert (stored.annotating, stored.settings.n_control) == ({"reader": "published"}, 3)
 
 
 def test_a_persons_tasks_are_cut_into_parts_and_count_by_their_content(tmp_path, monkeypatch):

@@ -342,6 +342,12 @@ def test_steered_chains_and_the_sweep_are_as_many_as_estimated(config, tiny_llam
     assert written == left.chains == 4 * (1 + 9 + 18) + 2 * (1 + 6 * 4 * 2)
 
 
+def test_controls_may_be_added_on_fewer_tasks_and_at_fewer_coefficients(config):
+    whole = work("04_steer", config).chains
+    fewer = replace(config, n_control=1, control_coefficients=(1.0,))
+    assert work("04_steer", fewer).chains == whole - (4 * 36 - 1 * 12)
+
+
 def test_labels_of_ones_own_have_as_many_directions_as_targets(config, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("labels: {a: {cues: [x]}, b: {cues: [y]}, c: {cues: [z]}}\ntargets: [a, c]")

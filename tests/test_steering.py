@@ -415,6 +415,27 @@ def test_a_null_of_some_tasks_is_compared_on_these_tasks():
 # --- views of the table ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("added", "controlled", "expected"),
+    [
+        ((-2.0, -1.0, 1.0, 2.0), (2.0,), 1.0),  # the paper's, wherever it was added
+        ((-0.5, 0.15, 0.25, 0.5), (0.25, 0.5), 0.25),
+        ((-0.5, 0.15, 0.5), (), 0.15),
+    ],
+)
+def test_the_figures_of_one_coefficient_take_the_papers_or_the_smallest_with_controls(
+    added, controlled, expected
+):
+    chains = [chain("t0", ("none", -1, 0.0), (5, 5))]
+    chains += [chain("t0", ("backtracking", 3, c), (6, 4)) for c in added]
+    chains += [chain("t0", ("shuffled:0", 3, c), (5, 5)) for c in controlled]
+    table = tabled(chains)
+    assert measures.shown_coefficient(table) == expected
+    bars = measures.bars(table).set_index(["behaviour", "mode"])
+    assert bars.loc[("backtracking", "positive"), "value"] == 0.6
+    assert measures.changes(table).index.tolist() == ["backtracking"]
+
+
 def test_bars_differences_and_changes_are_views_of_the_table(measured, rows):
     up = np.mean([6 / 8, 7 / 9, 8 / 10])
     bars = measures.bars(rows).set_index(["behaviour", "mode"])

@@ -41,6 +41,7 @@ EXAMPLE = f'stllms steer "{QUESTION}" \\\n      --behaviour {PAPER.targets[0]} -
 PURPOSES = {
     "smoke": "to see that it works; two or three minutes",
     "default": "the committed figures; four minutes",
+    "laptop": "a real model of a laptop's size (smol-thinker); hours on two cores",
     "full": "claims about a shipped model, narrow intervals; much longer",
     "paper": "as published: long, greedy chains; wants a GPU",
 }

@@ -228,11 +228,13 @@ def rows(stage: str, config: RunConfig) -> dict[str, list[tuple]]:
     asked = _tasks(config, stage)
     if stage != "04_steer":
         return {"responses.jsonl": [(task.id,) for task in asked]}
-    coefficients, n_sweep = config.settings.coefficients, config.settings.n_sweep
+    settings, n_sweep = config.settings, config.settings.n_sweep
+    coefficients = settings.coefficients
     vectors, layers, controls = _directions(config)
     own = steering.conditions(vectors, layers, coefficients, config.label_set)
-    nulls = steering.control_conditions(controls, layers, coefficients)
-    some = sets.subset(asked, config.n_control_tasks, seed=config.seed)
+    added = settings.control_coefficients or coefficients
+    nulls = steering.control_conditions(controls, layers, added)
+    some = sets.subset(asked, settings.n_control, seed=config.seed)
     keys = [one.key(task.id) for task in asked for one in own]
     found = {"steered.jsonl": keys + [one.key(task.id) for task in some for one in nulls]}
     if n_sweep:

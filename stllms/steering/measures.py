@@ -47,7 +47,7 @@ FRACTION, SHARE = "token fraction", "token share"
 #: The condition in which nothing is done: (direction, layer, coefficient).
 PLAIN = ("none", -1, 0.0)
 #: The bars of the paper: mode -> (direction, ``None`` for the behaviour's own; coefficient).
-MODES = {"plain": ("none", 0.0), "positive": (None, 1.0), "negative": (None, -1.0)}
+MODES = {"plain": ("none", 0), "positive": (None, 1), "negative": (None, -1)}
 
 
 # --- of one response ---------------------------------------------------------------------
@@ -304,15 +304,28 @@ def _null(by_condition: Mapping[tuple, pd.DataFrame]) -> dict[tuple, pd.DataFram
     return made
 
 
+def shown_coefficient(rows: pd.DataFrame) -> float:
+    """The coefficient of the figures that show one of each sign: 1, the paper's, where it was
+    added; else the smallest with controls; else the smallest. NaN where nothing was steered.
+    """
+    added = rows[(rows["coefficient"] > 0) & ~rows["direction"].map(is_control)]
+    if (added["coefficient"] == 1).any():
+        return 1.0
+    controlled = added.loc[added["null_n"] > 0, "coefficient"]
+    return float(controlled.min() if len(controlled) else added["coefficient"].min())
+
+
 def bars(rows: pd.DataFrame, *, labels: LabelSet = PAPER) -> pd.DataFrame:
-    """The paper's bars: token fraction of each target plain and under its own +-1.
+    """The paper's bars: token fraction of each target plain, and with its own direction added
+    and subtracted (:func:`shown_coefficient`).
 
     Columns ``behaviour``, ``mode`` (plain, positive, negative), ``value``, ``low``, ``high``,
     ``n``, ``null_low``, ``null_high``, ``null_n``; a behaviour without a direction has NaN.
     """
     found = rows[(rows["metric"] == FRACTION) & ~rows["direction"].map(is_control)]
     found = found.set_index(["behaviour", "direction", "coefficient"])
-    keys = [(b, own or b, c) for b in labels.targets for own, c in MODES.values()]
+    size = shown_coefficient(rows)
+    keys = [(b, own or b, c and c * size) for b in labels.targets for own, c in MODES.values()]
     values = ["value", "ci_low", "ci_high", "n", "null_low", "null_high", "null_n"]
     made = found.reindex(columns=values, index=keys).astype(float)
     made = made.rename(columns={"ci_low": "low", "ci_high": "high"}).reset_index("behaviour")
@@ -340,11 +353,12 @@ def differences(measured: pd.DataFrame, rows: pd.DataFrame, *, seed: int = 0) ->
 
 def changes(rows: pd.DataFrame, *, labels: LabelSet = PAPER) -> pd.DataFrame:
     """What else moves: change of the token share of all labels (columns) under every target's
-    direction (index ``direction``) at coefficient 1 against the baseline.
+    direction (index ``direction``) against the baseline (:func:`shown_coefficient`).
     """
     shares = rows[rows["metric"] == SHARE]
     plain = shares[shares["direction"] == PLAIN[0]].set_index("behaviour")["value"]
-    steered = shares[(shares["coefficient"] == 1) & shares["direction"].isin(labels.targets)]
+    added = shares["coefficient"] == shown_coefficient(rows)
+    steered = shares[added & shares["direction"].isin(labels.targets)]
     wide = steered.pivot(index="direction", columns="behaviour", values="value")
     order = [b for b in labels.targets if b in wide.index]
     return wide.reindex(index=order, columns=labels.names) - plain[list(labels.names)]
