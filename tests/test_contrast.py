@@ -11,7 +11,7 @@ import torch
 
 from stllms.vectors import contrast, difference_of_means, nulls, quality
 from stllms.vectors.contrast import Pair
-from stllms.vectors.means import is_build
+from stllms.vectors.means import Means, is_build
 
 WORDS = ("rain", "sun", "tea", "bread", "ice", "wool", "sand", "salt", "corn", "rust")
 
@@ -93,14 +93,15 @@ def test_halves_are_split_by_the_pair_and_the_tables_of_spans_are_there():
     assert {"AUC", "cosine"} <= set(table["quantity"])
 
 
-def test_shuffled_controls_swap_the_sides_of_pairs():
-    """The mean of one side of each pair, drawn at random, less the midpoint: of four pairs each
-    control is one of the 16 such sums."""
+def test_shuffled_controls_swap_the_sides_of_half_of_the_pairs():
+    """The mean of one side of each pair less the midpoint: of four pairs each control is one of
+    the 6 such sums with two pairs swapped."""
     model = tiny.model()
     some = pairs(4)
     means = contrast.collect(model, some, controls=12, progress=False)
     half = (means.samples[0::2] - means.samples[1::2]).double() / 2  # [P, L, D]
     signs = np.array(np.meshgrid(*[[-1, 1]] * 4)).reshape(4, -1)
+    signs = signs[:, signs.sum(0) == 0]
     possible = torch.einsum("ps,pld->sld", torch.tensor(signs).double(), half)
     overall = means.overall()
     seen = set()
@@ -109,11 +110,78 @@ def test_shuffled_controls_swap_the_sides_of_pairs():
         gaps = (possible - raw).flatten(1).norm(dim=-1)
         assert gaps.min() < 1e-3
         seen.add(int(gaps.argmin()))
-    assert len(seen) > 4
+    assert len(seen) > 3
     signed = means.signed - means.signs[:, None, None] * overall
     assert not torch.allclose(signed, torch.zeros_like(signed), atol=1e-3)
     lengths = nulls.controls("shuffled", means, 12).norm(dim=-1)
     torch.testing.assert_close(lengths, overall.norm(dim=-1).float().expand_as(lengths))
+
+
+WIDTH = 256
+#: Mean of ``|cos|`` of a fixed direction with one that is uniform on the sphere.
+CHANCE = np.sqrt(2 / (np.pi * WIDTH))
+
+
+def synthetic(n: int, noise: float) -> tuple[torch.Tensor, list[str]]:
+    """Read-outs of pairs whose sides differ by one vector, and by noise that is as long as it,
+    times ``noise``, in the difference and in the midpoint of each; the build half first."""
+    generator = torch.Generator().manual_seed(n)
+    shared = torch.randn(WIDTH, generator=generator)
+    other, middle = noise * torch.randn(2, n, WIDTH, generator=generator)
+    values = torch.stack([middle + shared + other, middle - shared - other], 1)
+    ids = sorted((f"p{i}" for i in range(n)), key=lambda one: not is_build(one))
+    return values[:, :, None], ids
+
+
+def means_of(values: torch.Tensor, ids: list[str], controls: int) -> Means:
+    config = {"position": "last", "controls": {"seed": 1, "targets": ["love"]}}
+    return contrast._means(values, ids, ("love", "other"), "none", config, controls)
+
+
+@pytest.mark.parametrize("n", [24, 25])
+def test_what_all_pairs_share_cancels(n):
+    means = means_of(*synthetic(n, noise=0.0), 20)
+    length = float((means.mean()[0] - means.overall()).norm())
+    raw = means.shuffled / n - means.overall()
+    assert float(raw.norm(dim=-1).max()) < 1e-6 * length
+    assert float(means.signed.norm(dim=-1).max()) < 1e-6 * length
+    assert not means.signs.any()
+
+
+@pytest.mark.parametrize("kind", nulls.MATCHED)
+@pytest.mark.parametrize("n", [35, 144, 576])
+def test_controls_hold_no_more_of_the_direction_than_of_any_other(n, kind):
+    """The signs on each side sum to zero, so a control does not depend on the direction and is,
+    with this noise, uniform on the sphere: the mean of ``|cos|`` is ``sqrt(2 / (pi D))``. With
+    a coin for each pair it would be that of ``|z| / sqrt(z^2 + 1)``, z normal, about one half
+    whatever the number of pairs."""
+    values, ids = synthetic(n, noise=1.0)
+    means = means_of(values, ids, 200)
+    controls = nulls.controls(kind, means, 200)[:, 0]
+    direction = difference_of_means(means).direction("love", 0)
+    cosines = torch.cosine_similarity(controls, direction[None])
+    assert float(cosines.abs().mean()) == pytest.approx(CHANCE, rel=0.25)
+    assert len(controls.unique(dim=0)) == 200
+
+
+@pytest.mark.parametrize("kind", nulls.MATCHED)
+def test_the_nulls_of_the_table_are_balanced_too(kind):
+    values, ids = synthetic(144, noise=1.0)
+    table = quality.table(means_of(values, ids, 0), {"love": 0}, draws=400)
+    null = table[table["direction"] == kind].set_index("quantity").loc["cosine"]
+    assert abs(null["value"]) < 0.03
+    assert null["high"] == pytest.approx(1.96 / np.sqrt(WIDTH), rel=0.25)
+    assert null["low"] == pytest.approx(-1.96 / np.sqrt(WIDTH), rel=0.25)
+
+
+def test_the_order_of_the_pairs_does_not_matter_to_their_controls():
+    values, ids = synthetic(40, noise=1.0)
+    n_build = sum(map(is_build, ids))
+    turned = [*reversed(range(n_build)), *range(n_build, 40)]
+    one = means_of(values, ids, 3)
+    other = means_of(values[turned], [ids[i] for i in turned], 5)
+    torch.testing.assert_close(one.shuffled, other.shuffled[:3])
+    torch.testing.assert_close(one.signed, other.signed[:3])
 
 
 def test_chats_go_through_the_template():

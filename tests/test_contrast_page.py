@@ -72,6 +72,8 @@ def test_the_words_are_counted_again(name):
         text = text.lower().replace("\u2019", "'")
         kept = "".join(c if c.isalpha() or c == "'" else " " for c in text)
         words = [word.strip("'") for word in kept.split() if word.strip("'")]
+        if not words:  # a broken chain, which no mean counts
+            return float("nan")
         return 100 * sum(word in known or word.endswith(ends) for word in words) / len(words)
 
     written = chains(name)
@@ -108,6 +110,6 @@ def test_the_cosines_of_the_controls_and_their_rank_correlation_are_the_files():
     for control, *shown in lines:
         expected = [one[f"cosine of {control}"] for one in found.values()]
         assert [float(x) for x in shown] == pytest.approx(expected, abs=0.005001)
-    (line,) = re.findall(r"rank correlation (\S+) and (\S+)\)", PAGE)
+    (line,) = re.findall(r"rank correlation\s(\S+) and (\S+)\)", PAGE)
     expected = [one["rank correlation of the controls"] for one in found.values()]
     assert [float(x) for x in line] == pytest.approx(expected, abs=0.005001)

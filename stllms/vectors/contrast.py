@@ -1,9 +1,9 @@
 """Directions from contrast pairs: two texts that differ in what is asked for.
 
 A pair is read out at one place of each side. Both read-outs go into the same :class:`Means` as
-labelled spans do, the sides as two labels and the pair as the response: estimators, controls
-(labels swapped within pairs are the ``shuffled`` ones), halves and tables are those of
-:mod:`stllms.vectors`.
+labelled spans do, the sides as two labels and the pair as the response: estimators, halves and
+tables are those of :mod:`stllms.vectors`. So are the controls, but a ``shuffled`` one swaps
+exactly half of the pairs, and the signs of a ``covariance`` one add up to zero on each side.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stllms.models.model import Model
 from stllms.records import loads
 from stllms.terminal import token_bar
 from stllms.vectors.activations import WINDOW
-from stllms.vectors.means import HALVES, PARTS, Means, is_build, mark, part_of
+from stllms.vectors.means import HALVES, PARTS, Means, is_build, mark, part_of, random_halves
 
 #: Where a side is read out: its last token; the mean over its tokens; the window of the paper
 #: over given characters (method, section 6). The first token of a sequence is left out of
@@ -270,13 +270,13 @@ def _means(
     means.counts.add_(torch.bincount(parts, minlength=PARTS)[:, None])
     means.overall_sums.index_add_(0, parts, x.sum(1))
     means.overall_counts.add_(2 * torch.bincount(parts, minlength=PARTS))
-    rngs = [np.random.default_rng([config["controls"]["seed"], mark(one)]) for one in ids]
-    swapped = torch.tensor(np.array([rng.integers(0, 2, controls) for rng in rngs]))  # [P, K]
-    signs = torch.tensor(np.array([rng.integers(0, 2, (controls, 2)) for rng in rngs])) * 2 - 1
-    chosen = torch.stack([1 - swapped, swapped], -1).double()  # [P, K, 2]: which side counts
-    means.shuffled.add_(torch.einsum("pks,psld->kld", chosen, x))
-    means.signed.add_(torch.einsum("pks,psld->kld", signs.double(), x))
-    means.signs.add_(signs.sum((0, 2)))
+    generator = torch.Generator().manual_seed(config["controls"]["seed"])
+    rank = torch.tensor(np.argsort(np.argsort(ids)))  # the order of the pairs does not matter
+    halves = random_halves(p, 3 * controls, generator)[:, rank].unflatten(0, (controls, 3))
+    chosen = torch.stack([1 - halves[:, 0], halves[:, 0]], 1)  # [K, 2, P]: which side counts
+    signs = 1 - 2 * halves[:, 1:]  # of every side; they add up to zero on either
+    means.shuffled.add_(torch.einsum("ksp,psld->kld", chosen, x))
+    means.signed.add_(torch.einsum("ksp,psld->kld", signs, x))
     labels = torch.tensor([0, 1]).repeat(p)
     filled = {
         "samples": values.flatten(0, 1),

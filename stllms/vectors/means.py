@@ -40,6 +40,20 @@ def is_build(task_id: str) -> bool:
     return part_of(task_id) < PARTS // 2
 
 
+def random_halves(pairs: int, draws: int, generator: torch.Generator) -> Tensor:
+    """Which of the contrast pairs a control takes the other way round: ``[draws, pairs]``
+    float64, 1 for exactly one half of them, drawn anew each time, 0 for the other, and 1/2 for
+    the one that is left over of an odd number.
+
+    So what all pairs share cancels. With a coin for each pair it would be left in, and not
+    grow smaller beside the rest with more pairs.
+    """
+    half = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    half = half.repeat_interleave(torch.tensor([pairs // 2, pairs % 2, pairs // 2]))
+    rows = [torch.randperm(pairs, generator=generator) for _ in range(draws)]
+    return half[torch.stack(rows)] if rows else half.new_zeros(0, pairs)
+
+
 @dataclass(frozen=True)
 class Means:
     """Span means in sums. ``H`` parts, ``N`` behaviours, ``L`` layers, ``D`` width.
@@ -57,7 +71,7 @@ class Means:
     Of the control directions (method, section 13), ``shuffled [K, L, D]`` are sums of the span
     means that carry the label of the control's target after a permutation of the labels within
     each response, ``signed [K, L, D]`` sums of all span means with random signs, and ``signs
-    [K]`` sums of those signs.
+    [K]`` sums of those signs; of contrast pairs both go by :func:`random_halves`.
 
     ``ledger`` counts what was used and what was not.
     """

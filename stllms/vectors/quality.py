@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from stllms import stats
 from stllms.labels import CONTROLS
 from stllms.vectors.estimators import differences
-from stllms.vectors.means import HALVES, MIN_SPANS, PARTS, Means
+from stllms.vectors.means import HALVES, MIN_SPANS, PARTS, Means, random_halves
 
 #: Estimators beside each other in :func:`table`, unless others are asked for.
 ESTIMATORS: tuple[str, ...] = ("difference-of-means", "difference-from-others", "probe")
@@ -213,11 +213,26 @@ def _controls(
 ) -> dict[str, Tensor]:
     """``[draws, D]`` of every kind, before rescaling."""
     x = build.at(layer)
-    own = (_permuted(build, draws, generator) == b).double()
-    signs = 1 - 2 * torch.randint(0, 2, (draws, len(x)), generator=generator).double()
+    own, signs = _weights(build, b, draws, generator)
     noise = torch.randn(draws, build.width, generator=generator, dtype=torch.float64)
     shuffled = own @ x / own.sum(1, keepdim=True) - build.overall()[layer]
     return dict(zip(CONTROLS, (shuffled, signs @ (x - x.mean(0)), noise), strict=True))
+
+
+def _weights(
+    build: Means, b: int, draws: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """``[draws, S]`` each: how much of a span counts as one of ``b`` in the shuffled controls,
+    and its sign in those by covariance; made as a collection makes them."""
+    if "pairs" in build.ledger:
+        first = build.sample_labels == b
+        pairs, place = build.sample_responses.unique(return_inverse=True)
+        halves = [random_halves(len(pairs), draws, generator)[:, place] for _ in range(3)]
+        swapped, *signs = halves
+        return torch.where(first, 1 - swapped, swapped), 1 - 2 * torch.where(first, *signs)
+    own = (_permuted(build, draws, generator) == b).double()
+    signs = 1 - 2 * torch.randint(0, 2, own.shape, generator=generator).double()
+    return own, signs
 
 
 def _permuted(build: Means, draws: int, generator: torch.Generator) -> Tensor:
