@@ -399,7 +399,9 @@ class RunConfig:
         entry = resolve(name)
         if entry.name == self.model:
             return self
-        return replace(self, model=entry.name, compare=(), revision=None)
+        same = entry.hub_id == self.entry.hub_id  # the same weights, another template option
+        revision = self.revision if same else None
+        return replace(self, model=entry.name, compare=(), revision=revision)
 
     def stage_options(self, stage: str) -> dict[str, Any]:
         """What changes the artefacts of a stage (``"03_…"``) beyond :meth:`identity`."""

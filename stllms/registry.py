@@ -2,7 +2,7 @@
 of ``results/`` is its own.
 
 The models are those of method, section 2, with the published steering layers of section 8,
-the two embedded fixtures and ``smollm2``.
+the two embedded fixtures, ``smollm2``, and models whose template switches their thinking.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class ModelEntry:
     ``name`` is what the run folder is called after: the registry name, the hub id, the
     absolute path of a local folder, or ``api:ID``. ``steering_layers`` maps a behaviour to
     the layer that is steered; ``None`` leaves the choice to notebook 03. ``pair`` is the
-    registry name of its instruct or thinking counterpart.
+    registry name of its instruct or thinking counterpart. ``template`` are options of its chat
+    template; two entries of one hub id differ in them, and the first is the one that the hub
+    id means. ``of_paper`` says that the paper compares it.
 
     Of a model behind an API: ``api_id`` is sent as the model's name; the fields ``extra`` go
     into the body of every request, over those of the run (a provider's switch for thinking,
@@ -74,6 +76,8 @@ class ModelEntry:
     source: Source = "hub"
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     least_tokens: int = 1
+    template: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    of_paper: bool = False
 
 
 def _layers(
@@ -102,6 +106,7 @@ def _pair(
             kind="thinking",
             pair=instruct_name,
             steering_layers=layers,
+            of_paper=True,
         ),
         ModelEntry(
             name=instruct_name,
@@ -109,12 +114,25 @@ def _pair(
             display=f"{instruct}-{size}-Instruct",
             kind="instruct",
             pair=thinking_name,
+            of_paper=True,
         ),
     )
 
 
+def _switched(owner: str, model: str) -> tuple[ModelEntry, ModelEntry]:
+    """A model whose template switches its thinking: its own instruct counterpart."""
+    name, hub_id = model.lower(), f"{owner}/{model}"
+    on, off = ({"enable_thinking": thinks} for thinks in (True, False))
+    plain = f"{name}-plain"
+    return (
+        ModelEntry(name, hub_id, model, "thinking", plain, template=on),
+        ModelEntry(plain, hub_id, f"{model} (no thinking)", "instruct", name, template=off),
+    )
+
+
 def _api(name: str, display: str, api_id: str, kind: Kind, **more: Any) -> ModelEntry:
-    return ModelEntry(name, None, display, kind=kind, api_id=api_id, source="api", **more)
+    more |= {"kind": kind, "api_id": api_id, "source": "api", "of_paper": True}
+    return ModelEntry(name, None, display, **more)
 
 
 #: Layers at which the embedded thinking model is steered: the best of the sweep beside its
@@ -154,6 +172,8 @@ _ENTRIES: tuple[ModelEntry, ...] = (
     *_pair("14B", "Qwen", "Qwen2.5", "Qwen", _layers(29, 29, 29, 24)),
     *_pair("32B", "Qwen", "Qwen2.5", "Qwen"),
     *_pair("70B", "Llama", "Llama-3.3", "meta-llama"),
+    *_switched("Qwen", "Qwen3-0.6B"),
+    *_switched("Qwen", "Qwen3-1.7B"),
     _api("gpt-4o", "GPT-4o", "gpt-4o", "instruct"),
     _api("claude-3-opus", "Claude-3-Opus", "claude-3-opus-20240229", "instruct"),
     _api(
@@ -240,7 +260,7 @@ def api_entry(model_id: str) -> ModelEntry:
     last = model_id.rpartition("/")[2] or model_id
     kinds = {
         name.rpartition("/")[2].lower(): entry.kind
-        for entry in _ENTRIES
+        for entry in reversed(_ENTRIES)
         for name in (entry.name, entry.hub_id, entry.api_id)
         if name and not entry.extra
     }

@@ -22,7 +22,7 @@ PLACES = {
 NAMES = [
     entry.hub_id.split("/")[-1].lower()
     for entry in MODELS.values()
-    if entry.hub_id and entry.kind != "unknown"
+    if entry.hub_id and entry.of_paper
 ]
 
 

@@ -301,10 +301,11 @@ def _check_only_published(context: click.Context) -> None:
 @cli.command()
 def models() -> None:
     """List the models of the registry."""
-    print(f"{'name':32}{'kind':12}{'source':52}pair")
+    print(f"{'name':32}{'kind':12}{'source':52}{'pair':28}measured")
     for entry in registry.MODELS.values():
         where = entry.hub_id or (f"api: {entry.api_id}" if entry.api_id else entry.source)
-        print(f"{entry.name:32}{entry.kind:12}{where:52}{entry.pair or '-'}")
+        measured = "yes" if entry.source in ("embedded", "gguf") else "not run here"
+        print(f"{entry.name:32}{entry.kind:12}{where:52}{entry.pair or '-':28}{measured}")
     registry.load_entry_points()
     for name in registry.model:
         print(f"{name:32}{'unknown':12}{'registered':52}-")

@@ -42,7 +42,7 @@ REPORTED: dict[str, Any] = json.loads(
 KINDS = ["thinking", "instruct"]
 #: Models of each kind in the paper, all that it compares, and the pair that is cheapest to run.
 GROUP = 5
-COMPARED = tuple(name for name, entry in MODELS.items() if entry.hub_id or entry.api_id)
+COMPARED = tuple(name for name, entry in MODELS.items() if entry.of_paper)
 PAIR = ("r1-distill-llama-8b", "llama-3.1-8b-instruct")
 HEATMAP_MODEL = "r1-distill-qwen-1.5b"
 #: A difference is significant below this, after Holm's correction.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def load(
             f"{entry.name}: the files lack {len(drawn)} of the weights of "
             f"{type(hf).__name__}, which would be random numbers: {drawn[0]}, ..."
         )
-    return checked(hf if weights else hf.to(place), tokenizer, entry.name)
+    return checked(
+        hf if weights else hf.to(place), tokenizer, entry.name, template=entry.template
+    )
 
 
 def _registered(name: str, place: torch.device, precision: torch.dtype | None) -> Model:
@@ -91,13 +94,15 @@ def _registered(name: str, place: torch.device, precision: torch.dtype | None) -
     return checked(hf, tokenizer, name)
 
 
-def checked(hf: nn.Module, tokenizer: Any, name: str) -> Model:
+def checked(
+    hf: nn.Module, tokenizer: Any, name: str, *, template: Mapping[str, Any] | None = None
+) -> Model:
     """:func:`~stllms.models.model.wrap`, and the check of what the package relies on.
 
     Raises:
         ModelError: for a model that the package cannot work with, saying what is wrong.
     """
-    model = wrap(hf, tokenizer, name=name)
+    model = wrap(hf, tokenizer, name=name, template=template)
     selfcheck.check(model)
     return model
 

@@ -8,7 +8,7 @@ In transformers 5 the output of a decoder layer *is* the tensor ``h[l]`` of shap
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,17 +69,25 @@ class Model:
 
     Attributes: ``hf`` (the ``transformers`` module, in eval mode, without parameter gradients),
     ``nn`` (the ``nnsight`` model around the same module, for traces and interventions),
-    ``tokenizer``, ``name``, ``n_layers``, ``d_model``, ``device``, ``dtype``, ``layers`` and
-    ``nn_layers`` (the ``L`` decoder layers), ``decoder`` and ``nn_decoder`` (the base model,
-    without the head), ``eos_ids`` (every token that ends a turn), ``pad_id``, ``max_context``
-    (tokens), ``fits`` (rows a batch may have, lowered where memory is short). After the self
-    check: ``norms`` (``L`` median lengths of the residual stream) and ``remarks`` (what the
-    check let through, a line each).
+    ``tokenizer``, ``template`` (options of its chat template), ``name``, ``n_layers``,
+    ``d_model``, ``device``, ``dtype``, ``layers`` and ``nn_layers`` (the ``L`` decoder layers),
+    ``decoder`` and ``nn_decoder`` (the base model, without the head), ``eos_ids`` (every token
+    that ends a turn), ``pad_id``, ``max_context`` (tokens), ``fits`` (rows a batch may have,
+    lowered where memory is short). After the self check: ``norms`` (``L`` median lengths of the
+    residual stream) and ``remarks`` (what the check let through, a line each).
     """
 
-    def __init__(self, hf: nn.Module, tokenizer: Any, *, name: str) -> None:
+    def __init__(
+        self,
+        hf: nn.Module,
+        tokenizer: Any,
+        *,
+        name: str,
+        template: Mapping[str, Any] | None = None,
+    ) -> None:
         self.hf = hf.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self.template = dict(template or {})
         self.name = name
         decoder_path, list_name = find_layers(self.hf)
         self.decoder: nn.Module = self.hf.get_submodule(decoder_path)
@@ -104,16 +112,18 @@ class Model:
     def identity(self) -> dict[str, str | None]:
         """What a chain depends on of the model, by name: ``dtype``, ``weights`` (a checksum of
         every parameter as it is now, so that a change in place counts), ``tokenizer``, ``chat
-        template``, and the ``revision`` that a model of the hub was loaded at."""
+        template`` with its options, and the ``revision`` that a model of the hub was loaded
+        at."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         words = (
             sorted(self.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
         )
+        written = getattr(self.tokenizer, "chat_template", None)
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": digest([_checksum(*item) for item in self.hf.state_dict().items()]),
             "tokenizer": digest(words),
-            "chat template": digest(getattr(self.tokenizer, "chat_template", None)),
+            "chat template": digest([written, self.template] if self.template else written),
             "revision": getattr(self.hf.config, "_commit_hash", None),
         }
 
@@ -171,7 +181,8 @@ class Model:
         """The prompt of a chat, as text and as the ids to be used.
 
         ``messages`` is a task, or a list of ``{"role", "content"}``. The chat template is
-        applied with its generation prompt (method, section 3); a tokenizer without a template
+        applied with its generation prompt and the model's options (method, section 3); a
+        tokenizer without a template
         gets the plain contents and a newline.
         """
         if isinstance(messages, str):
@@ -179,7 +190,7 @@ class Model:
         templated = getattr(self.tokenizer, "chat_template", None) is not None
         if templated:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                list(messages), tokenize=False, add_generation_prompt=True, **self.template
             )
         else:
             text = "\n".join(message["content"] for message in messages) + "\n"
@@ -260,11 +271,18 @@ class Traced(TransformersModel):
         return super()._batch(invokes, fn)
 
 
-def wrap(hf_model: nn.Module, tokenizer: Any, *, name: str) -> Model:
-    """A :class:`Model` around an already built transformers model. Parameters are frozen and
-    the model set to eval mode; nothing is copied and nothing checked."""
+def wrap(
+    hf_model: nn.Module,
+    tokenizer: Any,
+    *,
+    name: str,
+    template: Mapping[str, Any] | None = None,
+) -> Model:
+    """A :class:`Model` around an already built transformers model; ``template`` are options of
+    its chat template. Parameters are frozen and the model set to eval mode; nothing is copied
+    and nothing checked."""
     with quiet():
-        return Model(hf_model, tokenizer, name=name)
+        return Model(hf_model, tokenizer, name=name, template=template)
 
 
 @contextlib.contextmanager
