@@ -1,6 +1,8 @@
 """Train the offline annotator on annotated chains, measure it, write its card.
 
-``python training/offline.py --data FILE... [--labels FILE] [--out FILE or FOLDER]``. A FILE is
+``python training/offline.py`` trains what ships, on the corpus and on chains of the grammar.
+``python training/offline.py --data FILE... [--labels FILE] [--out FILE or FOLDER]`` trains on
+annotated chains of your own. A FILE is
 
 * a released comparison file, a JSON list with ``thinking_process`` and ``annotated_response``;
 * an ``annotations.jsonl`` of ours, with its ``responses.jsonl`` beside it;
@@ -10,8 +12,9 @@ One file should hold the chains of one model. ``--labels`` is a person's own set
 YAML; the weights, for ``--judge offline:FOLDER``, know these labels only.
 
 The truth of a sentence is the label of most of its characters. Nothing is measured on what it
-was trained on: a chain is labelled by a classifier that has seen neither its **model** (file)
-nor its **question**. That matters: all released files answer the same 100 questions.
+was trained on: a chain is labelled by a classifier that has not seen its **question**, nor,
+with ``--unseen models``, any chain of its **model** (file). ``--measure FILE...`` adds how the
+finished classifier does on chains that take no part in the training.
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -34,7 +40,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_fscore_support
 
 from stllms.annotation import annotators, markup, offline, placing, sentences
-from stllms.annotation.agreement import kappa, label_indices
+from stllms.annotation.agreement import kappa, label_indices, one_against_all
 from stllms.labels import PAPER, LabelSet
 from stllms.records import (
     Annotation,
@@ -47,8 +53,14 @@ from stllms.records import (
 from stllms.runs.files import BadFile, read_json
 from stllms.runs.store import Rows
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from training import chains as grammar
+from training import corpus, families
+
 #: Inverse strength of the penalty on the squared weights.
-PENALTY = 0.02
+PENALTY = 0.5
+#: Chains of the grammar in the shipped annotator, of questions that the fixtures trained on.
+GRAMMAR = 300
 #: Features of fewer training sentences are left out: no loss, and three times as fast.
 LEAST = 3
 #: The network: rows ``2 ** HIDDEN_BITS`` of hashed words, hidden units, passes over the data.
@@ -122,6 +134,21 @@ def sentence_labels(
     return found
 
 
+def grammar_chains(count: int) -> list[Chain]:
+    """Chains of the grammar on questions of its training part, with their true labels; their
+    source is ``grammar``."""
+    rng, found = Random("offline"), []
+    while len(found) < count:
+        puzzle = families.draw(rng)
+        if grammar.part_of(puzzle.question) == "train":
+            drawn = grammar.chain(rng, puzzle)
+            text, one = _joined(drawn.sentences, puzzle.question)
+            places = sentences.split(text)
+            truth = sentence_labels(one, text, places)
+            found.append(Chain("grammar", puzzle.question, text, places, truth))
+    return found
+
+
 def _own(path: Path) -> list[tuple[str, Annotation]]:
     beside = path.with_name("responses.jsonl")
     made = from_rows(Rows(beside, ("task_id",)).load(), response_from_row, beside)
@@ -147,16 +174,22 @@ def _written(path: Path, labels: LabelSet) -> list[tuple[str, Annotation]]:
                 f"{where}: expected a chain with question (or task_id) and segments, each with "
                 "label and text"
             ) from None
-        placed, text = [], ""
         for label, part in parts:
             if label not in labels.names:
                 known = ", ".join(labels.names)
                 raise BadFile(f"{where}: label {label!r} of {part!r:.60} is not among {known}")
-            start = len(text) + bool(text)
-            text = f"{text} {part}" if text else part
-            placed.append(PlacedSegment(label, part, start, len(text)))
-        pairs.append((text, placing.annotation(placing.place(placed, text), question, "own")))
+        pairs.append(_joined(parts, question))
     return pairs
+
+
+def _joined(parts: Sequence[tuple[str, str]], question: str) -> tuple[str, Annotation]:
+    """(label, text) pairs as one text, joined by blanks, and its annotation."""
+    placed, text = [], ""
+    for label, part in parts:
+        start = len(text) + bool(text)
+        text = f"{text} {part}" if text else part
+        placed.append(PlacedSegment(label, part, start, len(text)))
+    return text, placing.annotation(placing.place(placed, text), question, "own")
 
 
 def _released(path: Path, labels: LabelSet) -> list[tuple[str, Annotation]]:
@@ -219,7 +252,7 @@ def fit(data: Data, metadata: dict[str, Any] | None = None) -> offline.Classifie
 def fit_linear(rows, truth: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
     """Multinomial logistic regression."""
     used = np.flatnonzero(np.bincount(rows.indices, minlength=rows.shape[1]) >= LEAST)
-    model = LogisticRegression(C=PENALTY, max_iter=60, tol=1e-3)
+    model = LogisticRegression(C=PENALTY, max_iter=300, tol=1e-3)
     model.fit(rows[:, used], truth, weight)
     coefficients, bias = model.coef_, model.intercept_
     if len(coefficients) == 1:  # of two labels scikit-learn keeps the log odds of the second
@@ -290,10 +323,12 @@ def row_weights(chains: Sequence[Chain]) -> np.ndarray:
 # --- predictions for chains that were not trained on -------------------------------------
 
 
-def cross_predict(data: Data) -> np.ndarray:
-    """Probabilities ``[n, N]`` of every row from rows of other sources *and* other questions;
-    with a single source, from rows of other questions."""
+def cross_predict(data: Data, unseen: str = "questions") -> np.ndarray:
+    """Probabilities ``[n, N]`` of every row from rows of other questions; with ``unseen``
+    ``models`` from rows of other sources *and* other questions."""
     fold = data.question % FOLDS
+    if unseen == "questions":
+        data = replace(data, source=np.zeros_like(data.source))
     sources = np.unique(data.source)
     found = np.full((len(data.truth), len(data.names)), np.nan)
     for left_out in sources:
@@ -322,8 +357,13 @@ def best_correction(probabilities: np.ndarray, truth: np.ndarray) -> float:
     return float(CORRECTIONS[int(np.argmax(kappas))])
 
 
-def cross_decide(probabilities: np.ndarray, data: Data) -> np.ndarray:
-    """Labels of every row; the correction too is chosen on the other sources."""
+def cross_decide(
+    probabilities: np.ndarray, data: Data, unseen: str = "questions"
+) -> np.ndarray:
+    """Labels of every row; with ``unseen`` ``models`` the correction too is chosen on the other
+    sources."""
+    if unseen == "questions":
+        data = replace(data, source=np.zeros_like(data.source))
     chosen = np.zeros(len(data.truth), dtype=int)
     for one in np.unique(data.source):
         here = data.source == one
@@ -358,11 +398,7 @@ def measure(
     """
     known, n = data.truth >= 0, len(data.names)
     said = [chain.text[slice(*place)] for chain in chains for place in chain.places]
-    index = [i for chain in chains for i in range(len(chain.places))]
-    by_rules = None
-    if data.names == PAPER.names:
-        heard = [sentences.label(text, i) for text, i in zip(said, index, strict=True)]
-        by_rules = np.array([data.names.index(label) for label in heard])[known]
+    by_rules = heard(chains)[known] if data.names == PAPER.names else None
     without, data, chosen = int((~known).sum()), data[known], chosen[known]
     probabilities, said = probabilities[known], [said[i] for i in np.flatnonzero(known)]
     truth, table = data.truth, confusion(data.truth, chosen, n)
@@ -385,13 +421,14 @@ def measure(
         "labels": list(data.names),
         "kappa": kappa(table),
         "kappa_interval": _kappa_interval(tables),
+        "by_source": _by_source(data.source, data.chain, tables, names),
         "kappa_by_length": kappa(confusion(truth, chosen, n, size)),
         "accuracy": float((truth == chosen).mean()),
         "log_loss": float(-np.log(probabilities[np.arange(len(truth)), truth]).mean()),
         "rules": rules,
         "judge_with_itself": _repeats(said, truth, n),
         "confusion": table.tolist(),
-        "per_label": _per_label(truth, chosen, data.names),
+        "per_label": _per_label(truth, chosen, tables, data.names),
         "fractions": _fractions(data.source, ways, names),
         "shrinkage": _shrinkage(data.chain, ways, data.names),
         "calibration": _calibration(truth, probabilities),
@@ -403,6 +440,24 @@ def _kappa_interval(tables: np.ndarray) -> list[float]:
     draws = np.random.default_rng(0).integers(len(tables), size=(RESAMPLES, len(tables)))
     kappas = [kappa(tables[draw].sum(axis=0)) for draw in draws]
     return np.percentile(kappas, [2.5, 97.5]).tolist()
+
+
+def _by_source(source, chain, tables: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Chains, sentences and kappa of each source."""
+    of = pd.Series(source).groupby(chain).first()
+    return {name: _agreed(tables[of.index[of == k]]) for k, name in enumerate(names)}
+
+
+def _agreed(tables: np.ndarray) -> dict[str, Any]:
+    """Chains, sentences and kappa with its interval, from the confusions of chains."""
+    whole = tables.sum(axis=0)
+    return {
+        "chains": len(tables),
+        "sentences": int(whole.sum()),
+        "kappa": kappa(whole),
+        "kappa_interval": _kappa_interval(tables),
+        "labels": [kappa(one_against_all(whole, i)) for i in range(len(whole))],
+    }
 
 
 def _repeats(said: Sequence[str], truth: np.ndarray, n: int) -> dict[str, float]:
@@ -417,16 +472,50 @@ def _repeats(said: Sequence[str], truth: np.ndarray, n: int) -> dict[str, float]
 
 
 def _per_label(
-    truth: np.ndarray, chosen: np.ndarray, names: Sequence[str]
-) -> dict[str, dict[str, float]]:
+    truth: np.ndarray, chosen: np.ndarray, tables: np.ndarray, names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     scores = precision_recall_fscore_support(
         truth, chosen, labels=range(len(names)), zero_division=np.nan
     )
     keys = ("precision", "recall", "f1", "sentences")
-    return {
-        name: dict(zip(keys, (score.item() for score in row), strict=True))
-        for name, row in zip(names, zip(*scores, strict=True), strict=True)
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for i, (name, row) in enumerate(zip(names, zip(*scores, strict=True), strict=True)):
+        mine = one_against_all(tables, i)
+        found[name] = dict(zip(keys, (score.item() for score in row), strict=True))
+        found[name]["kappa"] = kappa(mine.sum(axis=0))
+        found[name]["kappa_interval"] = _kappa_interval(mine)
+    return found
+
+
+def abroad(model: offline.Classifier, paths: Sequence[str | Path]) -> dict[str, Any]:
+    """How the finished classifier does on the chains of files that it never saw: by file, and
+    the cue words of ``lexical`` beside."""
+    found, n = {}, len(model.labels)
+    for path in paths:
+        chains = read_chains(path)
+        data = prepare(chains, [chains[0].source])
+        found_here = np.zeros((len(chains), n, n))
+        for i, chain in enumerate(chains):
+            chosen = model.decide(
+                model.probabilities(offline.of_chain(chain.text, chain.places))
+            )
+            known = chain.truth >= 0
+            np.add.at(found_here[i], (chain.truth[known], chosen[known]), 1)
+        rules, known = heard(chains), data.truth >= 0
+        cues = kappa(confusion(data.truth[known], rules[known], n))
+        found[Path(path).name] = _agreed(found_here) | {"rules": cues}
+    return found
+
+
+def heard(chains: Sequence[Chain]) -> np.ndarray:
+    """The label of every sentence by its cue words alone."""
+    return np.array(
+        [
+            PAPER.names.index(sentences.label(chain.text[slice(*place)], i))
+            for chain in chains
+            for i, place in enumerate(chain.places)
+        ]
+    )
 
 
 def _means(rows: np.ndarray, by: np.ndarray) -> np.ndarray:
@@ -487,17 +576,18 @@ _PAGE = """\
 # The offline annotator: what it is worth
 
 Written by `python training/offline.py`; do not edit. Every prediction below is for a
-{unseen}
-The truth is the judge's label of most of a sentence's characters. Trained on {chains}
-chains, {sentences:,} labelled sentences; the weights take {megabytes:.2f} MB.
+{which}
+The truth is the given label of most of a sentence's characters. Trained on {chains}
+chains, {sentences:,} labelled sentences; the weights take {megabytes:.2f} MB; it labels
+{speed:,.0f} sentences a second (on {threads} threads of the machine that wrote this).
 
 {summary}
 
-The interval is 95 % of resampled chains. Weighing sentences by their length, kappa is
-{kappa_by_length:.3f}. The judge's own agreement is a ceiling, measured on
-{judge_with_itself[pairs]:,} pairs of sentences that occur again word for word. Penalty, sizes
+Intervals are 95 % of resampled chains. Weighing sentences by their length, kappa is
+{kappa_by_length:.3f}. Who gave the labels agrees with themselves on sentences that occur again
+word for word ({judge_with_itself[pairs]:,} pairs) at the kappa of the last row. Penalty, sizes
 and features were chosen on this same cross-validation: expect slightly less on your own chains.
-
+{elsewhere}
 ## Good for
 * contrasts between groups of chains and the direction of an effect, without an API or its cost;
 * label fractions of a set of chains: use `ledger["expected"]`, the mean of the probabilities,
@@ -509,15 +599,15 @@ and features were chosen on this same cross-validation: expect slightly less on 
   points on average, and up to {worst:.1f};
 * the size of an effect: differences between chains, steering effects among them, come out
   shrunk to about {slope_expected:.0f} % (expected) or
-  {slope_labels:.0f} % (labels) of those that the judge sees (slopes below);
-* single sentences, other languages than English, or a judge with another prompt: train on its
-  replies instead (`python training/offline.py --data annotations.jsonl`).
+  {slope_labels:.0f} % (labels) of those that the given labels show (slopes below);
+* single sentences, other languages than English, or chains of another style than it was trained
+  on: train on labels of your own then (`python training/offline.py --data annotations.jsonl`).
 
 ## Labels
 {per_label_table}
 
 ## Confusion, in sentences
-Rows the judge, columns this annotator.
+Rows the given labels, columns this annotator.
 
 {confusion_table}
 
@@ -535,8 +625,15 @@ _UNSEEN = """\
 chain whose model **and** question the classifier had not seen: each of the
 {} files left out in turn, crossed with five folds of questions."""
 _UNSEEN_QUESTIONS = """\
-chain whose question the classifier had not seen, in five folds of questions. All chains
-come from one file: on those of another model expect less."""
+chain whose question the classifier had not seen, in five folds of questions. It had seen
+other chains of the same source: on those of another model expect less."""
+_ELSEWHERE = """
+## On chains of others
+Measured, not trained on. The labels of these files are those of another school (a judge with
+another prompt, other texts), and that is what a run on a model of your own looks like.
+
+{}
+"""
 
 
 def page(n: dict[str, Any]) -> str:
@@ -544,8 +641,11 @@ def page(n: dict[str, Any]) -> str:
     files = len(n["fractions"]["sources"])
     errors, slopes = n["fractions"]["errors"]["expected"], n["shrinkage"].values()
     return _PAGE.format(
-        **n,
-        unseen=_UNSEEN.format(files) if files > 1 else _UNSEEN_QUESTIONS,
+        **{name: value for name, value in n.items() if name != "elsewhere"},
+        which=_UNSEEN.format(files) if n["unseen"] == "models" else _UNSEEN_QUESTIONS,
+        elsewhere=_ELSEWHERE.format(_agreement_table(n["elsewhere"], n["labels"]))
+        if n["elsewhere"]
+        else "",
         megabytes=n["weights_bytes"] / 1e6,
         summary=_summary(n),
         error=100 * n["fractions"]["mean_error"]["expected"],
@@ -556,6 +656,7 @@ def page(n: dict[str, Any]) -> str:
             [
                 "label",
                 "sentences",
+                "kappa",
                 "precision",
                 "recall",
                 "F1",
@@ -563,7 +664,7 @@ def page(n: dict[str, Any]) -> str:
                 "slope labels",
             ],
             [
-                [name, row["sentences"]]
+                [name, row["sentences"], _with_interval(row)]
                 + [f"{row[key]:.2f}" for key in ("precision", "recall", "f1")]
                 + [f"{n['shrinkage'][name][key]:.2f}" for key in ("expected", "labels")]
                 for name, row in n["per_label"].items()
@@ -598,19 +699,39 @@ def page(n: dict[str, Any]) -> str:
 def _summary(n: dict[str, Any]) -> str:
     errors = {way: f"{100 * error:.1f}" for way, error in n["fractions"]["mean_error"].items()}
     own = f"{errors['expected']} expected, {errors['labels']} labels"
-    low, high = n["kappa_interval"]
-    kappas = f"{n['kappa']:.3f} ({low:.3f} to {high:.3f})"
+    sources = [
+        [f"this annotator, on {name}", _with_interval(one), "", ""]
+        for name, one in n["by_source"].items()
+        if len(n["by_source"]) > 1
+    ]
     rules, itself = n["rules"], n["judge_with_itself"]["kappa"]
     cues = []
     if rules:
         numbers = f"{rules['kappa']:.3f}", f"{rules['accuracy']:.3f}", errors["rules"]
         cues = [["cue words (`lexical`)", *numbers]]
     return _table(
-        ["", "kappa", "accuracy", "error of a model's fractions, points"],
+        ["", "kappa", "accuracy", "error of a source's fractions, points"],
         [
-            ["this annotator", kappas, f"{n['accuracy']:.3f}", own],
+            ["this annotator", _with_interval(n), f"{n['accuracy']:.3f}", own],
+            *sources,
             *cues,
-            ["the judge, on repeated sentences", f"{itself:.3f}", "", ""],
+            ["the given labels, on repeated sentences", f"{itself:.3f}", "", ""],
+        ],
+    )
+
+
+def _with_interval(row: dict[str, Any]) -> str:
+    low, high = row["kappa_interval"]
+    return f"{row['kappa']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _agreement_table(rows: dict[str, Any], labels: Sequence[str]) -> str:
+    return _table(
+        ["file", "chains", "sentences", "kappa", "cue words", *labels],
+        [
+            [name, row["chains"], row["sentences"], _with_interval(row), f"{row['rules']:.2f}"]
+            + [f"{value:.2f}" for value in row["labels"]]
+            for name, row in rows.items()
         ],
     )
 
@@ -653,10 +774,17 @@ def prepare(chains: Sequence[Chain], names: Sequence[str], labels: LabelSet = PA
 
 
 def train(
-    paths: Sequence[str | Path], out: str | Path, labels: LabelSet = PAPER
+    paths: Sequence[str | Path],
+    out: str | Path,
+    labels: LabelSet = PAPER,
+    *,
+    unseen: str = "questions",
+    of_grammar: int = 0,
+    elsewhere: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
-    """Train on ``paths``, write ``out``, ``<out>_card.md`` and ``<out>_card.json``; where
-    ``out`` is no ``.npz``, into a folder, under the names of the shipped ones.
+    """Train on ``paths`` and on ``of_grammar`` chains of the grammar, write ``out``,
+    ``<out>_card.md`` and ``<out>_card.json``; where ``out`` is no ``.npz``, into a folder,
+    under the names of the shipped ones. What is measured: the module's text.
 
     Raises:
         ValueError: files without chains, fewer than two labels, or a label that a fold of the
@@ -668,18 +796,24 @@ def train(
     if len(labels.names) < 2:
         raise ValueError(f"labels {labels.name!r}: give at least two labels to tell apart")
     chains = [chain for path in paths for chain in read_chains(path, labels)]
+    chains += grammar_chains(of_grammar)
     names = sorted({chain.source for chain in chains})
     if not chains:
         raise ValueError(f"{', '.join(map(str, paths))}: no labelled chain to train on")
     data = prepare(chains, names, labels)
-    probabilities = cross_predict(data)
-    chosen = cross_decide(probabilities, data)
+    probabilities = cross_predict(data, unseen)
+    chosen = cross_decide(probabilities, data, unseen)
     digests = {Path(p).name: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths}
     correction = best_correction(probabilities, data.truth)
     out.parent.mkdir(parents=True, exist_ok=True)
+    if of_grammar:
+        digests["grammar"] = str(of_grammar)
     save(replace(fit(data, {"trained_on": digests}), correction=correction), out)
     numbers = measure(chains, data, probabilities, chosen, names)
     numbers |= {"trained_on": digests, "correction": correction, "penalty": PENALTY}
+    model = offline.Classifier.load(out)
+    numbers |= {"unseen": unseen, "elsewhere": abroad(model, elsewhere)}
+    numbers |= {"speed": _speed(model, chains), "threads": torch.get_num_threads()}
     text = json.dumps(numbers | {"weights_bytes": out.stat().st_size})
     numbers = json.loads(text, parse_float=lambda number: round(float(number), 5))
     stem = out.with_name(out.stem + "_card")
@@ -688,17 +822,33 @@ def train(
     return numbers
 
 
+def _speed(model: offline.Classifier, chains: Sequence[Chain]) -> float:
+    """Sentences a second, features included."""
+    some, began = chains[:100], time.perf_counter()
+    for chain in some:
+        model.probabilities(offline.of_chain(chain.text, chain.places))
+    return sum(len(chain.places) for chain in some) / (time.perf_counter() - began)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="(default: what ships)")
     parser.add_argument("--labels", metavar="FILE", help="your own labels, as YAML")
     parser.add_argument("--out", default="offline.npz", metavar="FILE", help="or a folder")
+    parser.add_argument("--unseen", choices=("questions", "models"), default="questions")
+    parser.add_argument("--measure", nargs="*", default=(), metavar="FILE")
     options = parser.parse_args(arguments)
     labels = LabelSet.load(options.labels) if options.labels else PAPER
-    numbers = train(options.data, options.out, labels)
-    unseen = "models and questions" if len(options.data) > 1 else "questions"
-    print(f"kappa {numbers['kappa']:.3f} on unseen {unseen}; wrote {options.out}")
+    numbers = train(
+        options.data or [corpus.FOLDER / "chains.jsonl"],
+        options.out,
+        labels,
+        unseen=options.unseen,
+        of_grammar=0 if options.data else GRAMMAR,
+        elsewhere=options.measure,
+    )
+    print(f"kappa {numbers['kappa']:.3f} on unseen {options.unseen}; wrote {options.out}")
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ def compare(
         quantities[f"{name}, difference"] = known
     for i, name in enumerate(labels.names):
         quantities[f"{name}, kappa"] = (
-            kappa(_one_against_all(total, i)),
-            *_interval(_kappas(_one_against_all(drawn, i))),
+            kappa(one_against_all(total, i)),
+            *_interval(_kappas(one_against_all(drawn, i))),
         )
     return Agreement(second[0].annotator if second else "", shares, quantities)
 
@@ -251,7 +251,7 @@ def _counts(
     return counts
 
 
-def _one_against_all(confusions: np.ndarray, i: int) -> np.ndarray:
+def one_against_all(confusions: np.ndarray, i: int) -> np.ndarray:
     """``[..., N, N]`` -> ``[..., 2, 2]``: label ``i``, and all others as one."""
     both, first, second = (
         confusions[..., i, i],
