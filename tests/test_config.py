@@ -102,7 +102,7 @@ def test_profiles_are_those_of_the_design():
     assert rows == {
         "smoke": (16, 8, 96, 0.65, 2),
         "default": (200, 60, 256, 0.65, 10),
-        "laptop": (500, 50, 250, 0.6, 10),
+        "laptop": (500, 50, 400, 0.6, 10),
         "full": (1000, 400, 256, 0.65, 20),
         "paper": (500, 50, 1000, 0.0, 10),
     }
@@ -155,9 +155,14 @@ def test_every_profile_finds_its_tasks_in_messages(profile, task_set):
     ],
 )
 def test_what_auto_means(model, judge, annotator, tasks, models, monkeypatch):
-    monkeypatch.setattr(registry, "missing_packages", lambda name: ("gguf",))
+    monkeypatch.setattr(registry, "missing_packages", not_here)
     made = RunConfig(model=model, judge=judge)
     assert (made.annotator, made.task_set, made.models) == (annotator, tasks, models)
+
+
+def not_here(name: str) -> tuple[str, ...]:
+    """Nothing of the extra smollm2 is installed."""
+    return ("gguf",) if name.startswith("smol") else ()
 
 
 @pytest.mark.parametrize(
@@ -174,8 +179,16 @@ def test_what_auto_means(model, judge, annotator, tasks, models, monkeypatch):
 def test_smollm2_joins_an_embedded_model_where_it_is_installed(options, joins, monkeypatch):
     monkeypatch.setattr(registry, "missing_packages", lambda name: ())
     assert ("smollm2" in RunConfig(**options).models) == joins
-    monkeypatch.setattr(registry, "missing_packages", lambda name: ("gguf",))
+    monkeypatch.setattr(registry, "missing_packages", not_here)
     assert "smollm2" not in RunConfig(**options).models
+
+
+def test_a_model_that_ships_is_compared_with_its_pair(monkeypatch):
+    monkeypatch.setattr(registry, "missing_packages", lambda name: ())
+    assert RunConfig(model="smol-thinker").models == ("smol-thinker", "smollm2")
+    assert RunConfig(model="smollm2").models == ("smollm2", "smol-thinker")
+    monkeypatch.setattr(registry, "missing_packages", not_here)
+    assert RunConfig(model="smollm2").models == ("smollm2",)
 
 
 def test_compared_models_are_normalised_and_named_once():

