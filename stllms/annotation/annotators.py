@@ -3,7 +3,7 @@
 ==================  =====================================================================
 ``grammar``         the truth about the embedded models' chains, from their own grammar
 ``lexical``         cue words and a few rules; no training, no dependence on a judge
-``offline``         a sentence classifier trained on published annotations (offline_card.md)
+``offline``         a sentence classifier trained on our own labelled chains (offline_card.md)
 ``offline:FOLDER``  one trained on a person's own labels (``training/offline.py``)
 ``openai:MODEL``    a language model as judge, through any OpenAI-compatible server
 ``replay:FOLDER``   the stored replies of a judge
