@@ -152,8 +152,9 @@ def held_out_loss(model: Any, examples: Sequence[Example], recipe: Recipe) -> di
             for label, value in zip(one.labels, row[one.start - 1 :].tolist(), strict=False):
                 sums[label].append(value)
     model.train()
-    means = {name: np.mean(sums[name]) for name in (*corpus.LABELS, ANSWER) if name in sums}
-    return {"all": np.mean([value for values in sums.values() for value in values]), **means}
+    sums = {"all": [value for values in sums.values() for value in values], **sums}
+    names = ("all", *corpus.LABELS, ANSWER)
+    return {name: float(np.mean(sums[name])) for name in names if name in sums}
 
 
 def train(
@@ -225,7 +226,7 @@ def _checkpoint(out: Path, model, stepper, recipe: Recipe, chains: int, state: d
     torch.save(
         {
             "recipe": {**asdict(recipe), "chains": chains},
-            "model": peft.get_peft_model_state_dict(model),
+            "model": peft.get_peft_model_state_dict(model, save_embedding_layers=False),
             "stepper": stepper.state_dict(),
             "state": state,
         },

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,9 @@ def _adapted(hf: nn.Module, tokenizer: Any, folder: Path) -> nn.Module:
     chat template beside it."""
     import peft  # of the extra smollm2
 
-    with quiet():
+    with quiet(), warnings.catch_warnings():
+        # peft asks transformers by a name that transformers 5.23 calls deprecated.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         merged = peft.PeftModel.from_pretrained(hf, folder).merge_and_unload()
     tokenizer.chat_template = (folder / "chat_template.jinja").read_text("utf-8")
     return merged
