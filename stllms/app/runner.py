@@ -60,6 +60,12 @@ class Job(NamedTuple):
         return self.folder.lock(self.stage, reading=stages.REQUIRES[self.stage])
 
 
+#: What a run of an embedded model says first.
+FIXTURE = (
+    "{} is a fixture, built to be steerable: it shows that the pipeline works and says nothing "
+    "about real models (a real one: --model smol-thinker --profile laptop)"
+)
+
 # -- what is to be run ---------------------------------------------------------------------
 
 
@@ -86,6 +92,8 @@ def run(
     for job in chosen:
         stages.check(*job)
     places = [shown(path) for path in dict.fromkeys(job.folder.path for job in chosen)]
+    for name in dict.fromkeys(one.model for one in configs if one.embedded and not quiet):
+        print(FIXTURE.format(name))
     if todo := _pending(chosen):
         _say("done already", [job for job in chosen if job not in todo])
         _say("needed first", [job for job in todo if job not in chosen])
