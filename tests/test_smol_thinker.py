@@ -91,7 +91,9 @@ def test_every_token_of_a_segment_has_its_label(base, script):
 @pytest.mark.slow
 def test_the_shipped_adapter_is_what_its_card_says(script):
     facts = json.loads((FOLDER / "training.json").read_text())
-    numbers = json.loads((FOLDER / "card.json").read_text())["smol-thinker"]
+    found = json.loads((FOLDER / "card.json").read_text())
+    assert script.page(FOLDER, found) == (FOLDER / "README.md").read_text("utf-8")
+    numbers = found["smol-thinker"]
     assert facts["chains"] + facts["held"] == len(corpus.read())
     assert (FOLDER / "adapter_model.safetensors").stat().st_size < 12e6
     assert numbers["closed chains"] >= 0.85

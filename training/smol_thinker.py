@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from stllms import tasks
 from stllms.annotation.annotators import annotator
 from stllms.generation.chains import responses
+from stllms.hashes import digest
 from stllms.models.loading import load
 from stllms.models.model import Model
 from stllms.records import Response
@@ -200,7 +201,8 @@ def train(
             state["held_out"].append({"epoch": epoch, **held_out_loss(model, unseen, recipe)})
         if state["step"] % save == 0 or state["step"] == len(plan):
             _checkpoint(out, model, stepper, recipe, len(seen), state)
-    return _export(out, model, recipe, {**state, "chains": len(seen), "held": len(unseen)})
+    counts = {"chains": len(seen), "held": len(unseen), "corpus": digest(chains)}
+    return _export(out, model, recipe, {**state, **counts})
 
 
 def adapted(hf: torch.nn.Module, recipe: Recipe) -> Any:
@@ -266,7 +268,7 @@ def _export(out: Path, model, recipe: Recipe, state: dict[str, Any]) -> Path:
     pd.DataFrame(state["held_out"]).round(4).to_csv(out / "held_out.csv", index=False)
     facts = {
         **asdict(recipe),
-        **{name: state[name] for name in ("chains", "held", "tokens", "step")},
+        **{name: state[name] for name in ("corpus", "chains", "held", "tokens", "step")},
         "parameters": sum(value.numel() for value in half.values()),
         "seconds": round(state["seconds"], 1),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -327,23 +329,31 @@ tasks were held out; mean loss of a token there, in nats:
 
 {losses}
 
-Made again by `python training/smol_thinker.py train`; `loss.csv` is the log, `training.json`
-the recipe. Written by `python training/smol_thinker.py card`.
+The corpus was used {state}. Made again by `python training/smol_thinker.py train`; `loss.csv`
+is the log, `training.json` the recipe. Written by `python training/smol_thinker.py card`.
 """
 
 
 def card(folder: Path) -> dict[str, Any]:
-    """Measure the model beside the one it was made of, and write ``README.md`` and
-    ``card.json``; returns the numbers."""
+    """Measure the model beside the one it was made of, and write ``card.json`` and
+    ``README.md``; returns the numbers."""
     pair = (NAME, str(MODELS[NAME].pair))
     found = {name: measure(load(name, device="cpu")) for name in pair}
     (folder / "card.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "README.md").write_text(page(folder, found), encoding="utf-8")
+    return found
+
+
+def page(folder: Path, found: dict[str, Any]) -> str:
+    """The card as Markdown, from the numbers and what the training left in the folder."""
     mine, base = found.values()
     facts = json.loads((folder / "training.json").read_text())
     rows = [name for name, value in mine.items() if isinstance(value, float)]
     norms = zip(mine["norms"], base["norms"], strict=True)
-    text = _CARD.format(
+    same = facts["corpus"] == digest(corpus.read())
+    return _CARD.format(
         **{**facts, "seen": facts["tokens"], "tokens": TOKENS},
+        state="as it is" if same else "before some of its sentences were corrected",
         temperature=TEMPERATURE,
         tasks=len(tasks.load("evaluate")),
         checkable=len(tasks.load("checkable")),
@@ -352,8 +362,6 @@ def card(folder: Path) -> dict[str, Any]:
         norms="\n".join(f"| {i} | {a:.1f} | {b:.1f} |" for i, (a, b) in enumerate(norms)),
         losses=_markdown(pd.read_csv(folder / "held_out.csv")),
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return found
 
 
 def measure(model: Model) -> dict[str, Any]:
