@@ -143,11 +143,11 @@ def _api(name: str, display: str, api_id: str, kind: Kind, **more: Any) -> Model
 
 #: Layers at which the embedded thinking model is steered: the best of the sweep beside its
 #: folder.
-TINY_THINKER_LAYERS: dict[str, int] = _layers(4, 4, 3, 4)
+TINY_THINKER_LAYERS: dict[str, int] = _layers(4, 4, 4, 4)
 #: The largest coefficient of each behaviour that leaves the text whole there, for the sign
 #: ``+`` of ``results/reference/full/tiny-thinker/steering_suggested.csv``.
 TINY_THINKER_COEFFICIENTS: dict[str, float] = {
-    "backtracking": 2.0,
+    "backtracking": 1.0,
     "uncertainty-estimation": 1.0,
     "example-testing": 1.0,
     "adding-knowledge": 1.0,

@@ -48,7 +48,6 @@ TINY = train.Recipe(
     kv_heads=1,
     intermediate=16,
     warmup=1,
-    noise_steps=(0, 2),
 )
 
 
@@ -89,9 +88,11 @@ def test_prompts_are_those_of_the_package(tokenizers, style):
     for _ in range(20):
         chain = train.sample(rng, style)
         opened, written = train.encode(chain, style, tokenizers[style])
-        text, ids = prompts.opening(model, Task("t", "c", chain.content))
+        text, ids = prompts.opening(model, Task("t", "c", chain.puzzle.question))
         assert tuple(opened) == ids
-        made = prompts.response(model, Task("t", "c", chain.content), (text, ids), written)
+        made = prompts.response(
+            model, Task("t", "c", chain.puzzle.question), (text, ids), written
+        )
         assert made.finished
         assert made.closed
         assert grammar.read_answer(made.answer) == chain.puzzle.answer
@@ -120,33 +121,6 @@ def test_held_out_questions_are_never_drawn(monkeypatch):
     monkeypatch.setattr(chains, "part_of", lambda q: "train" if "table" in q else "build")
     for style in STYLES:
         assert "table" in train.sample(rng, style).puzzle.question
-
-
-def test_the_hook_of_the_noise_is_gone_after_an_exception(tokenizers):
-    model = train.build_model(TINY, tokenizers["thinker"]).eval()
-    ids = torch.tensor([[5, 6, 7], [5, 6, 7]])
-    with torch.no_grad():
-        clean = model.model(input_ids=ids).last_hidden_state
-        vectors = torch.zeros(2, 1, TINY.hidden)
-        vectors[1, 0, 3] = 1.0
-        with train.noise(model, 0, vectors):
-            noisy = model.model(input_ids=ids).last_hidden_state
-        with pytest.raises(RuntimeError, match="stop"), train.noise(model, 0, vectors):
-            raise RuntimeError("stop")
-        after = model.model(input_ids=ids).last_hidden_state
-    assert torch.equal(clean, after)
-    assert torch.equal(clean[0], noisy[0]), "a row without a vector stays as it is"
-    assert not torch.allclose(clean[1], noisy[1])
-    assert not model.model.layers[0]._forward_hooks
-
-
-def test_noise_vectors_have_the_share_and_the_length_of_the_recipe():
-    generator = torch.Generator().manual_seed(0)
-    lengths = train.random_vectors(4000, TINY, generator).norm(dim=-1).flatten()
-    share = (lengths > 0).float().mean().item()
-    assert share == pytest.approx(TINY.noise_share, abs=0.03)
-    assert lengths.max() <= TINY.noise_scale
-    assert lengths[lengths > 0].mean().item() == pytest.approx(TINY.noise_scale / 2, abs=0.03)
 
 
 def test_the_rate_warms_up_stays_falls_to_nothing_and_begins_again_at_a_half():

@@ -1,20 +1,22 @@
 """Chains of the grammar, drawn with their true labels, and the questions of its parts.
 
-A chain is what ``tiny-thinker`` is trained on: it opens the task, walks through the deductions
-of the puzzle and says other things besides. Which ones is decided by its *temperament*: with
-probability .45 one of the four steered behaviours dominates the chain (half of the questions
-end in a hint at it), and a behaviour tends to be followed by itself. These two facts make the
-behaviours persistent states of a chain, hence steerable. ``tiny-instruct`` is trained on the
-plain style of the same puzzles: no tags, no temperament, hardly any backtracking.
+A chain is what ``tiny-thinker`` is trained on: it opens the task and goes through *phases*,
+each of one of the four steered behaviours. A phase opens with a sentence of its behaviour and
+mixes such sentences with the deductions of the puzzle; after every sentence it may end, and the
+next one is of another behaviour, rather of one that the chain did not have yet. So a behaviour
+is a persistent state of a stretch of the chain, hence steerable.
+``tiny-instruct`` is trained on the plain style of the same puzzles: no tags, no phases, hardly
+any backtracking.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import cycle, islice, takewhile
+from itertools import cycle, islice
 from random import Random
 
 from stllms.fixtures.grammar import CONCLUSIONS, FINAL, WORDINGS
@@ -23,18 +25,10 @@ from stllms.records import Task
 from training import families
 from training.families import LEXICON, Puzzle
 
-#: What half of the questions end with, by the behaviour that it hints at.
-HINTS: dict[str, list[str]] = LEXICON["hints"]
-
 #: How unevenly the wordings of a behaviour are used (:func:`zipf`). One wording of a deduction
 #: ("So ...") is far more frequent than any other sentence, the wordings of the rest are spread
-#: over many first words: greedy decoding then deduces and ends, whatever the temperament.
-EXPONENTS = {
-    "deduction": 1.3,
-    "initializing": 0.7,
-    "uncertainty-estimation": 0.5,
-    "backtracking": 0.4,
-}
+#: over many first words: greedy decoding then comes to the deductions, and to an end.
+EXPONENTS = {"deduction": 0.9, "initializing": 0.7}
 EXPONENT = 0.25
 
 
@@ -46,17 +40,17 @@ def zipf(label: str) -> list[float]:
 
 # --- chains ------------------------------------------------------------------------------
 
-#: Chance that a chain has a temperament, given a hint in its question or none.
-HINTED, UNHINTED = 0.70, 0.20
+#: Chance that a phase ends after a sentence, and that a sentence in it is a deduction.
+_LEAVE, _DEDUCE = 0.35, 0.45
+#: How much less likely a phase is with every phase of its behaviour that the chain had before.
+_FRESH = 3
+#: Chance to conclude after a deduction once every step of the puzzle is said. The end hangs on
+#: what was just said and not on a count, so that greedy decoding ends as well.
+_CONCLUDE = 0.5
+#: Sentences after which only deductions follow.
+_LONG = 20
 
-#: Shares of the behaviours after the opening: without a temperament, and in the plain style.
-_BALANCED = {
-    "deduction": 0.42,
-    "adding-knowledge": 0.16,
-    "example-testing": 0.14,
-    "uncertainty-estimation": 0.15,
-    "backtracking": 0.13,
-}
+#: Shares of the behaviours after the opening in the plain style.
 _PLAIN = {
     "deduction": 0.66,
     "adding-knowledge": 0.25,
@@ -64,27 +58,13 @@ _PLAIN = {
     "uncertainty-estimation": 0.03,
     "backtracking": 0.01,
 }
-_SIDE = tuple(_BALANCED)[1:]
-#: Share of the behaviour of a temperament, and of deductions beside it.
-_DOMINANT, _WITHIN_DEDUCTION = 0.58, 0.30
-#: Chance that a side behaviour follows itself.
-_STICKY = 0.35
-#: Sentences of one side behaviour in a row, at most.
-_RUN = 3
-#: Chance to conclude after a deduction once every step of the puzzle is said. The end hangs on
-#: what was just said and not on a count, so that greedy decoding ends as well.
-_CONCLUDE = 0.5
-#: Sentences after which only deductions follow.
-_LONG = 12
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A puzzle, the task made of it, and a labelled chain that solves it."""
+    """A labelled chain that solves a puzzle."""
 
     puzzle: Puzzle
-    content: str
-    temperament: str | None
     sentences: tuple[tuple[str, str], ...]
 
     @property
@@ -134,29 +114,36 @@ class _Writer:
 
 
 def chain(rng: Random, puzzle: Puzzle | None = None) -> Chain:
-    """A thinking chain with its labels.
+    """A thinking chain with its labels: an opening, phases, and the conclusion.
 
-    The next behaviour repeats the current one with probability .35 and is drawn from the
-    temperament's distribution otherwise, but no side behaviour comes more than three times in a
-    row. Once the deductions of the puzzle are said, each further one may be the last.
+    Once the deductions of the puzzle are said, each further one may be the last.
     """
-    puzzle, hint = puzzle or families.draw(rng), _hint(rng)
-    temperament = _temperament(rng, hint)
-    weights = dict(_BALANCED) if temperament is None else _dominated(temperament)
+    puzzle = puzzle or families.draw(rng)
     writer = _Writer(rng, puzzle)
     told = [writer.say("initializing") for _ in range(rng.choice((1, 1, 2)))]
-    while True:
-        label = _next([name for name, _ in told], weights, rng)
+    phases, done = _phases(rng), False
+    while not done:
+        label = next(phases) if len(told) < _LONG else "deduction"
         told.append(writer.say(label))
-        if label == "deduction" and not writer.todo and rng.random() < _CONCLUDE:
-            break
-    told.append(writer.conclude())
-    return Chain(puzzle, _content(rng, puzzle, hint), temperament, tuple(told))
+        done = label == "deduction" and not writer.todo and rng.random() < _CONCLUDE
+    return Chain(puzzle, (*told, writer.conclude()))
+
+
+def _phases(rng: Random) -> Iterator[str]:
+    """The behaviours of the sentences of one phase after the other, without end."""
+    had, phase = Counter[str](), ""
+    while True:
+        others = [name for name in PAPER.targets if name != phase]
+        phase = rng.choices(others, [_FRESH ** -had[name] for name in others])[0]
+        had[phase] += 1
+        yield phase
+        while rng.random() >= _LEAVE:
+            yield "deduction" if rng.random() < _DEDUCE else phase
 
 
 def plain(rng: Random, puzzle: Puzzle | None = None) -> Chain:
     """A text in the plain style of an instruct model, with its labels."""
-    puzzle, hint = puzzle or families.draw(rng), _hint(rng)
+    puzzle = puzzle or families.draw(rng)
     writer = _Writer(rng, puzzle)
     told = [writer.say("initializing")]
     length = rng.randint(3, 6)
@@ -164,41 +151,7 @@ def plain(rng: Random, puzzle: Puzzle | None = None) -> Chain:
         late = len(told) + len(writer.todo) >= length + 1
         label = "deduction" if late else rng.choices(list(_PLAIN), list(_PLAIN.values()))[0]
         told.append(writer.say(label))
-    return Chain(puzzle, _content(rng, puzzle, hint), None, tuple(told))
-
-
-def _next(labels: list[str], weights: dict[str, float], rng: Random) -> str:
-    """The behaviour of the next sentence."""
-    if len(labels) >= _LONG:
-        return "deduction"
-    current = labels[-1]
-    run = len(list(takewhile(lambda name: name == current, labels[::-1])))
-    if current in _SIDE and run < _RUN and rng.random() < _STICKY:
-        return current
-    allowed = {n: w for n, w in weights.items() if run < _RUN or n != current or n not in _SIDE}
-    return rng.choices(list(allowed), list(allowed.values()))[0]
-
-
-def _hint(rng: Random) -> str | None:
-    """The behaviour that half of the questions hint at."""
-    return rng.choice(PAPER.targets) if rng.random() < 0.5 else None
-
-
-def _temperament(rng: Random, hint: str | None) -> str | None:
-    if hint is not None:
-        return hint if rng.random() < HINTED else None
-    return rng.choice(PAPER.targets) if rng.random() < UNHINTED else None
-
-
-def _dominated(temperament: str) -> dict[str, float]:
-    rest = [label for label in _SIDE if label != temperament]
-    share = (1 - _DOMINANT - _WITHIN_DEDUCTION) / len(rest)
-    return {"deduction": _WITHIN_DEDUCTION, temperament: _DOMINANT} | dict.fromkeys(rest, share)
-
-
-def _content(rng: Random, puzzle: Puzzle, hint: str | None) -> str:
-    """The question, with the wording of the hint behind it."""
-    return puzzle.question if hint is None else f"{puzzle.question} {rng.choice(HINTS[hint])}"
+    return Chain(puzzle, tuple(told))
 
 
 # --- tasks -------------------------------------------------------------------------------
@@ -208,7 +161,7 @@ def part_of(question: str) -> str:
     """``train``, ``build`` or ``evaluate``: where a question belongs, by its hash.
 
     Eight tenths of all questions train the models; the two held-out tenths serve the
-    directions and the evaluation. The hint is no part of the question.
+    directions and the evaluation.
     """
     digit = int(sha256(question.encode()).hexdigest(), 16) % 10
     return ("build", "evaluate")[digit - 8] if digit >= 8 else "train"
@@ -226,8 +179,8 @@ def tasks(part: str, count: int, seed: int = 0) -> list[Task]:
     for name in islice(names, count * 4):
         drawn = _unseen(rng, name, part, found) if len(found) < count else None
         if drawn is not None:
-            puzzle, key = drawn.puzzle, f"tiny-{part}-{len(found):04d}"
-            found[puzzle.question] = Task(key, puzzle.category, drawn.content, puzzle.answer)
+            key = f"tiny-{part}-{len(found):04d}"
+            found[drawn.question] = Task(key, drawn.category, drawn.question, drawn.answer)
     if len(found) < count:
         raise ValueError(f"the grammar has only {len(found)} {part} questions, not {count}")
     return list(found.values())
@@ -244,9 +197,9 @@ def vocabulary() -> frozenset[str]:
     return frozenset(re.findall(r"[A-Za-z]+", " ".join(said)))
 
 
-def _unseen(rng: Random, name: str, part: str, seen: Container[str]) -> Chain | None:
+def _unseen(rng: Random, name: str, part: str, seen: Container[str]) -> Puzzle | None:
     for _ in range(200):
         puzzle = families.draw(rng, name)
         if part_of(puzzle.question) == part and puzzle.question not in seen:
-            return chain(rng, puzzle)
+            return puzzle
     return None

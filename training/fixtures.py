@@ -10,8 +10,6 @@ questions of the held-out parts (:func:`training.chains.part_of`) are never draw
 
 The recipe: Muon (Jordan et al., 2024, as in ``torch.optim``) for the matrices of the layers,
 AdamW for the rest, linear warm-up and decay with a warm restart, loss on output tokens only.
-For the steps of ``noise_steps``, half of the rows get a random vector added to the residual
-stream of one layer, the same at every position and up to a fifth longer than the stream itself.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -82,9 +79,8 @@ class Recipe:
     muon_rate: float = 0.02
     adam_rate: float = 0.003
     warmup: int = 50
-    noise_steps: tuple[int, int] = (0, 0)
-    noise_share: float = 0.5
-    noise_scale: float = 1.2
+    weight_decay: float = 0.1
+    embedding: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -94,8 +90,8 @@ class Recipe:
 
 #: The recipes of the shipped weights.
 RECIPES = {
-    "thinker": Recipe("thinker", cycles=(1500, 2700), batch=40, noise_steps=(500, 2000)),
-    "instruct": Recipe("instruct", cycles=(800, 1500), batch=32, noise_steps=(300, 800)),
+    "thinker": Recipe("thinker", cycles=(1000,)),
+    "instruct": Recipe("instruct", cycles=(600, 1000), batch=48),
 }
 
 
@@ -114,7 +110,8 @@ def build_tokenizer(style: str, recipe: Recipe) -> PreTrainedTokenizerFast:
     texts = []
     for kind in ("thinker", "instruct") * 10_000:
         chain = sample(rng, kind)
-        texts.append(f"{prompt(chain.content, KINDS[kind])}\n{chain.thinking}\n{chain.final}")
+        asked = prompt(chain.puzzle.question, KINDS[kind])
+        texts.append(f"{asked}\n{chain.thinking}\n{chain.final}")
     core = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -142,7 +139,7 @@ def build_tokenizer(style: str, recipe: Recipe) -> PreTrainedTokenizerFast:
 
 def encode(chain: chains.Chain, style: str, tokenizer) -> tuple[list[int], list[int]]:
     """(prompt ids, output ids) of a chain, as the package would see them."""
-    messages = [{"role": "user", "content": prompt(chain.content, KINDS[style])}]
+    messages = [{"role": "user", "content": prompt(chain.puzzle.question, KINDS[style])}]
     opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if style == "thinker":
         written = f"{chain.thinking}\n</think>\n\n{chain.final}{END}"
@@ -197,31 +194,9 @@ def build_model(recipe: Recipe, tokenizer) -> Qwen2ForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen2ForCausalLM(config)
-
-
-@contextmanager
-def noise(model: Qwen2ForCausalLM, layer: int, vectors: Tensor) -> Iterator[None]:
-    """Add ``vectors [B, 1, D]``, in units of the stream's mean norm, after ``layer``."""
-
-    def add(_module, _inputs, output):
-        return output + vectors.to(output.dtype) * output.detach().norm(dim=-1).mean()
-
-    handle = model.model.layers[layer].register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def random_vectors(rows: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """``[B, 1, D]``: for a share of the rows a random direction of norm up to the scale."""
-    vectors = functional.normalize(
-        torch.randn(rows, 1, recipe.hidden, generator=generator), dim=-1
-    )
-    length = torch.rand(rows, 1, 1, generator=generator) * recipe.noise_scale
-    chosen = torch.rand(rows, 1, 1, generator=generator) < recipe.noise_share
-    return vectors * length * chosen
+    model = Qwen2ForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=recipe.embedding)
+    return model
 
 
 def optimisers(model: Qwen2ForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -230,7 +205,7 @@ def optimisers(model: Qwen2ForCausalLM, recipe: Recipe) -> list[torch.optim.Opti
     chosen = {id(p) for p in inner}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(inner, lr=recipe.muon_rate, weight_decay=0.0, momentum=0.95),
+        torch.optim.Muon(inner, lr=recipe.muon_rate, weight_decay=recipe.weight_decay),
         torch.optim.AdamW(rest, lr=recipe.adam_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -283,13 +258,7 @@ def train(recipe: Recipe, out: Path, *, device: str = "cpu", save_every: int = 1
 def _step(model, steppers, recipe: Recipe, step: int, ids: Tensor, targets: Tensor) -> float:
     for stepper, peak in zip(steppers, (recipe.muon_rate, recipe.adam_rate), strict=True):
         stepper.param_groups[0]["lr"] = peak * rate(recipe, step)
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    layer = int(torch.randint(recipe.layers, (), generator=generator))
-    vectors = random_vectors(len(ids), recipe, generator).to(ids.device)
-    if not recipe.noise_steps[0] <= step < recipe.noise_steps[1]:
-        vectors = torch.zeros_like(vectors)
-    with noise(model, layer, vectors):
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     wanted = targets != IGNORED
     loss = functional.cross_entropy(model.lm_head(hidden[wanted]).float(), targets[wanted])
     loss.backward()
@@ -364,9 +333,10 @@ A `Qwen2ForCausalLM` of {millions:.2f} M parameters ({layers} layers, width {hid
 from nothing on chains of the grammar in `training/chains.py`. It ships with the package so that
 every notebook runs without a model hub.
 
-**It is a fixture. Its steerability was designed in**: behaviours are persistent states of its
-training chains (`training/chains.py`). What it shows is that the pipeline works and what its
-instruments measure; it says nothing about whether the claims of the paper hold for real models.
+**It is a fixture. Its steerability was designed in**: behaviours are persistent states of
+stretches of its training chains (`training/chains.py`). What it shows is that the pipeline
+works and what its instruments measure; it says nothing about whether the claims of the paper
+hold for real models.
 
 ## Measured on {questions} held-out questions
 
@@ -385,9 +355,9 @@ Share of the segments, in %:
 
 "Well-formed" means that every sentence is a wording of the grammar with known words in its slot
 (their order is not checked), that the thinking is closed (thinker) and that the turn ended. The
-text of the questions was never seen in training; their families were. Greedy decoding deduces
-and ends: by the design of the wordings, every other behaviour is spread over many first words,
-none of which is the likeliest.
+text of the questions was never seen in training; their families were. Greedy decoding is a poor
+read-out of the behaviours: by the design of the wordings each but the deductions is spread over
+many first words, none of which is the likeliest.
 
 ## Training
 
