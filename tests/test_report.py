@@ -76,7 +76,7 @@ def test_the_result_and_its_verdicts_come_before_the_notebooks(reference, page):
         "directions from the responses to 200 tasks, steering tried on 60 others",
         "annotator grammar",
         "A fixture: this model was built to be steerable.",
-        "The model: the residual stream is extreme from layer 0 on",
+        "The model: no embedding for",
         "04_steer: done, without an executed copy",
         "effects peak in middle layers",
     ):

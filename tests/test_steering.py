@@ -436,6 +436,38 @@ def test_the_figures_of_one_coefficient_take_the_papers_or_the_smallest_with_con
     assert measures.changes(table).index.tolist() == ["backtracking"]
 
 
+def test_annotators_see_the_same_chains_and_each_its_own_effect():
+    """One calls everything backtracking, the other only what was steered; controls are out."""
+
+    class Calls:
+        def __init__(self, name, label):
+            self.name, self.label = name, label
+
+        def annotate(self, responses):
+            made = [
+                chain("t0", labels=(self.label(one), "uncertainty-estimation"))
+                for one in responses
+            ]
+            return [
+                replace(own.annotation, task_id=one.task_id, annotator=self.name)
+                for own, one in zip(made, responses, strict=True)
+            ]
+
+    steered = ("backtracking", 3, 1.0)
+    chains = [chain(t.id, thinking="So 1 plus 1 is 2.") for t in TASKS]
+    chains += [chain(t.id, steered, thinking="Wait, 1 plus 1 is 2.") for t in TASKS]
+    chains += [chain(t.id, ("shuffled:0", 3, 1.0)) for t in TASKS]
+    always = Calls("always", lambda one: "backtracking")
+    hears = Calls(
+        "hears",
+        lambda one: ("adding-knowledge", "backtracking")[one.thinking.startswith("Wait")],
+    )
+    found = measures.by_annotator([always, hears], chains, TASKS, model=None)
+    assert found["annotator"].tolist() == ["always", "hears"]
+    assert found["difference"].tolist() == [0.0, 0.5]
+    assert set(found["behaviour"]) == {"backtracking"}
+
+
 def test_bars_differences_and_changes_are_views_of_the_table(measured, rows):
     up = np.mean([6 / 8, 7 / 9, 8 / 10])
     bars = measures.bars(rows).set_index(["behaviour", "mode"])

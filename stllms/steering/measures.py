@@ -18,16 +18,20 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from stllms import registry, stats
+from stllms.annotation import annotators
 from stllms.fixtures import grammar
 from stllms.labels import PAPER, LabelSet, is_control
 from stllms.records import STEERED_KEY, Annotation, Response, Steered, Task
 from stllms.tasks import score
+
+if TYPE_CHECKING:  # torch
+    from stllms.models.model import Model
 
 EMPTY = ("apart", "published")
 #: Measures of a response that are no behaviour's: name -> what a reader should know.
@@ -349,6 +353,27 @@ def differences(measured: pd.DataFrame, rows: pd.DataFrame, *, seed: int = 0) ->
     intervals = pd.DataFrame(found, columns=["value", "low", "high", "n"])
     made = pd.concat([tested[place], intervals, tested[["p", "p_holm"]]], axis=1)
     return made.rename(columns={"value": "difference"})
+
+
+def by_annotator(
+    who: Sequence[annotators.Annotator],
+    chains: Sequence[Steered],
+    tasks: Sequence[Task],
+    *,
+    model: Model,
+    seed: int = 0,
+    **how: Any,
+) -> pd.DataFrame:
+    """:func:`differences` of the same chains by several annotators, with a column
+    ``annotator``; the controls are left out. ``how`` is passed to :func:`measure`. What an
+    annotator labelled already is not labelled again.
+    """
+    own = [one for one in chains if not is_control(one.direction)]
+    found = {}
+    for each in who:
+        measured = measure(annotators.steered(each, own, model=model), tasks, **how)
+        found[each.name] = differences(measured, table(measured, seed=seed), seed=seed)
+    return pd.concat(found, names=["annotator"]).reset_index("annotator")
 
 
 def changes(rows: pd.DataFrame, *, labels: LabelSet = PAPER) -> pd.DataFrame:
