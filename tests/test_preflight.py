@@ -72,7 +72,7 @@ def nothing_began(place) -> None:
         ("--judge openai:unheard-of --max-cost 2", "nobody knows the price of unheard-of"),
         ("--judge openai:m#unheard", "unheard"),
         ("--published nope --model tiny-instruct", "nope: there is no such folder"),
-        ("--model smollm2 --from 05", "compared with nothing: name other models"),
+        ("--model owner/name --from 05", "compared with nothing: name other models"),
         ("--model r1-distill-qwen-1.5b --from 05", "--option compare=qwen2.5-1.5b-instruct"),
         ("--judge replay:nowhere", "nowhere"),
         ("--judge grammar --option compare=smollm2 --from 05", "not those of smollm2"),

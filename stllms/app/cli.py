@@ -35,7 +35,7 @@ NAMED = 5
 #: less (notebook 04).
 QUESTION = "Ben has 4 coins and gets 3 more. How many coins does Ben have?"
 #: The command that asks it; the help shows it first.
-EXAMPLE = f'stllms steer "{QUESTION}" \\\n      --behaviour {PAPER.targets[0]} --seed 31'
+EXAMPLE = f'stllms steer "{QUESTION}" \\\n      --behaviour {PAPER.targets[0]} --seed 2'
 
 #: What each profile is for, and how long the run of tiny-thinker takes on two cores.
 PURPOSES = {
