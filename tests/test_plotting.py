@@ -114,8 +114,8 @@ def test_steering_bars_have_the_null_interval_over_them_and_in_the_legend(axes):
     baseline = {round(p.get_x(), 3) for p in axes.patches[:4]}
     assert not baseline & {round(p.get_x(), 3) for p in null}
     _, other = plt.subplots()
-    draw.steering_bars(other, steering_table().assign(null_low=NAN, null_high=NAN))
-    assert legend_of(other.figure) == modes
+    draw.steering_bars(other, steering_table().assign(null_low=NAN, null_high=NAN), 0.25)
+    assert legend_of(other.figure) == ["baseline", "positive (+0.25)", "negative (-0.25)"]
 
 
 def compared(*ways: tuple[str, str]) -> pd.DataFrame:

@@ -285,9 +285,11 @@ def _longest(names: Sequence[str]) -> float:
     return LETTER * max(len(line) for name in names for line in name.split("\n"))
 
 
-def steering_bars(axes: Axes, table: pd.DataFrame) -> Axes:
-    """The paper's bars from :func:`stllms.steering.measures.bars`, with the null interval."""
-    words = {"plain": "baseline", "positive": "positive (+1)", "negative": "negative (-1)"}
+def steering_bars(axes: Axes, table: pd.DataFrame, size: float = 1.0) -> Axes:
+    """The paper's bars from :func:`stllms.steering.measures.bars`, with the null interval;
+    ``size`` is the coefficient of both signs."""
+    signs = {"positive": f"positive ({size:+g})", "negative": f"negative ({-size:+g})"}
+    words = {"plain": "baseline", **signs}
     named = table.assign(mode=table["mode"].map(words))
     palette = {words[mode]: colour for mode, colour in MODES.items()}
     bars(axes, named, x="behaviour", hue="mode", palette=palette, label="token fraction")
