@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import pytest
 
-from stllms.labels import PAPER
 from training import corpus
 
 LINES = (corpus.MESSAGES / "train.jsonl").read_text("utf-8").splitlines()
@@ -24,7 +23,6 @@ def test_the_corpus_is_as_it_should_be(chains):
 
 def test_the_shares_that_the_model_learns_from_are_those_asked_for(chains):
     share = corpus.statistics(chains)["share of segments"]
-    assert tuple(share) == PAPER.names
     assert 0.12 <= share["backtracking"] <= 0.15
     assert 0.12 <= share["example-testing"] <= 0.16
 

@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import cohen_kappa_score
 
+from stllms.labels import PAPER
+
 FOLDER = Path(__file__).resolve().parent / "corpus"
 READINGS = FOLDER / "readings.jsonl"
 MESSAGES = Path(__file__).resolve().parent.parent / "messages"
-LABELS = (
-    "initializing", "deduction", "adding-knowledge",
-    "example-testing", "uncertainty-estimation", "backtracking",
-)  # fmt: skip
+LABELS = PAPER.names
 #: Words of a chain with its answer; the least share of the segments of each label; how often an
 #: opening of three words may come among the sentences of a label; the least share of distinct
 #: triples of words.
