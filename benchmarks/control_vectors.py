@@ -32,9 +32,9 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
 from stllms import models, registry, tasks
-from stllms.generation import decode
-from stllms.generation.interventions import Intervention
 from stllms.models import loading
+from stllms.models.engines import transformers as decode
+from stllms.models.engines.interventions import Intervention
 from stllms.vectors import SteeringVectors, export
 from stllms.vectors.nulls import isotropic
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import common
 import torch
 
-from stllms.generation import sampling
+from stllms.models.engines import sampling
 
 #: Of the embedded models, of SmolLM2 and of Qwen2.5.
 VOCABULARIES = (1024, 49_152, 151_936)

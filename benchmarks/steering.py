@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 
 from stllms import tasks
-from stllms.generation import decode
-from stllms.generation.decode import Row
-from stllms.generation.interventions import Intervention
 from stllms.labels import PAPER
 from stllms.models import Model
+from stllms.models.engines import Row
+from stllms.models.engines import transformers as decode
+from stllms.models.engines.interventions import Intervention
 from stllms.steering import conditions
 
 #: Chains of a task: plain, and + and - of each behaviour.

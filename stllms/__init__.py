@@ -25,7 +25,7 @@ use: ``import stllms`` brings nothing heavy.
 Where to change what:
 
 =============================  ====================================================
-the sampling noise             ``generation/sampling.py``: ``gumbel``, ``choose``
+the sampling noise             ``models/engines/sampling.py``: ``gumbel``, ``choose``
 a model family's layers        ``models/model.py``: ``LAYER_PATHS``
 parts of one's own             ``registry.py``; docs/extend.md
 tokens that a span averages    ``vectors/activations.py``: ``_job``

@@ -114,6 +114,8 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "controls": ("matched", *CONTROLS),  # matched: shuffled and covariance in turn
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization": (None, "8bit", "4bit"),
+    "engine": ("transformers", "vllm"),
+    "device_map": (None, "auto"),
     **CHOICES,
 }
 
@@ -157,6 +159,12 @@ class RunConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantization: str | None = None
+    engine: str = "transformers"
+    device_map: str | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    workers: int | None = None
+    ray: str | None = None
     tasks: str | None = None
     labels: str | None = None
     base_url: str | None = None
@@ -315,7 +323,10 @@ class RunConfig:
     @property
     def loading(self) -> dict[str, Any]:
         """Options of :func:`stllms.models.load`."""
-        return self._values("device", "dtype", "quantization", "revision")
+        return self._values(
+            "device", "dtype", "quantization", "revision", "device_map",
+            "engine", "tensor_parallel", "pipeline_parallel", "workers", "ray",
+        )  # fmt: skip
 
     @property
     def decoding(self) -> dict[str, Any]:
@@ -640,14 +651,17 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "tasks": _tasks,
     "compare": _compare,
     "folders": _folders,
-    **dict.fromkeys(("results", "labels", "base_url", "published", "revision"), _text),
+    **dict.fromkeys(("results", "labels", "base_url", "published", "revision", "ray"), _text),
     **dict.fromkeys(("random_directions", "n_sweep"), partial(whole, least=0)),
     **dict.fromkeys(
         (
             "n_samples", "n_evaluate", "n_compare", "max_tokens", "max_tokens_compare",
-            "n_positions", "n_control", "batch_size",
+            "n_positions", "n_control", "batch_size", "workers",
         ),
         partial(whole, least=1),
+    ),
+    **dict.fromkeys(
+        ("tensor_parallel", "pipeline_parallel"), partial(whole, least=1, optional=False)
     ),
     **dict.fromkeys(("temperature", "max_cost"), partial(real, least=0.0)),
     **{name: partial(one_of, allowed=values) for name, values in _ALLOWED.items()},

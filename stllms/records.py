@@ -26,6 +26,8 @@ Count = Annotated[int, Field(strict=True, ge=0)]
 Layer = Annotated[int, Field(strict=True, ge=-1)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
+#: What stands around the thinking of a response.
+OPEN, CLOSE = "<think>", "</think>"
 #: The fields of :attr:`Steered.key`, the row key of ``steered.jsonl``.
 STEERED_KEY = ("task_id", "direction", "layer", "coefficient", "operation")
 

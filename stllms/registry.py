@@ -335,9 +335,9 @@ TOKENIZER = (
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "chat_templates/*.jinja")
 
 
-def content_of(entry: ModelEntry) -> dict[str, str | None]:
+def content_of(entry: ModelEntry, revision: str | None = None) -> dict[str, str | None]:
     """What a model is, by content: hashes of its ``weights``, ``tokenizer`` and
-    ``chat_template``, or the ``revision`` of a hub model that is in the cache here.
+    ``chat_template``, or the commit of a hub model (at a ``revision``) in the cache here.
 
     Every byte of every file counts; a large file is hashed once and remembered. What is not
     known is ``None``.
@@ -346,7 +346,7 @@ def content_of(entry: ModelEntry) -> dict[str, str | None]:
         ("revision", "weights", "tokenizer", "chat_template")
     )
     if entry.source == "hub":
-        made["revision"] = _cached_commit(str(entry.hub_id))
+        made["revision"] = _cached_commit(str(entry.hub_id), revision)
     elif entry.source == "gguf":
         mine = FIXTURES / entry.name
         made["weights"] = _hash_of([*gguf_files(), *_files(mine, ADAPTER)])
@@ -366,11 +366,11 @@ def gguf_files() -> list[Path]:
     return [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
 
 
-def _cached_commit(hub_id: str) -> str | None:
+def _cached_commit(hub_id: str, revision: str | None) -> str | None:
     """The commit of a hub model whose files are in the cache of this machine."""
     import huggingface_hub  # not before it is needed
 
-    found = huggingface_hub.try_to_load_from_cache(hub_id, "config.json")
+    found = huggingface_hub.try_to_load_from_cache(hub_id, "config.json", revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None
 
 

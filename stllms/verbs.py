@@ -33,9 +33,9 @@ from stllms.comparison import groups
 from stllms.config import check_style, real, whole
 from stllms.generation import chains as writing
 from stllms.generation import prompts as styles
-from stllms.generation.interventions import Intervention
 from stllms.labels import PAPER, Label, LabelSet
 from stllms.models import loading
+from stllms.models.engines.interventions import Intervention
 from stllms.models.model import Model
 from stllms.plotting import axes as draw
 from stllms.plotting import text
@@ -428,7 +428,7 @@ def steer(
         vector: ``vectors["label"]`` or a tensor ``[D]``; or a list with one for each task,
             ``None`` for an unsteered one. ``layer`` and ``coefficient`` may be lists, too.
         operation: a registered operator; ``where``: as of
-            :class:`~stllms.generation.interventions.Intervention`.
+            :class:`~stllms.models.engines.interventions.Intervention`.
 
     The other arguments are those of :func:`generate`.
     """

@@ -326,6 +326,8 @@ def test_options_of_the_stages():
     made = RunConfig(model="smollm2", profile="smoke", seed=3, device="cpu", batch_size=2)
     assert made.loading == {
         "device": "cpu", "dtype": "auto", "quantization": None, "revision": None,
+        "device_map": None, "engine": "transformers", "tensor_parallel": 1,
+        "pipeline_parallel": 1, "workers": None, "ray": None,
     }  # fmt: skip
     assert made.decoding == {
         "max_new_tokens": 96, "batch_size": 2, "temperature": 0.65, "seed": 3, "style": "sound",

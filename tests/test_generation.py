@@ -21,10 +21,12 @@ from hypothesis import strategies as st
 from tiny import OPTIONS, TASKS
 
 from stllms import models, registry
-from stllms.generation import chains, decode, prompts
-from stllms.generation.decode import Row
-from stllms.generation.interventions import Intervention, ablate, think_end
-from stllms.records import Response, Task
+from stllms.generation import chains, prompts
+from stllms.models import engines
+from stllms.models.engines import Row, engine
+from stllms.models.engines import transformers as decode
+from stllms.models.engines.interventions import Intervention, ablate, think_end
+from stllms.records import CLOSE, Response, Task
 from stllms.runs.files import BadFile
 from stllms.runs.store import Rows
 
@@ -58,7 +60,6 @@ def test_split_finds_the_thinking_and_where_it_starts(text, opened, expected):
     assert text[found[1] : found[1] + len(found[0])] == found[0]
 
 
-CLOSE = prompts.CLOSE
 TAGS = re.compile(r"</?think>")
 PIECES = st.sampled_from(["<think>", "</think>", "<", "think>", "/", " ", "\n", "a", "b.", "é"])
 
@@ -331,9 +332,9 @@ def test_ablation_leaves_nothing_along_the_direction():
     ],
 )
 def test_rows_that_do_not_fit_are_refused(tiny_llama, monkeypatch, row, message):
-    monkeypatch.setattr(decode, "think_end", lambda model: -1)
+    monkeypatch.setattr(engine, "think_end", lambda model: -1)
     with pytest.raises(ValueError, match=message):
-        run(tiny_llama, [row])
+        engines.generate(tiny_llama, [row], max_new_tokens=14)
 
 
 @pytest.mark.parametrize(

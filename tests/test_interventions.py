@@ -7,9 +7,10 @@ import tiny
 import torch
 
 from stllms import registry, steering
-from stllms.generation import decode, likelihood
-from stllms.generation.interventions import Intervention, applied
+from stllms.generation import likelihood
 from stllms.generation.prompts import opening
+from stllms.models.engines import transformers as decode
+from stllms.models.engines.interventions import Intervention, applied
 from stllms.records import Steered
 from stllms.vectors.directions import SteeringVector
 

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from stllms.generation import likelihood
-from stllms.generation.interventions import Intervention
+from stllms.models.engines.interventions import Intervention
 from stllms.records import STEERED_KEY, Steered, Task
 from stllms.runs.store import Rows
 from stllms.steering import conditions

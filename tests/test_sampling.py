@@ -14,8 +14,10 @@ import torch
 from scipy import stats
 from tiny import OPTIONS, TASKS
 
-from stllms.generation import chains, decode, sampling
-from stllms.generation.interventions import Intervention
+from stllms.generation import chains
+from stllms.models.engines import sampling
+from stllms.models.engines import transformers as decode
+from stllms.models.engines.interventions import Intervention
 from stllms.records import Response
 from stllms.runs import audit as runs_audit
 from stllms.runs.store import Rows

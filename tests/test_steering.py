@@ -12,9 +12,9 @@ import tiny
 import torch
 
 from stllms import steering
-from stllms.generation import decode
 from stllms.generation.chains import responses
 from stllms.labels import PAPER
+from stllms.models.engines import transformers as decode
 from stllms.plotting.text import shown
 from stllms.records import STEERED_KEY, Annotation, PlacedSegment, Response, Span, Steered, Task
 from stllms.runs.store import Rows

@@ -111,6 +111,7 @@ def test_the_two_are_told_apart_by_content(hub):
     on, off = (models.load(name, device="cpu").identity for name in (ON, OFF))
     assert [name for name in on if on[name] != off[name]] == ["chat template"]
     assert registry.content_of(registry.MODELS[OFF])["revision"] == COMMIT
+    assert on["revision"] == off["revision"] == COMMIT
 
 
 def test_a_model_is_its_own_pair_in_the_comparison(hub, tmp_path):

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from stllms import models, stats
-from stllms.generation.interventions import Intervention
+from stllms.models.engines.interventions import Intervention
 from stllms.models.model import Model
 from stllms.records import Task
 from stllms.steering import conditions, measures

@@ -24,8 +24,8 @@ from stllms.annotation import annotators
 from stllms.annotation.annotators import Annotator
 from stllms.app import preflight, stages
 from stllms.config import RunConfig
-from stllms.generation.interventions import WHERE, Intervention
 from stllms.labels import PAPER, LabelSet
+from stllms.models.engines.interventions import WHERE, Intervention
 from stllms.models.model import Model, ModelError
 from stllms.records import Response, Steered, Task
 from stllms.runs.artifacts import Folder

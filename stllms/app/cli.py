@@ -70,6 +70,10 @@ HELP = {
     "dtype": "auto, float32, bfloat16, float16",
     "quantization": "8bit or 4bit (CUDA and bitsandbytes)",
     "revision": "revision of the model on the hub",
+    "engine": "what writes the chains: transformers, or vllm (docs/engines.md)",
+    "device_map": "auto spreads a model over the cards of this machine",
+    "workers": "processes that share the work, by Ray (docs/cluster.md)",
+    "ray": "address of a running Ray cluster (default: a cluster of this machine)",
 }
 #: The other fields of ``RunConfig``, for ``--option``.
 OTHER_FIELDS = [one.name for one in fields(RunConfig) if one.name not in HELP]

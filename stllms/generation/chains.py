@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from stllms.generation import decode, prompts
-from stllms.generation.prompts import CLOSE, OPEN
+from stllms.generation import prompts
+from stllms.models import engines
+from stllms.models.engines import Row
 from stllms.models.model import Model
-from stllms.records import Response, Task, from_rows, response_from_row, to_row
+from stllms.records import CLOSE, OPEN, Response, Task, from_rows, response_from_row, to_row
 from stllms.runs import audit
 from stllms.runs.store import Rows, resumed
 from stllms.terminal import token_bar
@@ -41,7 +42,7 @@ def responses(
         max_new_tokens: limit of a response; one that reaches it is not ``finished``.
         batch_size: rows at a time; ``None`` suits the device.
         temperature: 0 is greedy.
-        seed: of the sampling noise, with the task's id (:mod:`stllms.generation.sampling`).
+        seed: of the sampling noise, with the task's id (:mod:`stllms.models.engines.sampling`).
         style, system: of the prompts (:func:`stllms.generation.prompts.opening`).
         store: rows by ``task_id``; what it holds is not made again, what is made is added
             chunk by chunk.
@@ -64,8 +65,10 @@ def responses(
 
     def make(start: int, stop: int) -> list[dict[str, Any]]:
         part = list(zip(tasks[start:stop], opened[start:stop], strict=True))
-        rows = [decode.Row(ids, task.id) for task, (_, ids) in part]
-        written = decode.run(model, rows, batch_size=batch_size, progress=bar.tick, **options)
+        rows = [Row(ids, task.id) for task, (_, ids) in part]
+        written = engines.generate(
+            model, rows, batch_size=batch_size, progress=bar.tick, **options
+        )
         return [
             to_row(prompts.response(model, task, prompt, chain.ids, chain.audit))
             for (task, prompt), chain in zip(part, written, strict=True)

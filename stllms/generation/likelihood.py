@@ -20,8 +20,8 @@ import torch
 from nnsight import save
 from torch import Tensor
 
-from stllms.generation import decode
-from stllms.generation.interventions import (
+from stllms.hashes import digest
+from stllms.models.engines.interventions import (
     Edit,
     Intervention,
     edits,
@@ -29,7 +29,7 @@ from stllms.generation.interventions import (
     intervene,
     think_end,
 )
-from stllms.hashes import digest
+from stllms.models.engines.transformers import default_batch_size
 from stllms.models.model import Model
 from stllms.records import STEERED_KEY, Steered
 from stllms.runs.files import StaleArtefact
@@ -112,7 +112,7 @@ def _batches(model: Model, chains: Sequence[Steered]) -> list[list[Steered]]:
     def length(one: Steered) -> int:
         return len(one.response.prompt_ids) + len(one.response.output_ids)
 
-    most = min(decode.default_batch_size(model), model.fits)
+    most = min(default_batch_size(model), model.fits)
     batches: list[list[Steered]] = []
     for one in sorted(chains, key=length, reverse=True):
         size = len(batches[-1]) + 1 if batches else 0

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllms.config import QUESTION, STYLES, check_style
-from stllms.records import Response, Task, kind, loads
+from stllms.records import CLOSE, OPEN, Response, Task, kind, loads
 from stllms.registry import MODELS
 from stllms.runs.files import BadFile, StaleArtefact
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # torch
     from stllms.models.model import Model
 
 STEP_BY_STEP = f"{QUESTION}\n\nThink step by step first, then give the final answer."
-OPEN, CLOSE = "<think>", "</think>"
 _LEADING = re.compile(rf"\s*{re.escape(OPEN)}")
 
 #: Key of a row of a person's file -> whether its text is the thinking alone; else the tags of

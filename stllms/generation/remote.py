@@ -15,7 +15,7 @@ from typing import Any
 from stllms import registry
 from stllms.generation import prompts
 from stllms.models import api
-from stllms.records import Response, Task
+from stllms.records import CLOSE, OPEN, Response, Task
 from stllms.terminal import plain
 
 #: What stands in the identity of a stored reply, where a judge's has its protocol.
@@ -121,7 +121,7 @@ def check_limit(entry: registry.ModelEntry, max_new_tokens: int) -> None:
 
 def withheld(response: Response, kind: str) -> bool:
     """Whether a thinking model's reply came without reasoning, in a field or in tags."""
-    tags = prompts.OPEN in response.text or prompts.CLOSE in response.text
+    tags = OPEN in response.text or CLOSE in response.text
     return kind == "thinking" and not response.thinking and not tags
 
 
@@ -144,11 +144,11 @@ def to_response(task: Task, prompt_text: str, reply: api.Reply, kind: str) -> Re
     if reply.reasoning.strip():
         answer = text.strip()
         closed = finished and bool(answer)
-        thinking, begin = reply.reasoning.strip(), len(prompts.OPEN) + 1
-        text = f"{prompts.OPEN}\n{thinking}"
-        text += f"\n{prompts.CLOSE}\n\n{answer}" if closed else ""
+        thinking, begin = reply.reasoning.strip(), len(OPEN) + 1
+        text = f"{OPEN}\n{thinking}"
+        text += f"\n{CLOSE}\n\n{answer}" if closed else ""
     else:
-        inline = prompts.OPEN in text or prompts.CLOSE in text
+        inline = OPEN in text or CLOSE in text
         thinking, begin, answer, closed = prompts.split(text, opened=False)
         closed = closed and (finished or inline)
         if kind == "thinking" and not inline:

@@ -31,6 +31,12 @@ def load(
     dtype: str | torch.dtype = "auto",
     quantization: str | None = None,
     revision: str | None = None,
+    device_map: str | None = None,
+    engine: str = "transformers",
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    workers: int | None = None,
+    ray: str | None = None,
 ) -> Model:
     """Load a model by hub id, local folder or registry name, and check it.
 
@@ -42,6 +48,11 @@ def load(
             elsewhere; or a torch type or its name.
         quantization: ``"8bit"`` or ``"4bit"`` (bitsandbytes, CUDA only).
         revision: commit, tag or branch of a model of the hub.
+        device_map: ``"auto"`` spreads the layers over the devices of this machine (accelerate).
+        engine: what writes the chains, one of :data:`stllms.models.engines.engine.ENGINES`.
+        tensor_parallel, pipeline_parallel: cards that vLLM spreads a layer, and the layers, over.
+        workers: processes that share the chunks of a stage (:mod:`stllms.runs.workers`).
+        ray: the address of a running Ray cluster for them.
 
     Raises:
         UnknownModel: for a name that is nothing of these.
@@ -78,9 +89,12 @@ def load(
         )
     if entry.adapter:
         hf = _adapted(hf, tokenizer, registry.FIXTURES / entry.name)
-    return checked(
+    model = checked(
         hf if weights else hf.to(place), tokenizer, entry.name, template=entry.template
     )
+    if entry.source == "hub":
+        model.revision = registry.content_of(entry, revision)["revision"]
+    return model
 
 
 def _adapted(hf: nn.Module, tokenizer: Any, folder: Path) -> nn.Module:

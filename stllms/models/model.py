@@ -71,7 +71,8 @@ class Model:
     ``nn`` (the ``nnsight`` model around the same module, for traces and interventions),
     ``tokenizer``, ``template`` (options of its chat template), ``name``, ``n_layers``,
     ``d_model``, ``device``, ``dtype``, ``layers`` and ``nn_layers`` (the ``L`` decoder layers),
-    ``decoder`` and ``nn_decoder`` (the base model, without the head), ``eos_ids`` (every token
+    ``decoder`` and ``nn_decoder`` (the base model, without the head), ``engine`` (what
+    writes its chains, :mod:`stllms.models.engines`), ``eos_ids`` (every token
     that ends a turn), ``pad_id``, ``max_context`` (tokens), ``fits`` (rows a batch may have,
     lowered where memory is short). After the self check: ``norms`` (``L`` median lengths of the
     residual stream) and ``remarks`` (what the check let through, a line each).
@@ -105,6 +106,8 @@ class Model:
         self.pad_id = int(pad if pad is not None else next(iter(self.eos_ids), 0))
         self.max_context = int(getattr(self.text_config, "max_position_embeddings", 2**31))
         self.fits = UNLIMITED
+        self.revision: str | None = None
+        self.engine: Any = None  # stllms.models.engines.engine.of makes one
         self.norms: tuple[float, ...] = ()
         self.remarks: tuple[str, ...] = ()
 
@@ -112,8 +115,8 @@ class Model:
     def identity(self) -> dict[str, str | None]:
         """What a chain depends on of the model, by name: ``dtype``, ``weights`` (a checksum of
         every parameter as it is now, so that a change in place counts), ``tokenizer``, ``chat
-        template`` with its options, and the ``revision`` that a model of the hub was loaded
-        at."""
+        template`` with its options, the ``revision`` that a model of the hub was loaded at, and
+        the ``engine`` that writes."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         words = (
             sorted(self.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
@@ -124,7 +127,8 @@ class Model:
             "weights": digest([_checksum(*item) for item in self.hf.state_dict().items()]),
             "tokenizer": digest(words),
             "chat template": digest([written, self.template] if self.template else written),
-            "revision": getattr(self.hf.config, "_commit_hash", None),
+            "revision": self.revision,
+            "engine": getattr(self.engine, "name", "transformers"),
         }
 
     def __repr__(self) -> str:

@@ -32,7 +32,7 @@ class SamplingError(RuntimeError):
 
 
 def columns(temperature: float) -> tuple[str, ...]:
-    """The names of the sums: the columns of :func:`stllms.generation.sampling.measure`."""
+    """The names of the sums: the columns of :func:`stllms.models.engines.sampling.measure`."""
     return GREEDY if temperature == 0 else SAMPLED
 
 

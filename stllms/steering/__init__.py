@@ -9,7 +9,7 @@ annotations the rows of ``steering.csv``, which notebook 04 saves.
 * :mod:`~stllms.steering.dose`: dose and response, and which coefficients keep the text whole
 """
 
-from stllms.generation.interventions import Intervention
+from stllms.models.engines.interventions import Intervention
 from stllms.steering.conditions import generate
 
 __all__ = ["Intervention", "generate"]

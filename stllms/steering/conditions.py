@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
-from stllms.generation import decode, prompts
-from stllms.generation.interventions import Intervention, fingerprints
+from stllms.generation import prompts
 from stllms.labels import PAPER, LabelSet
+from stllms.models import engines
+from stllms.models.engines import Row
+from stllms.models.engines.interventions import Intervention, fingerprints
 from stllms.models.model import Model
 from stllms.records import Response, Steered, Task, from_rows, steered_from_row, to_row
 from stllms.runs import audit
@@ -165,10 +167,11 @@ def _responses(
     watch: Callable[[list[Response]], Any] | None = None,
     **options: Any,
 ) -> list[Response]:
-    """:func:`generate` without its checks; ``options`` are those of ``decode.run``."""
+    """:func:`generate` without its checks; ``options`` are those of
+    :func:`stllms.models.engines.generate`."""
     opened = [prompts.opening(model, task, style, system) for task in tasks]
     rows = [
-        decode.Row(ids, task.id, () if edit is None else (edit,))
+        Row(ids, task.id, () if edit is None else (edit,))
         for task, (_, ids), edit in zip(tasks, opened, interventions, strict=True)
     ]
 
@@ -177,7 +180,7 @@ def _responses(
         return [prompts.response(model, *cell) for cell in cells]
 
     follow = None if watch is None else (lambda ids: watch(read(ids, repeat(None))))
-    written = decode.run(model, rows, watch=follow, **options)
+    written = engines.generate(model, rows, watch=follow, **options)
     return read([one.ids for one in written], [one.audit for one in written])
 
 

@@ -26,10 +26,10 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from stllms.generation import interventions
-from stllms.generation.interventions import Intervention
 from stllms.hashes import file_hash
 from stllms.labels import PAPER, LabelSet
+from stllms.models.engines import interventions
+from stllms.models.engines.interventions import Intervention
 from stllms.models.model import Model
 from stllms.records import Response
 from stllms.registry import FIXTURES
@@ -90,7 +90,7 @@ class SteeringVector:
         """A bare ``transformers`` model, steered inside a ``with`` block at every position.
 
         One ``coefficient`` for every row, or one for each row of the batches to come. Several
-        directions, and errors: :func:`stllms.generation.interventions.applied`.
+        directions, and errors: :func:`stllms.models.engines.interventions.applied`.
         """
         direction = self.at(layer)
         each = np.atleast_1d(np.asarray(coefficient, dtype=float)).tolist()

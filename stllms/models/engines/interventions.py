@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stllms.generation.prompts import CLOSE
 from stllms.hashes import digest
 from stllms.models.model import Model, ModelError, find_layers
+from stllms.records import CLOSE
 from stllms.registry import operator
 
 # An operator is ``(hidden [B, T, D], vector [B, 1, D], coefficient [B, 1 or T, 1])`` -> what is

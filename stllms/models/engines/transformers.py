@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from stllms.generation import sampling
-from stllms.generation.interventions import Intervention, check, edits, intervene, think_end
+from stllms.models.engines import sampling
+from stllms.models.engines.engine import Can, Row, Written
+from stllms.models.engines.interventions import edits, intervene, think_end
 from stllms.models.model import Model
 from stllms.runs import audit as sampling_audit
 
@@ -39,23 +40,21 @@ SAMPLING = 4 + 8 + 8
 # -- the loop ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Row:
-    """One chain to be written: its prompt, the key of its noise, its interventions."""
+class Transformers:
+    """Our own loop as an engine: the reference of every other one."""
 
-    prompt_ids: tuple[int, ...]
-    key: str
-    interventions: tuple[Intervention, ...] = ()
+    name = "transformers"
+    can = Can()
 
+    def __init__(self, model: Model) -> None:
+        self.model = model
 
-@dataclass(frozen=True)
-class Written:
-    """A chain that was written: its new ids, the one that ended it included, and its audit
-    (:func:`stllms.runs.audit.entry`), whose last digits depend on the batch and which
-    is not compared."""
+    def generate(self, rows: Sequence[Row], **options: Any) -> list[Written]:
+        """What is written for every row: :func:`run`."""
+        return run(self.model, rows, **options)
 
-    ids: tuple[int, ...]
-    audit: dict[str, float] = field(compare=False)
+    def close(self) -> None:
+        """Nothing to give back: the weights are the model's own."""
 
 
 def default_batch_size(model: Model) -> int:
@@ -78,28 +77,12 @@ def run(
     progress: Callable[[int, int], Any] | None = None,
     watch: Callable[[Sequence[Sequence[int]]], Any] | None = None,
 ) -> list[Written]:
-    """What is written for every row.
+    """What is written for every row: :func:`stllms.models.engines.generate`.
 
-    Args:
-        rows: in any order; the result is in theirs.
-        max_new_tokens: limit of a row.
-        batch_size: rows at a time (``None``: :func:`default_batch_size`). If fewer fit into the
-            free memory (:func:`row_bytes`), that many, with a warning; if the device runs
-            out of memory all the same, half, and the rows start again. Later runs of this
-            model stay at what fitted.
-        temperature: 0 is greedy.
-        seed: of the noise.
-        progress: called with (new tokens, rows that ended) after every step, and with what was
-            told so far, below 0, when the rows start again.
-        watch: called after every step with the ids of every row so far, in the order of
-            ``rows``; to be read, not kept or changed. What it raises ends the run.
-
-    Raises:
-        ValueError: for a row that does not fit the model (context, layer, width), naming both.
-        SamplingError: for logits that are not finite, naming the row.
+    ``batch_size`` ``None`` is :func:`default_batch_size`. If fewer rows fit into the free
+    memory (:func:`row_bytes`), that many, with a warning; if the device runs out of memory all
+    the same, half, and the rows start again. Later runs of this model stay at what fitted.
     """
-    for row in rows:
-        _check(model, row, max_new_tokens)
     size = _fitting(model, rows, max_new_tokens, batch_size or default_batch_size(model))
     counted = [0, 0]
 
@@ -119,21 +102,6 @@ def run(
             warnings.warn(f"out of memory: going on with batches of {size} rows", stacklevel=2)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _check(model: Model, row: Row, max_new_tokens: int) -> None:
-    if len(row.prompt_ids) + max_new_tokens > model.max_context:
-        raise ValueError(
-            f"{row.key}: {len(row.prompt_ids)} prompt tokens and {max_new_tokens} new ones "
-            f"exceed the context of {model.name}, {model.max_context} tokens: ask for fewer"
-        )
-    for item in row.interventions:
-        check(item, model.n_layers, model.d_model, model.name)
-        if item.where == "thinking" and think_end(model) < 0:
-            raise ValueError(
-                f"{model.name} has no token </think>: where='thinking' would be all that it "
-                "writes, which is where='generated'"
-            )
 
 
 #: The tensors of a batch that have one value for each row.
