@@ -544,6 +544,7 @@ EFFECTS = pd.DataFrame(
     + side("backtracking", -1.0, accuracy=0.1, closed=1.0, loops=0.0)
     + side("backtracking", -0.5, accuracy=NAN, closed=1.0, loops=0.0)
     + side("shuffled:0", 1.0, accuracy=0.0, closed=0.0, loops=1.0)
+    + side("shuffled:0", 1.0, **WHOLE)  # at another layer
 )
 
 

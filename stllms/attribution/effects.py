@@ -36,6 +36,8 @@ SETS: tuple[str, ...] = ("own", "others")
 PAIRED = "kl/own/paired"
 #: Responses with a behaviour that each half needs to choose a layer, or to confirm it.
 LEAST = 2
+#: A peak that no more than this share of bootstrap samples has is not taken.
+STABLE = 0.5
 #: Of a table of curves.
 COLUMNS = ("set", "behaviour", "layer", "mean", "low", "high", "sd", "n")
 #: Of the range of the controls in such a table.
@@ -277,8 +279,8 @@ class BestLayer(NamedTuple):
     measured, on the responses from which directions are built (:func:`is_build`); ``relative``
     is its value there. The other half confirms it: ``held_out`` is the value there,
     ``null_held_out`` that of the strongest control, ``rank_in_other_half`` the peak's rank (1
-    is the largest). ``layer`` is the peak if it is confirmed, else the default; ``reason`` says
-    which in words. ``support`` is the share of bootstrap samples of all responses in which the
+    is the largest). ``layer`` is the peak if it is confirmed and stable, else the default;
+    ``reason`` says which in words. ``support`` is the share of bootstrap samples of all responses in which the
     peak is the largest, ``low`` and ``high`` the central 95 % of the largest layers in those
     samples, ``n`` the number of responses.
     """
@@ -309,8 +311,9 @@ def best_layer(
     of ``K`` control directions ``null [K, R, L]`` at the same positions.
 
     With controls a layer stands out if the direction does more there than every one of them on
-    the held-out half; a direction like the controls would do so in one of ``K + 1`` cases.
-    Without, the largest effect is taken as it is. With fewer than :data:`LEAST` responses in
+    the held-out half; a direction like the controls would do so in one of ``K + 1`` cases. It
+    is taken if, besides, most bootstrap samples of the responses have their peak there
+    (:data:`STABLE`). Without controls the largest effect is taken as it is. With fewer than :data:`LEAST` responses in
     a half nothing is chosen: the default layer.
     """
     known = ~np.isnan(effects).any(1)
@@ -329,27 +332,37 @@ def best_layer(
     mean, controls = confirms[0], confirms[1][:, peak]
     peaks = _ratios(effects, flat, _resampled(len(effects), draws))[0].argmax(-1)
     low, high = np.quantile(peaks, [0.025, 0.975], method="nearest")
+    support = float((peaks == peak).mean())
     value, beyond = mean[peak], int((controls >= mean[peak]).sum())
     held = f"{value:.2f} times the mean control on held-out responses"
+    chosen = peak
     if null is None:
-        beyond, reason = 0, "largest effect; no controls were measured for it"
+        reason = "largest effect; no controls were measured for it"
     elif beyond:
+        chosen = default
         reason = (
             f"no layer stands out: the best, {peak}, has {held}, and {beyond} of "
             f"{len(controls)} controls do as much; default"
+        )
+    elif support <= STABLE:
+        chosen = default
+        reason = (
+            f"no layer is stable: the best, {peak}, has {held}, above all {len(controls)}, but "
+            f"is the best in {support:.0%} of resamples, which range from {low} to {high}; "
+            "default"
         )
     else:
         reason = f"stands out: layer {peak} has {held}, above all {len(controls)}"
     return BestLayer(
         behaviour=behaviour,
-        layer=default if beyond else peak,
+        layer=chosen,
         reason=reason,
         peak=peak,
         relative=float(chooses[0][peak]),
         held_out=float(value),
         null_held_out=np.nan if null is None else float(controls.max()),
         rank_in_other_half=int((mean > mean[peak]).sum()) + 1,
-        support=float((peaks == peak).mean()),
+        support=support,
         low=int(low),
         high=int(high),
         n=len(effects),

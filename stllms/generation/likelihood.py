@@ -41,7 +41,7 @@ CHUNK = 512
 #: Tokens of a batch, prompts and padding included.
 TOKENS = 2**14
 #: Logits at once: 2**24 values are 64 MB in float32, and there are up to eight such tensors.
-LOGITS = 2**24
+LOGITS, LOGITS_ELSEWHERE = 2**24, 2**28
 
 
 def scores(
@@ -183,7 +183,8 @@ def _reduce(
     """
     kl = torch.zeros(len(tokens), dtype=torch.float64)
     surprise = torch.zeros(len(tokens), dtype=torch.float64)
-    size = max(1, LOGITS // model.text_config.vocab_size)
+    most = LOGITS if model.device.type == "cpu" else LOGITS_ELSEWHERE
+    size = max(1, most // model.text_config.vocab_size)
     for start in range(0, len(tokens), size):
         part = slice(start, start + size)
         log_plain = model.logits(plain[None, part])[0].float().log_softmax(-1)

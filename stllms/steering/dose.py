@@ -93,7 +93,8 @@ def warning(
     rows: pd.DataFrame, limits: Mapping[str, float] = LIMITS, *, labels: LabelSet = PAPER
 ) -> str:
     """One line for every coefficient that breaks the text, always with the loop score."""
-    loops = rows[rows["metric"] == "loops"].set_index(["direction", "coefficient"])["value"]
+    measured = rows[rows["metric"] == "loops"]  # a control has a row for each of its layers
+    loops = measured.set_index(["direction", "coefficient"])["value"].to_dict()
     lines = []
     for (direction, coefficient), beyond in broken(rows, limits, labels=labels).items():
         beyond = {"loops": (loops["none", 0.0], loops[direction, coefficient])} | beyond
