@@ -57,7 +57,8 @@ class ModelEntry:
 
     ``name`` is what the run folder is called after: the registry name, the hub id, the
     absolute path of a local folder, or ``api:ID``. ``steering_layers`` maps a behaviour to
-    the layer that is steered; ``None`` leaves the choice to notebook 03. ``pair`` is the
+    the layer that is steered; ``None`` leaves the choice to notebook 03. ``coefficients`` are
+    those that the directions which ship are steered with. ``pair`` is the
     registry name of its instruct or thinking counterpart. ``template`` are options of its chat
     template; two entries of one hub id differ in them, and the first is the one that the hub
     id means. ``of_paper`` says that the paper compares it.
@@ -84,6 +85,7 @@ class ModelEntry:
     template: Mapping[str, Any] = field(default_factory=dict, hash=False)
     of_paper: bool = False
     adapter: bool = False
+    coefficients: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 def _layers(
@@ -146,11 +148,15 @@ def _api(name: str, display: str, api_id: str, kind: Kind, **more: Any) -> Model
 TINY_THINKER_LAYERS: dict[str, int] = _layers(4, 4, 4, 4)
 #: The largest coefficient of each behaviour that leaves the text whole there, for the sign
 #: ``+`` of ``results/reference/full/tiny-thinker/steering_suggested.csv``.
-TINY_THINKER_COEFFICIENTS: dict[str, float] = {
-    "backtracking": 1.0,
-    "uncertainty-estimation": 1.0,
-    "example-testing": 1.0,
-    "adding-knowledge": 1.0,
+TINY_THINKER_COEFFICIENTS = dict.fromkeys(TINY_THINKER_LAYERS, 1.0)
+#: Those of notebook 03, and of the same table, in ``results/reference/smol-thinker``; for
+#: knowledge, where none is suggested, the smallest that was tried.
+SMOL_THINKER_LAYERS: dict[str, int] = _layers(15, 20, 15, 18)
+SMOL_THINKER_COEFFICIENTS: dict[str, float] = {
+    "backtracking": 0.15,
+    "uncertainty-estimation": 0.25,
+    "example-testing": 0.15,
+    "adding-knowledge": 0.15,
 }
 
 _ENTRIES: tuple[ModelEntry, ...] = (
@@ -161,6 +167,7 @@ _ENTRIES: tuple[ModelEntry, ...] = (
         kind="thinking",
         pair="tiny-instruct",
         steering_layers=TINY_THINKER_LAYERS,
+        coefficients=TINY_THINKER_COEFFICIENTS,
         source="embedded",
     ),
     ModelEntry(
@@ -181,6 +188,8 @@ _ENTRIES: tuple[ModelEntry, ...] = (
         "smol-thinker",
         "thinking",
         pair="smollm2",
+        steering_layers=SMOL_THINKER_LAYERS,
+        coefficients=SMOL_THINKER_COEFFICIENTS,
         source="gguf",
         adapter=True,
     ),

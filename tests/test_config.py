@@ -56,7 +56,7 @@ def test_published_steering_layers():
     }
     for name, entry in MODELS.items():
         layers = entry.steering_layers
-        if entry.source != "embedded":
+        if entry.source == "hub":
             assert (layers and [layers[label] for label in PAPER.targets]) == rows.get(name)
 
 

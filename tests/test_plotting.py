@@ -327,6 +327,25 @@ def test_doses_have_a_panel_a_fraction_and_a_side_effect_on_fixed_axes():
     empty = plt.figure()
     draw.doses(empty, dose_table().assign(null_low=NAN, null_high=NAN))
     assert len(empty.axes[0].collections) == 1, "no controls, no null interval"
+    unknown = dose_table()
+    unknown.loc[unknown["metric"] == "accuracy", "value"] = NAN
+    figure = plt.figure()
+    draw.doses(figure, unknown)
+    assert "accuracy" not in [axes.get_title() for axes in figure.axes if axes.axison]
+
+
+def test_doses_have_ticks_that_do_not_overlap():
+    nine = [-0.5, -0.35, -0.25, -0.15, 0.0, 0.15, 0.25, 0.35, 0.5]
+    table = pd.concat(
+        dose_table().query("coefficient == 1").assign(coefficient=one) for one in nine
+    )
+    figure = plt.figure(figsize=(7, 5))
+    draw.doses(figure, table)
+    figure.draw_without_rendering()
+    ticks = [text for text in figure.axes[-1].get_xticklabels() if text.get_text()]
+    assert [float(one.get_text().replace("\u2212", "-")) for one in ticks] == [-0.5, 0.0, 0.5]
+    boxes = [one.get_window_extent() for one in ticks]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def test_the_sweep_has_a_legend_or_is_said_to_be_missing():

@@ -2,13 +2,18 @@
 
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from stllms import models, registry
+from stllms import models, registry, tasks
+from stllms.config import RunConfig
 from stllms.generation.prompts import opening
 from stllms.records import Task
+from stllms.steering import Intervention, generate
+from stllms.vectors import directions
 from training import corpus
 
 pytestmark = pytest.mark.skipif(
@@ -153,3 +158,23 @@ def test_a_missing_package_is_named(monkeypatch):
         models.model.ModelError, match=r"'smol-thinker' lacks peft: pip install"
     ):
         models.load("smol-thinker")
+
+
+@pytest.mark.slow
+def test_the_pair_of_the_readme_is_written_again(thinker):
+    """The words of both cells, from the model, the directions and the layer that ship."""
+    page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    pair = page.split("<!-- pair -->")[1].split("<!-- /pair -->")[0]
+    cells = re.search(r"^\| (.+) … \| (.+) … \|$", pair, re.M).groups()
+    coefficient, behaviour = re.search(r"\| ([+-][.\d]+) (\S+) \|", pair).groups()
+    (question,) = re.findall(r"^\*(.*)\*$", pair, re.M)
+    (task,) = [one for one in tasks.load("evaluate") if one.content == question]
+    layer = registry.MODELS["smol-thinker"].steering_layers[behaviour]
+    direction = directions.load_shipped("smol-thinker").direction(behaviour, layer)
+    push = Intervention(direction, layer, float(coefficient))
+    config = RunConfig("smol-thinker", "laptop")
+    found = generate(thinker, [task, task], [None, push], progress=False, **config.decoding)
+    for cell, one in zip(cells, found, strict=True):
+        words = re.sub(r"\*\*|\\", "", cell).split()
+        assert one.thinking.split()[: len(words)] == words
+        assert len(words) > 100

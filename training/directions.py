@@ -6,6 +6,9 @@ whenever the weights change: loading refuses directions of other weights. It als
 every layer, on more of the ``build`` questions: :func:`best` reads
 :data:`stllms.registry.TINY_THINKER_LAYERS` in that sweep. The ``evaluate`` questions take no
 part.
+
+``--run results/smol-thinker`` ships the directions of a run instead, that of a model with an
+adapter, as they are.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from stllms.models.model import Model
 from stllms.plotting.text import layer_text
 from stllms.records import Task
 from stllms.registry import FIXTURES
+from stllms.runs.files import read_json
 from stllms.steering import dose, measures
 from stllms.steering.conditions import grid, sweep_conditions
 from stllms.vectors.activations import collect
@@ -59,6 +63,15 @@ def build(model: Model, tasks: Sequence[Task], decoding: dict[str, Any]) -> Stee
     }
     origin |= {"seed": decoding["seed"]}
     return replace(built, config={**built.config, **origin})
+
+
+def of_run(folder: Path) -> tuple[str, SteeringVectors]:
+    """The model of a run, and the directions that notebook 02 left there, with the hash of the
+    weights they are of."""
+    run = read_json(folder / "run.json")["configuration"]
+    found = SteeringVectors.load(folder / "vectors.safetensors")
+    origin = {"weights": weights_of(run["model"]), "profile": run["profile"]}
+    return run["model"], replace(found, config={**found.config, **origin})
 
 
 def sweep(
@@ -100,7 +113,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", default="default", choices=sorted(PROFILES))
     parser.add_argument("--out", type=Path, help="file (default: beside the model's folder)")
     parser.add_argument("--sweep", type=int, default=200, help="questions of the layer sweep")
+    parser.add_argument("--run", type=Path, help="folder of a run whose directions are to ship")
     given = parser.parse_args(argv)
+    if given.run:
+        name, made = of_run(given.run)
+        made.save(given.out or shipped_file(name))
+        print(f"{name}: {', '.join(made.behaviours)}")
+        return
     profile, seed = PROFILES[given.profile], 0
     decoding = {
         "max_new_tokens": profile.max_tokens,

@@ -190,7 +190,7 @@ def _directions(
         found, origin = read(path), path.name
     elif directions.shipped(setup.model) and not setup.own_labels:
         found, origin = directions.load_shipped(setup.model), "shipped with the package"
-        coefficients = dict(registry.TINY_THINKER_COEFFICIENTS)
+        coefficients = dict(setup.entry.coefficients)
     else:
         folder = Folder(setup)
         found, origin = SteeringVectors.load(folder.vectors), folder.label

@@ -22,7 +22,7 @@ import pandas as pd
 from IPython import get_ipython
 from IPython.display import HTML
 
-from stllms import tasks
+from stllms import registry, tasks
 from stllms.annotation import annotators
 from stllms.app import bench as benches
 from stllms.app import stages
@@ -35,6 +35,8 @@ from stllms.runs.artifacts import Folder
 from stllms.runs.store import Rows
 from stllms.vectors import reading
 
+#: The model that the demo opens on where it can be loaded.
+REAL = "smol-thinker"
 #: Questions in the list.
 LISTED = 30
 #: Seconds between two looks at a chain that is being written.
@@ -60,13 +62,16 @@ ROWS = (
 
 
 def load(
-    model: str = "tiny-thinker",
+    model: str | None = None,
     profile: str = "default",
     judge: str = "auto",
     results: str | None = None,
     labels: str | None = None,
 ) -> Bench:
-    """The bench of a notebook's parameters: :func:`stllms.app.bench.bench`."""
+    """The bench of a notebook's parameters: :func:`stllms.app.bench.bench`. Without a model, the
+    real one where what it needs is installed, else the fixture."""
+    if model is None:
+        model = "tiny-thinker" if registry.missing_packages(REAL) else REAL
     return benches.bench(RunConfig(model, profile, judge, results, labels=labels))
 
 

@@ -60,6 +60,8 @@ LINE, MOST_LINES = 55, 40
 LINE_HEIGHT, HEAD_AND_FOOT = 0.16, 0.9
 #: Panels in a row, and characters of a line of a name, and of one with more than two of these.
 ACROSS, NAME, LONG = 4, 14, 24
+#: Coefficients that have a tick each; of more, the ends and 0.
+TICKS = 5
 #: Inches of a letter of a name, and in a legend of a row and of all that is beside a name.
 LETTER, ROW, BESIDE = 0.063, 0.15, 0.5
 #: Inches that a cell of a matrix needs at least, and one of a square matrix.
@@ -607,10 +609,12 @@ def doses(figure: Figure, table: pd.DataFrame, *, labels: LabelSet = PAPER) -> F
 
     First the own token fraction of each direction with its interval, then a panel a side effect
     with a line a direction. Shares have the same axis from 0 to 1 everywhere. The null interval
-    is the range of the control directions at the same coefficient, over all steering layers.
+    is the range of the control directions at the same coefficient, over all steering layers. A
+    side effect that was nowhere measured has no panel.
     ``figure`` has room for one row of targets: more make it higher.
     """
-    effects = [name for name in table["metric"].unique() if name != "token fraction"]
+    seen = table[table["value"].notna()]["metric"].unique()
+    effects = [name for name in seen if name != "token fraction"]
     shares = [name for name in effects if name not in UNITS]
     others = [name for name in UNITS if name in effects]
     first, rest = _rows(labels.targets), sorted([*_rows(shares), *_rows(others)], key=len)
@@ -665,7 +669,8 @@ def _dose(
         if alone:
             edges = line["ci_low"], line["ci_high"]
             axes.fill_between(at, *edges, color=colour, alpha=0.2, linewidth=0)
-    axes.set_xticks(sorted(rows["coefficient"].unique()))
+    tried = sorted(rows["coefficient"].unique())
+    axes.set_xticks(tried if len(tried) <= TICKS else [tried[0], 0, tried[-1]])
     if title in UNITS and not alone:
         axes.set_ylim(bottom=0)
         axes.set_ylabel(UNITS[title])

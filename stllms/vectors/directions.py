@@ -385,7 +385,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def shipped_file(name: str) -> Path:
-    """Where the directions of an embedded model are: beside its folder, for inside it other
+    """Where the directions of a model that ships are: beside its folder, for inside it other
     loaders would take ``*.safetensors`` for weights."""
     return FIXTURES / f"{name}.vectors.safetensors"
 
@@ -396,7 +396,7 @@ def shipped(name: str) -> bool:
 
 
 def load_shipped(name: str) -> SteeringVectors:
-    """The directions that ship with an embedded model.
+    """The directions that ship with a model.
 
     Raises:
         ValueError: they were made for other weights.
@@ -411,8 +411,9 @@ def load_shipped(name: str) -> SteeringVectors:
 
 
 def weights_of(name: str) -> str:
-    """Twelve hex digits of a hash of the weights of an embedded model."""
-    return file_hash(FIXTURES / name / "model.safetensors")[:12]
+    """Twelve hex digits of a hash of the weights, or the adapter, of a model that ships."""
+    (weights,) = (FIXTURES / name).glob("*.safetensors")
+    return file_hash(weights)[:12]
 
 
 # --- layers and cosines ------------------------------------------------------------------
