@@ -214,6 +214,23 @@ def test_a_claim_is_shown_as_far_as_tests_and_controls_show_it(tmp_path):
     assert "outside" not in row["note"]
 
 
+def test_a_run_at_other_coefficients_is_judged_at_the_one_that_its_figure_shows(tmp_path):
+    table = steering_table().assign(null_n=10)
+    table["coefficient"] = 0.25 * table["coefficient"]
+    more = table[table["coefficient"] != 0].assign(
+        coefficient=lambda one: one["coefficient"] * 2
+    )
+    row = steered(tmp_path, pd.concat([table, more]))
+    assert row["verdict"] == f"shown {FIXTURE}"
+    assert row["note"].startswith("coefficient 0.25: changes the claimed way")
+
+
+def test_a_comparison_inside_the_folder_of_a_run_has_a_row(tmp_path):
+    write_pair(tmp_path / "smol-thinker", "smol-thinker", "SmolLM2-135M-Instruct", p_holm=0.001)
+    found = of(ledger.ledger(tmp_path), 0, "smol-thinker and SmolLM2-135M-Instruct")
+    assert found["verdict"].tolist() == ["shown on another model"]
+
+
 @pytest.mark.parametrize(
     ("changed", "degree"),
     [

@@ -3,7 +3,8 @@
 One row for each artefact that speaks to a claim: the paper's number, ours with its interval,
 what it was measured on, a verdict. A run with labels of a person's own says nothing about the
 paper, and has no row. It is written from artefacts only (``published/*.csv``,
-``<slug>/``, ``comparison/``); a claim without any says what to run.
+``<slug>/``, ``comparison/``, and ``<slug>/comparison/`` where runs of several results folders
+were put into one); a claim without any says what to run.
 
 ``python -m stllms.comparison.ledger`` writes ``results/ledger.csv`` and prints the table;
 ``--into docs/claims.md`` puts it there, between its two marks.
@@ -176,7 +177,9 @@ def _of_model(path: Path, slug: str) -> pd.DataFrame:
 
 
 def _comparison(results: Path) -> Iterator[Cells]:
-    rows = [*_released_comparison(results / "published"), *_pairs(results / "comparison")]
+    rows = [*_released_comparison(results / "published")]
+    for folder in (results / "comparison", *sorted(results.glob("*/comparison"))):
+        rows += _pairs(folder)
     yield from rows or [_fractions("published") | _not_run(*PAIR)]
 
 
@@ -298,6 +301,7 @@ def _effect_of_steering(slug: str) -> Cells:
 def _steered(run: Run, table: pd.DataFrame) -> Cells:
     """A steered model. Shown: all eight changes go the claimed way, with Holm p < .05 and
     further than any control direction of the same length takes the behaviour."""
+    size = measures.shown_coefficient(table)
     bars = measures.bars(table).set_index(["behaviour", "mode"])
     own = table[
         (table["metric"] == "token fraction") & (table["behaviour"] == table["direction"])
@@ -312,12 +316,13 @@ def _steered(run: Run, table: pd.DataFrame) -> Cells:
         value = cells["value"]
         for mode, sign, limit in (("positive", 1, "null_high"), ("negative", -1, "null_low")):
             rises = sign * (value[mode] - value["plain"]) > 0
-            if rises and p_holm.get((b, float(sign)), np.nan) < LEVEL:
+            if rises and p_holm.get((b, sign * size), np.nan) < LEVEL:
                 as_a_control = sign * (value[mode] - cells.loc[mode, limit]) <= 0  # not for NaN
                 (inside if as_a_control else shown).append(f"{b} {'+' if sign > 0 else '-'}")
     controls = own["null_low"].notna().any()
     where = " and outside the range of control directions" if controls else ""
-    note = f"changes the claimed way with Holm p < .05{where}: {', '.join(shown) or 'none'}"
+    at = "" if size == 1 or np.isnan(size) else f"coefficient {size:g}: "
+    note = f"{at}changes the claimed way with Holm p < .05{where}: {', '.join(shown) or 'none'}"
     if inside:
         note += f"; with Holm p < .05 but inside that range: {', '.join(inside)}"
     tasks = int(np.nanmax(bars["n"].to_numpy(float), initial=0))
