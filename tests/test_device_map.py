@@ -82,7 +82,7 @@ def test_hooks_steer_a_bare_model_too(pair):
 
 def test_hooks_need_no_weight_in_memory(tmp_path):
     whole, away = tiny.hf_model("llama"), tiny.hf_model("llama")
-    everything = {name: "disk" for name in OFFLOADED}
+    everything = dict.fromkeys(OFFLOADED, "disk")
     away = accelerate.dispatch_model(away, everything, offload_dir=tmp_path)
     assert away.model.embed_tokens.weight.is_meta
     ids = torch.tensor([[9, 10, 11]])
