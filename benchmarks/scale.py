@@ -206,6 +206,30 @@ def likelihoods(work: Work) -> Callable[[], Any]:
     return run
 
 
+def parquet(work: Work) -> Callable[[], Any]:
+    """The annotated rows as a Parquet file, group by group; needs pyarrow, which no stage of
+    the package uses. Beside their key the rows are JSON, as a column."""
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+
+    columns = ("response", "annotation")
+    kinds = [pyarrow.string(), pyarrow.string(), pyarrow.int32(), pyarrow.float64()]
+    schema = pyarrow.schema(
+        [*zip(STEERED_KEY, [*kinds, pyarrow.string()], strict=True)]
+        + [(name, pyarrow.string()) for name in columns]
+    )
+
+    def run() -> None:
+        path = work.annotated.path.with_suffix(".parquet")
+        with ParquetWriter(path, schema, compression="zstd") as writer:
+            for start in range(0, len(work.tasks), conditions.CHUNK):
+                rows = work.rows(start, start + conditions.CHUNK, labels=True)
+                flat = [row | {name: json.dumps(row[name]) for name in columns} for row in rows]
+                writer.write_table(pyarrow.Table.from_pylist(flat, schema))
+
+    return run
+
+
 STAGES: dict[str, Callable[[Work], Callable[[], Any]]] = {
     "append": append,
     "rewrite": rewrite,
@@ -217,6 +241,7 @@ STAGES: dict[str, Callable[[Work], Callable[[], Any]]] = {
     "activations": span_means,
     "layer effects": effects,
     "likelihood": likelihoods,
+    "parquet": parquet,
 }
 
 
@@ -292,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--rows", type=int, nargs="+", default=[100, 1000, 10_000, 100_000])
-    options.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    options.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES)[:-1])
     options.add_argument("--limit", type=float, default=120, help="seconds of a stage and size")
     options.add_argument("--out", type=Path, default=RESULTS / "scale.json")
     options.add_argument("--child", choices=STAGES, help="internal")
@@ -309,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
         "load_average": os.getloadavg()[0],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    content: dict[str, Any] = {"stages": {}, "bytes_of_annotated_rows": {}}
+    content: dict[str, Any] = {"stages": {}, "bytes": {"jsonl": {}, "parquet": {}}}
     if given.out.is_file():  # of stages measured before
         content = json.loads(given.out.read_text())
     content["machine"] = machine
@@ -321,10 +346,10 @@ def main(argv: list[str] | None = None) -> None:
             found = grown(stage, given.rows, given.limit, folders)
             content["stages"][stage] = {"exponent": exponent(found), "sizes": found}
             write(given.out.parent, given.out.stem, content)
-        for rows, path in folders.items():
-            if (path / "annotated.jsonl").is_file():
-                size = (path / "annotated.jsonl").stat().st_size
-                content["bytes_of_annotated_rows"][str(rows)] = size
+        for kind, sizes in content["bytes"].items():
+            for rows, path in folders.items():
+                file = path / f"annotated.{kind}"
+                sizes |= {str(rows): file.stat().st_size} if file.is_file() else {}
         write(given.out.parent, given.out.stem, content)
     print(f"written: {given.out}")
 
