@@ -8,9 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from stllms import models
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -64,6 +67,30 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(gpu, tmp_path, monkeypa
     found = json.loads(out.read_text())
     assert "of 12 chains equal" in found["conformance"]["failed"]
     assert found["models"]["random-qwen2-1.5b"]["activations"]["seconds"] > 0
+
+
+def test_another_engine_is_measured_on_the_same_weights(gpu, tmp_path, monkeypatch, capsys):
+    """vLLM is played by our own loop."""
+    loaded, asked = [], []
+
+    def load(folder, **options):
+        asked.append(options["engine"])
+        loaded.append(models.load(folder, device="cpu"))
+        return loaded[-1]
+
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(gpu, "models", SimpleNamespace(load=load))
+    out = tmp_path / "gpu.json"
+    options = ["--small", "--models", "random-llama-8b", "--batches", "3", "--out", str(out)]
+    assert gpu.main(options) == 0
+    parts = json.loads(out.read_text())["models"]["random-llama-8b"]
+    assert asked == ["vllm"]
+    assert list(parts["vllm"]) == ["start", "3 rows", "close"]
+    assert parts["vllm"]["3 rows"]["steered_tokens_per_second"] > 0
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, loaded[0].identity["dtype"])
+    again = gpu.drawn("again", gpu.SHAPES["random-llama-8b"][0], gpu.SMALL, place, dtype)
+    assert loaded[0].identity["weights"] == again.identity["weights"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
