@@ -78,7 +78,8 @@ def test_another_engine_is_measured_on_the_same_weights(gpu, tmp_path, monkeypat
         loaded.append(models.load(folder, device="cpu"))
         return loaded[-1]
 
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
+    there = SimpleNamespace(util=SimpleNamespace(find_spec=str))
+    monkeypatch.setattr(gpu, "importlib", there)
     monkeypatch.setattr(gpu, "models", SimpleNamespace(load=load))
     out = tmp_path / "gpu.json"
     options = ["--small", "--models", "random-llama-8b", "--batches", "3", "--out", str(out)]
