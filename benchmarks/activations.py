@@ -17,6 +17,7 @@ forward takes. On a GPU: ``--model random-qwen2 --device cuda --dtype bfloat16 -
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import resource
@@ -173,17 +174,31 @@ def memory(options, cuda: bool) -> dict:
     }
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """The options of this benchmark."""
     options = common.parser(__doc__.splitlines()[0])
     options.add_argument("--responses", type=int, default=32)
     options.add_argument("--batch-size", type=int, default=8)
     options.add_argument("--memory-batch", type=int, default=4, help="rows; 0: no memory part")
     options.add_argument("--mode", choices=["all", *MODES], default="all", help="internal")
-    options = options.parse_args()
+    return options
+
+
+def main() -> None:
+    options = parser().parse_args()
     if options.mode != "all":
         child(options)
         return
     model = common.build(options)
+    result = measure(model, options)
+    if options.memory_batch:
+        result["memory"] = memory(options, model.device.type == "cuda")
+    _report(result, common.write(options.output, f"activations_{common.tag(model)}", result))
+
+
+def measure(model: Model, options: argparse.Namespace) -> dict:
+    """One pass against decoder forwards and the naive procedure: seconds, ratios,
+    differences."""
     responses, spans = work(
         model, options.responses, int(0.8 * options.tokens), options.tokens, options.seed
     )
@@ -197,7 +212,7 @@ def main() -> None:
     )
     slow, (want, want_overall) = common.clocked(lambda: naive(model, responses, spans))
     want = torch.stack([want[b] for b in PAPER.names])
-    result = {
+    return {
         "machine": common.machine(model),
         "responses": len(responses),
         "tokens": options.tokens,
@@ -213,9 +228,6 @@ def main() -> None:
             (means.overall() - want_overall).norm() / want_overall.norm()
         ),
     }
-    if options.memory_batch:
-        result["memory"] = memory(options, model.device.type == "cuda")
-    _report(result, common.write(options.output, f"activations_{common.tag(model)}", result))
 
 
 def _report(result: dict, path: Path) -> None:

@@ -95,14 +95,18 @@ def build(options: argparse.Namespace) -> models.Model:
         hf = transformers.AutoModelForCausalLM.from_config(
             config, dtype=loading.pick_dtype(options.dtype, place)
         )
-    return models.wrap(hf, _tokenizer(), name=options.model)
+    return models.wrap(hf, tokenizer(), name=options.model)
 
 
-def _tokenizer() -> transformers.PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A stand-in for random models, whose ids alone matter: every byte is a token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    inner = Tokenizer(BPE(vocab={"<end>": 0}, merges=[]))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken("<end>", special=True)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="<end>", pad_token="<end>"
     )

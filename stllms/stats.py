@@ -60,7 +60,8 @@ def resamples(names: Sequence[str], *, draws: int, seed: int) -> np.ndarray:
     if not n:
         return np.zeros((draws, 0), int)
     drawn = rng.multinomial(n, np.full(n, 1 / n), size=draws)
-    return drawn[:, [order.index(name) for name in names]]
+    place = {name: i for i, name in enumerate(order)}
+    return drawn[:, [place[name] for name in names]]
 
 
 def sign_flip(differences: ArrayLike, *, draws: int = 9999, seed: int = 0) -> float:

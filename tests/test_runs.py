@@ -436,6 +436,33 @@ def test_the_rows_behind_the_record_were_appended_before_a_kill(folder):
     assert not bad(folder)
 
 
+def test_appending_reads_nothing_of_what_is_there_and_records_its_hash(folder, monkeypatch):
+    """Else a run of many chunks would take quadratic time."""
+    path, opened = folder.responses, []
+
+    def watched(self, mode="r", *more, **options):
+        if self == path:
+            opened.append(mode)
+        return plain(self, mode, *more, **options)
+
+    plain = type(path).open
+    rows, twice = folder.rows(path), folder.rows(path)
+    rows.append([{"task_id": "a"}])
+    monkeypatch.setattr(type(path), "open", watched)
+    for name in "bcd":
+        rows.append([{"task_id": name}])
+        recorded = folder.record()["artefacts"][path.name]
+        assert opened == ["ab"]
+        opened.clear()
+        assert recorded["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        opened.clear()
+    twice.append([{"task_id": "e"}])
+    assert "rb" in opened, "it has not seen the others"
+    rows.append([{"task_id": "f"}])
+    assert [row["task_id"] for row in Rows(path).load()] == [*"abcdef"]
+    assert not bad(folder)
+
+
 def test_a_kill_before_a_file_takes_its_place_leaves_the_old_one(folder):
     folder.save_table(folder.steering, pd.DataFrame({"a": [1]}))
     old = folder.steering.read_bytes()

@@ -144,7 +144,7 @@ def _compare(
     written = back[None] <= torch.tensor(lengths, device=model.device)[:, None]
     before = written.roll(-1, dims=1)  # the state before a token predicts it
     before[:, -1] = False
-    plain = model.decoder(**inputs).last_hidden_state[before]
+    plain = model.decoder(**inputs).last_hidden_state.to(model.device)[before]
     acting = edits(model, [() if item is None else (item,) for item in interventions])
     steered = _steered(model, inputs, acting, written)[before] if acting else None
     kl, surprise = _reduce(model, plain, steered, ids[written])
@@ -170,7 +170,7 @@ def _steered(
     with model.nn.trace(**inputs, logits_to_keep=1):
         intervene(model, placed)
         hidden = save(model.nn_decoder.output.last_hidden_state)
-    return hidden
+    return hidden.to(model.device)
 
 
 def _reduce(

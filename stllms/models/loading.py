@@ -8,6 +8,7 @@ model brings is ever executed.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import warnings
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     quantization: str | None = None,
     revision: str | None = None,
-    device_map: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     engine: str = "transformers",
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
@@ -48,9 +49,11 @@ def load(
             elsewhere; or a torch type or its name.
         quantization: ``"8bit"`` or ``"4bit"`` (bitsandbytes, CUDA only).
         revision: commit, tag or branch of a model of the hub.
-        device_map: ``"auto"`` spreads the layers over the devices of this machine (accelerate).
+        device_map: ``"auto"`` spreads the layers over the cards of this machine, and over its
+            memory and disk where those are too small (accelerate); or a device for each module.
         engine: what writes the chains, one of :data:`stllms.models.engines.engine.ENGINES`.
-        tensor_parallel, pipeline_parallel: cards that vLLM spreads a layer, and the layers, over.
+        tensor_parallel, pipeline_parallel: cards that vLLM spreads a layer, and the layers,
+            over.
         workers: processes that share the chunks of a stage (:mod:`stllms.runs.workers`).
         ray: the address of a running Ray cluster for them.
 
@@ -58,12 +61,16 @@ def load(
         UnknownModel: for a name that is nothing of these.
         ModelError: for what cannot be loaded, naming what is missing and what to do.
     """
+    if device_map is not None:
+        _check_map(device_map, device)
     place = pick_device(device)
     precision = pick_dtype(dtype, place)
     entry = registry.resolve(str(name))
     if entry.source == "registered":
-        if quantization is not None or revision is not None:
-            raise ModelError(f"{entry.name}: its own loader sets quantization and revision")
+        if quantization is not None or revision is not None or device_map is not None:
+            raise ModelError(
+                f"{entry.name}: its own loader sets quantization, revision and device_map"
+            )
         return _registered(entry.name, place, None if dtype == "auto" else precision)
     source, options = source_of(entry)
     options["trust_remote_code"] = False
@@ -72,6 +79,13 @@ def load(
             raise ModelError(f"{entry.name} is no model of the hub: it has no revision")
         options["revision"] = revision
     weights = {} if quantization is None else _quantization(quantization, place, precision)
+    if device_map is not None:
+        if entry.adapter:
+            raise ModelError(
+                f"{entry.name}: its adapter is merged into weights that lie on one device: "
+                "leave device_map out"
+            )
+        weights["device_map"] = device_map
     # The reader of GGUF files draws a bar of its own that no switch of transformers stops.
     bars = contextlib.redirect_stderr(io.StringIO()) if entry.source == "gguf" else quiet()
     with quiet(), bars:
@@ -87,6 +101,11 @@ def load(
             f"{entry.name}: the files lack {len(drawn)} of the weights of "
             f"{type(hf).__name__}, which would be random numbers: {drawn[0]}, ..."
         )
+    if hf.get_input_embeddings().weight.is_meta:
+        raise ModelError(
+            f"{entry.name}: the device_map offloads its embedding, where ids go in: more "
+            "memory is needed, or quantization"
+        )
     if entry.adapter:
         hf = _adapted(hf, tokenizer, registry.FIXTURES / entry.name)
     model = checked(
@@ -95,6 +114,19 @@ def load(
     if entry.source == "hub":
         model.revision = registry.content_of(entry, revision)["revision"]
     return model
+
+
+def _check_map(device_map: str | Mapping[str, Any], device: str) -> None:
+    """Refuses a map that is none, that ``device`` contradicts, or without accelerate."""
+    if isinstance(device_map, str) and device_map != "auto":
+        raise ModelError(f"device_map {device_map!r} is neither 'auto' nor a device by module")
+    if device not in ("auto", pick_device().type):
+        raise ModelError(
+            f"device {device!r} and a device_map: the map says where the layers are, leave "
+            "device at 'auto'"
+        )
+    if importlib.util.find_spec("accelerate") is None:
+        raise ModelError("device_map needs the package accelerate: pip install accelerate")
 
 
 def _adapted(hf: nn.Module, tokenizer: Any, folder: Path) -> nn.Module:

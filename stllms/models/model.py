@@ -8,6 +8,7 @@ In transformers 5 the output of a decoder layer *is* the tensor ``h[l]`` of shap
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -124,7 +125,7 @@ class Model:
         written = getattr(self.tokenizer, "chat_template", None)
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
-            "weights": digest([_checksum(*item) for item in self.hf.state_dict().items()]),
+            "weights": digest([_checksum(*item) for item in stored(self.hf)]),
             "tokenizer": digest(words),
             "chat template": digest([written, self.template] if self.template else written),
             "revision": self.revision,
@@ -140,8 +141,14 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """The device of the embedding, where ids go in."""
-        return self.hf.get_input_embeddings().weight.device
+        """The device of the embedding, where ids go in and logits come out."""
+        return runs_on(self.hf.get_input_embeddings())
+
+    @property
+    def shares(self) -> dict[torch.device, float]:
+        """The devices that the layers run on, and the share of the layers on each."""
+        places = Counter(runs_on(layer) for layer in self.layers)
+        return {device: count / self.n_layers for device, count in places.items()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -320,6 +327,25 @@ def find_layers(hf: nn.Module) -> tuple[str, str]:
     )
 
 
+def runs_on(module: nn.Module) -> torch.device:
+    """Where a module computes: the device of its weights, or that to which accelerate brings
+    offloaded ones for a forward."""
+    for part in module.modules():
+        for weight in part.parameters(recurse=False):
+            hook = getattr(part, "_hf_hook", None) if weight.is_meta else None
+            return weight.device if hook is None else torch.device(hook.execution_device)
+    raise ModelError(f"{type(module).__name__} has no weights")
+
+
+def stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The entries of a state dict; offloaded ones are fetched one at a time."""
+    for name, tensor in module.state_dict().items():
+        if tensor.is_meta:
+            path, _, leaf = name.rpartition(".")
+            tensor = module.get_submodule(path)._hf_hook.weights_map[leaf]
+        yield name, tensor
+
+
 def _checksum(name: str, tensor: Tensor) -> str:
     """Name, shape, type and the sum of the bits as whole numbers: exact, hence the same on
     every device and in every order, where a sum of floats is not."""
@@ -341,7 +367,7 @@ def _eos_ids(hf: nn.Module, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _matrix(module: nn.Module | None, what: str) -> Tensor:
-    weight = getattr(module, "weight", None)
+    weight = None if module is None else dict(stored(module)).get("weight")
     if weight is None or not weight.is_floating_point():
         raise ModelError(f"the {what} has no floating-point weight: {module}")
     return weight.detach().to("cpu", torch.float32)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from stllms.hashes import file_hash
 from stllms.runs.files import BadFile, Record, StaleArtefact, check, replacing
 
 #: The key of a row: the values of its key fields.
@@ -29,7 +29,7 @@ class Rows:
         self.path = Path(path)
         self.key = tuple(key)
         self._keys: set[Key] = set()
-        self._size = -1
+        self._hash, self._size = sha256(), -1  # of the whole lines that we know
 
     def bind(self, made_from: Mapping[str, Any]) -> None:
         """Says what the rows depend on, by name; the values are JSON or hashes.
@@ -79,7 +79,7 @@ class Rows:
             return {}
         check(self.path)
         found: dict[Key, dict[str, Any]] = {}
-        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
+        for number, line in enumerate(self._lines(), start=1):
             where = f"line {number}"
             try:
                 row = json.loads(line)
@@ -109,13 +109,17 @@ class Rows:
             new.add(key)
             lines.append(_line(row))
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = b"".join(lines)
         with self.path.open("ab") as file:
-            file.write(b"".join(lines))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            self._keys, self._size = done | new, file.tell()
+            self._size = file.tell()
+        # Hashing the file again, and copying the keys, would be quadratic in the chunks.
+        self._hash.update(content)
+        done |= new
         if (record := Record.around(self.path)) is not None:
-            whole = {"sha256": file_hash(self.path), "bytes": self._size}
+            whole = {"sha256": self._hash.hexdigest(), "bytes": self._size}
             record.put(self.path, **whole, rows=len(self._keys))
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -133,10 +137,18 @@ class Rows:
         if its size is not as we left it."""
         if self._bytes() != self._size:
             self._keys = set(self.by_key())
+            self._hash, self._size = sha256(), 0
             if self._bytes():
-                os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
-            self._size = self._bytes()
+                for line in self._lines():
+                    self._hash.update(line)
+                    self._size += len(line)
+                os.truncate(self.path, self._size)
         return self._keys
+
+    def _lines(self) -> Iterator[bytes]:
+        """The lines of the file up to one without its newline."""
+        with self.path.open("rb") as file:
+            yield from takewhile(lambda line: line.endswith(b"\n"), file)
 
     def _key_of(self, row: Mapping[str, Any], where: str) -> Key:
         lacking = [name for name in self.key if name not in row]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stllms.hashes import digest
-from stllms.models.model import Model, ModelError, find_layers
+from stllms.models.model import Model, ModelError, find_layers, runs_on
 from stllms.records import CLOSE
 from stllms.registry import operator
 
@@ -84,7 +84,7 @@ def fingerprints(interventions: Mapping[tuple, Intervention | None]) -> dict[str
 class Edit:
     """One operation at one layer for the whole batch; rows without it carry zeros.
 
-    ``vector [B, 1, D]``, ``coefficient [B, 1, 1]``, on the model's device.
+    ``vector [B, 1, D]``, ``coefficient [B, 1, 1]``, on the device where ids go in.
     """
 
     layer: int
@@ -135,11 +135,13 @@ def intervene(model: Model, placed: Sequence[tuple[Edit, Tensor]]) -> None:
 
 
 def _changed(operation: str, hidden: Tensor, vector: Tensor, coefficient: Tensor) -> Tensor:
-    """``hidden [B, T, D]`` with what an operator adds to it, in its own dtype.
+    """``hidden [B, T, D]`` with what an operator adds to it, in its own dtype and on its own
+    device, since a model may lie on several.
 
     Raises:
         ValueError: the operator gives another shape.
     """
+    vector, coefficient = vector.to(hidden.device), coefficient.to(hidden.device)
     delta = operator.find(operation)(hidden, vector, coefficient)
     if delta.shape != hidden.shape:
         raise ValueError(
@@ -182,9 +184,8 @@ def applied(
                     "written: use stllms.steer, or where='all'"
                 )
     rows = [() if item is None else (item,) for item in items]
-    parameter = next(hf.parameters())
     with ExitStack() as hooks:
-        for edit in _grouped(rows, width, parameter.dtype, parameter.device):
+        for edit in _grouped(rows, width, hf.dtype, runs_on(hf)):
             handle = layers[edit.layer].register_forward_hook(_hook(edit, len(items)))
             hooks.callback(handle.remove)
         yield hf
@@ -202,8 +203,7 @@ def _hook(edit: Edit, n: int) -> Callable[[nn.Module, Any, Any], Tensor]:
         if len(hidden) % n:
             raise ValueError(f"{n} interventions for a batch of {len(hidden)} rows")
         vector, coefficient = (
-            x.to(hidden.device).repeat_interleave(len(hidden) // n, 0)
-            for x in (edit.vector, edit.coefficient)
+            x.repeat_interleave(len(hidden) // n, 0) for x in (edit.vector, edit.coefficient)
         )
         return _changed(edit.operation, hidden, vector, coefficient)
 

@@ -288,7 +288,10 @@ def _join(old: _Batch, new: _Batch) -> _Batch:
 def _select(cache: DynamicCache, rows: Tensor, first: int) -> None:
     """Keep ``rows`` (indices) and the columns from ``first`` on."""
     for layer in cache.layers:
-        layer.keys, layer.values = (x[rows, :, first:] for x in (layer.keys, layer.values))
+        layer.keys, layer.values = (
+            x[:, :, first:].index_select(0, rows.to(x.device))
+            for x in (layer.keys, layer.values)
+        )
 
 
 def _append(cache: DynamicCache, other: DynamicCache) -> None:
@@ -309,7 +312,11 @@ def _fitting(model: Model, rows: Sequence[Row], new: int, size: int) -> int:
     """``size``, or as many of the longest rows as fit into the free memory."""
     size = min(size, model.fits)
     prompt = max((len(row.prompt_ids) for row in rows), default=0)
-    needed, free = row_bytes(model, prompt, new), free_bytes(model.device)
+    each = [
+        (row_bytes(model, prompt, new, share), free_bytes(device), device)
+        for device, share in model.shares.items()
+    ]
+    needed, free, device = min(each, key=lambda one: one[1] / one[0])
     most = int(SHARE * free) // needed
     if most >= min(size, len(rows)):
         return size
@@ -317,21 +324,23 @@ def _fitting(model: Model, rows: Sequence[Row], new: int, size: int) -> int:
     warnings.warn(
         f"batches of {model.fits} rows, not {size}: a row of {prompt} + {new} tokens takes "
         f"{needed / 1e9:.2g} GB for keys, values and logits, {free / 1e9:.2g} GB are free on "
-        f"{model.device}",
+        f"{device}",
         stacklevel=3,
     )
     return model.fits
 
 
-def row_bytes(model: Model, prompt: int, new: int) -> int:
+def row_bytes(model: Model, prompt: int, new: int, share: float = 1.0) -> int:
     """Bytes that a row of ``prompt`` tokens takes until ``new`` more are written: twice the
     cache, which grows by copying and gives its old memory back late; and the larger of a step's
-    logits with their copies, and of the hidden states of one layer while the prompt is read."""
+    logits with their copies, and of the hidden states of one layer while the prompt is read.
+    On a device with a ``share`` of the layers, with that share of the cache."""
     config, size = model.text_config, model.dtype.itemsize
     inner = getattr(config, "intermediate_size", None) or 4 * model.d_model
     states = prompt * (8 * model.d_model + 3 * inner) * size
     logits = config.vocab_size * (size + SAMPLING)
-    return 2 * cache_bytes(config, model.dtype, prompt + new) + max(states, logits)
+    cache = cache_bytes(config, model.dtype, prompt + new)
+    return int(2 * share * cache) + max(states, logits)
 
 
 def cache_bytes(text_config: Any, dtype: torch.dtype, tokens: int) -> int:
