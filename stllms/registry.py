@@ -466,3 +466,26 @@ estimator = Registry("estimator")
 metric = Registry("metric")
 model = Registry("model", taken=MODELS)
 operator = Registry("operator")
+
+_ALL = {one.kind: one for one in (annotator, estimator, metric, model, operator)}
+
+
+def own() -> dict[str, dict[str, Any]]:
+    """What was registered by a person's own code, by kind and name; for :func:`add` in another
+    process."""
+    package = __name__.partition(".")[0] + "."
+    return {
+        kind: {
+            name: thing
+            for name, thing in known.items()
+            if not f"{_origin(thing)[0]}.".startswith(package)
+        }
+        for kind, known in _ALL.items()
+    }
+
+
+def add(things: Mapping[str, Mapping[str, Any]]) -> None:
+    """Registers what :func:`own` gave."""
+    for kind, known in things.items():
+        for name, thing in known.items():
+            _ALL[kind](name)(thing)

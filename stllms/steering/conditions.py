@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -21,6 +22,7 @@ from stllms.models.model import Model
 from stllms.records import Response, Steered, Task, from_rows, steered_from_row, to_row
 from stllms.runs import audit
 from stllms.runs.store import Rows, resumed
+from stllms.runs.workers import Tick
 from stllms.terminal import token_bar
 from stllms.vectors.directions import SteeringVectors
 from stllms.vectors.nulls import Controls
@@ -144,8 +146,8 @@ def generate(
             model,
             tasks,
             interventions,
-            style,
-            system,
+            style=style,
+            system=system,
             watch=watch,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
@@ -161,9 +163,9 @@ def _responses(
     model: Model,
     tasks: Sequence[Task],
     interventions: Sequence[Intervention | None],
+    *,
     style: str,
     system: str | None,
-    *,
     watch: Callable[[list[Response]], Any] | None = None,
     **options: Any,
 ) -> list[Response]:
@@ -220,30 +222,31 @@ def grid(
         stored = from_rows(store.load(), steered_from_row, store.path)
         prompts.same(store.path, (one.response for one in stored), ids)
 
-    def make(start: int, stop: int) -> list[dict[str, Any]]:
-        part = cells[start:stop]
-        responses = _responses(
-            model,
-            [task for _, task in part],
-            [condition.intervention for condition, _ in part],
-            style,
-            system,
-            batch_size=batch_size,
-            progress=bar.tick,
-            **options,
-        )
-        return [
-            to_row(Steered(*condition.key(task.id), response))
-            for (condition, task), response in zip(part, responses, strict=True)
-        ]
-
     with token_bar(len(cells), "steered", most=max_new_tokens, enabled=progress) as bar:
         keys = [condition.key(task.id) for condition, task in cells]
         size = CHUNK * len(every)
-        rows = resumed(keys, make, size=size, store=store, skip=bar.skip) if every else []
+        make = partial(_cells, style=style, system=system, batch_size=batch_size, **options)
+        rows = (
+            resumed(keys, cells, make, size=size, model=model, store=store, bar=bar)
+            if every
+            else []
+        )
     found = [steered_from_row(row) for row in rows]
     audit.audit(one.response for one in found).check()
     return found
+
+
+def _cells(
+    model: Model, part: Sequence[tuple[Condition, Task]], tick: Tick, **options: Any
+) -> list[dict[str, Any]]:
+    """The rows of a chunk of tasks under all conditions."""
+    tasks = [task for _, task in part]
+    interventions = [condition.intervention for condition, _ in part]
+    responses = _responses(model, tasks, interventions, progress=tick, **options)
+    return [
+        to_row(Steered(*condition.key(task.id), response))
+        for (condition, task), response in zip(part, responses, strict=True)
+    ]
 
 
 def check(

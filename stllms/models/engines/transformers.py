@@ -310,6 +310,7 @@ def _fitting(model: Model, rows: Sequence[Row], new: int, size: int) -> int:
     size = min(size, model.fits)
     prompt = max((len(row.prompt_ids) for row in rows), default=0)
     needed, free = row_bytes(model, prompt, new), free_bytes(model.device)
+    free = int(free * model.share)
     most = int(SHARE * free) // needed
     if most >= min(size, len(rows)):
         return size
