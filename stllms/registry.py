@@ -471,14 +471,17 @@ _ALL = {one.kind: one for one in (annotator, estimator, metric, model, operator)
 
 
 def own() -> dict[str, dict[str, Any]]:
-    """What was registered by a person's own code, by kind and name; for :func:`add` in another
-    process."""
-    package = __name__.partition(".")[0] + "."
+    """What was registered by a person's script or notebook, by kind and name, for :func:`add`
+    in another process; packages are found there by their entry points."""
+    packages = {
+        point.module.partition(".")[0] for point in metadata.entry_points(group=ENTRY_POINTS)
+    }
+    packages.add(__name__.partition(".")[0])
     return {
         kind: {
             name: thing
             for name, thing in known.items()
-            if not f"{_origin(thing)[0]}.".startswith(package)
+            if str(_origin(thing)[0]).partition(".")[0] not in packages
         }
         for kind, known in _ALL.items()
     }

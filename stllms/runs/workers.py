@@ -11,12 +11,15 @@ the result is that of a run in which none died.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import os
+import pickle
+import sys
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from stllms import registry
@@ -32,6 +35,8 @@ AHEAD = 2
 RETRIES = 3
 #: Ends the parts.
 _END = object()
+#: Of the jobs of this process.
+_numbers = itertools.count()
 
 
 def over(model: Any, make: Make, parts: Iterable[Any], tick: Tick) -> Iterator[Any]:
@@ -66,7 +71,9 @@ class Pool:
         load: gives a worker its model; pickled.
         count: of workers; ``None`` takes what the cluster at ``address`` has.
         address: of a running Ray cluster; ``None`` starts one on this machine and ends it.
-        cards: the most CUDA cards that a worker can use; 0 runs it on the CPU.
+        cards: CUDA cards of a worker, all of one machine: 0 for the CPU, 1 (of which it gets a
+            part where there are fewer than workers), more, or ``math.inf`` for as many as
+            there are.
     """
 
     _running: ClassVar[Pool | None] = None
@@ -95,14 +102,15 @@ class Pool:
             return  # without starting anything
         import ray
 
-        self._start()
         try:
-            job = ray.put((make, registry.own(), model.identity))
+            self._start()
+            job = ray.put(_pickled((make, registry.own(), model.identity)))
+            number = next(_numbers)
             free, busy = deque(self._actors), dict[Any, Any]()
             while True:
                 while part is not _END and free and len(waiting) < AHEAD * len(self._actors):
                     actor = free.popleft()
-                    waiting.append(actor.run.remote(job, part))
+                    waiting.append(actor.run.remote(number, job, part))
                     busy[waiting[-1]] = actor
                     part = next(rest, _END)
                 if not waiting:
@@ -127,11 +135,12 @@ class Pool:
         import ray
 
         actors, self._actors = self._actors, []
+        ours, self._ours = self._ours, False
+        if ours:  # without a word; for a worker that is killed Ray has several
+            ray.shutdown()
+            return
         for actor in actors:
             ray.kill(actor)
-        if self._ours:
-            ray.shutdown()
-        self._ours, Pool._running = False, None
 
     def _start(self) -> None:
         """Sees to it that the actors of this pool are there, and no others."""
@@ -151,11 +160,15 @@ class Pool:
                     "include_dashboard": False,
                 }
             ray.init(self.address or "local", **quiet)
-            self._ours = True
+            self._ours = self.address is None
         Pool._running = self
-        there = ray.cluster_resources()
+        nodes = [one["Resources"] for one in ray.nodes() if one["Alive"]]
         count, gpus, share = plan(
-            self.count, self.threads, self.cards, there.get("CPU", 0), there.get("GPU", 0)
+            self.count,
+            self.threads,
+            self.cards,
+            [int(one.get("CPU", 0)) for one in nodes],
+            [int(one.get("GPU", 0)) for one in nodes],
         )
         options = {
             "num_cpus": self.threads,
@@ -168,34 +181,48 @@ class Pool:
 
 
 def plan(
-    count: int | None, threads: int, cards: float, cpus: float, gpus: float
+    count: int | None, threads: int, cards: float, cpus: Sequence[int], gpus: Sequence[int]
 ) -> tuple[int, float, float]:
     """How many workers, the CUDA cards of each, and its share of the memory of its device.
 
-    ``count`` workers (``None``: one a card, or one for every ``threads`` CPUs) of ``threads``
-    threads, each with at most ``cards`` cards, on ``cpus`` and ``gpus``. Several workers share
-    a card in equal whole parts, so that all find a place. Raises ``ValueError`` for a cluster
-    that is too small.
+    ``count`` workers (``None``: as many as fit) of ``threads`` threads, each with ``cards``
+    cards (:class:`Pool`), on machines with ``cpus`` and ``gpus``. Workers of one card that are
+    more than the cards share them in equal parts. Raises ``ValueError`` where there is no room.
     """
-    if cards and not gpus:
-        raise ValueError("workers: the cluster has no CUDA card: take --device cpu")
-    if count is None:
-        count = int(gpus // min(cards, gpus) if cards else cpus // threads)
-    if not count or count * threads > cpus:
-        raise ValueError(
-            f"workers: {count or 'any'} of {threads} threads do not fit into the {cpus:g} CPUs "
-            "of the cluster: take fewer, or set OMP_NUM_THREADS"
-        )
+    room = sum(n // threads for n in cpus)
     if not cards:
-        return count, 0, 1 / count
-    if gpus >= count:
-        return count, min(cards, gpus // count), 1.0
-    if cards > 1:
+        count = room if count is None else count
+        each, share = 0.0, 1 / max(1, min(count, max(cpus) // threads))
+    else:
+        sizes: list[float] = [*range(max(gpus), 1, -1)] if cards == math.inf else []
+        sizes += [cards] if 1 < cards < math.inf else [1, *(1 / n for n in range(2, 9))]
+        places = {size: sum(int(n / size + 1e-9) for n in gpus) for size in sizes}
+        count = min(room, places[sizes[0]]) if count is None else count
+        each = next((size for size in sizes if places[size] >= count), 0.0)
+        share, room = min(1.0, each), room if each else 0
+    if not 0 < count <= room:
+        card = f"{cards:g} CUDA cards and " if 1 < cards < math.inf else "a CUDA card and "
         raise ValueError(
-            f"workers: {count} of several cards do not fit into the {gpus:g} of the cluster"
+            f"workers: {count or 1} of {card if cards else ''}{threads} threads do not fit "
+            f"into {sum(cpus)} CPUs and {sum(gpus)} cards: take fewer (or --device cpu)"
         )
-    on_a_card = math.ceil(count / gpus)
-    return count, 1 / on_a_card, 1 / on_a_card
+    return count, each, share
+
+
+def _pickled(job: tuple[Make, dict[str, dict[str, Any]], dict[str, Any]]) -> bytes:
+    """A job with the functions of a person's own modules, which a worker cannot import."""
+    from ray import cloudpickle
+
+    own = [thing for known in job[1].values() for thing in known.values()]
+    found = {getattr(thing, "__module__", None) for thing in own} - {None, "__main__"}
+    modules = [sys.modules[name] for name in found if name in sys.modules]
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.dumps(job)
+    finally:
+        for module in modules:
+            cloudpickle.unregister_pickle_by_value(module)
 
 
 class _Worker:
@@ -205,12 +232,12 @@ class _Worker:
         self.load, self.threads, self.share = load, threads, share
         self.model: Any = None
         self.identity: dict[str, Any] = {}
+        self.number = -1
+        self.make: Any = None
 
-    def run(
-        self, job: tuple[Make, dict[str, dict[str, Any]], dict[str, Any]], part: Any
-    ) -> tuple[Any, tuple[int, int], int, list[str]]:
-        """The result of a part, what it ticked, :attr:`Model.fits` and the warnings."""
-        make, own, identity = job
+    def _take(self, number: int, job: bytes) -> None:
+        """Makes ready for the parts of a job."""
+        make, own, identity = pickle.loads(job)
         registry.add(own)
         if self.model is None:
             import torch
@@ -224,6 +251,14 @@ class _Worker:
                 "same files and packages should be on every machine, and a model that was "
                 "changed in memory cannot have workers"
             )
+        self.number, self.make = number, make
+
+    def run(
+        self, number: int, job: bytes, part: Any
+    ) -> tuple[Any, tuple[int, int], int, list[str]]:
+        """The result of a part, what it ticked, :attr:`Model.fits` and the warnings."""
+        if self.number != number:
+            self._take(number, job)
         done = [0, 0]
 
         def tick(tokens: int, rows: int) -> None:
@@ -233,7 +268,7 @@ class _Worker:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)
             try:
-                found = make(self.model, part, tick)
+                found = self.make(self.model, part, tick)
             except Exception as error:
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 error.add_note(f"(in a worker, {last.filename}, line {last.lineno})")
@@ -250,7 +285,7 @@ def _result(ref: Any) -> tuple[Any, tuple[int, int], int, list[str]]:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
-    except ray.exceptions.RayActorError as error:
+    except ray.exceptions.RayError as error:
         cause = RuntimeError(
             f"a worker died {RETRIES + 1} times of one part, most often for want of memory: "
             f"take fewer workers, or a smaller batch size ({str(error).splitlines()[0]})"
