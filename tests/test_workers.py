@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -191,24 +192,15 @@ def test_an_interrupt_ends_the_workers_too(tmp_path):
 # --- errors ----------------------------------------------------------------------------------
 
 
-@registry.operator("of this test")
 def of_this_test(hidden, vector, coefficient):
     return (coefficient * vector).expand_as(hidden)
 
 
 @pytest.mark.slow
-def test_errors_of_workers_are_those_of_the_stage(pair, chunks):
-    with pytest.raises(ValueError, match="exceed the context of tiny-thinker") as caught:
-        generation.responses(pair, TASKS, **OPTIONS | {"max_new_tokens": 10**6})
-    assert type(caught.value) is ValueError
-    assert "engine.py, line" in caught.value.__notes__[0]
-    push = Intervention(torch.ones(pair.d_model), 3, 1e39)
-    with pytest.raises(SamplingError, match="logits after 0 new tokens are not finite"):
-        conditions.grid(pair, TASKS, [conditions.Condition("mine", 3, 1e39, push)], **OPTIONS)
-
-
-@pytest.mark.slow
-def test_workers_know_what_a_person_registered(pair, chunks):
+def test_workers_know_what_a_person_registered(pair, chunks, monkeypatch):
+    """Workers cannot import this file."""
+    monkeypatch.setattr(registry.operator, "_known", dict(registry.operator))
+    registry.operator("of this test")(of_this_test)
     push = {"direction": torch.full([pair.d_model], 0.5), "layer": 3, "coefficient": 1.0}
     asked = [
         conditions.Condition(name, 3, 1.0, Intervention(**push, operation=name), name)
@@ -217,6 +209,23 @@ def test_workers_know_what_a_person_registered(pair, chunks):
     made = conditions.grid(pair, TASKS[:2], asked, **OPTIONS)
     ids = [one.response.output_ids for one in made]
     assert ids[0::2] == ids[1::2]
+    lock = threading.Lock()
+    registry.operator("locked")(lambda *_: lock)
+    with pytest.raises(
+        ValueError, match=r"operator 'locked' cannot be sent to workers: .*lock"
+    ):
+        conditions.grid(pair, TASKS[:2], asked, **OPTIONS)
+
+
+@pytest.mark.slow
+def test_an_error_of_a_worker_is_the_error_of_the_stage(pair, chunks):
+    push = Intervention(torch.full([pair.d_model], 3e38), 3, 10.0)
+    asked = [conditions.Condition("mine", 3, 10.0, push)]
+    words = "logits after 0 new tokens are not finite"
+    with pytest.raises(SamplingError, match=words) as caught:
+        conditions.grid(pair, TASKS, asked, **OPTIONS)
+    assert type(caught.value) is SamplingError
+    assert "transformers.py, line" in caught.value.__notes__[0]
 
 
 @pytest.mark.slow

@@ -33,6 +33,12 @@ Make = Callable[[Any, Any, Tick], Any]
 AHEAD = 2
 #: How often a part is given to a worker again that died of it.
 RETRIES = 3
+#: Of Ray's own: it counts its users and tells of its inner life otherwise.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
 #: Ends the parts.
 _END = object()
 #: Of the jobs of this process.
@@ -102,10 +108,10 @@ class Pool:
             return  # without starting anything
         import ray
 
+        pickled = _pickled(make, registry.own(), model.identity)
         try:
             self._start()
-            job = ray.put(_pickled((make, registry.own(), model.identity)))
-            number = next(_numbers)
+            job, number = ray.put(pickled), next(_numbers)
             free, busy = deque(self._actors), dict[Any, Any]()
             while True:
                 while part is not _END and free and len(waiting) < AHEAD * len(self._actors):
@@ -148,10 +154,10 @@ class Pool:
             return
         if Pool._running is not None:
             Pool._running.close()
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
         import ray
 
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if not ray.is_initialized():
             quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
             if self.address is None:
@@ -209,17 +215,26 @@ def plan(
     return count, each, share
 
 
-def _pickled(job: tuple[Make, dict[str, dict[str, Any]], dict[str, Any]]) -> bytes:
-    """A job with the functions of a person's own modules, which a worker cannot import."""
+def _pickled(make: Make, own: dict[tuple[str, str], Any], identity: dict[str, Any]) -> bytes:
+    """A job, with the code of a person's own modules, which a worker cannot import.
+
+    Raises ``ValueError`` naming what of a person's own cannot be sent.
+    """
     from ray import cloudpickle
 
-    own = [thing for known in job[1].values() for thing in known.values()]
-    found = {getattr(thing, "__module__", None) for thing in own} - {None, "__main__"}
+    found = {getattr(thing, "__module__", None) for thing in own.values()} - {"__main__"}
     modules = [sys.modules[name] for name in found if name in sys.modules]
     for module in modules:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return cloudpickle.dumps(job)
+        for (kind, name), thing in own.items():
+            try:
+                cloudpickle.dumps(thing)
+            except Exception as error:
+                raise ValueError(
+                    f"{kind} {name!r} cannot be sent to workers: {error}"
+                ) from error
+        return cloudpickle.dumps((make, own, identity))
     finally:
         for module in modules:
             cloudpickle.unregister_pickle_by_value(module)
