@@ -46,12 +46,19 @@ def chunks(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def pair():
+def cluster():
+    """Ray, started once for all pools; a pool that finds none starts one
+    (:func:`test_an_interrupt_ends_the_workers_too`)."""
+    ray = pytest.importorskip("ray")
+    workers._start_ray(4, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def pair(cluster):
     """The embedded model with two workers, which start with the first test that asks them."""
-    pytest.importorskip("ray")
-    model = models.load("tiny-thinker", workers=2)
-    yield model
-    model.workers.close()
+    return models.load("tiny-thinker", workers=2)
 
 
 def stages(model, folder: Path) -> dict[str, bytes]:
@@ -96,14 +103,12 @@ def local(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_any_number_of_workers_writes_the_bytes_of_none(chunks, local, tmp_path, count):
-    pytest.importorskip("ray")
+def test_any_number_of_workers_writes_the_bytes_of_none(
+    cluster, chunks, local, tmp_path, count
+):
     model = models.load("tiny-thinker", workers=count)
-    try:
-        made = stages(model, tmp_path / "run")
-        assert len(model.workers._actors) == count
-    finally:
-        model.workers.close()
+    made = stages(model, tmp_path / "run")
+    assert len(model.workers._actors) == count == len(processes())
     assert len(made) == 6
     assert {name: made[name] == local[name] for name in local} == dict.fromkeys(local, True)
 

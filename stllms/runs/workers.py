@@ -158,15 +158,12 @@ class Pool:
             os.environ.setdefault(name, value)
         import ray
 
-        if not ray.is_initialized():
-            quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-            if self.address is None:
-                quiet |= {
-                    "num_cpus": (self.count or 1) * self.threads,
-                    "include_dashboard": False,
-                }
-            ray.init(self.address or "local", **quiet)
-            self._ours = self.address is None
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        if not ray.is_initialized() and self.address is not None:
+            ray.init(self.address, **quiet)
+        elif not ray.is_initialized():
+            _start_ray((self.count or 1) * self.threads, **quiet)
+            self._ours = True
         Pool._running = self
         nodes = [one["Resources"] for one in ray.nodes() if one["Alive"]]
         count, gpus, share = plan(
@@ -184,6 +181,21 @@ class Pool:
         }
         made = ray.remote(**options)(_Worker)
         self._actors = [made.remote(self.load, self.threads, share) for _ in range(count)]
+
+
+def _start_ray(cpus: int, **options: Any) -> None:
+    """Starts Ray on this machine, for which it gives itself half a minute: too little on one
+    that has other work, so it is tried three times."""
+    import ray
+
+    for left in (2, 1, 0):
+        try:
+            ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not left or "timed out during startup" not in str(error):
+                raise
 
 
 def plan(
