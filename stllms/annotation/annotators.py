@@ -35,15 +35,20 @@ from stllms.records import (
     to_row,
 )
 from stllms.runs.files import StaleArtefact
+from stllms.runs.workers import over
+from stllms.terminal import token_bar
 
 if TYPE_CHECKING:  # torch and pandas are heavy
     import pandas as pd
 
     from stllms.models.model import Model
     from stllms.runs.store import Rows
+    from stllms.runs.workers import Tick
 
 #: The row key of ``annotations.jsonl``.
 KEY = ("task_id", "annotator")
+#: Chains in a part that a worker labels.
+CHUNK = 100
 #: Why a character has no label by cue words.
 NO_CUE = "no cue"
 
@@ -58,7 +63,8 @@ class Annotator(Protocol):
 
     A ``fingerprint`` says what its labels depend on (weights, stored replies, a function);
     without one that is the version of the package. ``labels`` is the set that they are of;
-    without it the paper's.
+    without it the paper's. ``shared`` says that it can be pickled and labels each chain on its
+    own, so that workers may share them; without it this process labels all of them.
     """
 
     name: str
@@ -396,8 +402,29 @@ def never(made: Sequence[Annotation], labels: LabelSet = PAPER) -> tuple[str, ..
 def _annotated(
     annotator: Annotator, responses: Sequence[Response], model: "Model | None"
 ) -> list[Annotation]:
-    """New annotations, with token spans where a model and the ids are known."""
-    made = annotator.annotate(responses) if responses else []
+    """New annotations, with token spans where a model and the ids are known. The workers of
+    the model share the chains, if the annotator says that they may."""
+    if not responses:
+        return []
+    if not (getattr(annotator, "shared", False) and getattr(model, "workers", None)):
+        return _labelled(model, responses, annotator=annotator)
+    parts = (responses[start : start + CHUNK] for start in range(0, len(responses), CHUNK))
+    with token_bar(len(responses), "annotations", unit="responses") as bar:
+        made = over(model, partial(_labelled, annotator=annotator), parts, bar.tick)
+        return [annotation for part in made for annotation in part]
+
+
+def _labelled(
+    model: "Model | None",
+    responses: Sequence[Response],
+    tick: "Tick | None" = None,
+    *,
+    annotator: Annotator,
+) -> list[Annotation]:
+    """The annotations of a part of the responses."""
+    made = annotator.annotate(responses)
+    if tick is not None:
+        tick(0, len(made))
     return [
         annotation
         if model is None or not response.output_ids

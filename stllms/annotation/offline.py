@@ -121,6 +121,8 @@ class Offline:
     estimates fractions better than counting labels does.
     """
 
+    shared = True
+
     def __init__(self, weights: str | Path | None = None, *, labels: LabelSet = PAPER) -> None:
         path = WEIGHTS if weights is None else Path(weights).expanduser()
         path = path / WEIGHTS.name if path.is_dir() else path

@@ -37,6 +37,7 @@ from stllms.records import (
     response_from_row,
     steered_from_row,
 )
+from stllms.runs import workers
 from stllms.runs.artifacts import Folder
 from stllms.runs.files import read_json
 from stllms.runs.store import Rows
@@ -80,7 +81,9 @@ def check(config: RunConfig, todo: Sequence[str], *, asked: Sequence[str] = ()) 
         _pair(config)
     every = [one.config for stage in todo for one in stages.members(stage, config)]
     local = {own.model: own for own in every if own.entry.source != "api"}
-    if local:
+    if config.workers is not None or config.ray is not None:
+        workers.installed()
+    if local and config.ray is None:
         hardware(config.device, config.quantization)
     try:
         weights = sum(model(own) for own in local.values())

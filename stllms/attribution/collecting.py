@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from stllms.attribution.patching import (
 from stllms.models.model import Model
 from stllms.records import Annotation, Response, Span
 from stllms.runs.store import refuse_other_work
+from stllms.runs.workers import Tick, over
 from stllms.terminal import token_bar
 from stllms.vectors.directions import SteeringVectors
 from stllms.vectors.means import mark
@@ -91,18 +92,17 @@ def collect(
         steering_vectors.index(name)
     pairs = measurable(responses, annotations) if names else []
     chosen = sample(pairs, targets, n_positions, seed=seed)
-    work = _Work(
-        model, steering_vectors, controls or Controls((), steering_vectors.directions[:0])
-    )
+    work = _Work(steering_vectors, controls or Controls((), steering_vectors.directions[:0]))
     marks = [fingerprint(*pair, one) for pair, one in zip(pairs, chosen, strict=True)]
-    result = _resume(path, work.nothing(_ledger(annotations, chosen)), marks)
+    result = _resume(path, work.nothing(model, _ledger(annotations, chosen)), marks)
     done = len(result.response_ids)
     rows = [work.rows(one) for one in chosen]
     with token_bar(sum(rows), "layer effects", enabled=progress) as bar:
         bar.skip(sum(rows[:done]))
-        for place in range(done, len(pairs)):
-            found = work.of_response(*pairs[place], chosen[place], partial(bar.tick, 0))
-            result = result.plus(pairs[place][0].task_id, marks[place], found)
+        todo = [(*pair, one) for pair, one in zip(pairs, chosen, strict=True)][done:]
+        made = over(model, work.of_response, todo, bar.tick)
+        for (response, *_), mark, found in zip(todo, marks[done:], made, strict=True):
+            result = result.plus(response.task_id, mark, found)
             if path is not None and len(result.response_ids) % SAVE_EVERY == 0:
                 result.save(path)
     if path is not None:
@@ -252,7 +252,6 @@ def _made_from(effects: LayerEffects) -> dict[str, Any]:
 class _Work:
     """What is measured of every response."""
 
-    model: Model
     vectors: SteeringVectors
     controls: Controls
 
@@ -269,17 +268,17 @@ class _Work:
             keys += [PAIRED, *map(null_key, self.controls.names)]
         return keys
 
-    def nothing(self, ledger: dict[str, int]) -> LayerEffects:
-        """The effects of no response yet."""
+    def nothing(self, model: Model, ledger: dict[str, int]) -> LayerEffects:
+        """The effects on a model of no response yet."""
         return LayerEffects(
             dict.fromkeys(self.keys, torch.empty(0, *self.vectors.directions.shape[:2])),
             (),
             self.vectors.behaviours,
-            self.model.name,
+            model.name,
             hashlib.sha256(self.directions.numpy().tobytes()).hexdigest(),
-            str(self.model.dtype),
+            str(model.dtype),
             ledger=ledger,
-            weights=self.model.identity["weights"] or "",
+            weights=model.identity["weights"] or "",
         )
 
     def exact_means(self, chosen: Sample) -> list[tuple[int, dict[str, int], tuple[int, ...]]]:
@@ -301,20 +300,17 @@ class _Work:
         return 1 + len(_pairs(self.exact_means(chosen))) * self.vectors.n_layers
 
     def of_response(
-        self,
-        response: Response,
-        annotation: Annotation,
-        chosen: Sample,
-        tick: Callable[[int], object],
+        self, model: Model, one: tuple[Response, Annotation, Sample], tick: Tick
     ) -> dict[str, Tensor]:
         """The new entry of one response: ``[N, L]`` under every key."""
+        response, annotation, chosen = one
         check(response, annotation.spans)
         ids = torch.tensor([*response.prompt_ids, *response.output_ids])
         shape = self.vectors.directions.shape[:2]
         found = {key: torch.full(shape, torch.nan) for key in self.keys}
         starts = sorted({span.start - 1 for span in annotation.spans if span.start > 1})
         effects = layer_effects(
-            self.model, ids, starts, self.vectors.directions, objective="published"
+            model, ids, starts, self.vectors.directions, objective="published"
         )
         _refuse_not_finite(effects, response, "published")
         for row, name in enumerate(self.vectors.behaviours):
@@ -322,12 +318,13 @@ class _Work:
                 if mine := positions(annotation.spans, name, which):
                     columns = [starts.index(t) for t in mine]
                     found[f"published/{which}"][row] = effects[row][:, columns].mean(-1)
-        tick(1)
+        tick(0, 1)
         means = self.exact_means(chosen)
         if pairs := _pairs(means):
             which, where = torch.tensor(list(pairs)).T
-            prefix = Prefix(self.model, ids, where, self.directions)
-            effects = exact(prefix, self.directions, which, where, rows_of(self.model), tick)
+            prefix = Prefix(model, ids, where, self.directions)
+            told = partial(tick, 0)
+            effects = exact(prefix, self.directions, which, where, rows_of(model), told)
             _refuse_not_finite(effects, response, "kl")
         for row, directions, places in means:
             for key, direction in directions.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from stllms.generation import prompts
@@ -17,6 +18,7 @@ from stllms.models.model import Model
 from stllms.records import CLOSE, OPEN, Response, Task, from_rows, response_from_row, to_row
 from stllms.runs import audit
 from stllms.runs.store import Rows, resumed
+from stllms.runs.workers import Tick
 from stllms.terminal import token_bar
 
 #: Tasks in a chunk.
@@ -57,29 +59,39 @@ def responses(
     if twice:
         raise ValueError(f"task ids must differ; more than once: {', '.join(sorted(twice))}")
     opened = [prompts.opening(model, task, style, system) for task in tasks]
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
     if store is not None:
         store.bind({**model.identity, **options})
         ids = {task.id: start[1] for task, start in zip(tasks, opened, strict=True)}
         prompts.same(store.path, read(store), ids)
 
-    def make(start: int, stop: int) -> list[dict[str, Any]]:
-        part = list(zip(tasks[start:stop], opened[start:stop], strict=True))
-        rows = [Row(ids, task.id) for task, (_, ids) in part]
-        written = engines.generate(
-            model, rows, batch_size=batch_size, progress=bar.tick, **options
-        )
-        return [
-            to_row(prompts.response(model, task, prompt, chain.ids, chain.audit))
-            for (task, prompt), chain in zip(part, written, strict=True)
-        ]
-
     with token_bar(len(tasks), "responses", most=max_new_tokens, enabled=progress) as bar:
         keys = [(task.id,) for task in tasks]
-        rows = resumed(keys, make, size=CHUNK, store=store, skip=bar.skip)
+        asked = list(zip(tasks, opened, strict=True))
+        make = partial(_written, batch_size=batch_size, **options)
+        rows = resumed(keys, asked, make, size=CHUNK, model=model, store=store, bar=bar)
     found = [response_from_row(row) for row in rows]
     audit.audit(found).check()
     return found
+
+
+def _written(
+    model: Model,
+    asked: Sequence[tuple[Task, tuple[str, tuple[int, ...]]]],
+    tick: Tick,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """The rows of a chunk of tasks, each with its opened prompt."""
+    rows = [Row(ids, task.id) for task, (_, ids) in asked]
+    written = engines.generate(model, rows, progress=tick, **options)
+    return [
+        to_row(prompts.response(model, task, prompt, chain.ids, chain.audit))
+        for (task, prompt), chain in zip(asked, written, strict=True)
+    ]
 
 
 def read(store: Rows) -> list[Response]:

@@ -14,6 +14,7 @@ time: a whole batch of them, ``B * T * V``, would not fit at a real vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from stllms.models.model import Model
 from stllms.records import STEERED_KEY, Steered
 from stllms.runs.files import StaleArtefact
 from stllms.runs.store import Rows, resumed
+from stllms.runs.workers import Tick
 from stllms.terminal import token_bar
 
 #: Chains in a chunk, the unit of flush and resume.
@@ -72,21 +74,29 @@ def scores(
         store.bind({**model.identity, **fingerprints(interventions)})
         _same_chains(store, chains)
 
-    def make(start: int, stop: int) -> list[dict[str, Any]]:
-        part = chains[start:stop]
-        found: dict[tuple, dict[str, float | None]] = {}
-        for batch in _batches(model, part):
-            rows = _compare(model, batch, [interventions[one.key[1:]] for one in batch])
-            found |= {one.key: row for one, row in zip(batch, rows, strict=True)}
-            bar.tick(sum(len(one.response.output_ids) for one in batch), len(batch))
-        return [
-            dict(zip(STEERED_KEY, one.key, strict=True)) | {"of": _of(one)} | found[one.key]
-            for one in part
-        ]
-
     with token_bar(len(chains), "likelihood", enabled=progress) as bar:
         keys = [one.key for one in chains]
-        return resumed(keys, make, size=CHUNK, store=store, skip=bar.skip)
+        make = partial(_scored, interventions=interventions)
+        return resumed(keys, chains, make, size=CHUNK, model=model, store=store, bar=bar)
+
+
+def _scored(
+    model: Model,
+    part: Sequence[Steered],
+    tick: Tick,
+    *,
+    interventions: Mapping[tuple, Intervention | None],
+) -> list[dict[str, Any]]:
+    """The rows of a chunk of chains, batches of similar length together."""
+    found: dict[tuple, dict[str, float | None]] = {}
+    for batch in _batches(model, part):
+        rows = _compare(model, batch, [interventions[one.key[1:]] for one in batch])
+        found |= {one.key: row for one, row in zip(batch, rows, strict=True)}
+        tick(sum(len(one.response.output_ids) for one in batch), len(batch))
+    return [
+        dict(zip(STEERED_KEY, one.key, strict=True)) | {"of": _of(one)} | found[one.key]
+        for one in part
+    ]
 
 
 def _of(one: Steered) -> str:

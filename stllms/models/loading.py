@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import math
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from stllms import config, registry
 from stllms.models import selfcheck
 from stllms.models.model import Model, ModelError, quiet, wrap
+from stllms.runs import workers as pool
 
 
 def load(
@@ -54,16 +57,32 @@ def load(
         engine: what writes the chains, one of :data:`stllms.models.engines.engine.ENGINES`.
         tensor_parallel, pipeline_parallel: cards that vLLM spreads a layer, and the layers,
             over.
-        workers: processes that share the chunks of a stage (:mod:`stllms.runs.workers`).
-        ray: the address of a running Ray cluster for them.
+        workers: processes that share the chunks of a stage (:mod:`stllms.runs.workers`), each
+            with the model at ``device``; the one that is given back is then on the CPU.
+        ray: the address of a running Ray cluster for them; without ``workers`` as many as it
+            has room for.
 
     Raises:
         UnknownModel: for a name that is nothing of these.
         ModelError: for what cannot be loaded, naming what is missing and what to do.
+        ValueError: for workers without the package ``ray``.
     """
     if device_map is not None:
         _check_map(device_map, device)
     place = pick_device(device)
+    if workers is not None or ray is not None:
+        if quantization is not None:
+            raise ModelError(
+                "quantization and workers exclude each other: the run itself holds a copy of "
+                "the weights on the CPU, where they cannot be quantized"
+            )
+        same = {"dtype": dtype, "revision": revision, "engine": engine}
+        own = {
+            "device_map": device_map,
+            "tensor_parallel": tensor_parallel,
+            "pipeline_parallel": pipeline_parallel,
+        }
+        return _with_workers(str(name), place, same, own, workers, ray)
     precision = pick_dtype(dtype, place)
     entry = registry.resolve(str(name))
     if entry.source == "registered":
@@ -127,6 +146,37 @@ def _check_map(device_map: str | Mapping[str, Any], device: str) -> None:
         )
     if importlib.util.find_spec("accelerate") is None:
         raise ModelError("device_map needs the package accelerate: pip install accelerate")
+
+
+def _with_workers(
+    name: str,
+    place: torch.device,
+    same: dict[str, Any],
+    own: dict[str, Any],
+    count: int | None,
+    address: str | None,
+) -> Model:
+    """A model on the CPU, for tokens, identity and what is looked at by hand, with a pool of
+    workers that load it at ``place``. ``same`` are options of both, ``own`` the workers'."""
+    pool.installed()
+    entry = registry.resolve(name)
+    if entry.source != "registered":
+        if same["dtype"] == "auto" and place.type == "cuda" and not torch.cuda.is_available():
+            raise ModelError(
+                "dtype: this machine has no CUDA card that says what the workers compute in: "
+                "name it, e.g. bfloat16"
+            )
+        same["dtype"] = pick_dtype(same["dtype"], place)
+    model = load(entry.name, device="cpu", **same)
+    same["revision"] = model.revision
+    cards = 0.0
+    if place.type == "cuda":
+        cards = (
+            math.inf if own["device_map"] else own["tensor_parallel"] * own["pipeline_parallel"]
+        )
+    there = partial(load, entry.name, device=place.type, **same, **own)
+    model.workers = pool.Pool(there, count, address, cards=cards)
+    return model
 
 
 def _adapted(hf: nn.Module, tokenizer: Any, folder: Path) -> nn.Module:

@@ -11,7 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -75,7 +75,9 @@ class Model:
     ``decoder`` and ``nn_decoder`` (the base model, without the head), ``engine`` (what
     writes its chains, :mod:`stllms.models.engines`), ``eos_ids`` (every token
     that ends a turn), ``pad_id``, ``max_context`` (tokens), ``fits`` (rows a batch may have,
-    lowered where memory is short). After the self check: ``norms`` (``L`` median lengths of the
+    lowered where memory is short), ``workers`` (a :class:`stllms.runs.workers.Pool` of other
+    processes that share the work, or ``None``), ``portion`` (of the free memory of its device:
+    that of one process). After the self check: ``norms`` (``L`` median lengths of the
     residual stream) and ``remarks`` (what the check let through, a line each).
     """
 
@@ -107,10 +109,15 @@ class Model:
         self.pad_id = int(pad if pad is not None else next(iter(self.eos_ids), 0))
         self.max_context = int(getattr(self.text_config, "max_position_embeddings", 2**31))
         self.fits = UNLIMITED
+        self.workers: Any = None  # stllms.models.loading.load makes one
+        self.portion = 1.0
         self.revision: str | None = None
         self.engine: Any = None  # stllms.models.engines.engine.of makes one
         self.norms: tuple[float, ...] = ()
         self.remarks: tuple[str, ...] = ()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self.name}: a process loads a model of its own, none is pickled")
 
     @property
     def identity(self) -> dict[str, str | None]:

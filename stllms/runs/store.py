@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from stllms.runs.files import BadFile, Record, StaleArtefact, check, replacing
+from stllms.runs.workers import Make, over
+from stllms.terminal import Bar
 
 #: The key of a row: the values of its key fields.
 Key = tuple[Any, ...]
@@ -173,29 +175,32 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 def resumed(
     keys: Sequence[Key],
-    make: Callable[[int, int], Sequence[Mapping[str, Any]]],
+    items: Sequence[Any],
+    make: Make,
     *,
     size: int,
+    model: Any = None,
     store: Rows | None = None,
-    skip: Callable[[int], Any] | None = None,
+    bar: Bar | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of ``keys`` in order: those that ``store`` holds, the others made now.
 
-    The one loop of everything that can be resumed. ``keys`` are cut into fixed chunks of
-    ``size``; ``make(start, stop)`` gives the rows of a whole chunk, so that an interrupted run
-    ends in the same rows as an uninterrupted one, and those that were missing are appended
-    before the next chunk begins. ``skip(n)`` is told of chunks that were there. Raises
-    ``ValueError`` if ``make`` gives more or fewer rows than its chunk has keys.
+    The one loop of all rows that can be resumed. ``keys`` and the ``items`` that they are of
+    are cut into fixed chunks of ``size``; ``make(model, chunk, tick)`` gives the rows of a
+    whole chunk of items, here or in a worker (:func:`stllms.runs.workers.over`), so that an
+    interrupted run ends in the same rows as an uninterrupted one. Those that were missing are
+    appended in the order of the chunks. ``bar`` is told of what was there and of what is made.
+    Raises ``ValueError`` if ``make`` gives more or fewer rows than its chunk has items.
     """
     done = {} if store is None else store.by_key()
-    for start in range(0, len(keys), size):
-        chunk = keys[start : start + size]
-        if all(key in done for key in chunk):
-            if skip is not None:
-                skip(len(chunk))
-            continue
-        made = make(start, start + len(chunk))
-        new = {key: dict(row) for key, row in zip(chunk, made, strict=True) if key not in done}
+    bar = bar or Bar(len(keys))
+    chunks = [slice(start, start + size) for start in range(0, len(keys), size)]
+    missing = [one for one in chunks if not all(key in done for key in keys[one])]
+    bar.skip(len(keys) - sum(len(keys[one]) for one in missing))
+    made = over(model, make, (items[one] for one in missing), bar.tick)
+    for chunk, rows in zip(missing, made, strict=True):
+        pairs = zip(keys[chunk], rows, strict=True)
+        new = {key: dict(row) for key, row in pairs if key not in done}
         if store is not None:
             store.append(list(new.values()))
         done |= new

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -21,12 +22,15 @@ from stllms.models.model import Model
 from stllms.records import Response, Steered, Task, from_rows, steered_from_row, to_row
 from stllms.runs import audit
 from stllms.runs.store import Rows, resumed
+from stllms.runs.workers import Tick, over
 from stllms.terminal import token_bar
 from stllms.vectors.directions import SteeringVectors
 from stllms.vectors.nulls import Controls
 
 #: Tasks in a chunk: under all their conditions the unit of refill, flush and resume.
 CHUNK = 20
+#: Rows of :func:`generate` that a worker gets at once.
+ROWS = 100
 #: Control directions in the layer sweep of notebook 04.
 SWEPT_CONTROLS = 4
 
@@ -139,48 +143,51 @@ def generate(
     """
     if len(tasks) != len(interventions):
         raise ValueError(f"{len(tasks)} tasks but {len(interventions)} interventions")
+    make = partial(
+        _steered,
+        style=style,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        seed=seed,
+    )
+    pairs = list(zip(tasks, interventions, strict=True))
+    size = len(pairs) or 1 if model.workers is None else ROWS
+    parts = (pairs[start : start + size] for start in range(0, len(pairs), size))
     with token_bar(len(tasks), "steered", most=max_new_tokens, enabled=progress) as bar:
-        responses = _responses(
-            model,
-            tasks,
-            interventions,
-            style,
-            system,
-            watch=watch,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            temperature=temperature,
-            seed=seed,
-            progress=bar.tick,
-        )
+        if watch is None:
+            responses = [one for made in over(model, make, parts, bar.tick) for one in made]
+        else:  # it is asked after every token, here
+            responses = make(model, pairs, bar.tick, watch=watch)
     audit.audit(responses).check()
     return responses
 
 
-def _responses(
+def _steered(
     model: Model,
-    tasks: Sequence[Task],
-    interventions: Sequence[Intervention | None],
+    part: Sequence[tuple[Task, Intervention | None]],
+    tick: Tick,
+    *,
     style: str,
     system: str | None,
-    *,
     watch: Callable[[list[Response]], Any] | None = None,
     **options: Any,
 ) -> list[Response]:
-    """:func:`generate` without its checks; ``options`` are those of
+    """The responses to a part of the tasks; ``options`` are those of
     :func:`stllms.models.engines.generate`."""
-    opened = [prompts.opening(model, task, style, system) for task in tasks]
+    opened = [prompts.opening(model, task, style, system) for task, _ in part]
     rows = [
         Row(ids, task.id, () if edit is None else (edit,))
-        for task, (_, ids), edit in zip(tasks, opened, interventions, strict=True)
+        for (task, edit), (_, ids) in zip(part, opened, strict=True)
     ]
 
     def read(written: Sequence[Sequence[int]], audits: Iterable[Any]) -> list[Response]:
-        cells = zip(tasks, opened, written, audits, strict=False)
-        return [prompts.response(model, *cell) for cell in cells]
+        cells = zip(part, opened, written, audits, strict=False)
+        return [prompts.response(model, task, *cell) for (task, _), *cell in cells]
 
     follow = None if watch is None else (lambda ids: watch(read(ids, repeat(None))))
-    written = engines.generate(model, rows, watch=follow, **options)
+    written = engines.generate(model, rows, watch=follow, progress=tick, **options)
     return read([one.ids for one in written], [one.audit for one in written])
 
 
@@ -220,30 +227,30 @@ def grid(
         stored = from_rows(store.load(), steered_from_row, store.path)
         prompts.same(store.path, (one.response for one in stored), ids)
 
-    def make(start: int, stop: int) -> list[dict[str, Any]]:
-        part = cells[start:stop]
-        responses = _responses(
-            model,
-            [task for _, task in part],
-            [condition.intervention for condition, _ in part],
-            style,
-            system,
-            batch_size=batch_size,
-            progress=bar.tick,
-            **options,
-        )
-        return [
-            to_row(Steered(*condition.key(task.id), response))
-            for (condition, task), response in zip(part, responses, strict=True)
-        ]
-
     with token_bar(len(cells), "steered", most=max_new_tokens, enabled=progress) as bar:
         keys = [condition.key(task.id) for condition, task in cells]
         size = CHUNK * len(every)
-        rows = resumed(keys, make, size=size, store=store, skip=bar.skip) if every else []
+        make = partial(_cells, style=style, system=system, batch_size=batch_size, **options)
+        rows = (
+            resumed(keys, cells, make, size=size, model=model, store=store, bar=bar)
+            if every
+            else []
+        )
     found = [steered_from_row(row) for row in rows]
     audit.audit(one.response for one in found).check()
     return found
+
+
+def _cells(
+    model: Model, part: Sequence[tuple[Condition, Task]], tick: Tick, **options: Any
+) -> list[dict[str, Any]]:
+    """The rows of a chunk of tasks under all conditions."""
+    pairs = [(task, condition.intervention) for condition, task in part]
+    responses = _steered(model, pairs, tick, **options)
+    return [
+        to_row(Steered(*condition.key(task.id), response))
+        for (condition, task), response in zip(part, responses, strict=True)
+    ]
 
 
 def check(

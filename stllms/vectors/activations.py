@@ -15,7 +15,8 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from stllms.models.model import Model
 from stllms.records import Response, Span
 from stllms.runs.files import BadFile, load_tensors, remove, save_tensors
 from stllms.runs.store import refuse_other_work
+from stllms.runs.workers import Tick, over
 from stllms.terminal import token_bar
 from stllms.vectors.means import HALVES, MIN_SPANS, PARTS, Means, is_build, mark, part_of
 
@@ -119,22 +121,16 @@ def collect(
     size = min(batch_size, model.fits)
     with token_bar(len(jobs), "activations", unit="responses", enabled=progress) as bar:
         bar.skip(done)
-        while done < len(jobs):
-            end = n_build if done < n_build else len(jobs)
-            batch = jobs[done : min(done + size, end)]
-            try:
-                means = _add(means, model, batch)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                size = model.fits = len(batch) // 2
-                note = f"out of memory: going on with batches of {size} responses"
-                warnings.warn(note, stacklevel=2)
-                continue
-            before, done = done, done + len(batch)
-            bar.tick(sum(len(job.ids) for job in batch), len(batch))
-            if path is not None and done // SAVE_EVERY > before // SAVE_EVERY:
-                save_tensors(path, means.tensors, {"collecting": identity, "done": done})
+        for end in (n_build, len(jobs)):
+            parts = [jobs[at : min(at + size, end)] for at in range(done, end, size)]
+            make = partial(_read, plan=_plan(means, test=end > n_build))
+            made = over(model, make, parts, bar.tick)
+            for part, found in zip(parts, made, strict=True):
+                for batch, read in found:
+                    means = _add(means, batch, read)
+                before, done = done, done + len(part)
+                if path is not None and done // SAVE_EVERY > before // SAVE_EVERY:
+                    save_tensors(path, means.tensors, {"collecting": identity, "done": done})
     if path is not None:
         remove(path)
     return means
@@ -230,32 +226,54 @@ def _resume(path: Path | None, means: Means, identity: dict[str, Any]) -> tuple[
 # --- one batch ---------------------------------------------------------------------------
 
 
-def _add(means: Means, model: Model, batch: list[_Job]) -> Means:
-    """One forward pass over a batch of one half, and its sums added to ``means`` in place;
-    returns the record with its lists of spans extended."""
+@dataclass(frozen=True)
+class _Plan:
+    """What is read of every batch of one half: the sums of ``n`` behaviours, and of shuffled
+    controls that imitate ``targets [K]`` and as many signed ones, drawn by ``seed``; the spans
+    at ``layers``; in the test half the projections on ``units [N, L, D]``."""
+
+    n: int
+    targets: tuple[int, ...]
+    seed: int
+    layers: tuple[int, ...]
+    units: Tensor
+    test: bool
+
+
+def _plan(means: Means, *, test: bool) -> _Plan:
+    drawn = means.config.get("controls", {"seed": 0, "targets": ()})
+    targets = [means.behaviours.index(name) for name in drawn["targets"]] or [-1]
+    units = means.units(HALVES["build"]).float()
+    return _Plan(
+        n=len(means.behaviours),
+        targets=tuple(np.resize(targets, len(means.signs)).tolist()),
+        seed=drawn["seed"],
+        layers=means.sample_layers,
+        units=units if test else units[:0],
+        test=test,
+    )
+
+
+def _add(means: Means, batch: list[_Job], read: dict[str, Tensor]) -> Means:
+    """What was read of a batch of one half, added to ``means`` in place; returns the record
+    with its lists of spans extended."""
     n, k = len(means.behaviours), len(means.signs)
-    groups, weights = _groups(batch, n), _weights(means, batch)
-    read = _read(means, model, batch, groups, weights)
-    if not read["finite"].all():
-        layer, row = (~read["finite"]).nonzero()[0].tolist()
-        task_id = batch[row].task_id
-        raise ValueError(f"activations are not finite: layer {layer}, response {task_id!r}")
     sums, squares, controls, wholes = (
         read[name].double().transpose(0, 1)
         for name in ("sums", "squares", "controls", "wholes")
     )
     means.sums.add_(sums.unflatten(0, (PARTS, n)))
     means.squares.add_(squares.unflatten(0, (PARTS, n)))
-    means.counts.add_(groups.sum(1).long().unflatten(0, (PARTS, n)))
+    means.counts.add_(read["counts"].unflatten(0, (PARTS, n)))
     means.shuffled.add_(controls[:k])
     means.signed.add_(controls[k:])
-    means.signs.add_(weights[k:].sum(1).long())
+    means.signs.add_(read["signs"])
     parts = torch.tensor([part_of(job.task_id) for job in batch])
     means.overall_sums.index_add_(0, parts, wholes)
     means.overall_counts.add_(torch.bincount(parts, minlength=PARTS))
     labels = torch.tensor([x for job in batch for x in job.labels], dtype=torch.long)
     new: dict[str, Tensor] = {}
-    if not is_build(batch[0].task_id):
+    if "projections" in read:
         projections = read["projections"].transpose(0, 1)
         new |= {"projections": projections, "projection_labels": labels}
     if means.sample_layers:
@@ -266,17 +284,39 @@ def _add(means: Means, model: Model, batch: list[_Job]) -> Means:
 
 
 def _read(
-    means: Means, model: Model, batch: list[_Job], groups: Tensor, weights: Tensor
-) -> dict[str, Tensor]:
-    """What :func:`_of_layer` reads of every layer, stacked ``[L, ...]`` on the CPU; ``spans``
-    of the layers to keep, in their order.
+    model: Model, part: list[_Job], tick: Tick, *, plan: _Plan
+) -> list[tuple[list[_Job], dict[str, Tensor]]]:
+    """What is read of a part of one half: of it as one batch, or of as many as fit."""
+    found, done = [], 0
+    while done < len(part):
+        batch = part[done : done + model.fits]
+        try:
+            read = _of_batch(model, batch, plan)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            model.fits = len(batch) // 2
+            note = f"out of memory: going on with batches of {model.fits} responses"
+            warnings.warn(note, stacklevel=2)
+            continue
+        found.append((batch, read))
+        done += len(batch)
+        tick(sum(len(job.ids) for job in batch), len(batch))
+    return found
+
+
+def _of_batch(model: Model, batch: list[_Job], plan: _Plan) -> dict[str, Tensor]:
+    """What :func:`_of_layer` reads of every layer, stacked ``[L, ...]`` on the CPU, ``spans``
+    of the layers to keep, in their order; and ``counts [H * N]``, ``signs [K]``.
 
     Rows are padded on the right: later tokens cannot reach earlier ones in a causal model, so
-    no mask is needed.
+    no mask is needed. Raises ``ValueError`` for activations that are not finite.
     """
+    groups, weights = _groups(batch, plan.n), _weights(batch, plan)
+    counts, signs = groups.sum(1).long(), weights[len(plan.targets) :].sum(1).long()
     ids, matrix, place = (x.to(model.device) for x in _padded(batch, model.pad_id))
     groups, weights = groups.to(model.device), weights.to(model.device)
-    units = means.units(HALVES["build"]).float().to(model.device)
+    units = plan.units.to(model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad(), model.nn_decoder.trace(**inputs, use_cache=False):
         layers, kept = save([]), save({})
@@ -287,15 +327,22 @@ def _read(
             found["wholes"] = products[:, 0].clone()  # a view would keep all products
             found["finite"] = products.isfinite().flatten(1).all(1)
             layers.append(found)
-            if layer in means.sample_layers:
+            if layer in plan.layers:
                 kept[layer] = spans
     by_name = {name: [found[name] for found in layers] for name in layers[0]}
-    by_name["spans"] = [kept[layer] for layer in means.sample_layers]
-    return {
+    by_name["spans"] = [kept[layer] for layer in plan.layers]
+    if not plan.test:
+        del by_name["projections"]
+    read = {
         name: torch.stack([x.to(model.device) for x in values]).cpu()
         for name, values in by_name.items()
         if values
     }
+    if not read["finite"].all():
+        layer, row = (~read["finite"]).nonzero()[0].tolist()
+        task_id = batch[row].task_id
+        raise ValueError(f"activations are not finite: layer {layer}, response {task_id!r}")
+    return read | {"counts": counts, "signs": signs}
 
 
 def _of_layer(
@@ -344,17 +391,16 @@ def _groups(batch: list[_Job], n: int) -> Tensor:
     return rows
 
 
-def _weights(means: Means, batch: list[_Job]) -> Tensor:
+def _weights(batch: list[_Job], plan: _Plan) -> Tensor:
     """``[2 * K, S]``, the weights of the spans in the sums of controls: in the ``K`` shuffled
     ones 1 where a permuted label is the control's target, in the ``K`` signed ones random
     signs. Each kind has a generator of its own for each response, so that control ``i`` is the
     same however many there are."""
-    k, drawn = len(means.signs), means.config.get("controls", {"seed": 0, "targets": ()})
-    targets = np.resize([means.behaviours.index(name) for name in drawn["targets"]] or [-1], k)
+    k, targets = len(plan.targets), np.array(plan.targets, dtype=int)
     made = []
     for job in batch:
         shuffling, tossing = (
-            np.random.default_rng([drawn["seed"], mark(job.task_id), kind]) for kind in (0, 1)
+            np.random.default_rng([plan.seed, mark(job.task_id), kind]) for kind in (0, 1)
         )
         shape = (k, len(job.labels))
         labels = np.array(job.labels, dtype=int)

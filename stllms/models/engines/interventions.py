@@ -69,6 +69,10 @@ class Intervention:
                 f"a direction is a finite vector [D], not {tuple(self.direction.shape)}"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # On its way to a worker; a view would take all directions that it is a row of along.
+        return vars(self) | {"direction": self.direction.clone()}
+
 
 def fingerprints(interventions: Mapping[tuple, Intervention | None]) -> dict[str, str]:
     """Hashes of what is added, by direction and layer: rows of other directions are not those

@@ -313,7 +313,7 @@ def _fitting(model: Model, rows: Sequence[Row], new: int, size: int) -> int:
     size = min(size, model.fits)
     prompt = max((len(row.prompt_ids) for row in rows), default=0)
     each = [
-        (row_bytes(model, prompt, new, share), free_bytes(device), device)
+        (row_bytes(model, prompt, new, share), model.portion * free_bytes(device), device)
         for device, share in model.shares.items()
     ]
     needed, free, device = min(each, key=lambda one: one[1] / one[0])
