@@ -636,8 +636,8 @@ def test_the_layer_is_the_best_beside_its_null_where_the_held_out_half_confirms_
 
 def test_a_peak_that_resampling_moves_is_not_taken():
     """Of eight responses two make the peak at layer 3, two nearly one at 2, two nearly one at
-    4. In samples with ``c``, ``d``, ``e`` draws of them 3 is the largest where ``c`` is at least
-    2, ``d`` and ``e``; without the layers 2 and 4 where ``c`` is at least 2.
+    4. In samples with ``c``, ``d``, ``e`` draws of them 3 is the largest where ``c`` is at
+    least 2, ``d`` and ``e``; without the layers 2 and 4 where ``c`` is at least 2.
     """
     own = np.tile([0.1, 1.0, 0.0, 0.0, 0.0], (8, 1))
     own[[0, 4], 3], own[[1, 5], 2], own[[2, 6], 4] = 4.2, 4.1, 4.15

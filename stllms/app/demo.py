@@ -68,8 +68,8 @@ def load(
     results: str | None = None,
     labels: str | None = None,
 ) -> Bench:
-    """The bench of a notebook's parameters: :func:`stllms.app.bench.bench`. Without a model, the
-    real one where what it needs is installed, else the fixture."""
+    """The bench of a notebook's parameters: :func:`stllms.app.bench.bench`. Without a model,
+    the real one where what it needs is installed, else the fixture."""
     if model is None:
         model = "tiny-thinker" if registry.missing_packages(REAL) else REAL
     return benches.bench(RunConfig(model, profile, judge, results, labels=labels))

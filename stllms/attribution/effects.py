@@ -280,9 +280,9 @@ class BestLayer(NamedTuple):
     is its value there. The other half confirms it: ``held_out`` is the value there,
     ``null_held_out`` that of the strongest control, ``rank_in_other_half`` the peak's rank (1
     is the largest). ``layer`` is the peak if it is confirmed and stable, else the default;
-    ``reason`` says which in words. ``support`` is the share of bootstrap samples of all responses in which the
-    peak is the largest, ``low`` and ``high`` the central 95 % of the largest layers in those
-    samples, ``n`` the number of responses.
+    ``reason`` says which in words. ``support`` is the share of bootstrap samples of all
+    responses in which the peak is the largest, ``low`` and ``high`` the central 95 % of the
+    largest layers in those samples, ``n`` the number of responses.
     """
 
     behaviour: str
@@ -313,8 +313,8 @@ def best_layer(
     With controls a layer stands out if the direction does more there than every one of them on
     the held-out half; a direction like the controls would do so in one of ``K + 1`` cases. It
     is taken if, besides, most bootstrap samples of the responses have their peak there
-    (:data:`STABLE`). Without controls the largest effect is taken as it is. With fewer than :data:`LEAST` responses in
-    a half nothing is chosen: the default layer.
+    (:data:`STABLE`). Without controls the largest effect is taken as it is. With fewer than
+    :data:`LEAST` responses in a half nothing is chosen: the default layer.
     """
     known = ~np.isnan(effects).any(1)
     build = np.array([is_build(name) for name in response_ids], dtype=bool)[known]
