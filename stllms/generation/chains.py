@@ -74,7 +74,8 @@ def responses(
             for (task, prompt), chain in zip(part, written, strict=True)
         ]
 
-    with token_bar(len(tasks), "responses", most=max_new_tokens, enabled=progress) as bar:
+    shown = token_bar(len(tasks), "responses", most=max_new_tokens, enabled=progress)
+    with engines.writing(model), shown as bar:
         keys = [(task.id,) for task in tasks]
         rows = resumed(keys, make, size=CHUNK, store=store, skip=bar.skip)
     found = [response_from_row(row) for row in rows]

@@ -94,6 +94,16 @@ def load(
     )
     if entry.source == "hub":
         model.revision = registry.content_of(entry, revision)["revision"]
+    if engine == "vllm":
+        from stllms.models.engines.vllm import Vllm
+
+        model.engine = Vllm(
+            model,
+            source=None if entry.source == "gguf" else source,
+            revision=revision,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
+        )
     return model
 
 

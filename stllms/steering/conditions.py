@@ -139,7 +139,8 @@ def generate(
     """
     if len(tasks) != len(interventions):
         raise ValueError(f"{len(tasks)} tasks but {len(interventions)} interventions")
-    with token_bar(len(tasks), "steered", most=max_new_tokens, enabled=progress) as bar:
+    shown = token_bar(len(tasks), "steered", most=max_new_tokens, enabled=progress)
+    with engines.writing(model), shown as bar:
         responses = _responses(
             model,
             tasks,
@@ -237,7 +238,8 @@ def grid(
             for (condition, task), response in zip(part, responses, strict=True)
         ]
 
-    with token_bar(len(cells), "steered", most=max_new_tokens, enabled=progress) as bar:
+    shown = token_bar(len(cells), "steered", most=max_new_tokens, enabled=progress)
+    with engines.writing(model), shown as bar:
         keys = [condition.key(task.id) for condition, task in cells]
         size = CHUNK * len(every)
         rows = resumed(keys, make, size=size, store=store, skip=bar.skip) if every else []
