@@ -57,7 +57,11 @@ def responses(
     if twice:
         raise ValueError(f"task ids must differ; more than once: {', '.join(sorted(twice))}")
     opened = [prompts.opening(model, task, style, system) for task in tasks]
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
     if store is not None:
         store.bind({**model.identity, **options})
         ids = {task.id: start[1] for task, start in zip(tasks, opened, strict=True)}

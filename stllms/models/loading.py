@@ -50,7 +50,7 @@ def load(
         revision: commit, tag or branch of a model of the hub.
         device_map: ``"auto"`` spreads the layers over the devices of this machine (accelerate).
         engine: what writes the chains, one of :data:`stllms.models.engines.engine.ENGINES`.
-        tensor_parallel, pipeline_parallel: cards that vLLM spreads a layer, and the layers, over.
+        tensor_parallel, pipeline_parallel: cards that vLLM spreads a layer, or layers, over.
         workers: processes that share the chunks of a stage (:mod:`stllms.runs.workers`).
         ray: the address of a running Ray cluster for them.
 

@@ -25,7 +25,7 @@ ENGINES = ("transformers", "vllm")
 @dataclass(frozen=True)
 class Row:
     """One chain to be written: its prompt, the key of its noise, its interventions. Of a
-    ``probe`` (:mod:`stllms.models.engines.probes`) one token is written, and its logits kept."""
+    ``probe`` (:mod:`stllms.models.engines.probes`) one token is written, its logits kept."""
 
     prompt_ids: tuple[int, ...]
     key: str

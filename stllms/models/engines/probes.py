@@ -1,9 +1,9 @@
 """Was it steered? Asked of every batch of an engine that is not ours.
 
-Engines have been found to leave requests unsteered without a word. So with every steered batch
-goes one probe for each different set of interventions in it: a prompt of one token to write.
-What its next-token distribution is, steered (``s``) and plain (``p``), ``transformers`` computed
-beforehand. The engine's own (``e``) must be nearer to ``s`` than to ``p``, and within
+Engines have been found to leave requests unsteered without a word. So every steered batch has
+one probe for each different set of interventions in it: a prompt and one token to write. Its
+next-token distributions, steered (``s``) and plain (``p``), were computed by ``transformers``
+beforehand. That of the engine (``e``) must be nearer to ``s`` than to ``p``, and within
 :data:`TOLERANCE` of ``s``, or nothing of the batch is kept:
 
     ``KL(e || s) <= TOLERANCE`` and ``KL(e || s) < KL(e || p)``.
@@ -15,7 +15,7 @@ interventions of the probe are scaled up, which its report says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +31,12 @@ from stllms.models.model import Model
 Items = tuple[Intervention, ...]
 
 #: Nats that two engines may differ by, by the type that they compute in.
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-7, torch.float16: 1e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {
+    torch.float64: 1e-7,
+    torch.float32: 1e-7,
+    torch.float16: 1e-3,
+    torch.bfloat16: 2e-2,
+}
 #: A probe whose steered and plain distributions differ by this many tolerances can tell.
 TELLS = 100.0
 #: Prompts that are tried, tokens of each, and factors of the interventions.
@@ -79,8 +84,18 @@ class Probed:
         self._probes: dict[str, Probe] = {}
         self._reported: dict[str, dict[str, Any]] = {}
 
-    def write(self, rows: Sequence[Row], **options: Any) -> list[Written]:
-        """What is written for every row, probes among them; ``options`` are those of
+    def write(
+        self,
+        rows: Sequence[Row],
+        *,
+        max_new_tokens: int,
+        batch_size: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        progress: Callable[[int, int], Any] | None = None,
+        watch: Callable[[Sequence[Sequence[int]]], Any] | None = None,
+    ) -> list[Written]:
+        """What is written for every row, probes among them:
         :func:`stllms.models.engines.generate`."""
         raise NotImplementedError
 
@@ -142,7 +157,7 @@ def active(items: Sequence[Intervention]) -> Items:
     return tuple(one for one in items if one.coefficient != 0 and bool(one.direction.any()))
 
 
-def different(rows: Any) -> dict[str, Items]:
+def different(rows: Iterable[Sequence[Intervention]]) -> dict[str, Items]:
     """The sets of active interventions of some rows, by a hash of what they do."""
     known: dict[int, Items] = {}
     sets: dict[str, Items] = {}
@@ -220,7 +235,7 @@ def logits(model: Model, ids: Sequence[int], sets: Sequence[Items]) -> Tensor:
 
 
 def kl(first: Tensor, second: Tensor) -> Tensor:
-    """``KL(first || second)`` in nats of the distributions that logits ``[..., V]`` describe."""
+    """``KL(first || second)`` in nats, of the distributions of logits ``[..., V]``."""
     a, b = (one.double().log_softmax(-1) for one in (first, second))
     return (a.exp() * (a - b)).sum(-1).clamp(min=0)
 

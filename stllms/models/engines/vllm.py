@@ -1,4 +1,4 @@
-"""vLLM as an engine: continuous batching, with vllm-lens to steer each request by itself.
+"""The engine vLLM: continuous batching, with vllm-lens to steer each request by itself.
 
 What it writes is comparable with what our loop writes, token by token in float32: the next
 token is taken inside vLLM by our own :mod:`~stllms.models.engines.sampling`
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.metadata
-import importlib.util
 import math
 import os
 import pickle
@@ -27,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 
+from stllms import registry
 from stllms.models.engines import sampling
 from stllms.models.engines.engine import Can, Row, Written
 from stllms.models.engines.probes import Items, Probed, active, different, name_of
@@ -47,12 +46,10 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "TRITON_F32_DEFAULT": "ieee",
 }
-#: The releases that this was tested with.
-TESTED = {"vllm": "0.30.0", "vllm-lens": "1.3.0"}
 
 
 class Vllm(Probed):
-    """vLLM, steered through vllm-lens: adds directions at all positions.
+    """The engine vLLM, steered through vllm-lens: adds directions at all positions.
 
     Args:
         source: hub id or folder that the weights were loaded from, where that is what vLLM can
@@ -78,7 +75,11 @@ class Vllm(Probed):
         pipeline_parallel: int = 1,
     ) -> None:
         super().__init__(model)
-        installed(strict=True)
+        state, line = registry.vllm_here()
+        if state == "missing":
+            raise ModelError(f"engine vllm: {line}")
+        if state == "untested":
+            warnings.warn(f"engine vllm: {line}", stacklevel=2)
         if getattr(model.hf, "hf_device_map", None) or getattr(model.hf, "is_quantized", False):
             raise ModelError(
                 f"{model.name}: engine vllm takes the weights over as they are on one device: "
@@ -97,7 +98,7 @@ class Vllm(Probed):
     # -- one at a time: vLLM, or the weights of the model ------------------------------------
 
     def _start(self, rows: int, context: int) -> None:
-        """vLLM with room for ``rows`` at a time, and at least ``context`` tokens."""
+        """Starts vLLM with room for ``rows`` at a time and at least ``context`` tokens."""
         if self._llm is not None and self._limits[0] == rows and self._limits[1] >= context:
             return
         self.close()
@@ -204,7 +205,7 @@ class Vllm(Probed):
         temperature: float = 0.0,
         seed: int = 0,
         progress: Callable[[int, int], Any] | None = None,
-        watch: None = None,
+        watch: Callable[[Sequence[Sequence[int]]], Any] | None = None,
     ) -> list[Written]:
         """What is written for every row: :func:`stllms.models.engines.generate`.
 
@@ -276,7 +277,7 @@ class Vllm(Probed):
     def _request(
         self, i: int, row: Row, limit: int, temperature: float, seed: int
     ) -> tuple[dict[str, Any], Any]:
-        """What vLLM is asked for a row. It samples nothing: the token is taken by ``Choose``."""
+        """What is asked for a row; vLLM samples nothing, ``Choose`` takes the token."""
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
@@ -344,34 +345,3 @@ def _release(model: Model) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def installed(*, strict: bool = False) -> str:
-    """What there is of vLLM and vllm-lens, in a line.
-
-    With ``strict``, raises :class:`ModelError` where one is missing, and warns of releases
-    that this was not tested with.
-    """
-    missing = [
-        name for name in ("vllm", "vllm_lens") if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        line = f"{' and '.join(missing)} not installed (extra vllm; docs/engines.md)"
-        if strict:
-            raise ModelError(f"engine vllm: {line}")
-        return line
-    found = {name: _release_of(name) for name in TESTED}
-    line = ", ".join(f"{name} {version}" for name, version in found.items())
-    if found == TESTED:
-        return f"{line}: as tested"
-    line += f": tested with {', '.join(f'{n} {v}' for n, v in TESTED.items())}"
-    if strict:
-        warnings.warn(f"engine vllm: {line}; stllms engines check MODEL", stacklevel=3)
-    return line
-
-
-def _release_of(name: str) -> str:
-    for distribution in (name, f"{name}-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(distribution).split("+")[0]
-    return "of unknown release"

@@ -1,0 +1,386 @@
+"""Engines: what is refused, whether it was steered, and whether they write what ours writes.
+
+The engines here are our own loop, broken in one way each; vLLM itself where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+
+import stllms
+from stllms import registry
+from stllms.app import cli
+from stllms.config import RunConfig
+from stllms.models import loading
+from stllms.models.engines import conformance, engine, probes
+from stllms.models.engines.engine import Can, Row, Written
+from stllms.models.engines.interventions import Intervention
+from stllms.models.engines.probes import Probed, SteeringError
+from stllms.models.engines.transformers import Transformers
+from stllms.models.model import ModelError
+from stllms.runs.audit import SamplingError
+from stllms.steering import conditions
+
+VLLM = pytest.mark.skipif(
+    registry.vllm_here()[0] == "missing", reason="vllm or vllm_lens is not installed"
+)
+
+
+class Other(Probed):
+    """Our own loop as another engine; ``breaks`` changes the rows that reach it."""
+
+    name = "other"
+    can = Can(operators=("add",), where=("all",), watch=False)
+
+    def __init__(self, model, breaks=lambda rows: rows):
+        super().__init__(model)
+        self.breaks, self.closed, self.batches = breaks, 0, []
+
+    def write(self, rows, **options):
+        rows = self.breaks(list(rows))
+        self.batches.append(rows)
+        ours = Transformers(self.model)
+        written = {}
+        for probe in (True, False):
+            places = [i for i, row in enumerate(rows) if row.probe == probe]
+            limits = {"max_new_tokens": 1} if probe else {}
+            made = ours.generate([rows[i] for i in places], **options | limits)
+            written |= dict(zip(places, made, strict=True))
+        return [
+            replace(written[i], logits=next_logits(self.model, row)) if row.probe else written[i]
+            for i, row in enumerate(rows)
+        ]
+
+    def close(self):
+        self.closed += 1
+
+
+@torch.no_grad()
+def next_logits(model, row: Row) -> torch.Tensor:
+    """Behind the prompt, with bare hooks of torch that add to every position."""
+    hooks = [
+        model.layers[one.layer].register_forward_hook(
+            lambda _m, _i, hidden, one=one: hidden + one.coefficient * one.direction
+        )
+        for one in row.interventions
+    ]
+    try:
+        return model.hf(torch.tensor([row.prompt_ids])).logits[0, -1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def direction(model, seed: int, length: float = 2.0) -> torch.Tensor:
+    made = torch.randn(model.d_model, generator=torch.Generator().manual_seed(seed))
+    return length * made / made.norm()
+
+
+def rows_of(model) -> list[Row]:
+    """Plain rows, and rows of two directions at two layers with two signs."""
+    rows = []
+    for i, task in enumerate(tiny.TASKS[:4]):
+        ids = model.prompt_ids(task.content)[1]
+        rows.append(Row(ids, task.id))
+        for c in (1.0, -1.0):
+            item = Intervention(direction(model, i % 2), 1 + i % 2, c)
+            rows.append(Row(ids, task.id, (item,)))
+    return rows
+
+
+def changed(row: Row, **changes) -> Row:
+    return replace(row, interventions=tuple(replace(x, **changes) for x in row.interventions))
+
+
+def wrong_layer(rows):
+    return [changed(row, layer=row.interventions[0].layer + 1) if row.interventions else row
+            for row in rows]  # fmt: skip
+
+
+def unsteered(rows):
+    return [replace(row, interventions=()) for row in rows]
+
+
+def neighbours(rows):
+    """Every steered row has the vector of the next steered one."""
+    steered = [i for i, row in enumerate(rows) if row.interventions]
+    moved = dict(zip(steered, steered[1:] + steered[:1], strict=True))
+    return [
+        replace(row, interventions=rows[moved[i]].interventions) if i in moved else row
+        for i, row in enumerate(rows)
+    ]
+
+
+def weaker(rows):
+    return [
+        changed(row, coefficient=0.9 * row.interventions[0].coefficient)
+        if row.interventions
+        else row
+        for row in rows
+    ]
+
+
+def one_unsteered(rows):
+    """Of all rows only those of one layer and sign are left alone."""
+    return [
+        replace(row, interventions=())
+        if row.interventions
+        and (row.interventions[0].layer, row.interventions[0].coefficient) == (2, -1.0)
+        else row
+        for row in rows
+    ]
+
+
+def everyone_steered(rows):
+    """Plain rows get the vector of a neighbour."""
+    some = next((row.interventions for row in rows if row.interventions), ())
+    return [row if row.interventions or row.probe else replace(row, interventions=some)
+            for row in rows]  # fmt: skip
+
+
+BROKEN = [wrong_layer, unsteered, neighbours, weaker, one_unsteered]
+
+
+# -- was it steered? -----------------------------------------------------------------------
+
+
+def test_a_batch_that_was_steered_is_the_same_with_probes_as_without(tiny_llama):
+    other = Other(tiny_llama)
+    rows = rows_of(tiny_llama)
+    written = other.generate(rows, max_new_tokens=6, temperature=0.7, seed=3)
+    ours = Transformers(tiny_llama).generate(rows, max_new_tokens=6, temperature=0.7, seed=3)
+    assert written == ours
+    assert [one["batches"] for one in other.report] == [1] * 4  # two directions, two signs
+    assert all(one["engine from steered"] < 1e-8 for one in other.report)
+    assert all(one["steered from plain"] > 1e-5 for one in other.report)
+
+
+@pytest.mark.parametrize("breaks", BROKEN)
+def test_broken_steering_stops_the_batch(tiny_llama, breaks):
+    other = Other(tiny_llama, breaks)
+    with pytest.raises(SteeringError, match=r"engine other did not steer .* at layer \d"):
+        other.generate(rows_of(tiny_llama), max_new_tokens=4)
+
+
+def test_a_batch_without_steering_has_no_probes(tiny_llama):
+    other = Other(tiny_llama)
+    rows = [replace(row, interventions=()) for row in rows_of(tiny_llama)]
+    zero = changed(rows_of(tiny_llama)[1], coefficient=0.0)
+    assert len(other.generate([*rows, zero], max_new_tokens=2)) == len(rows) + 1
+    assert not any(row.probe for batch in other.batches for row in batch)
+    assert other.report == []
+
+
+def test_probes_are_computed_once_and_asked_in_every_batch(tiny_llama):
+    other, rows = Other(tiny_llama), rows_of(tiny_llama)
+    other.generate(rows, max_new_tokens=2)
+    other.generate(rows, max_new_tokens=2)
+    assert other.closed == 1  # the weights were needed once
+    assert [sum(row.probe for row in batch) for batch in other.batches] == [4, 4]
+    assert {one["batches"] for one in other.report} == {2}
+
+
+def test_a_weak_intervention_is_scaled_until_its_probe_can_tell(tiny_llama):
+    ids = tiny_llama.prompt_ids("What is good?")[1]
+    weak = Row(ids, "t", (Intervention(direction(tiny_llama, 0, 1e-3), 1, 1.0),))
+    other = Other(tiny_llama)
+    other.generate([weak], max_new_tokens=2)
+    (told,) = other.report
+    assert told["scaled by"] > 1
+    assert told["steered from plain"] >= 1e-5
+    with pytest.raises(SteeringError, match="did not steer"):
+        Other(tiny_llama, unsteered).generate([weak], max_new_tokens=2)
+
+
+def test_an_intervention_that_changes_nothing_to_be_seen_is_refused(tiny_llama):
+    ids = tiny_llama.prompt_ids("What is good?")[1]
+    nothing = Row(ids, "t", (Intervention(direction(tiny_llama, 0, 1e-9), 1, 1.0),))
+    with pytest.raises(SteeringError, match="too little to see"):
+        Other(tiny_llama).generate([nothing], max_new_tokens=2)
+
+
+def test_probes_are_what_hooks_of_torch_give(tiny_llama):
+    rows = rows_of(tiny_llama)
+    sets = probes.different(row.interventions for row in rows)
+    made = probes.made(tiny_llama, sets, [row.prompt_ids for row in rows])
+    assert len(made) == 4
+    for probe in made.values():
+        row = Row(probe.prompt_ids, "", probe.interventions, probe=True)
+        torch.testing.assert_close(probe.steered, next_logits(tiny_llama, row))
+        plain = next_logits(tiny_llama, replace(row, interventions=()))
+        torch.testing.assert_close(probe.plain, plain)
+        p, q = probe.steered.softmax(-1), probe.plain.softmax(-1)
+        assert probe.apart == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-3)
+
+
+def test_an_engine_that_gives_no_logits_does_not_pass(tiny_llama):
+    class Silent(Other):
+        def write(self, rows, **options):
+            return [replace(one, logits=None) for one in super().write(rows, **options)]
+
+    with pytest.raises(SteeringError, match="no logits"):
+        Silent(tiny_llama).generate(rows_of(tiny_llama), max_new_tokens=2)
+
+
+# -- the seam ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_other():
+    model = tiny.model()
+    model.engine = Other(model)
+    return model
+
+
+def test_what_an_engine_cannot_do_is_refused_by_name_before_anything_is_written(with_other):
+    ids = with_other.prompt_ids("What?")[1]
+    v = direction(with_other, 0)
+    for item, said in (
+        (Intervention(v, 0, 1.0, "ablate"), "engine other cannot do 'ablate'"),
+        (Intervention(v, 0, 1.0, where="generated"), "cannot steer where='generated'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            engine.generate(with_other, [Row(ids, "t", (item,))], max_new_tokens=2)
+    with pytest.raises(ValueError, match="cannot be followed"):
+        engine.generate(with_other, [Row(ids, "t")], max_new_tokens=2, watch=print)
+    assert with_other.engine.batches == []
+
+
+def test_stages_close_the_engine_when_they_are_done_and_when_they_fail(with_other):
+    other = with_other.engine
+    chains = stllms.generation.responses(with_other, tiny.TASKS[:2], **tiny.OPTIONS)
+    assert other.closed == 1
+    one = conditions.Condition("a", 1, 1.0, Intervention(direction(with_other, 0), 1, 1.0))
+    steered = conditions.grid(
+        with_other, tiny.TASKS[:2], [conditions.plain(), one], **tiny.OPTIONS
+    )
+    assert other.closed == 3  # for the probes, and at the end
+    assert [one.response for one in steered[::2]] == chains
+    other.breaks = unsteered
+    with pytest.raises(SteeringError):
+        conditions.grid(with_other, tiny.TASKS[:2], [one], **tiny.OPTIONS)
+    assert other.closed == 4
+
+
+def test_what_the_probes_found_goes_into_the_record(with_other):
+    assert with_other.probed is None
+    one = Intervention(direction(with_other, 0), 1, 1.0)
+    stllms.steering.generate(with_other, tiny.TASKS[:1], [one], **tiny.OPTIONS)
+    (told,) = with_other.probed
+    assert told["interventions"].startswith("add +1 times direction")
+    assert tiny.model().probed is None
+
+
+def test_vllm_that_is_not_installed_is_named_with_its_document(monkeypatch):
+    found = importlib.util.find_spec
+    absent = lambda name, *more: None if name == "vllm" else found(name, *more)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    with pytest.raises(ModelError, match=r"vllm.* not installed \(docs/engines.md\)"):
+        loading.load("tiny-thinker", engine="vllm")
+    assert "not installed" in CliRunner().invoke(cli.cli, ["models"]).output
+
+
+# -- conformance ---------------------------------------------------------------------------
+
+
+def prompts_of(model):
+    return [model.prompt_ids(task.content)[1] for task in tiny.TASKS]
+
+
+def checked(model, breaks=lambda rows: rows):
+    found = conformance.check(model, Other(model, breaks), prompts_of(model), tokens=6)
+    return {one.name.partition(",")[0]: one for one in found}
+
+
+@pytest.fixture(scope="module")
+def conforming():
+    return checked(tiny.model())
+
+
+def test_our_own_loop_conforms(conforming):
+    assert len(conforming) == 8
+    assert all(one.passed for one in conforming.values()), list(map(str, conforming.values()))
+
+
+def test_the_requests_are_mixed(tiny_llama):
+    rows = conformance.mixed(tiny_llama, prompts_of(tiny_llama))
+    signs = [row.interventions[0].coefficient if row.interventions else 0 for row in rows]
+    assert (signs.count(0), signs.count(1), signs.count(-1)) == (11, 11, 10)
+    layers = {row.interventions[0].layer for row in rows if row.interventions}
+    assert layers == {0, 2, 3}
+    different = {tuple(x.direction.tolist()) for row in rows for x in row.interventions}
+    assert len(different) == 11
+
+
+@pytest.mark.parametrize(
+    ("breaks", "seen_by"),
+    [
+        (wrong_layer, "probes"),
+        (unsteered, "32 mixed requests"),
+        (unsteered, "steered positions of a prompt of 96"),
+        (neighbours, "32 mixed requests"),
+        (weaker, "probes"),
+        (everyone_steered, "32 mixed requests"),
+        (everyone_steered, "sampled at 0.65"),
+    ],
+)
+def test_broken_engines_do_not_conform(tiny_llama, breaks, seen_by):
+    if breaks is wrong_layer:
+        broken = lambda rows: [  # noqa: E731
+            changed(row, layer=max(0, row.interventions[0].layer - 1))
+            if row.interventions
+            else row
+            for row in rows
+        ]
+    else:
+        broken = breaks
+    found = checked(tiny_llama, broken)
+    key = next(name for name in found if name.startswith(seen_by[:16]))
+    assert not found[key].passed, str(found[key])
+
+
+def test_an_engine_whose_rows_depend_on_their_order_does_not_conform(tiny_llama):
+    """It steers the first steered row of a batch only."""
+
+    def first_only(rows):
+        places = [i for i, row in enumerate(rows) if row.interventions and not row.probe][1:]
+        return [replace(r, interventions=()) if i in places else r for i, r in enumerate(rows)]
+
+    found = checked(tiny_llama, first_only)
+    assert not found["in another order"].passed
+    assert not found["one by one"].passed
+
+
+def test_an_engine_that_ignores_the_noise_of_a_row_is_seen(tiny_llama):
+    """Every draw of one prompt is the same: neither the test of first tokens nor that of the
+    chains passes."""
+    found = checked(tiny_llama, lambda rows: [replace(row, key="one") for row in rows])
+    assert not found["first tokens of 512 keys"].passed
+    assert not found["sampled at 0.65"].passed
+
+
+def test_the_check_refuses_what_it_would_compare_with_itself():
+    made = CliRunner().invoke(cli.cli, ["engines", "check", "tiny-thinker", "--engine", "transformers"])
+    assert isinstance(made.exception, ValueError)
+    assert "what the others are compared with" in str(made.exception)
+
+
+def test_the_check_prints_a_line_a_check_and_fails_with_one(monkeypatch, capsys):
+    def load(_name, **options):
+        assert options["engine"] == "vllm"
+        model = tiny.model()
+        model.engine = Other(model, unsteered)
+        return model
+
+    monkeypatch.setattr(loading, "load", load)
+    assert cli.main(["engines", "check", "tiny-thinker", "--tokens", "4"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert lines[0].startswith("FAILED  32 mixed requests, greedy: ")
+    assert lines[0].count("equal") == 1
