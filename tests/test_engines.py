@@ -53,7 +53,9 @@ class Other(Probed):
             made = ours.generate([rows[i] for i in places], **options | limits)
             written |= dict(zip(places, made, strict=True))
         return [
-            replace(written[i], logits=next_logits(self.model, row)) if row.probe else written[i]
+            replace(written[i], logits=next_logits(self.model, row))
+            if row.probe
+            else written[i]
             for i, row in enumerate(rows)
         ]
 
@@ -156,9 +158,12 @@ def test_a_batch_that_was_steered_is_the_same_with_probes_as_without(tiny_llama)
     written = other.generate(rows, max_new_tokens=6, temperature=0.7, seed=3)
     ours = Transformers(tiny_llama).generate(rows, max_new_tokens=6, temperature=0.7, seed=3)
     assert written == ours
-    assert [one["batches"] for one in other.report] == [1] * 4  # two directions, two signs
-    assert all(one["engine from steered"] < 1e-8 for one in other.report)
-    assert all(one["steered from plain"] > 1e-5 for one in other.report)
+    plain, *steered = other.report
+    assert plain["interventions"] == "none"
+    assert plain["engine from plain"] < 1e-8
+    assert [one["batches"] for one in steered] == [1] * 4  # two directions, two signs
+    assert all(one["engine from steered"] < 1e-8 for one in steered)
+    assert all(one["steered from plain"] > 1e-5 for one in steered)
 
 
 @pytest.mark.parametrize("breaks", BROKEN)
@@ -168,13 +173,32 @@ def test_broken_steering_stops_the_batch(tiny_llama, breaks):
         other.generate(rows_of(tiny_llama), max_new_tokens=4)
 
 
-def test_a_batch_without_steering_has_no_probes(tiny_llama):
+def test_a_batch_without_steering_has_a_plain_probe_alone(tiny_llama):
     other = Other(tiny_llama)
     rows = [replace(row, interventions=()) for row in rows_of(tiny_llama)]
     zero = changed(rows_of(tiny_llama)[1], coefficient=0.0)
     assert len(other.generate([*rows, zero], max_new_tokens=2)) == len(rows) + 1
-    assert not any(row.probe for batch in other.batches for row in batch)
-    assert other.report == []
+    (asked,) = [row for batch in other.batches for row in batch if row.probe]
+    assert asked.interventions == ()
+    assert other.generate([], max_new_tokens=2) == []
+
+
+def test_a_plain_request_that_a_neighbour_steers_stops_the_batch(tiny_llama):
+    def leaks(rows):
+        some = next(row.interventions for row in rows if row.interventions)
+        return [row if row.interventions else replace(row, interventions=some) for row in rows]
+
+    with pytest.raises(SteeringError, match="does not compute what the plain model computes"):
+        Other(tiny_llama, leaks).generate(rows_of(tiny_llama), max_new_tokens=2)
+
+
+def test_other_weights_stop_a_batch_without_steering(tiny_llama):
+    other = Other(tiny_llama)
+    rows = [replace(row, interventions=()) for row in rows_of(tiny_llama)]
+    other.generate(rows, max_new_tokens=2)
+    other.model = tiny.model(seed=1)
+    with pytest.raises(SteeringError, match="Its weights are others"):
+        other.generate(rows, max_new_tokens=2)
 
 
 def test_probes_are_computed_once_and_asked_in_every_batch(tiny_llama):
@@ -182,7 +206,7 @@ def test_probes_are_computed_once_and_asked_in_every_batch(tiny_llama):
     other.generate(rows, max_new_tokens=2)
     other.generate(rows, max_new_tokens=2)
     assert other.closed == 1  # the weights were needed once
-    assert [sum(row.probe for row in batch) for batch in other.batches] == [4, 4]
+    assert [sum(row.probe for row in batch) for batch in other.batches] == [5, 5]
     assert {one["batches"] for one in other.report} == {2}
 
 
@@ -191,7 +215,7 @@ def test_a_weak_intervention_is_scaled_until_its_probe_can_tell(tiny_llama):
     weak = Row(ids, "t", (Intervention(direction(tiny_llama, 0, 1e-3), 1, 1.0),))
     other = Other(tiny_llama)
     other.generate([weak], max_new_tokens=2)
-    (told,) = other.report
+    _, told = other.report
     assert told["scaled by"] > 1
     assert told["steered from plain"] >= 1e-5
     with pytest.raises(SteeringError, match="did not steer"):
@@ -255,24 +279,24 @@ def test_what_an_engine_cannot_do_is_refused_by_name_before_anything_is_written(
 def test_stages_close_the_engine_when_they_are_done_and_when_they_fail(with_other):
     other = with_other.engine
     chains = stllms.generation.responses(with_other, tiny.TASKS[:2], **tiny.OPTIONS)
-    assert other.closed == 1
+    assert other.closed == 2  # for the plain probe, and at the end
     one = conditions.Condition("a", 1, 1.0, Intervention(direction(with_other, 0), 1, 1.0))
     steered = conditions.grid(
         with_other, tiny.TASKS[:2], [conditions.plain(), one], **tiny.OPTIONS
     )
-    assert other.closed == 3  # for the probes, and at the end
+    assert other.closed == 4  # for the other probe, and at the end
     assert [one.response for one in steered[::2]] == chains
     other.breaks = unsteered
     with pytest.raises(SteeringError):
         conditions.grid(with_other, tiny.TASKS[:2], [one], **tiny.OPTIONS)
-    assert other.closed == 4
+    assert other.closed == 5
 
 
 def test_what_the_probes_found_goes_into_the_record(with_other):
     assert with_other.probed is None
     one = Intervention(direction(with_other, 0), 1, 1.0)
     stllms.steering.generate(with_other, tiny.TASKS[:1], [one], **tiny.OPTIONS)
-    (told,) = with_other.probed
+    _, told = with_other.probed
     assert told["interventions"].startswith("add +1 times direction")
     assert tiny.model().probed is None
 
@@ -366,7 +390,9 @@ def test_an_engine_that_ignores_the_noise_of_a_row_is_seen(tiny_llama):
 
 
 def test_the_check_refuses_what_it_would_compare_with_itself():
-    made = CliRunner().invoke(cli.cli, ["engines", "check", "tiny-thinker", "--engine", "transformers"])
+    made = CliRunner().invoke(
+        cli.cli, ["engines", "check", "tiny-thinker", "--engine", "transformers"]
+    )
     assert isinstance(made.exception, ValueError)
     assert "what the others are compared with" in str(made.exception)
 

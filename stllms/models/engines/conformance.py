@@ -97,12 +97,14 @@ class _Conformance:
 
     def positions(self) -> Check:
         """All positions are steered, not the last one only."""
-        # Behind the last layer no position sees another.
-        below = [
-            row for row in self.rows if row.interventions and row.interventions[0].layer == 0
-        ]
-        row = max(below, key=lambda one: len(one.prompt_ids))
-        (answer,) = self.engine.write([replace(row, probe=True)], max_new_tokens=1)
+        # Behind the last layer no position sees another: a row of the first, up to where it
+        # shows most.
+        self.engine.close()
+        row = next(one for one in self.rows if one.interventions)
+        told = probes.logits(self.model, row.prompt_ids, [(), row.interventions])[:, 1:]
+        most = 2 + int(kl(told[1], told[0]).argmax())
+        row = replace(row, prompt_ids=row.prompt_ids[:most], probe=True)
+        (answer,) = self.engine.write([row], max_new_tokens=1)
         self.engine.close()
         everywhere = probes.logits(self.model, row.prompt_ids, [row.interventions])[0, -1]
         nowhere = probes.logits(self.model, row.prompt_ids, [()])[0, -1]
@@ -165,7 +167,7 @@ class _Conformance:
             self.engine.generate(self.rows, max_new_tokens=1)
         except SteeringError as error:
             return Check(name, False, str(error))
-        told = self.engine.report
+        told = [one for one in self.engine.report if one["interventions"] != "none"]
         most = max(one["engine from steered"] for one in told)
         least = min(one["engine from plain"] for one in told)
         numbers = (

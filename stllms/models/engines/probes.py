@@ -10,7 +10,9 @@ beforehand. That of the engine (``e``) must be nearer to ``s`` than to ``p``, an
 
 A probe can tell where ``KL(s || p)`` is :data:`TELLS` times the tolerance: of some prompts the
 beginning is taken behind which it is largest; where it is too small behind all of them, the
-interventions of the probe are scaled up, which its report says.
+interventions of the probe are scaled up, which its report says. Every batch, steered or not,
+has a plain probe too: it fails where the engine computes with other weights, or where the vector
+of a neighbour reaches a request without one.
 """
 
 from __future__ import annotations
@@ -35,12 +37,15 @@ TOLERANCE = {
     torch.float64: 1e-7,
     torch.float32: 1e-7,
     torch.float16: 1e-3,
-    torch.bfloat16: 2e-2,
+    torch.bfloat16: 1e-2,
 }
 #: A probe whose steered and plain distributions differ by this many tolerances can tell.
-TELLS = 100.0
-#: Prompts that are tried, tokens of each, and factors of the interventions.
-PROMPTS, TOKENS, SCALES = 4, 64, (1.0, 4.0, 16.0, 64.0)
+TELLS = 30.0
+#: Nats with which no other prompt is tried, prompts that are, tokens of each, and factors of
+#: the interventions.
+ENOUGH, PROMPTS, TOKENS, SCALES = 0.3, 4, 64, (1.0, 4.0, 16.0, 64.0)
+#: The name of the probe without interventions.
+PLAIN = "plain"
 #: Sets of interventions that are computed at once.
 SETS = 8
 
@@ -110,7 +115,7 @@ class Probed:
         Raises:
             SteeringError: where one does not, naming the intervention and the distances.
         """
-        sets = different(row.interventions for row in rows)
+        sets = {PLAIN: (), **different(row.interventions for row in rows)} if rows else {}
         unknown = {key: items for key, items in sets.items() if key not in self._probes}
         if unknown:
             self.close()  # the probes are computed with the weights of the model
@@ -127,7 +132,14 @@ class Probed:
             raise SteeringError(f"engine {self.name} gave no logits for a probe")
         steered, plain = (float(kl(logits, of)) for of in (probe.steered, probe.plain))
         allowed = TOLERANCE[self.model.dtype]
-        if not (steered <= allowed and steered < plain):  # NaN fails, too
+        if not items and not plain <= allowed:
+            raise SteeringError(
+                f"engine {self.name} does not compute what the plain model computes: the next "
+                f"token of a request without steering is {plain:.2g} nats from that of "
+                f"transformers (at most {allowed:.2g}). Its weights are others, or steering of "
+                "another request reached it; no row of this batch is kept"
+            )
+        if items and not (steered <= allowed and steered < plain):  # NaN fails, too
             raise SteeringError(
                 f"engine {self.name} did not steer as it was asked to ({_named(items)}): its "
                 f"next token is {steered:.2g} nats from that of the steered model (at most "
@@ -190,9 +202,12 @@ def made(
     tells = TELLS * TOLERANCE[model.dtype]
     beginnings = list(dict.fromkeys(ids[:TOKENS] for ids in prompts))[:PROMPTS]
     best: dict[str, Probe] = {}
+    plain = sets.get(PLAIN)
+    sets = {key: items for key, items in sets.items() if items}
     for scale in SCALES:
+        wanted = max(tells, ENOUGH) if scale == 1 else tells
         for ids in beginnings:
-            left = [key for key in sets if key not in best or best[key].apart < tells]
+            left = [key for key in sets if key not in best or best[key].apart < wanted]
             for start in range(0, len(left), SETS):
                 part = left[start : start + SETS]
                 scaled = [_scaled(sets[key], scale) for key in part]
@@ -206,6 +221,9 @@ def made(
                 f"{probe.apart:.2g} nats, {probe.scale:g} times as strong: too little to see "
                 "whether an engine steers; take engine transformers"
             )
+    if plain is not None:
+        its = logits(model, beginnings[0], [()])[0, -1].clone()
+        best[PLAIN] = Probe(beginnings[0], (), 1.0, its, its)
     return best
 
 
@@ -245,11 +263,12 @@ def _scaled(items: Items, scale: float) -> Items:
 
 
 def _named(items: Items) -> str:
-    return "; ".join(
-        f"{one.operation} {one.coefficient:+g} times direction {digest(one.direction)[:8]} at "
-        f"layer {one.layer}"
+    said = [
+        f"{one.operation} {one.coefficient:+g} times direction {digest(one.direction)[:8]}"
+        f" at layer {one.layer}"
         for one in items
-    )
+    ]
+    return "; ".join(said) or "none"
 
 
 def _short(nats: float) -> float:

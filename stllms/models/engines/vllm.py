@@ -12,6 +12,7 @@ back when it is closed, which the stages do at their end.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import math
 import os
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from stllms import registry
 from stllms.models.engines import sampling
@@ -80,10 +82,14 @@ class Vllm(Probed):
             raise ModelError(f"engine vllm: {line}")
         if state == "untested":
             warnings.warn(f"engine vllm: {line}", stacklevel=2)
-        if getattr(model.hf, "hf_device_map", None) or getattr(model.hf, "is_quantized", False):
+        if len({parameter.device for parameter in model.hf.parameters()}) > 1:
             raise ModelError(
-                f"{model.name}: engine vllm takes the weights over as they are on one device: "
-                "leave out device_map and quantization (tensor_parallel spreads a model)"
+                f"{model.name}: engine vllm spreads a model by itself: leave out device_map, "
+                "and ask for tensor_parallel or pipeline_parallel"
+            )
+        if not all(parameter.is_floating_point() for parameter in model.hf.parameters()):
+            raise ModelError(
+                f"{model.name}: engine vllm takes no quantized weights: leave out quantization"
             )
         self._source, self._revision = source, revision
         self._weights = model.identity["weights"]
@@ -157,8 +163,7 @@ class Vllm(Probed):
             return self._source
         if self._saved is None or now != self._weights:
             self._saved = tempfile.TemporaryDirectory(prefix="stllms-vllm-")
-            with quiet():
-                self.model.hf.save_pretrained(self._saved.name)
+            _save(self.model, Path(self._saved.name))
             self._weights = now
         return self._saved.name
 
@@ -336,6 +341,27 @@ class Vllm(Probed):
                 )
             entry = audit.entry(len(ids), temperature, sums)
             results[i] = Written(tuple(ids), entry, its.logits)
+
+
+def _save(model: Model, folder: Path) -> None:
+    """The weights as they are and their configuration. ``save_pretrained`` refuses those that
+    were read from a GGUF file, which are ordinary numbers by now."""
+    config = copy.deepcopy(model.hf.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model.hf).__name__]
+    config.save_pretrained(folder)
+    # Of tied weights the first name only, which vLLM looks for.
+    once, every = (
+        {name for name, _ in model.hf.named_parameters(remove_duplicate=alone)}
+        for alone in (True, False)
+    )
+    kept = {
+        name: tensor.contiguous()
+        for name, tensor in model.hf.state_dict().items()
+        if name in once or name not in every
+    }
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _release(model: Model) -> None:
