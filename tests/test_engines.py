@@ -8,28 +8,24 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 
+import nnsight
 import pytest
 import tiny
 import torch
 from click.testing import CliRunner
 
 import stllms
-from stllms import registry
+from stllms import registry, tasks
 from stllms.app import cli
-from stllms.config import RunConfig
 from stllms.models import loading
 from stllms.models.engines import conformance, engine, probes
-from stllms.models.engines.engine import Can, Row, Written
+from stllms.models.engines.engine import Can, Row
 from stllms.models.engines.interventions import Intervention
 from stllms.models.engines.probes import Probed, SteeringError
 from stllms.models.engines.transformers import Transformers
 from stllms.models.model import ModelError
 from stllms.runs.audit import SamplingError
 from stllms.steering import conditions
-
-VLLM = pytest.mark.skipif(
-    registry.vllm_here()[0] == "missing", reason="vllm or vllm_lens is not installed"
-)
 
 
 class Other(Probed):
@@ -328,7 +324,7 @@ def conforming():
 
 
 def test_our_own_loop_conforms(conforming):
-    assert len(conforming) == 8
+    assert len(conforming) == 9
     assert all(one.passed for one in conforming.values()), list(map(str, conforming.values()))
 
 
@@ -407,6 +403,219 @@ def test_the_check_prints_a_line_a_check_and_fails_with_one(monkeypatch, capsys)
     monkeypatch.setattr(loading, "load", load)
     assert cli.main(["engines", "check", "tiny-thinker", "--tokens", "4"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert lines[0].startswith("FAILED  32 mixed requests, greedy: ")
     assert lines[0].count("equal") == 1
+
+
+# -- vLLM ----------------------------------------------------------------------------------
+
+
+def _vllm_or_skip():
+    """Not ``importorskip``: the engine sets vLLM up before it imports it."""
+    if registry.vllm_here()[0] == "missing":
+        pytest.skip(registry.vllm_here()[1])
+
+
+@pytest.fixture(scope="module")
+def vllm_thinker():
+    """``tiny-thinker`` with the engine vLLM, in float32."""
+    _vllm_or_skip()
+    model = loading.load("tiny-thinker", engine="vllm", dtype="float32")
+    yield model
+    model.engine.close()
+
+
+def asked(model, n: int = 6) -> list[Row]:
+    """Plain, + and - requests of tasks of the grammar."""
+    prompts = [
+        model.prompt_ids(task.content)[1]
+        for task in tasks.select("evaluate", source="grammar", n=n, skip=0, seed=0)
+    ]
+    return conformance.mixed(model, prompts)[: 3 * n]
+
+
+@pytest.fixture(scope="module")
+def expected(vllm_thinker):
+    """What our own loop writes for :func:`asked`."""
+    vllm_thinker.engine.close()
+    return Transformers(vllm_thinker).generate(
+        asked(vllm_thinker), max_new_tokens=24, temperature=0.65, seed=5
+    )
+
+
+@pytest.mark.slow
+def test_vllm_writes_what_our_loop_writes_with_the_same_noise_and_audit(vllm_thinker, expected):
+    counted = []
+    written = engine.generate(
+        vllm_thinker,
+        asked(vllm_thinker),
+        max_new_tokens=24,
+        temperature=0.65,
+        seed=5,
+        progress=lambda *added: counted.append(added),
+    )
+    assert written == expected
+    for one, its in zip(written, expected, strict=True):
+        assert one.audit == pytest.approx(its.audit, rel=1e-3, abs=1e-3)
+    tokens, ended = map(sum, zip(*counted, strict=True))
+    assert (tokens, ended) == (sum(len(one.ids) for one in expected), len(expected))
+    none, *steered = vllm_thinker.probed
+    assert none["interventions"] == "none"
+    assert len(steered) == 12  # six directions, two signs
+
+
+@pytest.mark.slow
+def test_a_row_that_vllm_preempts_meets_the_same_noise(vllm_thinker, monkeypatch):
+    """With room for the keys and values of one long row and a half, of 18 rows."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    own = vllm_thinker.engine
+    options = {"max_new_tokens": 200, "temperature": 0.65, "seed": 5}
+    many = own.write(asked(vllm_thinker), **options)
+    own.close()
+    memory, preempt, preempted = own._memory, Scheduler._preempt_request, []
+
+    def scarce(rows, context):
+        (size, block) = memory(1, context).values()
+        return {"kv_cache_memory_bytes": 3 * size // 2, "block_size": block}
+
+    def counted(scheduler, request, *given, **more):
+        preempted.append(request.request_id)
+        return preempt(scheduler, request, *given, **more)
+
+    monkeypatch.setattr(own, "_memory", scarce)
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    few = own.write(asked(vllm_thinker), **options)
+    own.close()
+    assert preempted
+    assert few == many
+
+
+@pytest.mark.slow
+def test_weights_are_in_one_place_at_a_time_and_come_back(vllm_thinker):
+    vllm_thinker.engine.close()
+    before = vllm_thinker.identity
+    ids = torch.tensor([asked(vllm_thinker)[0].prompt_ids])
+    logits = vllm_thinker.hf(ids).logits
+    vllm_thinker.engine.write(asked(vllm_thinker)[:1], max_new_tokens=2)
+    assert sum(p.numel() for p in vllm_thinker.hf.parameters()) == 0
+    vllm_thinker.engine.close()
+    assert vllm_thinker.identity == before
+    assert torch.equal(vllm_thinker.hf(ids).logits, logits)
+    with (
+        torch.no_grad(),
+        vllm_thinker.nn.trace(ids),
+    ):  # nnsight's model is around the same modules
+        traced = nnsight.save(vllm_thinker.nn.output.logits)
+    assert torch.equal(traced, logits)
+
+
+@pytest.mark.slow
+def test_weights_that_were_changed_in_place_reach_vllm(vllm_thinker, expected):
+    vllm_thinker.engine.close()
+    weight = vllm_thinker.layers[0].mlp.down_proj.weight
+    kept = weight.data.clone()
+    rows = asked(vllm_thinker)[:3]
+    vllm_thinker.engine._probes.clear()  # they are of the weights as they were
+    weight.data.mul_(-1)
+    try:
+        ours = Transformers(vllm_thinker).generate(rows, max_new_tokens=12)
+        assert vllm_thinker.engine.generate(rows, max_new_tokens=12) == ours
+        vllm_thinker.engine.close()
+        assert torch.equal(weight.data, -kept)
+    finally:
+        vllm_thinker.engine.close()
+        weight.data.copy_(kept)
+        vllm_thinker.engine._probes.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("breaks", BROKEN)
+def test_broken_steering_of_vllm_is_caught(vllm_thinker, monkeypatch, breaks):
+    """What reaches vLLM is changed on its way."""
+    write = vllm_thinker.engine.write
+    monkeypatch.setattr(
+        vllm_thinker.engine,
+        "write",
+        lambda rows, **options: write(breaks(list(rows)), **options),
+    )
+    rows = [row for row in asked(vllm_thinker) if not row.interventions
+            or row.interventions[0].layer < vllm_thinker.n_layers - 1]  # fmt: skip
+    if breaks is one_unsteered:
+        rows = [changed(row, layer=2) if row.interventions else row for row in rows]
+    with pytest.raises(SteeringError, match="engine vllm did not steer"):
+        vllm_thinker.engine.generate(rows, max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_an_error_inside_the_hooks_of_vllm_lens_stops_the_batch(vllm_thinker, monkeypatch):
+    """vllm-lens logs it and leaves the rows of that step unsteered."""
+    import vllm_lens._worker_ext as inside
+
+    apply, calls = inside._apply_steering, []
+
+    def sometimes(*given):
+        calls.append(given)
+        if len(calls) == 200:  # long behind the probes
+            raise ZeroDivisionError("once")
+        return apply(*given)
+
+    monkeypatch.setattr(inside, "_apply_steering", sometimes)
+    with pytest.raises(
+        ModelError, match=r"vllm-lens left rows unsteered: .*hook error on layer"
+    ):
+        vllm_thinker.engine.generate(asked(vllm_thinker), max_new_tokens=24)
+    monkeypatch.undo()
+    assert len(vllm_thinker.engine.write(asked(vllm_thinker)[:2], max_new_tokens=2)) == 2
+
+
+@pytest.mark.slow
+def test_without_a_salt_plain_requests_would_read_steered_keys(vllm_thinker, monkeypatch):
+    """The danger is there, and the check of conformance sees it."""
+    request = vllm_thinker.engine._request
+
+    def unsalted(*given):
+        prompt, params = request(*given)
+        prompt.pop("cache_salt", None)
+        return prompt, params
+
+    rows = asked(vllm_thinker)
+    vllm_thinker.engine.close()
+    made = conformance._Conformance(vllm_thinker, vllm_thinker.engine,
+                                    [row.prompt_ids for row in rows[::3]], 12)  # fmt: skip
+    assert [one.passed for one in made.alone()] == [True, True]
+    monkeypatch.setattr(vllm_thinker.engine, "_request", unsalted)
+    assert [one.passed for one in made.alone()] == [False, False]
+
+
+@pytest.mark.slow
+def test_logits_that_are_not_finite_stop_vllm_naming_the_row(vllm_thinker):
+    ids = asked(vllm_thinker)[0].prompt_ids
+    huge = Intervention(torch.full((vllm_thinker.d_model,), 1e38), 1, 1e38)
+    with pytest.raises(SamplingError, match="the row: the logits after 0 new tokens are not"):
+        vllm_thinker.engine.write([Row(ids, "the row", (huge,))], max_new_tokens=3)
+
+
+@pytest.mark.slow
+def test_what_vllm_cannot_do_is_refused(vllm_thinker):
+    ids = asked(vllm_thinker)[0].prompt_ids
+    v = torch.ones(vllm_thinker.d_model)
+    for item in (Intervention(v, 0, 1.0, "ablate"), Intervention(v, 0, 1.0, where="thinking")):
+        with pytest.raises(
+            ValueError, match=r"engine vllm cannot .*: take engine transformers"
+        ):
+            engine.generate(vllm_thinker, [Row(ids, "t", (item,))], max_new_tokens=2)
+    two = (Intervention(v, 0, 1.0), Intervention(v, 2, -0.5))
+    (written,) = engine.generate(vllm_thinker, [Row(ids, "t", two)], max_new_tokens=12)
+    vllm_thinker.engine.close()
+    (ours,) = Transformers(vllm_thinker).generate([Row(ids, "t", two)], max_new_tokens=12)
+    assert written == ours
+
+
+@pytest.mark.long
+def test_vllm_conforms_on_a_real_vocabulary():
+    _vllm_or_skip()
+    if registry.missing_packages("smollm2"):
+        pytest.skip("smollm2 is not installed")
+    assert cli.main(["engines", "check", "smollm2", "--tokens", "12"]) == 0

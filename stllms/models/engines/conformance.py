@@ -27,7 +27,7 @@ from stllms.runs import audit
 #: these have at least: more than a block of a cache.
 REQUESTS, ALONE, LONG = 32, 9, 80
 #: The length of a direction, by the median norm of the residual stream at its layer.
-LENGTH = 0.3
+LENGTH = 1.0
 TEMPERATURE = 0.65
 #: First tokens that are drawn with as many keys, and the p value below which they disagree.
 DRAWS, LEVEL = 512, 1e-4
@@ -55,7 +55,7 @@ def check(
     made = _Conformance(model, engine, [tuple(ids) for ids in prompts], tokens)
     yield made.greedy()
     yield made.order()
-    yield made.alone()
+    yield from made.alone()
     yield made.positions()
     yield made.sampled()
     yield from made.drawn()
@@ -78,22 +78,42 @@ class _Conformance:
     def greedy(self) -> Check:
         """Plain, + and - in one batch."""
         written = self.engine.write(self.rows, max_new_tokens=self.tokens)
+        others = sum(
+            one.ids != self.expected[i - i % 3].ids
+            for i, one in enumerate(self.expected)
+            if self.rows[i].interventions
+        )
         name = f"{len(self.rows)} mixed requests, greedy"
-        return self._compared(name, self.rows, written, self.expected)
+        made = self._compared(name, self.rows, written, self.expected)
+        return replace(made, numbers=f"{made.numbers}; {others} steered ones are not as plain")
 
     def order(self) -> Check:
         """The same, the other way round."""
         written = self.engine.write(self.rows[::-1], max_new_tokens=self.tokens)
         return self._compared("in another order", self.rows, written[::-1], self.expected)
 
-    def alone(self) -> Check:
-        """One at a time: no vector of a neighbour, and a plain one after steered ones of its
+    def alone(self) -> Iterator[Check]:
+        """One at a time, without neighbours; and plain ones after steered ones of their
         prompt, whose keys and values a cache may still hold."""
-        places = sorted(range(ALONE), key=lambda i: i % 3 == 0)  # the plain ones last
-        rows = [self.rows[i] for i in places]
-        written = self.engine.write(rows, max_new_tokens=self.tokens, batch_size=1)
+        triples = [(i + 1, i + 2, i) for i in range(0, ALONE, 3)]
+        places = [i for triple in triples for i in triple]
+        after = {i: replace(self.rows[i], probe=True) for _, _, i in triples}
+        asked = [
+            row for i in places for row in ([after[i]] if i in after else []) + [self.rows[i]]
+        ]
+        written = self.engine.write(asked, max_new_tokens=self.tokens, batch_size=1)
+        self.engine.close()
+        found = [one for row, one in zip(asked, written, strict=True) if not row.probe]
         expected = [self.expected[i] for i in places]
-        return self._compared("one by one, the plain ones last", rows, written, expected)
+        rows = [self.rows[i] for i in places]
+        yield self._compared("one by one", rows, found, expected)
+        told = [one for row, one in zip(asked, written, strict=True) if row.probe]
+        apart = max(
+            float(kl(_given(one), probes.logits(self.model, row.prompt_ids, [()])[0, -1]))
+            for row, one in zip(after.values(), told, strict=True)
+        )
+        passed = apart <= TOLERANCE[self.model.dtype]
+        yield Check("plain after steered", passed, f"at most {apart:.2g} nats from plain")
 
     def positions(self) -> Check:
         """All positions are steered, not the last one only."""

@@ -11,7 +11,7 @@ beforehand. That of the engine (``e``) must be nearer to ``s`` than to ``p``, an
 A probe can tell where ``KL(s || p)`` is :data:`TELLS` times the tolerance: of some prompts the
 beginning is taken behind which it is largest; where it is too small behind all of them, the
 interventions of the probe are scaled up, which its report says. Every batch, steered or not,
-has a plain probe too: it fails where the engine computes with other weights, or where the vector
+has a plain probe too: it fails where the engine computes with other weights, or where a vector
 of a neighbour reaches a request without one.
 """
 

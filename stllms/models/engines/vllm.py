@@ -17,12 +17,14 @@ import gc
 import math
 import os
 import pickle
+import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -116,29 +118,28 @@ class Vllm(Probed):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm
 
-        threads = torch.set_num_threads  # vLLM replaces it on a CPU
         try:
-            self._llm = vllm.LLM(
-                source,
-                revision=self._revision if source == self._source else None,
-                dtype=str(self.model.dtype).removeprefix("torch."),
-                max_num_seqs=rows,
-                max_model_len=context,
-                skip_tokenizer_init=True,
-                generation_config="vllm",
-                enforce_eager=True,
-                enable_prefix_caching=True,
-                async_scheduling=False,
-                logits_processors=[f"{WORKER}:Choose"],
-                worker_extension_cls=f"{WORKER}.Extension",
-                use_tqdm_on_load=False,
-                **memory,
-                **self._parallel,
-            )
+            with _undisturbed():
+                self._llm = vllm.LLM(
+                    source,
+                    revision=self._revision if source == self._source else None,
+                    dtype=str(self.model.dtype).removeprefix("torch."),
+                    max_num_seqs=rows,
+                    max_model_len=context,
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",
+                    enforce_eager=True,
+                    enable_prefix_caching=True,
+                    async_scheduling=False,
+                    logits_processors=[f"{WORKER}:Choose"],
+                    worker_extension_cls=f"{WORKER}.Extension",
+                    use_tqdm_on_load=False,
+                    **memory,
+                    **self._parallel,
+                )
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"vLLM does not load {self.model.name}: {error}") from error
         finally:
-            torch.set_num_threads = threads
             if self._llm is None:
                 self._reload()
         self._limits = rows, context
@@ -341,6 +342,21 @@ class Vllm(Probed):
                 )
             entry = audit.entry(len(ids), temperature, sums)
             results[i] = Written(tuple(ids), entry, its.logits)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Behind it what vLLM changes in a process as it starts is as it was: the states of the
+    global generators, which it seeds, and ``torch.set_num_threads``, which it replaces."""
+    threads = torch.set_num_threads
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads = threads
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _save(model: Model, folder: Path) -> None:
