@@ -1,9 +1,9 @@
 """The engine vLLM: continuous batching, with vllm-lens to steer each request by itself.
 
 What it writes is comparable with what our loop writes, token by token in float32: the next
-token is taken inside vLLM by our own :mod:`~stllms.models.engines.sampling`
-(:mod:`stllms.models.engines.vllm_worker`), so the noise is that of (seed, key, step), plain and
-steered rows share it, and every chain has its audit. docs/engines.md says how to install it.
+token is taken inside vLLM by our own :mod:`~stllms.models.engines.sampling` (``vllm_worker.py``
+beside this file), so the noise is that of (seed, key, step), plain and steered rows share it,
+and every chain has its audit. docs/engines.md says how to install it.
 
 The weights are in memory once: they leave the ``transformers`` model when vLLM starts, and come
 back when it is closed, which the stages do at their end.
@@ -38,7 +38,7 @@ from stllms.models.model import Model, ModelError, quiet
 from stllms.runs import audit
 
 #: Where the worker's parts are, for vLLM, which loads them by name.
-WORKER = "stllms.models.engines.vllm_worker"
+WORKER = f"{__package__}.vllm_worker"
 #: Rows at a time where nothing else is asked for; vLLM has fewer where memory is short.
 ROWS = 256
 #: The shortest context that is asked of vLLM, and tokens of a block of its cache on a CPU.
