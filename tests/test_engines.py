@@ -16,7 +16,8 @@ from click.testing import CliRunner
 
 import stllms
 from stllms import registry, tasks
-from stllms.app import cli
+from stllms.app import cli, preflight
+from stllms.config import RunConfig
 from stllms.models import loading
 from stllms.models.engines import conformance, engine, probes
 from stllms.models.engines.engine import Can, Row
@@ -304,6 +305,22 @@ def test_vllm_that_is_not_installed_is_named_with_its_document(monkeypatch):
     with pytest.raises(ModelError, match=r"vllm.* not installed \(docs/engines.md\)"):
         loading.load("tiny-thinker", engine="vllm")
     assert "not installed" in CliRunner().invoke(cli.cli, ["models"]).output
+
+
+@pytest.mark.parametrize(
+    ("here", "options", "said"),
+    [
+        ("missing", {}, "engine: vllm: what is here"),
+        ("fits", {"device_map": "auto"}, "device_map: 'auto', expected none with engine vllm"),
+    ],
+)
+def test_a_run_with_vllm_that_could_not_end_well_is_refused(
+    tmp_path, monkeypatch, here, options, said
+):
+    monkeypatch.setattr(registry, "vllm_here", lambda: (here, "what is here"))
+    config = RunConfig(engine="vllm", profile="smoke", results=str(tmp_path), **options)
+    with pytest.raises(preflight.Refused, match=said):
+        preflight.check(config, ["01_generate"])
 
 
 # -- conformance ---------------------------------------------------------------------------
