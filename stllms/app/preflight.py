@@ -85,6 +85,8 @@ def check(config: RunConfig, todo: Sequence[str], *, asked: Sequence[str] = ()) 
         workers.installed()
     if local and config.ray is None:
         hardware(config.device, config.quantization)
+        if config.engine == "vllm":
+            _vllm(config)
     try:
         weights = sum(model(own) for own in local.values())
         if config.judged:  # another one lacks nothing
@@ -97,6 +99,19 @@ def check(config: RunConfig, todo: Sequence[str], *, asked: Sequence[str] = ()) 
         disk(config, weights)
     except RuntimeError as error:  # ApiError, ModelError
         raise Refused(str(error)) from error
+
+
+def _vllm(config: RunConfig) -> None:
+    """Refuses the engine vllm where it is not installed, and what it does not take."""
+    state, line = registry.vllm_here()
+    if state == "missing":
+        raise Refused(f"engine: vllm: {line}")
+    for name in ("quantization", "device_map"):
+        if (value := getattr(config, name)) is not None:
+            raise Refused(
+                f"{name}: {value!r}, expected none with engine vllm (docs/engines.md); "
+                "tensor_parallel spreads a model"
+            )
 
 
 # -- models --------------------------------------------------------------------------------

@@ -69,7 +69,8 @@ def responses(
         ids = {task.id: start[1] for task, start in zip(tasks, opened, strict=True)}
         prompts.same(store.path, read(store), ids)
 
-    with token_bar(len(tasks), "responses", most=max_new_tokens, enabled=progress) as bar:
+    shown = token_bar(len(tasks), "responses", most=max_new_tokens, enabled=progress)
+    with engines.writing(model), shown as bar:
         keys = [(task.id,) for task in tasks]
         asked = list(zip(tasks, opened, strict=True))
         make = partial(_written, batch_size=batch_size, **options)

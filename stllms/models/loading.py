@@ -55,8 +55,7 @@ def load(
         device_map: ``"auto"`` spreads the layers over the cards of this machine, and over its
             memory and disk where those are too small (accelerate); or a device for each module.
         engine: what writes the chains, one of :data:`stllms.models.engines.engine.ENGINES`.
-        tensor_parallel, pipeline_parallel: cards that vLLM spreads a layer, and the layers,
-            over.
+        tensor_parallel, pipeline_parallel: cards that vLLM spreads a layer, or layers, over.
         workers: processes that share the chunks of a stage (:mod:`stllms.runs.workers`), each
             with the model at ``device``; the one that is given back is then on the CPU.
         ray: the address of a running Ray cluster for them; without ``workers`` as many as it
@@ -132,6 +131,16 @@ def load(
     )
     if entry.source == "hub":
         model.revision = registry.content_of(entry, revision)["revision"]
+    if engine == "vllm":
+        from stllms.models.engines.vllm import Vllm
+
+        model.engine = Vllm(
+            model,
+            source=None if entry.source == "gguf" else source,
+            revision=revision,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
+        )
     return model
 
 

@@ -168,6 +168,12 @@ class Model:
         ``folder.note(batch_size=...)``."""
         return None if self.fits == UNLIMITED else self.fits
 
+    @property
+    def probed(self) -> list[dict[str, Any]] | None:
+        """What the probes of the engine found (:mod:`stllms.models.engines.probes`), ``None``
+        where nothing was probed; for ``folder.note(probes=...)``."""
+        return getattr(self.engine, "report", None) or None
+
     def embedding(self) -> Tensor:
         """Rows of the input embedding, ``[V, D]``, float32 on the CPU."""
         return _matrix(self.hf.get_input_embeddings(), "input embedding")

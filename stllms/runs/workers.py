@@ -278,6 +278,8 @@ class _Worker:
                 "same files and packages should be on every machine, and a model that was "
                 "changed in memory cannot have workers"
             )
+        if self.model.engine is not None:
+            self.model.engine.close()  # the weights may be with it, and this job may want them
         self.number, self.make = number, make
 
     def run(

@@ -155,7 +155,8 @@ def generate(
     pairs = list(zip(tasks, interventions, strict=True))
     size = len(pairs) or 1 if model.workers is None else ROWS
     parts = (pairs[start : start + size] for start in range(0, len(pairs), size))
-    with token_bar(len(tasks), "steered", most=max_new_tokens, enabled=progress) as bar:
+    shown = token_bar(len(tasks), "steered", most=max_new_tokens, enabled=progress)
+    with engines.writing(model), shown as bar:
         if watch is None:
             responses = [one for made in over(model, make, parts, bar.tick) for one in made]
         else:  # it is asked after every token, here
@@ -227,7 +228,8 @@ def grid(
         stored = from_rows(store.load(), steered_from_row, store.path)
         prompts.same(store.path, (one.response for one in stored), ids)
 
-    with token_bar(len(cells), "steered", most=max_new_tokens, enabled=progress) as bar:
+    shown = token_bar(len(cells), "steered", most=max_new_tokens, enabled=progress)
+    with engines.writing(model), shown as bar:
         keys = [condition.key(task.id) for condition, task in cells]
         size = CHUNK * len(every)
         make = partial(_cells, style=style, system=system, batch_size=batch_size, **options)

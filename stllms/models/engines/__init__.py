@@ -12,6 +12,6 @@ Stages call :func:`generate`; activations, layer effects and likelihoods take th
 ``transformers`` model itself.
 """
 
-from stllms.models.engines.engine import Engine, Row, Written, generate
+from stllms.models.engines.engine import Engine, Row, Written, generate, writing
 
-__all__ = ["Engine", "Row", "Written", "generate"]
+__all__ = ["Engine", "Row", "Written", "generate", "writing"]

@@ -7,9 +7,12 @@ before the first chain, by name (:func:`check`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from stllms.models.engines.interventions import WHERE, Intervention, think_end
 from stllms.models.engines.interventions import check as check_place
@@ -21,21 +24,24 @@ ENGINES = ("transformers", "vllm")
 
 @dataclass(frozen=True)
 class Row:
-    """One chain to be written: its prompt, the key of its noise, its interventions."""
+    """One chain to be written: its prompt, the key of its noise, its interventions. Of a
+    ``probe`` (:mod:`stllms.models.engines.probes`) one token is written, its logits kept."""
 
     prompt_ids: tuple[int, ...]
     key: str
     interventions: tuple[Intervention, ...] = ()
+    probe: bool = False
 
 
 @dataclass(frozen=True)
 class Written:
     """A chain that was written: its new ids, the one that ended it included, and its audit
     (:func:`stllms.runs.audit.entry`), whose last digits depend on the batch and which
-    is not compared."""
+    is not compared; of a probe also the ``logits [V]`` behind its prompt."""
 
     ids: tuple[int, ...]
     audit: dict[str, float] = field(compare=False)
+    logits: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class Engine(Protocol):
         """What is written for every row: :func:`generate`."""
 
     def close(self) -> None:
-        """Gives the memory back; the next call of :meth:`generate` starts again."""
+        """Gives the memory back, and the model its weights; the next call of
+        :meth:`generate` starts again."""
 
 
 def of(model: Model) -> Engine:
@@ -87,6 +94,16 @@ def of(model: Model) -> Engine:
 
         model.engine = Transformers(model)
     return model.engine
+
+
+@contextmanager
+def writing(model: Model) -> Iterator[None]:
+    """Around all that a stage writes: behind it the engine is closed, so that the weights of
+    the model are there for what comes next."""
+    try:
+        yield
+    finally:
+        of(model).close()
 
 
 def generate(
