@@ -274,17 +274,9 @@ def grown(stage: str, sizes: list[int], limit: float, folders: dict[int, Path]) 
     """A stage at every size, measured or extrapolated by the growth so far."""
     found: list[dict] = []
     for rows in sizes:
-        times = rows / found[-1]["rows"] if found else 1
-        power = max(1.0, exponent(found) or 1.0)
-        guess = {
-            "rows": rows,
-            "seconds": found[-1]["seconds"] * times**power if found else 0.0,
-            "peak_bytes": found[-1]["peak_bytes"] * times if found else 0,
-            "measured": False,
-        }
+        guess = guessed(found, rows)
         room = psutil.virtual_memory().available / 2
-        fits = guess["seconds"] <= limit and guess["peak_bytes"] < room
-        if not fits or (found and not found[-1]["measured"]):
+        if guess and not (guess["seconds"] <= limit and (guess["peak_bytes"] or 0) < room):
             found.append(guess)
         else:
             command = [sys.executable, __file__, "--child", stage, "--rows", str(rows)]
@@ -294,12 +286,29 @@ def grown(stage: str, sizes: list[int], limit: float, folders: dict[int, Path]) 
             found.append(json.loads(done.stdout.splitlines()[-1]))
         one = found[-1]
         note = "" if one["measured"] else "  extrapolated"
+        memory = "" if one["peak_bytes"] is None else f"{one['peak_bytes'] / 2**20:9.0f} MiB"
         print(
-            f"{stage:14s}{one['rows']:8d} rows {one['seconds']:9.2f} s "
-            f"{one['peak_bytes'] / 2**20:9.0f} MiB{note}",
+            f"{stage:14s}{one['rows']:8d} rows {one['seconds']:9.2f} s {memory}{note}",
             flush=True,
         )
     return found
+
+
+def guessed(found: list[dict], rows: int) -> dict | None:
+    """The time by the power of the last two measured sizes, at least linear, and the memory by
+    the line through them; ``None`` before anything is measured."""
+    known = [one for one in found if one["measured"]]
+    if not known:
+        return None
+    last, peak = known[-1], None
+    if len(known) > 1:
+        slope = (last["peak_bytes"] - known[-2]["peak_bytes"]) / (
+            last["rows"] - known[-2]["rows"]
+        )
+        peak = int(last["peak_bytes"] + max(0.0, slope) * (rows - last["rows"]))
+    power = max(1.0, exponent(found) or 1.0)
+    seconds = last["seconds"] * (rows / last["rows"]) ** power
+    return {"rows": rows, "seconds": seconds, "peak_bytes": peak, "measured": False}
 
 
 def exponent(found: list[dict]) -> float | None:

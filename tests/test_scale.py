@@ -56,7 +56,7 @@ def test_what_would_take_too_long_is_extrapolated_by_the_growth_so_far(
     def run(command, **_):
         rows = int(command[command.index("--rows") + 1])
         took = {"seconds": rows**2 / 1e4, "cpu_seconds": rows**2 / 1e4}
-        line = {"rows": rows, **took, "peak_bytes": rows, "measured": True}
+        line = {"rows": rows, **took, "peak_bytes": 50 + 2 * rows, "measured": True}
         return SimpleNamespace(stdout=json.dumps(line).encode())
 
     monkeypatch.setattr(scale.subprocess, "run", run)
@@ -64,8 +64,10 @@ def test_what_would_take_too_long_is_extrapolated_by_the_growth_so_far(
     found = scale.grown("append", sizes, 60, dict.fromkeys(sizes, ROOT))
     assert [one["measured"] for one in found] == [True, True, False, False]
     assert [one["seconds"] for one in found] == pytest.approx([0.01, 1, 100, 10_000])
+    assert [one["peak_bytes"] for one in found] == [50 + 2 * rows for rows in sizes]
+    assert scale.grown("load", [10, 100], 0.005, {10: ROOT, 100: ROOT})[1]["peak_bytes"] is None
     assert scale.exponent(found) == pytest.approx(2)
-    assert capsys.readouterr().out.count("extrapolated") == 2
+    assert capsys.readouterr().out.count("extrapolated") == 3
 
 
 @pytest.mark.slow
