@@ -129,20 +129,28 @@ def processes(busy: bool = False) -> set[int]:
 
 @pytest.mark.slow
 def test_killed_workers_lose_no_row_and_make_none_twice(pair, local, chunks, tmp_path):
-    """One after each of the first two chunks, in the middle of another one."""
-    killed = []
+    """Two in the middle of a part, once the first rows are there: one that works then, and the
+    next that does, which has its part or makes its own."""
+    killed, begun = [], threading.Event()
 
-    class Killing(Rows):
+    class Told(Rows):
         def append(self, rows):
             super().append(rows)
-            while len(killed) < 2 and not (busy := processes(busy=True) - {*killed}):
-                time.sleep(0.01)
-            if len(killed) < 2:
-                killed.append(min(busy))
-                os.kill(killed[-1], signal.SIGKILL)
+            begun.set()
 
-    store = Killing(tmp_path / "01.jsonl")
+    def kill():
+        begun.wait()
+        while len(killed) < 2:
+            for pid in processes(busy=True) - {*killed}:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+                break
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    store = Told(tmp_path / "01.jsonl")
     generation.responses(pair, TASKS, store=store, **OPTIONS)
+    killer.join(timeout=1)
     assert len(killed) == 2
     assert not processes() & {*killed}
     assert store.path.read_bytes() == local["01.jsonl"]
