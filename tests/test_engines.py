@@ -584,6 +584,7 @@ def test_an_error_inside_the_hooks_of_vllm_lens_stops_the_batch(vllm_thinker, mo
     ):
         vllm_thinker.engine.generate(asked(vllm_thinker), max_new_tokens=24)
     monkeypatch.undo()
+    assert not vllm_thinker.engine._llm.llm_engine.has_unfinished_requests()
     assert len(vllm_thinker.engine.write(asked(vllm_thinker)[:2], max_new_tokens=2)) == 2
 
 

@@ -257,11 +257,9 @@ class Vllm(Probed):
         engine = self._llm.llm_engine
         written: list[list[int]] = [[] for _ in rows]
         results: dict[int, Written] = {}
-        places: dict[str, int] = {}
         try:
             for i, row in enumerate(rows):
-                prompt, params = self._request(i, row, limit, temperature, seed)
-                places[engine.add_request(str(i), prompt, params)] = i
+                engine.add_request(str(i), *self._request(i, row, limit, temperature, seed))
             while engine.has_unfinished_requests():
                 tokens, ended = 0, []
                 for output in engine.step():
@@ -277,7 +275,7 @@ class Vllm(Probed):
                     progress(tokens, sum(not rows[i].probe for i in ended))
         finally:
             if engine.has_unfinished_requests():
-                engine.abort_request([name for name, i in places.items() if i not in results])
+                engine.abort_request([str(i) for i in range(len(rows)) if i not in results])
         return [results[i] for i in range(len(rows))]
 
     def _request(
