@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from nnsight import save
 from torch import Tensor
 
 from stllms.hashes import digest
@@ -167,10 +166,8 @@ def _steered(
         "thinking": written & (closing.cumsum(-1) == 0),
     }
     placed = [(edit, edit.coefficient * places[edit.where][:, :, None]) for edit in acting]
-    with model.nn.trace(**inputs, logits_to_keep=1):
-        intervene(model, placed)
-        hidden = save(model.nn_decoder.output.last_hidden_state)
-    return hidden
+    with intervene(model.layers, placed):
+        return model.decoder(**inputs).last_hidden_state
 
 
 def _reduce(

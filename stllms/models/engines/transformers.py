@@ -18,19 +18,22 @@ from typing import Any
 
 import psutil
 import torch
-from nnsight import save
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from stllms.models.engines import sampling
 from stllms.models.engines.engine import Can, Row, Written
 from stllms.models.engines.interventions import edits, intervene, think_end
+from stllms.models.engines.prompts import Classes
 from stllms.models.model import Model
 from stllms.runs import audit as sampling_audit
 
 #: A batch is refilled once this share of its rows has ended.
 REFILL = 0.25
+#: Columns that the cache has room for when it grows.
+ROOM = 64
 #: The share of the free memory that a batch may take; the rest is for what is not counted.
 SHARE = 0.8
 #: Bytes a logit takes beside the model's own: float32 and float64 copies for sampling.
@@ -173,13 +176,14 @@ def _prefill(
     model: Model, rows: list[Row], places: list[int], temperature: float, seed: int
 ) -> _Batch:
     """A new batch whose prompts are read and whose first tokens are chosen."""
+    classes = Classes(model, rows)
     ids, mask, position = model.left_pad([row.prompt_ids for row in rows])
     key = torch.tensor([sampling.hash_key(seed, row.key) for row in rows], device=model.device)
     batch = _Batch(
         model,
         rows,
         places,
-        cache=DynamicCache(),
+        cache=_cache(),
         mask=mask,
         position=position[:, -1:],
         token=ids[:, -1],
@@ -188,7 +192,17 @@ def _prefill(
         thinking=torch.ones_like(key, dtype=torch.bool),
         measured=torch.empty(0),
     )
-    _choose(batch, _forward(batch, ids, position, prompt=True), temperature)
+    acting = []
+    for edit in batch.edits:
+        if edit.where == "all":
+            rows_here = classes.first[edit.layer + 1].to(edit.vector.device)
+            acting.append((replace(edit, vector=edit.vector[rows_here]), edit.coefficient[rows_here]))
+    one = classes.first[0].to(ids.device)  # row of each prompt
+    with classes.parting(model.layers), intervene(model.layers, acting):
+        logits = _forward(batch, ids[one], mask[one], position[one])
+    for layer, of in zip(batch.cache.layers, classes.of, strict=False):
+        layer.take(of, 0)
+    _choose(batch, logits[classes.of[-1].to(logits.device)], temperature)
     return batch
 
 
@@ -198,7 +212,10 @@ def _advance(batch: _Batch, temperature: float) -> None:
     batch.mask = pad(batch.mask, (0, 1), value=1)
     batch.position = batch.position + 1
     batch.step = batch.step + 1
-    logits = _forward(batch, batch.token[:, None], batch.position, prompt=False)
+    holds = {"all": 1, "generated": 1, "thinking": batch.thinking[:, None, None]}
+    acting = [(edit, edit.coefficient * holds[edit.where]) for edit in batch.edits]
+    with intervene(batch.model.layers, acting):
+        logits = _forward(batch, batch.token[:, None], batch.mask, batch.position)
     _choose(batch, logits, temperature)
 
 
@@ -207,26 +224,16 @@ def _choose(batch: _Batch, logits: Tensor, temperature: float) -> None:
     batch.measured = sampling.measure(logits, batch.token, temperature)
 
 
-def _forward(batch: _Batch, ids: Tensor, position: Tensor, *, prompt: bool) -> Tensor:
-    """Logits of the last column, ``[B, V]``."""
-    model = batch.model
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": batch.mask,
-        "position_ids": position,
-        "past_key_values": batch.cache,
-        "use_cache": True,
-        "logits_to_keep": 1,
-    }
-    if not batch.edits:
-        return model.hf(**inputs).logits[:, -1]
-    thinking = batch.thinking[:, None, None]
-    holds = {"all": 1, "generated": not prompt, "thinking": 0 if prompt else thinking}
-    placed = [(edit, edit.coefficient * holds[edit.where]) for edit in batch.edits]
-    with model.nn.trace(**inputs):
-        intervene(model, placed)
-        logits = save(model.nn.output.logits)
-    return logits[:, -1]
+def _forward(batch: _Batch, ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+    """Logits ``[B, V]`` of the last column."""
+    return batch.model.hf(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=position,
+        past_key_values=batch.cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
 
 
 def _record(batch: _Batch, written: list[list[int]], sums: Tensor, limit: int) -> None:
@@ -258,7 +265,8 @@ def _drop(batch: _Batch) -> _Batch | None:
     index = torch.tensor(kept, device=batch.mask.device)
     mask = batch.mask[index]
     first = int(mask.any(dim=0).to(torch.int8).argmax())
-    _select(batch.cache, index, first)
+    for layer in batch.cache.layers:
+        layer.take(index, first)
     return replace(
         batch,
         rows=[batch.rows[i] for i in kept],
@@ -270,7 +278,8 @@ def _drop(batch: _Batch) -> _Batch | None:
 
 def _join(old: _Batch, new: _Batch) -> _Batch:
     """Both batches, whose rows all go on, as one."""
-    _append(old.cache, new.cache)
+    for mine, other in zip(old.cache.layers, new.cache.layers, strict=True):
+        mine.append(other)
     width = max(old.mask.shape[1], new.mask.shape[1])
     return replace(
         old,
@@ -282,24 +291,60 @@ def _join(old: _Batch, new: _Batch) -> _Batch:
 
 
 # -- the cache -----------------------------------------------------------------------------
-# Keys and values ``[B, heads, T, head_dim]`` of each layer; padding is on the left.
 
 
-def _select(cache: DynamicCache, rows: Tensor, first: int) -> None:
-    """Keep ``rows`` (indices) and the columns from ``first`` on."""
-    for layer in cache.layers:
-        layer.keys, layer.values = (x[rows, :, first:] for x in (layer.keys, layer.values))
+class _Layer(DynamicLayer):
+    """Keys and values ``[B, heads, T, head_dim]`` of a layer, padding on the left, in memory
+    that has room for columns to come: a step writes its own and copies no others."""
+
+    room: tuple[Tensor, ...] = ()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_more: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Adds columns and returns all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return self.keys, self.values
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if not self.room or self.room[0].shape[-2] < end:
+            self.room = tuple(_with_room(x, end + ROOM) for x in (self.keys, self.values))
+        for memory, new in zip(self.room, (key_states, value_states), strict=True):
+            memory[:, :, start:end] = new
+        self.keys, self.values = (memory[:, :, :end] for memory in self.room)
+        return self.keys, self.values
+
+    def take(self, rows: Tensor, first: int) -> None:
+        """Keeps ``rows`` (indices) and the columns from ``first`` on."""
+        rows = rows.to(self.keys.device)
+        self._hold(*(x[:, :, first:][rows] for x in (self.keys, self.values)))
+
+    def append(self, other: _Layer) -> None:
+        """Adds the rows of ``other`` below; the shorter of the two is padded on the left."""
+        width = max(self.keys.shape[-2], other.keys.shape[-2])
+
+        def both(upper: Tensor, lower: Tensor) -> Tensor:
+            return torch.cat([pad(x, (0, 0, width - x.shape[-2], 0)) for x in (upper, lower)])
+
+        self._hold(both(self.keys, other.keys), both(self.values, other.values))
+
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self.room = keys, values, ()
 
 
-def _append(cache: DynamicCache, other: DynamicCache) -> None:
-    """Add the rows of ``other`` below; the shorter of the two is padded on the left."""
+def _with_room(x: Tensor, columns: int) -> Tensor:
+    memory = x.new_empty(*x.shape[:-2], columns, x.shape[-1])
+    memory[:, :, : x.shape[-2]] = x
+    return memory
 
-    def both(upper: Tensor, lower: Tensor) -> Tensor:
-        width = max(upper.shape[-2], lower.shape[-2])
-        return torch.cat([pad(x, (0, 0, width - x.shape[-2], 0)) for x in (upper, lower)])
 
-    for mine, new in zip(cache.layers, other.layers, strict=True):
-        mine.keys, mine.values = both(mine.keys, new.keys), both(mine.values, new.values)
+def _cache() -> DynamicCache:
+    """An empty cache. Sliding windows are in the masks: nothing is evicted."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = _Layer
+    return cache
 
 
 # -- memory --------------------------------------------------------------------------------
