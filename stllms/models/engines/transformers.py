@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,8 @@ from stllms.runs import audit as sampling_audit
 
 #: A batch is refilled once this share of its rows has ended.
 REFILL = 0.25
+#: Tokens of prompts that are read at once: what a layer makes of them stays in the caches.
+PORTION = 2048
 #: Columns that the cache has room for when it grows.
 ROOM = 64
 #: The share of the free memory that a batch may take; the rest is for what is not counted.
@@ -65,7 +67,7 @@ def default_batch_size(model: Model) -> int:
     parameters = sum(p.numel() for p in model.hf.parameters())
     if model.device.type == "cuda":
         return 256 if parameters < 4e9 else 64
-    return 128 if parameters < 5e7 else 32
+    return 180
 
 
 @torch.no_grad()
@@ -155,8 +157,11 @@ def _run(
         room = batch_size - (0 if batch is None else len(batch.rows))
         if waiting and room:  # at the start, or ended rows have just been dropped
             new = [waiting.popleft() for _ in range(min(room, len(waiting)))]
-            fresh = _prefill(model, [rows[i] for i in new], new, temperature, seed)
-            batch = fresh if batch is None else _join(batch, fresh)
+            fresh = [
+                _prefill(model, [rows[i] for i in part], part, temperature, seed)
+                for part in _portions(rows, new)
+            ]
+            batch = _join(fresh if batch is None else [batch, *fresh])
         assert batch is not None, "a new one, where there was none"
         living = sum(batch.live)
         _record(batch, written, sums, limit)
@@ -170,6 +175,14 @@ def _run(
         Written(tuple(ids), sampling_audit.entry(len(ids), temperature, total))
         for ids, total in zip(written, sums.tolist(), strict=True)
     ]
+
+
+def _portions(rows: Sequence[Row], places: Sequence[int]) -> Iterator[list[int]]:
+    """Places of rows whose prompts are read together: :data:`PORTION` tokens or one row,
+    padding included; longest first, so that there is little of it."""
+    size = max(1, PORTION // len(rows[places[0]].prompt_ids))
+    for start in range(0, len(places), size):
+        yield list(places[start : start + size])
 
 
 def _prefill(
@@ -276,17 +289,20 @@ def _drop(batch: _Batch) -> _Batch | None:
     )
 
 
-def _join(old: _Batch, new: _Batch) -> _Batch:
-    """Both batches, whose rows all go on, as one."""
-    for mine, other in zip(old.cache.layers, new.cache.layers, strict=True):
-        mine.append(other)
-    width = max(old.mask.shape[1], new.mask.shape[1])
+def _join(batches: Sequence[_Batch]) -> _Batch:
+    """Batches, whose rows all go on, as one."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    for layers in zip(*(one.cache.layers for one in batches), strict=True):
+        layers[0].append(layers[1:])
+    width = max(one.mask.shape[1] for one in batches)
     return replace(
-        old,
-        rows=old.rows + new.rows,
-        places=old.places + new.places,
-        mask=torch.cat([pad(one.mask, (width - one.mask.shape[1], 0)) for one in (old, new)]),
-        **{name: torch.cat([getattr(old, name), getattr(new, name)]) for name in _COLUMNS},
+        first,
+        rows=[row for one in batches for row in one.rows],
+        places=[place for one in batches for place in one.places],
+        mask=torch.cat([pad(one.mask, (width - one.mask.shape[1], 0)) for one in batches]),
+        **{name: torch.cat([getattr(one, name) for one in batches]) for name in _COLUMNS},
     )
 
 
@@ -321,14 +337,17 @@ class _Layer(DynamicLayer):
         rows = rows.to(self.keys.device)
         self._hold(*(x[:, :, first:][rows] for x in (self.keys, self.values)))
 
-    def append(self, other: _Layer) -> None:
-        """Adds the rows of ``other`` below; the shorter of the two is padded on the left."""
-        width = max(self.keys.shape[-2], other.keys.shape[-2])
+    def append(self, others: Sequence[_Layer]) -> None:
+        """Adds the rows of ``others`` below; the shorter ones are padded on the left."""
+        every = (self, *others)
+        width = max(one.keys.shape[-2] for one in every)
 
-        def both(upper: Tensor, lower: Tensor) -> Tensor:
-            return torch.cat([pad(x, (0, 0, width - x.shape[-2], 0)) for x in (upper, lower)])
+        def joined(parts: list[Tensor]) -> Tensor:
+            return torch.cat([pad(x, (0, 0, width - x.shape[-2], 0)) for x in parts])
 
-        self._hold(both(self.keys, other.keys), both(self.values, other.values))
+        self._hold(joined([x.keys for x in every]), joined([x.values for x in every]))
+        for other in others:
+            other._hold(self.keys[:0], self.values[:0])
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values, self.room = keys, values, ()
