@@ -12,18 +12,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stllms.models.engines.engine import Row
+from stllms.models.engines.interventions import Edit
 from stllms.models.model import Model
 
 #: What a layer is given beside the stream that has one row for each prompt.
 _BY_PROMPT = ("attention_mask", "position_ids", "position_embeddings")
 #: What layers may take for their prompts to be shared.
-TAKEN = {"hidden_states", *_BY_PROMPT, "past_key_values", "use_cache", "kwargs"}
+TAKEN = {"self", "hidden_states", *_BY_PROMPT, "past_key_values", "use_cache", "kwargs"}
 
 
 class Classes:
@@ -34,13 +36,16 @@ class Classes:
     """
 
     def __init__(self, model: Model, rows: Sequence[Row]) -> None:
-        alone = not TAKEN.issuperset(inspect.signature(model.layers[0].forward).parameters)
+        layer_class = type(model.layers[0])  # nnsight wraps the method of the object
+        alone = not TAKEN.issuperset(inspect.signature(layer_class.forward).parameters)
         self.of, self.first = [], []
         for layer in range(model.n_layers + 1):
             numbers: dict[Any, int] = {}
             of, first = [], []
             for i, row in enumerate(rows):
-                done = [id(x) for x in row.interventions if x.where == "all" and x.layer < layer]
+                done = [
+                    id(x) for x in row.interventions if x.where == "all" and x.layer < layer
+                ]
                 key = i if alone else (row.prompt_ids, *done)
                 if key not in numbers:
                     first.append(i)
@@ -48,9 +53,19 @@ class Classes:
             self.of.append(torch.tensor(of))
             self.first.append(torch.tensor(first))
 
+    def acting(self, edits: Sequence[Edit]) -> list[tuple[Edit, Tensor]]:
+        """What acts on prompts, for the rows that there are behind its layer."""
+        found = []
+        for edit in edits:
+            if edit.where == "all":
+                rows = self.first[edit.layer + 1].to(edit.vector.device)
+                found.append((replace(edit, vector=edit.vector[rows]), edit.coefficient[rows]))
+        return found
+
     @contextmanager
     def parting(self, layers: Sequence[nn.Module]) -> Iterator[None]:
-        """Inside the block a forward of ``first[0]`` parts its rows as they come to differ."""
+        """Inside the block a forward of ``first[0]`` parts its rows as they come to differ;
+        hooks that are registered inside see them parted."""
         with ExitStack() as hooks:
             for n, layer in enumerate(layers):
                 before, behind = self.first[n], self.first[n + 1]
