@@ -19,6 +19,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import OPTIONS, TASKS
+from transformers.cache_utils import DynamicLayer
 
 from stllms import models, registry
 from stllms.generation import chains, prompts
@@ -417,6 +418,85 @@ def test_free_memory_is_the_machines_or_the_cards(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
     held = "what torch holds and does not use counts"
     assert decode.free_bytes(torch.device("cuda")) == 5_400, held
+
+
+# -- prompts that are shared, and the cache --------------------------------------------------
+
+
+def conditions(model) -> list[Row]:
+    """Two prompts of two lengths, each plain, pushed up and down at layer 1, at layer 2, at
+    both, and where prompts are left alone."""
+    generator = torch.Generator().manual_seed(2)
+    first, second = 2 * torch.randn(2, model.d_model, generator=generator)
+    up, down = Intervention(first, 1, 1.0), Intervention(first, 1, -1.0)
+    other = Intervention(second, 2, 1.0, "ablate")
+    later = Intervention(second, 0, 1.0, where="generated")
+    edits = ((), (up,), (down,), (other,), (up, other), (later,))
+    prompts = tuple(range(50, 59)), tuple(range(90, 95))
+    return [Row(ids, f"{len(ids)}", edit) for ids in prompts for edit in edits]
+
+
+def test_rows_that_share_a_prompt_equal_the_naive_loop(model):
+    chosen = conditions(model)
+    found = run(model, chosen, size=64)
+    assert found == [naive(model, row) for row in chosen]
+    assert len(set(found)) > 6
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "deepseek_v3", "gpt2"])
+def test_a_prompt_is_read_once_until_its_rows_part(kind):
+    """Rows that enter each layer while prompts are read, counted by hand. Layers of GPT-2 take
+    what is not known to have a row for each prompt: there nothing is shared."""
+    model = models.wrap(build(kind), tiny.tokenizer(), name=kind)
+    chosen, seen = conditions(model), []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda _m, given: seen.append(len(given[0])))
+    together = run(model, chosen, size=64)
+    entered = [2, 2, 6, 10] if model.n_layers == 4 else [12] * 3
+    assert seen[: model.n_layers] == entered
+    assert together == run(model, chosen, size=1)
+
+
+def test_portions_of_prompts_change_nothing(tiny_llama, monkeypatch):
+    chosen, sizes = conditions(tiny_llama), []
+    whole = run(tiny_llama, chosen, size=64)
+    embedding = tiny_llama.hf.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _m, _i, out: sizes.append(out.shape[:2]))
+    monkeypatch.setattr(decode, "PORTION", 40)  # four rows of nine tokens
+    assert run(tiny_llama, chosen, size=64) == whole
+    handle.remove()
+    assert sizes[:3] == [(1, 9), (2, 9), (1, 5)]
+    assert sizes[3] == (12, 1)
+
+
+def test_the_cache_holds_what_that_of_transformers_holds_and_seldom_moves(monkeypatch):
+    monkeypatch.setattr(decode, "ROOM", 4)
+
+    def columns(rows: int, n: int):
+        return torch.randn(2, rows, 3, n, 5).unbind()
+
+    mine, theirs = decode._Layer(), DynamicLayer()
+    places = []
+    for n in [7, *[1] * 10]:
+        new = columns(4, n)
+        for a, b in zip(mine.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(a, b)
+        places.append(mine.keys.data_ptr())
+    assert len(set(places[1:])) == 2, "five columns, then five more"
+    mine.take(torch.tensor([3, 1]), 2)
+    assert torch.equal(mine.keys, theirs.keys[[3, 1], :, 2:])
+    other, (keys, values) = decode._Layer(), columns(1, 6)
+    other.update(keys, values)
+    mine.append([other])
+    assert torch.equal(mine.values[2:, :, 9:], values)
+    assert not mine.values[2:, :, :9].any()
+    new = columns(3, 1)
+    before = mine.values.clone()
+    assert torch.equal(mine.update(*new)[1], torch.cat([before, new[1]], dim=-2))
+    assert mine.get_seq_length() == 16
+
+
+# -- memory that runs out ---------------------------------------------------------------------
 
 
 def few(model, n: int) -> list[Row]:

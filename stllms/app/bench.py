@@ -49,7 +49,7 @@ MOST = 1000.0
 LABELLED = 0.5
 #: What transformers may make of the files of others.
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
-#: A cell may write while the demo's thread does: nnsight traces one at a time.
+#: A cell may write while the demo's thread does: a hook acts in every forward of its model.
 ONE = threading.Lock()
 
 Pair = tuple[Steered, Steered]

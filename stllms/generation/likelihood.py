@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from nnsight import save
 from torch import Tensor
 
 from stllms.hashes import digest
@@ -177,10 +176,8 @@ def _steered(
         "thinking": written & (closing.cumsum(-1) == 0),
     }
     placed = [(edit, edit.coefficient * places[edit.where][:, :, None]) for edit in acting]
-    with model.nn.trace(**inputs, logits_to_keep=1):
-        intervene(model, placed)
-        hidden = save(model.nn_decoder.output.last_hidden_state)
-    return hidden.to(model.device)
+    with intervene(model.layers, placed):
+        return model.decoder(**inputs).last_hidden_state.to(model.device)
 
 
 def _reduce(

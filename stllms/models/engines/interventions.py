@@ -1,7 +1,7 @@
 """What is done to the residual stream: one operation, at one layer, for one row of a batch.
 
-The decoding loop places interventions in traces of nnsight (:func:`intervene`); :func:`applied`
-hooks them into a bare ``transformers`` model, for scripts that bring their own generation.
+Forward hooks do it: :func:`intervene` those of the decoding loop and of likelihoods, which know
+their positions; :func:`applied` those of scripts that bring their own generation.
 """
 
 from __future__ import annotations
@@ -130,12 +130,17 @@ def _grouped(
     return made
 
 
-def intervene(model: Model, placed: Sequence[tuple[Edit, Tensor]]) -> None:
-    """Inside a trace: each edit at its layer, with coefficients ``[B, 1 or T, 1]``."""
-    for edit, coefficient in placed:
-        hidden = model.nn_layers[edit.layer].output
-        changed = _changed(edit.operation, hidden, edit.vector, coefficient)
-        model.nn_layers[edit.layer].output = changed
+@contextmanager
+def intervene(
+    layers: Sequence[nn.Module], placed: Sequence[tuple[Edit, Tensor]]
+) -> Iterator[None]:
+    """Inside the block each edit acts at its layer, with coefficients ``[B, 1 or T, 1]``; a
+    batch of ``k * B`` rows has each row ``k`` times in a row."""
+    with ExitStack() as hooks:
+        for edit, coefficient in placed:
+            handle = layers[edit.layer].register_forward_hook(_hook(edit, coefficient))
+            hooks.callback(handle.remove)
+        yield
 
 
 def _changed(operation: str, hidden: Tensor, vector: Tensor, coefficient: Tensor) -> Tensor:
@@ -188,15 +193,14 @@ def applied(
                     "written: use stllms.steer, or where='all'"
                 )
     rows = [() if item is None else (item,) for item in items]
-    with ExitStack() as hooks:
-        for edit in _grouped(rows, width, hf.dtype, runs_on(hf)):
-            handle = layers[edit.layer].register_forward_hook(_hook(edit, len(items)))
-            hooks.callback(handle.remove)
+    made = _grouped(rows, width, hf.dtype, runs_on(hf))
+    with intervene(layers, [(edit, edit.coefficient) for edit in made]):
         yield hf
 
 
-def _hook(edit: Edit, n: int) -> Callable[[nn.Module, Any, Any], Tensor]:
-    """Adds an edit of ``n`` rows to the output of a layer."""
+def _hook(edit: Edit, coefficient: Tensor) -> Callable[[nn.Module, Any, Any], Tensor]:
+    """Adds an edit to the output of its layer."""
+    n = len(edit.vector)
 
     def hook(_module: nn.Module, _inputs: Any, hidden: Any) -> Tensor:
         if not isinstance(hidden, Tensor):
@@ -206,10 +210,10 @@ def _hook(edit: Edit, n: int) -> Callable[[nn.Module, Any, Any], Tensor]:
             )
         if len(hidden) % n:
             raise ValueError(f"{n} interventions for a batch of {len(hidden)} rows")
-        vector, coefficient = (
-            x.repeat_interleave(len(hidden) // n, 0) for x in (edit.vector, edit.coefficient)
+        vector, by = (
+            x.repeat_interleave(len(hidden) // n, 0) for x in (edit.vector, coefficient)
         )
-        return _changed(edit.operation, hidden, vector, coefficient)
+        return _changed(edit.operation, hidden, vector, by)
 
     return hook
 

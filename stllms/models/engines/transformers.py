@@ -4,33 +4,38 @@ Rows share batches whatever is done to them: a plain row, a ``+`` and a ``-`` ro
 vectors they carry. Rows that end leave the batch and waiting ones take their places. A token is
 a function of the logits and of ``(seed, key of the row, step)`` alone (``sampling``), so the
 batch, its order and a restart change nothing, and rows of one key (a task, plain and steered)
-share their noise. An intervention adds to the output of a decoder layer at every step, through
-``nnsight``; a batch without any uses the plain forward of the same model.
+share their noise. An intervention adds to the output of a decoder layer at every step
+(``interventions``). A prompt is read once for the rows that share it (``prompts``).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 import torch
-from nnsight import save
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from stllms.models.engines import sampling
 from stllms.models.engines.engine import Can, Row, Written
 from stllms.models.engines.interventions import edits, intervene, think_end
+from stllms.models.engines.prompts import Classes
 from stllms.models.model import Model
 from stllms.runs import audit as sampling_audit
 
 #: A batch is refilled once this share of its rows has ended.
 REFILL = 0.25
+#: Tokens of prompts that are read at once: what a layer makes of them stays in the caches.
+PORTION = 2048
+#: Columns that the cache has room for when it grows.
+ROOM = 64
 #: The share of the free memory that a batch may take; the rest is for what is not counted.
 SHARE = 0.8
 #: Bytes a logit takes beside the model's own: float32 and float64 copies for sampling.
@@ -58,11 +63,11 @@ class Transformers:
 
 
 def default_batch_size(model: Model) -> int:
-    """Rows per batch that suit the model and its device."""
-    parameters = sum(p.numel() for p in model.hf.parameters())
+    """Rows per batch that suit the model and its device; on a CPU nine conditions of twenty
+    tasks, which steering hands over at a time."""
     if model.device.type == "cuda":
-        return 256 if parameters < 4e9 else 64
-    return 128 if parameters < 5e7 else 32
+        return 256 if sum(p.numel() for p in model.hf.parameters()) < 4e9 else 64
+    return 180
 
 
 @torch.no_grad()
@@ -152,8 +157,11 @@ def _run(
         room = batch_size - (0 if batch is None else len(batch.rows))
         if waiting and room:  # at the start, or ended rows have just been dropped
             new = [waiting.popleft() for _ in range(min(room, len(waiting)))]
-            fresh = _prefill(model, [rows[i] for i in new], new, temperature, seed)
-            batch = fresh if batch is None else _join(batch, fresh)
+            fresh = (
+                _prefill(model, [rows[i] for i in part], part, temperature, seed)
+                for part in _portions(rows, new)
+            )
+            batch = _join([*fresh] if batch is None else [batch, *fresh])
         assert batch is not None, "a new one, where there was none"
         living = sum(batch.live)
         _record(batch, written, sums, limit)
@@ -169,17 +177,26 @@ def _run(
     ]
 
 
+def _portions(rows: Sequence[Row], places: Sequence[int]) -> Iterator[list[int]]:
+    """Places of rows whose prompts are read together: :data:`PORTION` tokens or one row,
+    padding included; longest first, so that there is little of it."""
+    size = max(1, PORTION // len(rows[places[0]].prompt_ids))
+    for start in range(0, len(places), size):
+        yield list(places[start : start + size])
+
+
 def _prefill(
     model: Model, rows: list[Row], places: list[int], temperature: float, seed: int
 ) -> _Batch:
     """A new batch whose prompts are read and whose first tokens are chosen."""
+    classes = Classes(model, rows)
     ids, mask, position = model.left_pad([row.prompt_ids for row in rows])
     key = torch.tensor([sampling.hash_key(seed, row.key) for row in rows], device=model.device)
     batch = _Batch(
         model,
         rows,
         places,
-        cache=DynamicCache(),
+        cache=_cache(),
         mask=mask,
         position=position[:, -1:],
         token=ids[:, -1],
@@ -188,7 +205,14 @@ def _prefill(
         thinking=torch.ones_like(key, dtype=torch.bool),
         measured=torch.empty(0),
     )
-    _choose(batch, _forward(batch, ids, position, prompt=True), temperature)
+    one = classes.first[0].to(ids.device)
+    acting = classes.acting(batch.edits)
+    with classes.parting(model.layers), intervene(model.layers, acting):
+        logits = _forward(batch, ids[one], mask[one], position[one])
+    for layer, of, first in zip(batch.cache.layers, classes.of, classes.first, strict=False):
+        if len(first) < len(rows):
+            layer.take(of, 0)
+    _choose(batch, logits[classes.of[-1].to(logits.device)], temperature)
     return batch
 
 
@@ -198,7 +222,10 @@ def _advance(batch: _Batch, temperature: float) -> None:
     batch.mask = pad(batch.mask, (0, 1), value=1)
     batch.position = batch.position + 1
     batch.step = batch.step + 1
-    logits = _forward(batch, batch.token[:, None], batch.position, prompt=False)
+    holds = {"all": 1, "generated": 1, "thinking": batch.thinking[:, None, None]}
+    acting = [(edit, edit.coefficient * holds[edit.where]) for edit in batch.edits]
+    with intervene(batch.model.layers, acting):
+        logits = _forward(batch, batch.token[:, None], batch.mask, batch.position)
     _choose(batch, logits, temperature)
 
 
@@ -207,26 +234,16 @@ def _choose(batch: _Batch, logits: Tensor, temperature: float) -> None:
     batch.measured = sampling.measure(logits, batch.token, temperature)
 
 
-def _forward(batch: _Batch, ids: Tensor, position: Tensor, *, prompt: bool) -> Tensor:
-    """Logits of the last column, ``[B, V]``."""
-    model = batch.model
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": batch.mask,
-        "position_ids": position,
-        "past_key_values": batch.cache,
-        "use_cache": True,
-        "logits_to_keep": 1,
-    }
-    if not batch.edits:
-        return model.hf(**inputs).logits[:, -1]
-    thinking = batch.thinking[:, None, None]
-    holds = {"all": 1, "generated": not prompt, "thinking": 0 if prompt else thinking}
-    placed = [(edit, edit.coefficient * holds[edit.where]) for edit in batch.edits]
-    with model.nn.trace(**inputs):
-        intervene(model, placed)
-        logits = save(model.nn.output.logits)
-    return logits[:, -1]
+def _forward(batch: _Batch, ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+    """Logits ``[B, V]`` of the last column."""
+    return batch.model.hf(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=position,
+        past_key_values=batch.cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
 
 
 def _record(batch: _Batch, written: list[list[int]], sums: Tensor, limit: int) -> None:
@@ -258,7 +275,8 @@ def _drop(batch: _Batch) -> _Batch | None:
     index = torch.tensor(kept, device=batch.mask.device)
     mask = batch.mask[index]
     first = int(mask.any(dim=0).to(torch.int8).argmax())
-    _select(batch.cache, index, first)
+    for layer in batch.cache.layers:
+        layer.take(index, first)
     return replace(
         batch,
         rows=[batch.rows[i] for i in kept],
@@ -268,41 +286,79 @@ def _drop(batch: _Batch) -> _Batch | None:
     )
 
 
-def _join(old: _Batch, new: _Batch) -> _Batch:
-    """Both batches, whose rows all go on, as one."""
-    _append(old.cache, new.cache)
-    width = max(old.mask.shape[1], new.mask.shape[1])
+def _join(batches: Sequence[_Batch]) -> _Batch:
+    """Batches, whose rows all go on, as one."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    for layers in zip(*(one.cache.layers for one in batches), strict=True):
+        layers[0].append(layers[1:])
+    width = max(one.mask.shape[1] for one in batches)
     return replace(
-        old,
-        rows=old.rows + new.rows,
-        places=old.places + new.places,
-        mask=torch.cat([pad(one.mask, (width - one.mask.shape[1], 0)) for one in (old, new)]),
-        **{name: torch.cat([getattr(old, name), getattr(new, name)]) for name in _COLUMNS},
+        first,
+        rows=[row for one in batches for row in one.rows],
+        places=[place for one in batches for place in one.places],
+        mask=torch.cat([pad(one.mask, (width - one.mask.shape[1], 0)) for one in batches]),
+        **{name: torch.cat([getattr(one, name) for one in batches]) for name in _COLUMNS},
     )
 
 
 # -- the cache -----------------------------------------------------------------------------
-# Keys and values ``[B, heads, T, head_dim]`` of each layer; padding is on the left.
 
 
-def _select(cache: DynamicCache, rows: Tensor, first: int) -> None:
-    """Keep ``rows`` (indices) and the columns from ``first`` on."""
-    for layer in cache.layers:
-        layer.keys, layer.values = (
-            x[:, :, first:].index_select(0, rows.to(x.device))
-            for x in (layer.keys, layer.values)
-        )
+class _Layer(DynamicLayer):
+    """Keys and values ``[B, heads, T, head_dim]`` of a layer, padding on the left, in memory
+    that has room for columns to come: a step writes its own and copies no others."""
+
+    room: tuple[Tensor, ...] = ()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_more: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Adds columns and returns all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return self.keys, self.values
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if not self.room or self.room[0].shape[-2] < end:
+            self.room = tuple(_with_room(x, end + ROOM) for x in (self.keys, self.values))
+        for memory, new in zip(self.room, (key_states, value_states), strict=True):
+            memory[:, :, start:end] = new
+        self.keys, self.values = (memory[:, :, :end] for memory in self.room)
+        return self.keys, self.values
+
+    def take(self, rows: Tensor, first: int) -> None:
+        """Keeps ``rows`` (indices) and the columns from ``first`` on."""
+        rows = rows.to(self.keys.device)
+        self._hold(*(x[:, :, first:][rows] for x in (self.keys, self.values)))
+
+    def append(self, others: Sequence[_Layer]) -> None:
+        """Adds the rows of ``others`` below; the shorter ones are padded on the left."""
+        every = (self, *others)
+        width = max(one.keys.shape[-2] for one in every)
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            return torch.cat([pad(x, (0, 0, width - x.shape[-2], 0)) for x in parts])
+
+        self._hold(joined([x.keys for x in every]), joined([x.values for x in every]))
+
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self.room = keys, values, ()
 
 
-def _append(cache: DynamicCache, other: DynamicCache) -> None:
-    """Add the rows of ``other`` below; the shorter of the two is padded on the left."""
+def _with_room(x: Tensor, columns: int) -> Tensor:
+    memory = x.new_empty(*x.shape[:-2], columns, x.shape[-1])
+    memory[:, :, : x.shape[-2]] = x
+    return memory
 
-    def both(upper: Tensor, lower: Tensor) -> Tensor:
-        width = max(upper.shape[-2], lower.shape[-2])
-        return torch.cat([pad(x, (0, 0, width - x.shape[-2], 0)) for x in (upper, lower)])
 
-    for mine, new in zip(cache.layers, other.layers, strict=True):
-        mine.keys, mine.values = both(mine.keys, new.keys), both(mine.values, new.values)
+def _cache() -> DynamicCache:
+    """An empty cache. Sliding windows are in the masks: nothing is evicted."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = _Layer
+    return cache
 
 
 # -- memory --------------------------------------------------------------------------------
