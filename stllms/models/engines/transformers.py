@@ -323,16 +323,19 @@ class _Layer(DynamicLayer):
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
         if not self.room or self.room[0].shape[-2] < end:
-            self.room = tuple(_with_room(x, end + ROOM) for x in (self.keys, self.values))
+            room = end + ROOM - start
+            self.room = tuple(pad(x, (0, 0, 0, room)) for x in (self.keys, self.values))
+        columns = torch.arange(start, end, device=key_states.device)
         for memory, new in zip(self.room, (key_states, value_states), strict=True):
-            memory[:, :, start:end] = new
-        self.keys, self.values = (memory[:, :, :end] for memory in self.room)
+            memory.index_copy_(2, columns, new)
+        self.keys, self.values = (memory.narrow(2, 0, end) for memory in self.room)
         return self.keys, self.values
 
     def take(self, rows: Tensor, first: int) -> None:
         """Keeps ``rows`` (indices) and the columns from ``first`` on."""
         rows = rows.to(self.keys.device)
-        self._hold(*(x[:, :, first:][rows] for x in (self.keys, self.values)))
+        kept = (x[:, :, first:].index_select(0, rows) for x in (self.keys, self.values))
+        self._hold(*kept)
 
     def append(self, others: Sequence[_Layer]) -> None:
         """Adds the rows of ``others`` below; the shorter ones are padded on the left."""
@@ -346,12 +349,6 @@ class _Layer(DynamicLayer):
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values, self.room = keys, values, ()
-
-
-def _with_room(x: Tensor, columns: int) -> Tensor:
-    memory = x.new_empty(*x.shape[:-2], columns, x.shape[-1])
-    memory[:, :, : x.shape[-2]] = x
-    return memory
 
 
 def _cache() -> DynamicCache:
