@@ -96,7 +96,7 @@ def test_there_are_commands_and_their_needs_have_a_name():
 def test_the_words_of_a_command_are_understood(page, command):
     first, *rest = words_of(command)
     if first == "./run_all.sh":
-        if rest not in (["--environment-only"], ["--help"]):
+        if rest not in (["--environment-only", "smollm2"], ["--help"]):
             parsed(["run", *rest])
     elif first == "stllms":
         parsed(rest)
@@ -144,7 +144,7 @@ def test_what_needs_the_environment_comes_after_it_was_made_active():
 
 def test_the_readme_is_short_and_its_python_runs():
     text = README.read_text(encoding="utf-8")
-    assert len(text.encode()) <= 9 * 1024
+    assert len(text.encode()) <= 12 * 1024
     (body,) = [body for language, _, body in FENCE.findall(text) if language == "python"]
     lines = [
         line for line in body.splitlines() if line and not line.startswith(("from", "import"))

@@ -328,7 +328,7 @@ def test_a_registered_model_is_known_everywhere(capsys):
         cli.models.callback()
         assert any(line.split()[:3] == [name, "unknown", "registered"]
                    for line in capsys.readouterr().out.splitlines())  # fmt: skip
-        with pytest.raises(ModelError, match="sets quantization and revision"):
+        with pytest.raises(ModelError, match="sets quantization, revision and device_map"):
             loading.load(name, revision="main")
         registered._known[name] = lambda: tiny.hf_model()
         with pytest.raises(ModelError, match="my-tiny: its loader should return"):

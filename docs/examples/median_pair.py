@@ -20,7 +20,7 @@ from stllms.steering import measures
 #: The largest share of repeated 4-grams of a chain that is shown, as in notebook 04.
 LOOPS = 0.15
 #: Words of each chain that are shown.
-WORDS = 130
+WORDS = 75
 
 
 def median(
