@@ -179,7 +179,7 @@ class Pool:
             [int(one.get("CPU", 0)) for one in nodes],
             [int(one.get("GPU", 0)) for one in nodes],
         )
-        options = {
+        options: dict[str, Any] = {
             "num_cpus": self.threads,
             "num_gpus": gpus,
             "max_restarts": -1,
