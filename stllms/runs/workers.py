@@ -33,7 +33,7 @@ Make = Callable[[Any, Any, Tick], Any]
 AHEAD = 2
 #: How often a part is given to a worker again that died of it.
 RETRIES = 3
-#: Of Ray's own: it counts its users and tells of its inner life otherwise.
+#: Read when Ray is imported: it counts its users and tells of its inner life otherwise.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -93,6 +93,8 @@ class Pool:
         cards: float = 0,
     ) -> None:
         installed()
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
         self.load, self.count, self.address, self.cards = load, count, address, cards
         #: Of a worker, whatever their number: sums in another number of threads have other
         #: last digits.
@@ -154,13 +156,17 @@ class Pool:
             return
         if Pool._running is not None:
             Pool._running.close()
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
         import ray
 
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if not ray.is_initialized() and self.address is not None:
-            ray.init(self.address, **quiet)
+            try:
+                ray.init(self.address, **quiet)
+            except ConnectionError as error:
+                raise ValueError(
+                    f"workers: no Ray cluster answers at {self.address} ({error}); if it asks "
+                    "for a token, RAY_AUTH_MODE=token should be in the environment"
+                ) from None
         elif not ray.is_initialized():
             _start_ray((self.count or 1) * self.threads, **quiet)
             self._ours = True
@@ -173,7 +179,7 @@ class Pool:
             [int(one.get("CPU", 0)) for one in nodes],
             [int(one.get("GPU", 0)) for one in nodes],
         )
-        options = {
+        options: dict[str, Any] = {
             "num_cpus": self.threads,
             "num_gpus": gpus,
             "max_restarts": -1,
