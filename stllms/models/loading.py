@@ -21,6 +21,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from stllms import config, registry
 from stllms.models import selfcheck
+from stllms.models.engines.engine import ENGINES
 from stllms.models.model import Model, ModelError, quiet, wrap
 
 
@@ -58,13 +59,16 @@ def load(
         UnknownModel: for a name that is nothing of these.
         ModelError: for what cannot be loaded, naming what is missing and what to do.
     """
+    if engine not in ENGINES:
+        raise ModelError(f"engine {engine!r} is not one of {', '.join(ENGINES)}")
     place = pick_device(device)
     precision = pick_dtype(dtype, place)
     entry = registry.resolve(str(name))
     if entry.source == "registered":
         if quantization is not None or revision is not None:
             raise ModelError(f"{entry.name}: its own loader sets quantization and revision")
-        return _registered(entry.name, place, None if dtype == "auto" else precision)
+        model = _registered(entry.name, place, None if dtype == "auto" else precision)
+        return _written_by(engine, model, None, None, tensor_parallel, pipeline_parallel)
     source, options = source_of(entry)
     options["trust_remote_code"] = False
     if revision is not None:
@@ -94,15 +98,28 @@ def load(
     )
     if entry.source == "hub":
         model.revision = registry.content_of(entry, revision)["revision"]
+    origin = None if entry.source == "gguf" else source
+    return _written_by(engine, model, origin, revision, tensor_parallel, pipeline_parallel)
+
+
+def _written_by(
+    engine: str,
+    model: Model,
+    source: str | None,
+    revision: str | None,
+    tensor: int,
+    pipeline: int,
+) -> Model:
+    """The model with its engine; ``source`` is where its weights came from as they are."""
     if engine == "vllm":
         from stllms.models.engines.vllm import Vllm
 
         model.engine = Vllm(
             model,
-            source=None if entry.source == "gguf" else source,
+            source=source,
             revision=revision,
-            tensor_parallel=tensor_parallel,
-            pipeline_parallel=pipeline_parallel,
+            tensor_parallel=tensor,
+            pipeline_parallel=pipeline,
         )
     return model
 
