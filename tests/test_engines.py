@@ -304,6 +304,8 @@ def test_vllm_that_is_not_installed_is_named_with_its_document(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", absent)
     with pytest.raises(ModelError, match=r"vllm.* not installed \(docs/engines.md\)"):
         loading.load("tiny-thinker", engine="vllm")
+    with pytest.raises(ModelError, match="engine 'vlm' is not one of transformers, vllm"):
+        loading.load("tiny-thinker", engine="vlm")
     assert "not installed" in CliRunner().invoke(cli.cli, ["models"]).output
 
 

@@ -24,6 +24,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from stllms import config, registry
 from stllms.models import selfcheck
+from stllms.models.engines.engine import ENGINES
 from stllms.models.model import Model, ModelError, quiet, wrap
 from stllms.runs import workers as pool
 
@@ -66,6 +67,8 @@ def load(
         ModelError: for what cannot be loaded, naming what is missing and what to do.
         ValueError: for workers without the package ``ray``.
     """
+    if engine not in ENGINES:
+        raise ModelError(f"engine {engine!r} is not one of {', '.join(ENGINES)}")
     if device_map is not None:
         _check_map(device_map, device)
     place = pick_device(device)
@@ -89,7 +92,8 @@ def load(
             raise ModelError(
                 f"{entry.name}: its own loader sets quantization, revision and device_map"
             )
-        return _registered(entry.name, place, None if dtype == "auto" else precision)
+        model = _registered(entry.name, place, None if dtype == "auto" else precision)
+        return _written_by(engine, model, None, None, tensor_parallel, pipeline_parallel)
     source, options = source_of(entry)
     options["trust_remote_code"] = False
     if revision is not None:
@@ -131,15 +135,28 @@ def load(
     )
     if entry.source == "hub":
         model.revision = registry.content_of(entry, revision)["revision"]
+    origin = None if entry.source == "gguf" else source
+    return _written_by(engine, model, origin, revision, tensor_parallel, pipeline_parallel)
+
+
+def _written_by(
+    engine: str,
+    model: Model,
+    source: str | None,
+    revision: str | None,
+    tensor: int,
+    pipeline: int,
+) -> Model:
+    """The model with its engine; ``source`` is where its weights came from as they are."""
     if engine == "vllm":
         from stllms.models.engines.vllm import Vllm
 
         model.engine = Vllm(
             model,
-            source=None if entry.source == "gguf" else source,
+            source=source,
             revision=revision,
-            tensor_parallel=tensor_parallel,
-            pipeline_parallel=pipeline_parallel,
+            tensor_parallel=tensor,
+            pipeline_parallel=pipeline,
         )
     return model
 
