@@ -1,8 +1,8 @@
 """Steered chains a second against those who steer with ``transformers``, token for token.
 
-    uv venv /tmp/peers && uv pip install --python /tmp/peers/bin/python \\
+    uv venv ../peers && uv pip install --python ../peers/bin/python \\
         steering-vectors==0.12.2 repeng==0.4.0 torch
-    python benchmarks/peers.py --peers /tmp/peers/bin/python    # smollm2, two quiet cores
+    python benchmarks/peers.py --peers ../peers/bin/python    # smollm2, two quiet cores
 
 16 tasks x 9 conditions (plain, + and - of four random directions at the middle layer) x 64
 tokens, greedy, float32, no early stop for anybody:
