@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from nnsight import save
 from torch import Tensor
 
 from stllms.hashes import digest
@@ -244,12 +243,8 @@ def logits(model: Model, ids: Sequence[int], sets: Sequence[Items]) -> Tensor:
     inputs, mask, position = model.left_pad([ids] * len(sets))
     given = {"input_ids": inputs, "attention_mask": mask, "position_ids": position}
     placed = [(edit, edit.coefficient) for edit in edits(model, sets)]
-    if not placed:
+    with intervene(model.layers, placed):
         return model.hf(**given, use_cache=False).logits.float().cpu()
-    with model.nn.trace(**given, use_cache=False):
-        intervene(model, placed)
-        found = save(model.nn.output.logits)
-    return found.float().cpu()
 
 
 def kl(first: Tensor, second: Tensor) -> Tensor:
