@@ -149,6 +149,26 @@ BROKEN = [wrong_layer, unsteered, neighbours, weaker, one_unsteered]
 # -- was it steered? -----------------------------------------------------------------------
 
 
+def test_what_an_engine_cannot_do_with_its_rows_is_refused(tiny_llama):
+    class Alike(Other):
+        can = Can(per_row_vectors=False)
+
+    class Chance(Other):
+        can = Can(same_noise=False)
+
+    rows = rows_of(tiny_llama)
+    try:
+        tiny_llama.engine = Alike(tiny_llama)
+        with pytest.raises(ValueError, match="engine other steers all rows of a batch alike"):
+            engine.generate(tiny_llama, rows, max_new_tokens=1)
+        tiny_llama.engine = Chance(tiny_llama)
+        with pytest.raises(ValueError, match="noise of its own"):
+            engine.generate(tiny_llama, rows, max_new_tokens=1, temperature=0.5)
+        assert len(engine.generate(tiny_llama, rows, max_new_tokens=1)) == len(rows)
+    finally:
+        tiny_llama.engine = None
+
+
 def test_a_batch_that_was_steered_is_the_same_with_probes_as_without(tiny_llama):
     other = Other(tiny_llama)
     rows = rows_of(tiny_llama)

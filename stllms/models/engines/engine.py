@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from stllms.models.engines.interventions import WHERE, Intervention, think_end
+from stllms.models.engines.interventions import WHERE, Intervention, fingerprint, think_end
 from stllms.models.engines.interventions import check as check_place
 from stllms.models.model import Model
 
@@ -143,6 +143,11 @@ def generate(
                 f"{row.key}: {len(row.prompt_ids)} prompt tokens and {max_new_tokens} new ones "
                 f"exceed the context of {model.name}, {model.max_context} tokens: ask for fewer"
             )
+    if temperature and not engine.can.same_noise:
+        raise ValueError(
+            f"engine {engine.name} draws with noise of its own, so that plain and steered "
+            "rows would differ by chance: take temperature 0, or engine transformers"
+        )
     check(model, [row.interventions for row in rows])
     return engine.generate(
         rows,
@@ -160,7 +165,12 @@ def check(model: Model, interventions: Iterable[Sequence[Intervention]]) -> None
     its engine cannot do, naming what it can."""
     engine = of(model)
     can = engine.can
-    for items in interventions:
+    every = [tuple(items) for items in interventions]
+    if not can.per_row_vectors and len({*map(fingerprint, every)}) > 1:
+        raise ValueError(
+            f"engine {engine.name} steers all rows of a batch alike: take engine transformers"
+        )
+    for items in every:
         for item in items:
             check_place(item, model.n_layers, model.d_model, model.name)
             if can.operators is not None and item.operation not in can.operators:

@@ -84,6 +84,16 @@ def fingerprints(interventions: Mapping[tuple, Intervention | None]) -> dict[str
     }
 
 
+def fingerprint(items: Sequence[Intervention]) -> str:
+    """A hash of what the interventions of a row do."""
+    return digest(
+        [
+            [digest(one.direction), one.layer, float(one.coefficient), one.operation, one.where]
+            for one in items
+        ]
+    )
+
+
 @dataclass
 class Edit:
     """One operation at one layer for the whole batch; rows without it carry zeros.

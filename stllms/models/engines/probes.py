@@ -26,7 +26,7 @@ from torch import Tensor
 
 from stllms.hashes import digest
 from stllms.models.engines.engine import Can, Row, Written
-from stllms.models.engines.interventions import Intervention, edits, intervene
+from stllms.models.engines.interventions import Intervention, edits, fingerprint, intervene
 from stllms.models.model import Model
 
 Items = tuple[Intervention, ...]
@@ -175,18 +175,8 @@ def different(rows: Iterable[Sequence[Intervention]]) -> dict[str, Items]:
     for row in rows:
         if id(row) not in known and (items := active(row)):
             known[id(row)] = items
-            sets.setdefault(name_of(items), items)
+            sets.setdefault(fingerprint(items), items)
     return sets
-
-
-def name_of(items: Sequence[Intervention]) -> str:
-    """A hash of what interventions do."""
-    return digest(
-        [
-            [digest(one.direction), one.layer, float(one.coefficient), one.operation, one.where]
-            for one in items
-        ]
-    )
 
 
 def made(

@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 from stllms import registry
 from stllms.models.engines import sampling
 from stllms.models.engines.engine import Can, Row, Written
-from stllms.models.engines.probes import Items, Probed, active, different, name_of
+from stllms.models.engines.interventions import fingerprint
+from stllms.models.engines.probes import Items, Probed, active, different
 from stllms.models.engines.transformers import SHARE, cache_bytes, free_bytes
 from stllms.models.model import Model, ModelError, quiet
 from stllms.runs import audit
@@ -294,7 +295,7 @@ class Vllm(Probed):
         }
         extra: dict[str, Any] = {"stllms": ours}
         if items := active(row.interventions):
-            extra["_steering_id"] = prompt["cache_salt"] = name_of(items)
+            extra["_steering_id"] = prompt["cache_salt"] = fingerprint(items)
         size = self.model.text_config.vocab_size
         params = vllm.SamplingParams(
             temperature=0.0,
