@@ -129,7 +129,8 @@ def resume(work: Work) -> Callable[[], Any]:
 
     def run() -> None:
         keys = [tuple(row[name] for name in STEERED_KEY) for row in work.rows(labels=False)]
-        resumed(keys, lambda *_: [], size=conditions.CHUNK * work.size, store=work.store)
+        size = conditions.CHUNK * work.size
+        resumed(keys, keys, lambda *_: [], size=size, store=work.store)
 
     return run
 
