@@ -108,13 +108,16 @@ PARAMETERS = (
     "model", "profile", "judge", "results", "seed", "n_samples", "max_tokens", "options",
 )  # fmt: skip
 
+#: What may write chains (:mod:`stllms.models.engines`); the first is the default.
+ENGINES = ("transformers", "vllm")
+
 #: Field -> its values.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "profile": tuple(PROFILES),
     "controls": ("matched", *CONTROLS),  # matched: shuffled and covariance in turn
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization": (None, "8bit", "4bit"),
-    "engine": ("transformers", "vllm"),
+    "engine": ENGINES,
     "device_map": (None, "auto"),
     **CHOICES,
 }

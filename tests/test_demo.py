@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from stllms import registry
 from stllms.app import bench as benches
 from stllms.app import demo, stages
 from stllms.app.bench import Ask, Bench
@@ -90,7 +91,8 @@ def test_nbconvert_shows_the_example(tmp_path):
     where = {"cwd": NOTEBOOK.parent, "env": {**os.environ, "JUPYTER_PLATFORM_DIRS": "1"}}
     subprocess.run([*command, "--output-dir", tmp_path, NOTEBOOK.name], check=True, **where)
     made = (tmp_path / NOTEBOOK.name).read_text(encoding="utf-8")
-    assert RULE in made or "nobody knows on which a push shows" in made
+    fixture = bool(registry.missing_packages("smol-thinker"))
+    assert (RULE if fixture else "nobody knows on which a push shows") in made
     assert "widget-view" not in made
     assert "<script" not in made
 

@@ -195,7 +195,7 @@ def test_an_interrupt_ends_the_workers_too(tmp_path):
         time.sleep(0.05)
     others = psutil.Process(running.pid).children(recursive=True)
     assert len([one for one in others if "ray::_Worker" in " ".join(one.cmdline())]) == 2
-    for _ in range(3):  # Python drops an interrupt that comes within a callback
+    for _ in range(3):  # one was not heard once, with all cores busy
         os.killpg(running.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             running.wait(timeout=30)

@@ -100,7 +100,7 @@ _NAMES = textwrap.fill(
 RUN = f"""Profiles:
 {_PROFILES}
   The times are those of tiny-thinker on two cores. smollm2 and smol-thinker take about six
-  minutes for smoke; laptop took smol-thinker nine minutes on an H100.
+  minutes for smoke; laptop took smol-thinker about nine on an H100.
 
 --option takes these names, lists with commas:
   {_NAMES}

@@ -24,7 +24,6 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from stllms import config, registry
 from stllms.models import selfcheck
-from stllms.models.engines.engine import ENGINES
 from stllms.models.model import Model, ModelError, quiet, wrap
 from stllms.runs import workers as pool
 
@@ -55,7 +54,7 @@ def load(
         revision: commit, tag or branch of a model of the hub.
         device_map: ``"auto"`` spreads the layers over the cards of this machine, and over its
             memory and disk where those are too small (accelerate); or a device for each module.
-        engine: what writes the chains, one of :data:`stllms.models.engines.engine.ENGINES`.
+        engine: what writes the chains, one of :data:`stllms.config.ENGINES`.
         tensor_parallel, pipeline_parallel: cards that vLLM spreads a layer, or layers, over.
         workers: processes that share the chunks of a stage (:mod:`stllms.runs.workers`), each
             with the model at ``device``; the one that is given back is then on the CPU.
@@ -67,8 +66,8 @@ def load(
         ModelError: for what cannot be loaded, naming what is missing and what to do.
         ValueError: for workers without the package ``ray``.
     """
-    if engine not in ENGINES:
-        raise ModelError(f"engine {engine!r} is not one of {', '.join(ENGINES)}")
+    if engine not in config.ENGINES:
+        raise ModelError(f"engine {engine!r} is not one of {', '.join(config.ENGINES)}")
     if device_map is not None:
         _check_map(device_map, device)
     place = pick_device(device)

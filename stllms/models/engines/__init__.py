@@ -6,7 +6,7 @@
 * :mod:`~stllms.models.engines.probes`: was it steered? asked of every batch of another engine
 * :mod:`~stllms.models.engines.conformance`: does an engine write what ours writes?
 * :mod:`~stllms.models.engines.interventions`: what is done to the residual stream
-* :mod:`~stllms.models.engines.prompts`: reading a prompt once for the rows that share it
+* :mod:`~stllms.models.engines.sharing`: reading a prompt once for the rows that share it
 * :mod:`~stllms.models.engines.sampling`: the noise, the choice of a token, its audit
 
 Stages call :func:`generate`; activations, layer effects and likelihoods take the

@@ -18,9 +18,6 @@ from stllms.models.engines.interventions import WHERE, Intervention, fingerprint
 from stllms.models.engines.interventions import check as check_place
 from stllms.models.model import Model
 
-#: The engines by name; the first is the default.
-ENGINES = ("transformers", "vllm")
-
 
 @dataclass(frozen=True)
 class Row:
@@ -69,18 +66,8 @@ class Engine(Protocol):
     name: str
     can: Can
 
-    def generate(
-        self,
-        rows: Sequence[Row],
-        *,
-        max_new_tokens: int,
-        batch_size: int | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
-        progress: Callable[[int, int], Any] | None = None,
-        watch: Callable[[Sequence[Sequence[int]]], Any] | None = None,
-    ) -> list[Written]:
-        """What is written for every row: :func:`generate`."""
+    def generate(self, rows: Sequence[Row], **options: Any) -> list[Written]:
+        """What is written for every row; options and result are those of :func:`generate`."""
 
     def close(self) -> None:
         """Gives the memory back, and the model its weights; the next call of

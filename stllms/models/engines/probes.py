@@ -17,7 +17,7 @@ of a neighbour reaches a request without one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,17 +88,7 @@ class Probed:
         self._probes: dict[str, Probe] = {}
         self._reported: dict[str, dict[str, Any]] = {}
 
-    def write(
-        self,
-        rows: Sequence[Row],
-        *,
-        max_new_tokens: int,
-        batch_size: int | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
-        progress: Callable[[int, int], Any] | None = None,
-        watch: Callable[[Sequence[Sequence[int]]], Any] | None = None,
-    ) -> list[Written]:
+    def write(self, rows: Sequence[Row], *_: Any, **options: Any) -> list[Written]:
         """What is written for every row, probes among them:
         :func:`stllms.models.engines.generate`."""
         raise NotImplementedError

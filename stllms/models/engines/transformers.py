@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from stllms.models.engines import sampling
 from stllms.models.engines.engine import Can, Row, Written
 from stllms.models.engines.interventions import edits, intervene, think_end
-from stllms.models.engines.prompts import Classes
+from stllms.models.engines.sharing import Classes
 from stllms.models.model import Model
 from stllms.runs import audit as sampling_audit
 
